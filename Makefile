@@ -1,0 +1,74 @@
+# Every target works as the first command after `git clone`, with Python 3.11 to 3.14 and make alone.
+#   PYTHON=/path/to/python3.12   which Python builds .venv (the first good one by default)
+#   ARGS="..."                   handed on to the command of lab, demo, bench or train
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+NOTEBOOKS := $(patsubst %.py,%.ipynb,$(sort $(wildcard notebooks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab demo test test-gpu test-browser notebooks bench train clean
+
+help: ## List the targets
+	@echo 'make <target> [ARGS="..."] [PYTHON=/path/to/python3]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## Build .venv and fetch the text corpora (once, minutes; then instant)
+	@$(PY) -m hsa_mini fetch
+
+lab: setup ## Open the notebooks in JupyterLab, on this machine only
+	$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+demo: setup ## Ask the shipped model for needles in a long text
+	$(PY) -m hsa_mini demo $(ARGS)
+
+test: setup ## Run the tests, then every notebook; no GPU needed
+	$(PY) -m pytest -q
+	$(if $(wildcard notebooks/*.ipynb),$(PY) -m pytest -q --nbval-lax --nbval-cell-timeout=60 notebooks/,@echo 'no notebooks to run')
+
+test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
+	$(PY) -m pytest -q tests/gpu
+
+test-browser: setup ## Run the tests that drive JupyterLab in Chromium (which must be installed)
+	$(PY) -m pytest -q tests/browser
+
+# --update keeps cell ids, and no timings are recorded: unchanged cells make no diff.
+notebooks: setup ## Regenerate each .ipynb from its .py and run it
+ifneq ($(NOTEBOOKS),)
+	$(PY) -m jupytext --to ipynb --update $(NOTEBOOKS:.ipynb=.py)
+	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=60 \
+		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+else
+	@echo 'no notebooks to run'
+endif
+
+bench: $(READY) ## Time the kernels and print the tables (needs an NVIDIA GPU)
+	$(PY) kernels/bench $(ARGS)
+
+train: setup ## Train the mini preset (5 minutes on a GPU)
+	$(PY) -m hsa_mini train mini $(ARGS)
+
+clean: ## Remove .venv, out/ and what builds and tests left behind
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis
+	find hsa_mini kernels notebooks tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# Each candidate is run, not only looked up: a pyenv shim may exist and fail, Debian may lack ensurepip.
+# Below 3.15, because the pinned Triton has no wheel for it.
+# Without $(READY) the environment is half-built, from an interrupted run: start from nothing.
+$(READY): pyproject.toml environment.yml
+	@set -e; \
+	if [ ! -f $@ ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11 python3.14 python) ''; do \
+			if "$$python" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1; then break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo '$(or $(PYTHON),PATH): no Python 3.11 to 3.14 with its venv module; try make PYTHON=/path/to/python3.12' >&2; exit 1; \
+		fi; \
+		"$$python" -m venv --clear $(VENV); \
+	fi; \
+	rm -f $@; \
+	echo 'Installing PyTorch, Triton, JupyterLab and the rest into $(VENV); this takes a few minutes ...'; \
+	sed -n 's/^ *- \([A-Za-z0-9._-]*==.*\)$$/\1/p' environment.yml > $(VENV)/constraints.txt; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[notebooks,dev]'; \
+	touch $@

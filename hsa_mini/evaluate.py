@@ -1,0 +1,189 @@
+"""Needle questions over haystacks of any length, scored by greedy generation.
+
+Samples may share a haystack: it is encoded once, and for each sample only the tokens that its needles and their
+lower-decoder reach touch are encoded again. Exact, not an approximation (tests compare with encoding from scratch).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import provenance
+from .data.corpus import load_corpus
+from .data.tasks import NeedleTask, Sample, tile
+from .data.tokenizer import load_tokenizer
+from .generate import SEGMENT, Generation, continue_from, tail_start
+from .memory import ChunkMemory
+from .model import Aux, HSAModel, Output
+
+LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)  # of the paper's Figure 4
+DEPTHS = tuple(round(i / 9, 4) for i in range(10))
+SHARED_FROM = 1 << 20  # from this length on the samples of a length share one haystack
+
+
+def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share (Wilson 1927)."""
+    if samples == 0:
+        return 0.0, 1.0
+    share, spread = correct / samples, z * z / samples
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / samples + spread / samples / 4)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+class Haystack:
+    """A text whose chunks are encoded once, and then asked many questions: text int64 [T] on the model's device."""
+
+    def __init__(self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
+        self.model, self.text = model, text
+        self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + model.config.chunk_size)
+        with torch.no_grad():
+            for part in text[None].split(SEGMENT, dim=1):
+                model.read(part, self.memory)
+                if progress:
+                    progress(part.shape[1])
+
+    @torch.no_grad()
+    def ask(self, sample: Sample, *, answer_tokens: int) -> Generation:
+        """Put the sample's needles and question into the text, answer greedily, and take them out again."""
+        ids = self.text.clone()
+        for first, patch in sample.patches:
+            ids[first : first + len(patch)] = torch.from_numpy(patch.astype(np.int64)).to(ids.device)
+        undo = [self._encode_again(ids, first, last) for first, last in self._touched(sample)]
+        generation = continue_from(self.model, self._read_tail(ids), max_new_tokens=answer_tokens)
+        for first, chunks in undo:
+            self.memory.replace(first, *chunks)
+        return generation
+
+    def _touched(self, sample: Sample) -> Iterable[tuple[int, int]]:
+        """Ranges of complete chunks [first, last) that the patches reach, merged where they meet."""
+        S, reach = self.model.config.chunk_size, self.model.config.lower_reach
+        ranges: list[list[int]] = []
+        for start, patch in sorted(sample.patches, key=lambda patch: patch[0]):
+            first, last = start // S, min(-(-(start + len(patch) + reach) // S), self.memory.chunks)
+            if ranges and first <= ranges[-1][1]:
+                ranges[-1][1] = max(last, ranges[-1][1])
+            elif first < last:
+                ranges.append([first, last])
+        return [(first, last) for first, last in ranges]
+
+    def _encode_again(self, ids: torch.Tensor, first: int, last: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+        S = self.model.config.chunk_size
+        hidden, _ = self._lower(ids, first * S, last * S)
+        return first, self.memory.replace(first, *self.model.encoder(hidden.unflatten(1, (last - first, S))))
+
+    def _read_tail(self, ids: torch.Tensor) -> Output:
+        """The upper decoder over the last tokens, with the caches that decoding needs."""
+        model, total = self.model, len(ids)
+        unfinished = total % model.config.chunk_size
+        first = tail_start(model, total)
+        hidden, branch = self._lower(ids, min(first, total - unfinished), total)
+        branch.partial = hidden[:, hidden.shape[1] - unfinished :]
+        branch.position = total
+        hidden, retrievals = model.look_up(hidden[:, -(total - first) :], first, branch)
+        return Output(model.predict(hidden[:, -1:]), branch, Aux(retrievals))
+
+    def _lower(self, ids: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, ChunkMemory]:
+        """The lower decoder's output for tokens [first, last), from as far back as it depends on."""
+        branch = self.memory.branch()
+        branch.position = max(first - self.model.config.lower_reach, 0)
+        branch.lower, branch.upper = [None] * len(branch.lower), [None] * len(branch.upper)
+        branch.block_queries = [None] * len(branch.block_queries)
+        hidden = self.model.lower_decoder(ids[None, branch.position : last], branch)
+        return hidden[:, first - branch.position :], branch
+
+
+@dataclass(frozen=True)
+class Row:
+    """The questions of one length and depth: correct and retrieved are counts."""
+
+    tokens: int
+    depth: float
+    samples: int
+    correct: int
+    retrieved: int
+    distinct_tokens: int
+    seed: int
+
+
+def evaluate_s_niah(
+    model: HSAModel,
+    *,
+    lengths: Iterable[int] = LENGTHS,
+    depths: Iterable[float] = DEPTHS,
+    samples: Callable[[int], int] = lambda tokens: 10,
+    seed: int = 1,
+    report: Callable[[Row], None] | None = None,
+) -> tuple[list[Row], list[Row]]:
+    """S-NIAH on held-out text: rows by length and depth, and by length the control whose key is nowhere in the text.
+
+    samples: questions per depth of a length. Every sample has its own text below `SHARED_FROM` tokens, its own needles
+    and question always.
+    """
+    device = next(model.parameters()).device
+    corpus, task = load_corpus("validation").tokens, NeedleTask(load_tokenizer())
+    rows, controls = [], []
+    for tokens in lengths:
+        rng = np.random.default_rng((seed, tokens))
+        plan = [(depth, False) for depth in depths for _ in range(samples(tokens))]
+        plan += [(0.5, True)] * samples(tokens)
+        counts = {key: [0, 0, 0] for key in plan}
+        haystack = None
+        with tqdm(plan, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
+            for key in bar:
+                if haystack is None or tokens < SHARED_FROM:
+                    text = tile(corpus, tokens, int(rng.integers(len(corpus)))).astype(np.int64)
+                    haystack = Haystack(model, torch.from_numpy(text).to(device))
+                right, retrieved = ask_one(haystack, task, rng, *key)
+                counts[key] = [x + y for x, y in zip(counts[key], (1, right, retrieved))]
+        for (depth, control), (asked, correct, retrieved) in counts.items():
+            row = Row(tokens, depth, asked, correct, retrieved, min(tokens, len(corpus)), seed)
+            (controls if control else rows).append(row)
+            if report:
+                report(row)
+    return rows, controls
+
+
+def ask_one(haystack: Haystack, task: NeedleTask, rng: np.random.Generator, depth: float, control: bool) -> tuple[bool, bool]:
+    """One question: was the greedy answer right, and was a needle chunk among those retrieved for its first token?"""
+    config = haystack.model.config
+    sample = task.sample(
+        rng, tokens=len(haystack.text), depth=depth, chunk_size=config.chunk_size, window=config.window, control=control
+    )
+    generation = haystack.ask(sample, answer_tokens=len(sample.answer))
+    right = generation.ids[0].tolist() == sample.answer.tolist()
+    wanted = set(sample.needle_chunks(config.chunk_size, task.sentence_tokens))
+    return right, any(wanted & chunks for chunks in chunks_retrieved(generation.first))
+
+
+def chunks_retrieved(aux: Aux) -> list[set[int]]:
+    """The chunks that each HSA layer kept for the last token read (batch entry 0, all heads)."""
+    return [set(retrieval.indices[0, -1].flatten().tolist()) - {-1} for retrieval in aux.retrievals]
+
+
+def by_length(rows: list[Row]) -> list[dict]:
+    """Rows of one length added up, with share and 95% interval."""
+    table = []
+    for tokens in dict.fromkeys(row.tokens for row in rows):
+        same = [row for row in rows if row.tokens == tokens]
+        samples, correct, retrieved = (sum(getattr(row, name) for row in same) for name in ("samples", "correct", "retrieved"))
+        low, high = wilson_interval(correct, samples)
+        entry = {"tokens": tokens, "samples": samples, "correct": correct, "retrieved": retrieved}
+        table.append({**entry, "accuracy": correct / samples, "low": low, "high": high})
+    return table
+
+
+def write_results(path: Path, rows: list[Row], controls: list[Row], device: torch.device) -> None:
+    """The rows, and where they come from, as JSON; the file appears whole or not at all."""
+    result = {**provenance.record(device), "rows": [vars(row) for row in rows], "control_rows": [vars(row) for row in controls]}
+    lines = json.dumps(result, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".tmp-{path.name}")
+    fresh.write_text(lines + "\n", encoding="utf-8")
+    fresh.replace(path)

@@ -1,0 +1,226 @@
+"""The model: lower decoder -> chunk memory -> upper decoder (§2.2, §2.3).
+
+Dimensions: B batch, T tokens, C width, S chunk size, N chunks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .config import HSAConfig
+from .memory import ChunkMemory
+from .nn.chunk_encoder import ChunkEncoder
+from .nn.hsa import HSA, Retrieval
+from .nn.mlp import MLP
+from .nn.moe import MoE
+from .nn.rope import rope_table
+from .nn.swa import SlidingWindowAttention
+
+
+@dataclass(frozen=True)
+class Aux:
+    """What a forward pass can be asked about: the retrieval of every HSA layer, lowest first."""
+
+    retrievals: tuple[Retrieval, ...]
+
+
+class Output(NamedTuple):
+    """logits [B, T, vocabulary], the memory to pass with the next segment, and `Aux`."""
+
+    logits: torch.Tensor
+    memory: ChunkMemory
+    aux: Aux
+
+
+class Block(nn.Module):
+    """Window attention, HSA in the first block of a group, MLP or experts; each normed before, each added."""
+
+    def __init__(self, config: HSAConfig, *, with_hsa: bool, with_experts: bool) -> None:
+        super().__init__()
+        self.bypass = config.residual == "bypass"
+        self.swa_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.swa = SlidingWindowAttention(config)
+        self.hsa_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if with_hsa else None
+        self.hsa = HSA(config) if with_hsa else None
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = (
+            MoE(config.width, config.expert_width, config.experts, config.experts_active)
+            if with_experts
+            else MLP(config.width, config.mlp_width)
+        )
+
+    def forward(self, x: torch.Tensor, rope, cache, ask=None):
+        """`ask(hsa, x)` -> what HSA adds. Returns x [B, T, C] and the window cache to keep."""
+        near, cache = self.swa(self.swa_norm(x), rope, cache)
+        x = x + near
+        seen = x
+        if self.hsa is not None:
+            seen = x + ask(self.hsa, self.hsa_norm(x))
+            x = x if self.bypass else seen
+        return x + self.mlp(self.mlp_norm(seen)), cache
+
+
+def surround(store: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """[B, N, ...] -> [B, (neighbours+1) * N, ...]: the rows of the sequences that follow in the batch, then one's own."""
+    return torch.cat([store.roll(-i, dims=0) for i in range(neighbours, -1, -1)], dim=1) if neighbours else store
+
+
+class HSAModel(nn.Module):
+    """A causal language model that reads nearby tokens through a window and all others through retrieved chunks."""
+
+    def __init__(self, config: HSAConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Random weights from torch's generator; `device="meta"` makes a model of any size without memory."""
+        super().__init__()
+        self.config = config
+        with torch.device(device or "cpu"):
+            self.embedding = nn.Embedding(config.vocab_size, config.width)
+            self.lower = nn.ModuleList(
+                Block(config, with_hsa=False, with_experts=bool(config.experts) and i > 0) for i in range(config.lower_layers)
+            )
+            self.encoder = ChunkEncoder(config)
+            self.upper = nn.ModuleList(
+                Block(config, with_hsa=i % config.layers_per_group == 0, with_experts=bool(config.experts))
+                for i in range(config.upper_layers)
+            )
+            self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+        if dtype is not None:
+            self.to(dtype)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal weights of variance 1/fan-in; what writes into the residual stream is smaller with depth."""
+        depth = self.config.lower_layers + self.config.upper_layers
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1 and name != "encoder.cls":
+                continue  # the norms' gains stay at 1
+            fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
+            std = 0.02 if name in ("embedding.weight", "encoder.cls") else fan_in**-0.5
+            if name.endswith(("out.weight", "down.weight", ".down")):
+                std *= (2 * depth) ** -0.5
+            parameter.normal_(0.0, std)
+
+    def forward(
+        self, ids: torch.Tensor, memory: ChunkMemory | None = None, *, neighbours: int = 0, gumbel_seed: int | None = None
+    ) -> Output:
+        """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place and returned.
+
+        neighbours: put the chunks of this many other sequences of the batch in front of each one's own. Without positions
+        they are its distant past: a training sequence of 1,024 tokens then has to find its chunks among many more.
+        gumbel_seed: of the exploration noise, which acts in training mode alone; drawn from torch's generator if None.
+        Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of another batch or model.
+        """
+        memory = ChunkMemory(self.config) if memory is None else memory
+        self.check_ids(ids, memory)
+        position = memory.position
+        hidden = self.read(ids, memory)
+        hidden, retrievals = self.look_up(hidden, position, memory, neighbours=neighbours, gumbel_seed=gumbel_seed)
+        return Output(self.predict(hidden), memory, Aux(retrievals))
+
+    def read(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
+        """The lower decoder over ids [B, T], and the chunks it completes into `memory` -> hidden [B, T, C]."""
+        hidden = self.lower_decoder(ids, memory)
+        self.remember(hidden, memory)
+        memory.position += ids.shape[1]
+        return hidden
+
+    def lower_decoder(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
+        """ids [B, T] at `memory.position` -> hidden [B, T, C]; moves the lower window caches on, nothing else."""
+        rope = self._rope(memory.position, ids.shape[1], ids.device)
+        x = self.embedding(ids)
+        for i, block in enumerate(self.lower):
+            x, memory.lower[i] = block(x, rope, memory.lower[i])
+        return x
+
+    def remember(self, hidden: torch.Tensor, memory: ChunkMemory) -> None:
+        """Encode the chunks that hidden [B, T, C] completes; what is left over waits in the memory."""
+        S = self.config.chunk_size
+        waiting = hidden if memory.partial is None else torch.cat((memory.partial, hidden), dim=1)
+        complete = waiting.shape[1] // S
+        if complete or memory.batch is None:
+            memory.append(*self.encoder(waiting[:, : complete * S].unflatten(1, (complete, S))))
+        # a copy: a view would keep the whole segment alive
+        memory.partial = waiting[:, complete * S :].clone()
+
+    def look_up(
+        self,
+        hidden: torch.Tensor,
+        position: int,
+        memory: ChunkMemory,
+        *,
+        neighbours: int = 0,
+        gumbel_seed: int | None = None,
+    ) -> tuple[torch.Tensor, tuple[Retrieval, ...]]:
+        """The upper decoder over hidden [B, T, C], whose first token stands at `position` -> [B, T, C], retrievals."""
+        if not (self.training and self.config.exploration):
+            gumbel_seed = None
+        elif gumbel_seed is None:
+            gumbel_seed = int(torch.randint(1 << 31, ()))
+        rope = self._rope(position, hidden.shape[1], hidden.device)
+        retrievals: list[Retrieval] = []
+        chunks = [surround(store, neighbours) for store in (memory.k, memory.v, memory.landmarks)]
+        in_front = neighbours * memory.chunks * self.config.chunk_size
+
+        def ask(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
+            group = len(retrievals)
+            out, retrieval, memory.block_queries[group] = hsa(
+                x,
+                *chunks,
+                position=in_front + position,
+                block_query=memory.block_queries[group],
+                gumbel_seed=None if gumbel_seed is None else gumbel_seed * self.config.groups + group,
+            )
+            retrievals.append(retrieval)
+            return out
+
+        for i, block in enumerate(self.upper):
+            hidden, memory.upper[i] = block(hidden, rope, memory.upper[i], ask)
+        return hidden, tuple(retrievals)
+
+    def predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, C] -> logits [B, T, vocabulary]."""
+        return self.head(self.norm(hidden))
+
+    def _rope(self, position: int, tokens: int, device: torch.device):
+        positions = torch.arange(position, position + tokens, device=device)
+        return rope_table(positions, self.config.head_dim, self.config.rope_base)
+
+    def check_ids(self, ids: torch.Tensor, memory: ChunkMemory) -> None:
+        """Raise ValueError for ids that this model and this memory cannot take."""
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
+            got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise ValueError(f"ids: got {got}, accepted is an int64 tensor [B, T] with at least one token")
+        # Reading the values would wait for a GPU: there the embedding's own range check stops a wrong id.
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(f"ids: got {int(ids.min())} to {int(ids.max())}, accepted are 0 to {self.config.vocab_size - 1}")
+        if memory.config != self.config:
+            raise ValueError("memory: got one of another configuration, accepted is one that this model made")
+        if memory.batch not in (None, ids.shape[0]):
+            raise ValueError(f"memory: got a batch of {memory.batch}, accepted is that of ids ({ids.shape[0]})")
+
+    def generate(self, ids: torch.Tensor, **options):
+        """Continue ids [B, T]; see `hsa_mini.generate.generate`."""
+        from .generate import generate
+
+        return generate(self, ids, **options)
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write weights (in `dtype` if given), configuration and sha256 manifest; see `hsa_mini.checkpoint`."""
+        from .checkpoint import save_model
+
+        save_model(self, Path(path), dtype=dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "HSAModel":
+        """The model in folder `path`, in evaluation mode. Raises ValueError if a file is missing or was altered."""
+        from .checkpoint import load_model
+
+        return load_model(Path(path), device=device, dtype=dtype)

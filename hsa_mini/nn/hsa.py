@@ -1,0 +1,67 @@
+"""The HSA layer: a token asks the chunk memory, wherever in the past its chunks lie. Eq. (1), Eq. (2).
+
+Dimensions: B batch, T tokens, C width, H heads, J key/value heads, D head dimension, R retrieval dimension, K chunks kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import HSAConfig
+
+
+class Retrieval(NamedTuple):
+    """What an HSA layer asked for and got: queries [B, T, J_r, R], indices int32 and weights [B, T, J, K]."""
+
+    queries: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+
+class HSA(nn.Module):
+    """x [B, T, C] and the memory's chunks -> [B, T, C], and the retrieval that led to it."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.q = nn.Linear(config.width, config.hsa_heads * config.hsa_head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
+        self.retrieval_q = nn.Linear(config.width, config.retrieval_heads * config.retrieval_dim, bias=False)
+        self.retrieval_norm = nn.RMSNorm(config.retrieval_dim, eps=config.norm_eps) if config.retrieval_norm else nn.Identity()
+        self.out = nn.Linear(config.hsa_heads * config.hsa_head_dim, config.width, bias=False)
+
+    def forward(
+        self, x, k, v, landmarks, *, position: int, block_query=None, gumbel_seed=None
+    ) -> tuple[torch.Tensor, Retrieval, torch.Tensor | None]:
+        """k, v [B, N, S, J, D], landmarks [B, N, J_r, R]; `position` is that of x's first token.
+
+        `block_query` [B, 1, J_r, R] is the query of the first token of a block of `query_block` tokens that x continues;
+        the third result is the one to pass on (None at the end of a block).
+        """
+        config, T = self.config, x.shape[1]
+        q = self.q(x).unflatten(-1, (-1, config.hsa_head_dim))
+        queries = self.retrieval_q(x).unflatten(-1, (-1, config.retrieval_dim))
+        queries = self.retrieval_norm(queries).to(landmarks.dtype)
+        late = position % config.query_block  # tokens of the block that came before x
+        choosers = torch.cat((block_query.expand(-1, late, -1, -1), queries), dim=1) if late else queries
+        # Under autocast the scores would be rounded to bfloat16: what is rounded is the input, never the scores.
+        with torch.autocast(x.device.type, enabled=False):
+            indices, weights = ops.retrieve(
+                choosers,
+                landmarks,
+                chunk_size=config.chunk_size,
+                top_k=config.top_k,
+                offset=position - late,
+                weighting=config.weighting,
+                gumbel_seed=gumbel_seed,
+                exclude_window=config.window if config.exclude_window else 0,
+                query_block=config.query_block,
+            )
+            # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
+            indices, weights = (part[:, late:].expand(-1, -1, config.hsa_kv_heads, -1) for part in (indices, weights))
+            out = ops.chunk_attention(self.q_norm(q).to(v.dtype), k, v, indices, weights)
+        unfinished = (position + T) % config.query_block
+        next_block = choosers[:, -unfinished : choosers.shape[1] - unfinished + 1] if unfinished else None
+        return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), next_block

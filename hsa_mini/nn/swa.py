@@ -1,0 +1,40 @@
+"""Sliding-window attention with RoPE and QK norm: what a token sees nearby.
+
+Dimensions: B batch, T tokens, C width, W window, H heads, J key/value heads, D head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import HSAConfig
+from .qkv import QKV
+
+
+@dataclass(frozen=True)
+class WindowCache:
+    """The keys and values that later tokens still see: k and v [B, <= W-1, J, D], turned by RoPE."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class SlidingWindowAttention(nn.Module):
+    """x [B, T, C] -> [B, T, C], and the cache for the segment that follows."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__()
+        self.window = config.window
+        self.qkv = QKV(config)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def forward(self, x, rope, cache: WindowCache | None = None) -> tuple[torch.Tensor, WindowCache]:
+        """`rope`: the table of x's positions; `cache`: what the tokens in front left behind."""
+        q, k, v = self.qkv(x, rope)
+        if cache is not None:
+            k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
+        out = ops.sliding_window_attention(q, k, v, window=self.window)
+        first = max(k.shape[1] - (self.window - 1), 0)
+        return self.out(out.flatten(-2)), WindowCache(k[:, first:], v[:, first:])

@@ -1,0 +1,59 @@
+"""Where a measured number comes from: hardware, versions, commit, command. Written into every result."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def hardware(device: torch.device) -> str:
+    """"one NVIDIA H200", or the processor and the threads in use."""
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}"
+    names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "tiktoken"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout ("+changes" if it has any), from git or from `HSA_MINI_COMMIT`; else "unknown"."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return os.environ.get("HSA_MINI_COMMIT") or git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def command() -> str:
+    """The command line as a person would type it."""
+    words = sys.argv[1:] if Path(sys.argv[0]).name in ("__main__.py", "hsa-mini") else sys.argv
+    return shlex.join(["python", "-m", "hsa_mini", *words]) if words is not sys.argv else shlex.join(words)
+
+
+def record(device: torch.device) -> dict:
+    return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command()}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

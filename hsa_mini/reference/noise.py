@@ -1,0 +1,36 @@
+"""Counter-based Gumbel noise (Philox-4x32-10): the same (seed, b, t, j, chunk) gives the same noise everywhere."""
+
+import torch
+
+_MASK = 0xFFFFFFFF
+
+
+def philox(seed: int, counter: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32); `counter`: four int64 tensors."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        low0, high0 = _multiply(c0, 0xD2511F53)
+        low1, high1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
+    return c0
+
+
+def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low and high 32 bits of x * constant; in halves, since the product may not fit in a signed 64-bit integer."""
+    low, high = x * (constant & 0xFFFF), x * (constant >> 16)  # each below 2^48
+    total = low + ((high & 0xFFFF) << 16)
+    return total & _MASK, (total >> 32) + (high >> 16)
+
+
+def gumbel_noise(seed: int, positions: torch.Tensor, heads: int, chunks: int) -> torch.Tensor:
+    """Gumbel(0, 1) noise [B, T, J, N] fp32 for tokens at `positions` [B, T] (int64, counted from the sequence's start)."""
+    device = positions.device
+    b = torch.arange(positions.shape[0], device=device)[:, None, None, None]
+    j = torch.arange(heads, device=device)[:, None]
+    n = torch.arange(chunks, device=device)
+    shape = (*positions.shape, heads, chunks)
+    counter = tuple(x.expand(shape) for x in (n, positions[..., None, None], j, b))
+    uniform = (philox(seed, counter).double() + 0.5) * 2.0**-32  # never 0, never 1
+    return -torch.log(-torch.log(uniform)).float()

@@ -1,0 +1,86 @@
+"""Which chunks matter to each token, and how much: Eq. (1), §2.2.
+
+Dimensions: B batch, T tokens, J retrieval heads, R retrieval dimension, N chunks, K chunks kept.
+"""
+
+import torch
+
+from .checks import check_retrieve
+from .noise import gumbel_noise
+
+
+def retrieve(
+    retrieval_q: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    chunk_size: int,
+    top_k: int,
+    offset: int | torch.Tensor = 0,
+    weighting: str = "softmax",
+    gumbel_seed: int | None = None,
+    exclude_window: int = 0,
+    query_block: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
+
+    retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot) and weights
+    [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry the gradient).
+
+    offset: position of token 0, an int or an int tensor [B]. weighting: "softmax" over the kept scores, or
+    "stick_breaking" (slots then go from the newest chunk to the oldest). gumbel_seed: noise on the choice alone.
+    exclude_window: chunks that lie wholly inside this many last tokens are not visible. query_block: this many
+    tokens share the choice and the weights of the first of them. Of equal scores the newest chunk is kept.
+
+    Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    NOTE: differs from the paper, which prints `i <= floor(t/S)`: read with indices from 0 that shows a token the chunk
+    that holds its own future. Here chunk i is visible from token (i+1)*S on, when it is complete.
+    """
+    check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window, query_block)
+    B, T, J, R = retrieval_q.shape
+    N = landmarks.shape[1]
+    dtype = torch.promote_types(retrieval_q.dtype, torch.float32)
+    steps = torch.arange(0, T, query_block, device=retrieval_q.device)
+    positions = (torch.as_tensor(offset, device=steps.device).reshape(-1, 1) + steps).expand(B, -1)
+
+    chooser = retrieval_q[:, ::query_block].to(dtype)
+    scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
+    scores = scores.masked_fill(~visible_chunks(positions, N, chunk_size, exclude_window)[:, :, None], float("-inf"))
+    with torch.no_grad():
+        choice = scores if gumbel_seed is None else scores + gumbel_noise(gumbel_seed, positions, J, N)
+        indices = newest_top_k(choice, min(top_k, N))
+        if weighting == "stick_breaking":
+            indices = indices.sort(dim=-1, descending=True).values
+    empty = indices < 0
+    kept = scores.gather(-1, indices.clamp(min=0)).masked_fill(empty, torch.finfo(dtype).min)
+    weights = (torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)).masked_fill(empty, 0.0)
+
+    indices = torch.nn.functional.pad(indices, (0, top_k - indices.shape[-1]), value=-1).int()
+    weights = torch.nn.functional.pad(weights, (0, top_k - weights.shape[-1]))
+    if query_block > 1:
+        indices, weights = (x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights))
+    return indices, weights
+
+
+def visible_chunks(positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
+    """positions [..., T] -> bool [..., T, N]: complete, and not wholly inside the last `exclude_window` tokens."""
+    start = torch.arange(chunks, device=positions.device) * chunk_size
+    complete = start + chunk_size <= positions[..., None]
+    return complete & (start <= positions[..., None] - exclude_window)
+
+
+def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices (int64, [..., k]) of the k largest along the last axis, the newest of equals; -1 where that is -inf."""
+    chunks = scores.shape[-1]
+    if k == 0:
+        return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
+    # torch.topk leaves ties open, so it only finds the k-th value: what exceeds it is kept, then equals by age.
+    threshold = scores.topk(k, dim=-1).values[..., -1:]
+    index = torch.arange(chunks, device=scores.device)
+    rank = torch.where(scores > threshold, index + chunks, torch.where(scores == threshold, index, -1))
+    chosen = rank.topk(k, dim=-1).values % chunks
+    return chosen.masked_fill(scores.gather(-1, chosen) == float("-inf"), -1)
+
+
+def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
+    """Weights exp(s_i - sum_{j<=i} softplus(s_j)) along the last axis; each takes its share of what is left."""
+    return torch.exp(scores - torch.nn.functional.softplus(scores).cumsum(-1))

@@ -1,0 +1,27 @@
+"""Exact sliding-window attention, the plain quadratic way.
+
+Dimensions: B batch, T tokens, P cached keys in front, H query heads, J key/value heads, G = H/J, D head dimension.
+"""
+
+import torch
+
+from .checks import check_sliding_window
+
+
+def sliding_window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+    """Token t attends the `window` keys that end at its own.
+
+    q [B, T, H, D], k and v [B, P+T, J, D] with P cached keys in front -> [B, T, H, D] in q's dtype.
+    Computes in float32 (float64 for float64). Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    """
+    check_sliding_window(q, k, v, window)
+    T, H, D = q.shape[1:]
+    P, J = k.shape[1] - T, k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    own = torch.arange(T, device=q.device)[:, None] + P  # index of each token's own key
+    key = torch.arange(P + T, device=q.device)
+    seen = (key <= own) & (key > own - window)  # [T, P+T]
+    q_grouped = q.to(dtype).unflatten(2, (J, H // J))  # [B, T, H, D] -> [B, T, J, G, D]
+    scores = torch.einsum("btjgd,bpjd->bjgtp", q_grouped, k.to(dtype)) * D**-0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return torch.einsum("bjgtp,bpjd->btjgd", weights, v.to(dtype)).flatten(2, 3).to(q.dtype)

@@ -1,0 +1,207 @@
+"""Training: recipes, the loop, and a run that goes on exactly where it was cut off.
+
+A batch is a function of (seed, step) and the exploration noise of (seed, step) too, so parameters, optimizer state and
+step are all that a resumed run needs to equal an uninterrupted one to the last bit (on the same hardware).
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from . import provenance
+from .checkpoint import load_progress, save_model, save_progress
+from .config import PRESETS
+from .data.mixture import ANSWER, COPY, TEXT, Mixture, TrainingBatches
+from .model import HSAModel
+
+LOG = "log.csv"
+COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "learning_rate", "seconds")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained. Learning rate: linear warm-up, constant, then linear decay to 0."""
+
+    steps: int
+    batch: int
+    tokens: int
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.4  # share of the steps
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    neighbours: int = 0  # in the last half of the steps: other sequences whose chunks are in memory too
+    mixture: Mixture = field(default_factory=Mixture)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0."""
+        left = (self.steps - step) / max(self.decay * self.steps, 1)
+        return self.learning_rate * min((step + 1) / self.warmup, left, 1.0)
+
+
+RECIPES = {
+    "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
+    "mini": Recipe(steps=5000, batch=32, tokens=1024, neighbours=7),
+}
+
+
+def train(
+    name: str,
+    *,
+    run: Path,
+    device: torch.device,
+    steps: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    checkpoint_seconds: float = 120.0,
+    log_every: int = 50,
+    stop_after: int | None = None,
+) -> HSAModel:
+    """Train preset `name` in folder `run`, going on from the newest state there; returns the model.
+
+    steps: instead of the recipe's. workers: processes that draw batches (None: by the cores at hand). stop_after: leave,
+    with a state written, after this step. The log is `run/log.csv`; the finished model is `run/final`, in bfloat16.
+    Raises ValueError for an unknown preset or a run folder of other settings.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"preset: got {name!r}, accepted are {', '.join(RECIPES)}")
+    recipe = RECIPES[name] if steps is None else dataclasses.replace(RECIPES[name], steps=steps)
+    torch.manual_seed(seed)
+    config = PRESETS[name]
+    model = HSAModel(config).to(device).train()
+    optimizer = make_optimizer(model, recipe)
+    settings = {"preset": name, "seed": seed, "recipe": dataclasses.asdict(recipe)}
+
+    start, seconds_before = 0, 0.0
+    if (state := load_progress(run)) is not None:
+        tensors, progress = state
+        if progress["settings"] != json.loads(json.dumps(settings)):
+            raise ValueError(f"run: {run} holds a run of other settings; accepted is an empty folder or one of the same")
+        start, seconds_before = progress["step"], progress["seconds"]
+        restore(tensors, model, optimizer)
+    log = Log(run / LOG, start)
+
+    batches = TrainingBatches(recipe.mixture, batch=recipe.batch, tokens=recipe.tokens, steps=recipe.steps, seed=seed)
+    workers = min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers, pin_memory=device.type == "cuda",
+        prefetch_factor=8 if workers else None,
+    )  # fmt: skip
+    began = saved = time.monotonic()
+    step = start
+
+    def save() -> None:
+        seconds = seconds_before + time.monotonic() - began
+        save_progress(run, step, snapshot(model, optimizer), {"step": step, "seconds": seconds, "settings": settings})
+
+    with tqdm(total=recipe.steps, initial=start, desc=f"training {name}", unit="step", mininterval=0.5) as bar:
+        for batch in loader:
+            # not blocking: a copy that waited would leave the GPU without work at every step
+            ids, parts = (part.to(device, non_blocking=True) for part in batch)
+            figures = train_step(model, optimizer, recipe, step, ids, parts, seed)
+            step += 1
+            bar.update()
+            if step % log_every == 0 or step == recipe.steps:
+                values = [step, *(float(x) for x in figures), recipe.rate(step - 1), seconds_before + time.monotonic() - began]
+                log.write(values)
+                bar.set_postfix(loss=f"{values[1]:.3f}", answers=f"{values[5]:.1%}")
+            if step == stop_after or (time.monotonic() - saved > checkpoint_seconds and step < recipe.steps):
+                save()
+                saved = time.monotonic()
+            if step == stop_after:
+                return model
+    seconds = seconds_before + time.monotonic() - began
+    how = {**provenance.record(device), "seed": seed, "seconds": round(seconds, 1), "recipe": dataclasses.asdict(recipe)}
+    texts = {LOG: (run / LOG).read_text(), "training.json": json.dumps(how, indent=1) + "\n"}
+    save_model(model, run / "final", dtype=torch.bfloat16, texts=texts)
+    return model
+
+
+def make_optimizer(model: HSAModel, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=next(model.parameters()).is_cuda)
+
+
+def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: int) -> tuple[torch.Tensor, ...]:
+    """One step on ids and parts [B, T+1]; returns loss, its three parts, answer accuracy and gradient norm, undetached from the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.rate(step)
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
+        neighbours = recipe.neighbours if 2 * step >= recipe.steps else 0
+        logits = model(ids[:, :-1], neighbours=neighbours, gumbel_seed=(seed << 32) + step).logits
+    loss, shares, accuracy = mixture_loss(logits, ids[:, 1:], parts[:, 1:])
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), *shares, accuracy, norm
+
+
+def mixture_loss(logits, targets, parts) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+    """Sum of the mean losses of text, copy and answer tokens; the three; the share of answer tokens predicted right.
+
+    Means by part: seven digits of an answer weigh as much as a thousand tokens of text.
+    """
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    parts = parts.flatten()
+    masks = [(parts == part).float() for part in (TEXT, COPY, ANSWER)]
+    means = [(losses * mask).sum() / mask.sum().clamp(min=1) for mask in masks]
+    right = (logits.detach().argmax(dim=-1).flatten() == targets.flatten()).float()
+    accuracy = (right * masks[2]).sum() / masks[2].sum().clamp(min=1)
+    return sum(means), tuple(mean.detach() for mean in means), accuracy
+
+
+def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters, optimizer state and torch's generator as a flat dictionary of tensors."""
+    tensors = {f"model.{name}": value for name, value in model.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    return {**tensors, "rng": torch.get_rng_state()}
+
+
+@torch.no_grad()
+def restore(tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.optim.Optimizer) -> None:
+    """The inverse of `snapshot`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[f"model.{name}"])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng"])
+
+
+class Log:
+    """The CSV of a run: one row every few steps, flushed at once; rows behind a resumed step are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = list(csv.reader(io.StringIO(path.read_text()))) if path.exists() and start else []
+        kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[0]) <= start]
+        self._file = path.open("w", newline="")
+        self._writer = csv.writer(self._file)
+        self._writer.writerows([COLUMNS, *kept])
+        self._file.flush()
+
+    def write(self, values: list[float]) -> None:
+        if not math.isfinite(values[1]):
+            raise FloatingPointError(f"the loss is {values[1]} after step {int(values[0])}: the run is stopped")
+        self._writer.writerow([int(values[0]), *(f"{x:.6g}" for x in values[1:])])
+        self._file.flush()

@@ -1,0 +1,37 @@
+// Invisible: gives the widgets beside it what ipywidgets leaves out, so that they can be used without eyes or mouse.
+
+function label(box, alt) {
+  for (const image of box.querySelectorAll("img")) image.alt = alt;
+  for (const slider of box.querySelectorAll(".widget-hslider")) {
+    const handle = slider.querySelector(".noUi-handle");
+    const text = slider.querySelector("label");
+    if (!handle || !text) continue;
+    handle.setAttribute("aria-label", text.textContent);
+    handle.setAttribute("data-lm-suppress-shortcuts", "true"); // or JupyterLab takes the arrow keys
+  }
+  for (const line of box.querySelectorAll(".widget-label")) {
+    if (line.parentElement !== box) continue;
+    line.setAttribute("role", "status"); // screen readers speak it when it changes
+    line.style.whiteSpace = "normal"; // a long line goes on below instead of being cut
+  }
+}
+
+function render({ model, el }) {
+  el.style.display = "none";
+  const observer = new MutationObserver(() => apply());
+  let box = null;
+  const apply = () => label(box, model.get("alt"));
+  const waiting = setInterval(() => {
+    box = el.closest(".widget-vbox"); // null until this view is in the page
+    if (!box) return;
+    clearInterval(waiting);
+    observer.observe(box, { childList: true, subtree: true }); // sliders come later than this
+    apply();
+  }, 50);
+  return () => {
+    clearInterval(waiting);
+    observer.disconnect();
+  };
+}
+
+export default { render };

@@ -1,0 +1,206 @@
+"""Pictures that answer to sliders, and pictures that stand still; both can be read without a kernel and without eyes.
+
+`explore` redraws one matplotlib figure into one image widget. `explore_map` feeds a canvas once, which then answers to
+mouse and arrow keys by itself. Neither touches pyplot: no figure piles up, and notebooks run without a display.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets
+import traitlets
+from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from . import plots
+
+DPI = 110
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Control:
+    """What one control offers, where it starts, and what is written beside it.
+
+    offers: a tuple `(low, high)` or `(low, high, step)` makes a slider, of integers if all are integers (the step is 1
+    unless given, and 0.1 otherwise); a list makes a choice: of words a menu, of numbers a slider over them (`(label,
+    value)` pairs are fine too); `bool` makes a check box.
+    """
+
+    offers: tuple | Sequence | type
+    start: Any = None
+    label: str = ""
+
+
+def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
+    """An empty figure of that many inches, laid out so that no label is cut; draws through Agg alone."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=figure.dpi)
+    return file.getvalue()
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure that stands still; `alt` says in words what it shows."""
+    data = {"image/png": base64.b64encode(to_png(figure)).decode(), "text/plain": alt}
+    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def explore(draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6), **controls) -> "FigureExplorer":
+    """A picture with controls: `draw(figure, **values)` draws, and returns one line that says what is seen.
+
+    Each keyword names an argument of `draw` and says what it may be: a `Control`, or its `offers` alone.
+    `alt` says in words what the picture shows. Raises whatever the first drawing raises, so that a broken notebook stops.
+
+        explore(draw, alt="...", token=(0, 11), K=Control((1, 3), start=2), weighting=["softmax", "stick_breaking"])
+    """
+    return FigureExplorer(draw, alt, size, controls)
+
+
+def explore_map(compute: Callable[..., tuple], *, alt: str, token: int = 0, **controls) -> "MapExplorer":
+    """A score map in which mouse and arrow keys move the token at once; controls as in `explore`.
+
+    `compute(**values)` returns scores [T, N] (-inf where a chunk is not visible), indices [T, K] (-1: empty slot) and
+    weights [T, K]; it runs when a control moves, not when the token does. `token`: the one to start at.
+    """
+    return MapExplorer(compute, alt, token, controls)
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls above a picture. `values` is what they say; `controls[name].value = x` moves one of them."""
+
+    def __init__(self, controls: dict, picture: ipywidgets.DOMWidget, alt: str) -> None:
+        self.alt, self.picture = alt, picture
+        self.controls = {name: _make_control(name, control) for name, control in controls.items()}
+        self.summary = ipywidgets.Label(layout=ipywidgets.Layout(height="auto"))
+        self.paint()  # not caught: the first drawing must work
+        super().__init__([*self.controls.values(), self.summary, picture, Labels(alt=alt)])
+        for control in self.controls.values():
+            control.observe(self._repaint, "value")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {name: control.value for name, control in self.controls.items()}
+
+    def paint(self) -> None:
+        """Draw for the present `values`."""
+        raise NotImplementedError
+
+    def still(self) -> tuple[bytes, str]:
+        """The picture as PNG and its summary, for readers without a kernel."""
+        raise NotImplementedError
+
+    def _repaint(self, _change) -> None:
+        try:
+            self.paint()
+        except Exception as error:  # an error in a callback would vanish: it takes the place of the summary
+            settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
+            self.summary.value = f"Could not draw {settings}: {type(error).__name__}: {error}"
+
+    def _repr_mimebundle_(self, **kwargs):
+        """The widget for a live notebook; the picture and its summary for every other reader."""
+        data = dict(super()._repr_mimebundle_(**kwargs) or {})
+        png, summary = self.still()
+        data["text/plain"] = summary
+        data["image/png"] = base64.b64encode(png).decode()
+        return data, {"image/png": {"alt": f"{self.alt} {summary}"}}
+
+
+class FigureExplorer(Explorer):
+    """What `explore` returns: one figure, drawn anew into one image widget."""
+
+    def __init__(self, draw: Callable[..., str], alt: str, size: tuple[float, float], controls: dict) -> None:
+        self.draw, self.figure = draw, make_figure(*size)
+        layout = ipywidgets.Layout(max_width="100%", align_self="flex-start")
+        super().__init__(controls, ipywidgets.Image(format="png", layout=layout), alt)
+
+    def paint(self) -> None:
+        self.figure.clear()
+        summary = self.draw(self.figure, **self.values)
+        self.picture.value, self.summary.value = to_png(self.figure), summary
+
+    def still(self) -> tuple[bytes, str]:
+        return self.picture.value, self.summary.value
+
+
+class MapExplorer(Explorer):
+    """What `explore_map` returns: a `ScoreMap`, fed with new numbers when a control moves."""
+
+    def __init__(self, compute: Callable[..., tuple], alt: str, token: int, controls: dict) -> None:
+        self.compute = compute
+        super().__init__(controls, ScoreMap(token=token, alt=alt), alt)
+
+    def paint(self) -> None:
+        scores, indices, weights = map(plots.as_array, self.compute(**self.values))
+        self.picture.data = {
+            "shape": [*scores.shape, indices.shape[1]],
+            "scores": scores.astype("<f4").tobytes(),
+            "indices": indices.astype("<i4").tobytes(),
+            "weights": weights.astype("<f4").tobytes(),
+        }
+        self.summary.value = ""  # the map says itself what is seen
+
+    def still(self) -> tuple[bytes, str]:
+        scores, indices, weights = map(plots.as_array, self.compute(**self.values))
+        token, figure = self.picture.token, make_figure(11, 4)
+        left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))
+        plots.score_map(left, scores, indices, token=token)
+        kept = {int(i): float(w) for i, w in zip(indices[token], weights[token]) if i >= 0}
+        plots.weight_bars(right, [kept.get(i, 0.0) for i in range(scores.shape[1])])
+        right.set(title=f"weights of token {token}", ylabel="chunk")
+        named = ", ".join(f"chunk {i} with {w:.2f}" for i, w in kept.items())
+        return to_png(figure), f"Token {token} keeps {named or 'nothing: no chunk is complete before it'}."
+
+
+class ScoreMap(anywidget.AnyWidget):
+    """The canvas of `explore_map`. data: shape [T, N, K] and bytes of scores, indices and weights, set together."""
+
+    _esm = HERE / "score_map.js"
+    data = traitlets.Dict().tag(sync=True)
+    token = traitlets.Int(0).tag(sync=True)
+    alt = traitlets.Unicode().tag(sync=True)
+
+
+class Labels(anywidget.AnyWidget):
+    """Invisible: gives the widgets beside it what ipywidgets leaves out, the image a text and every slider a name."""
+
+    _esm = HERE / "labels.js"
+    alt = traitlets.Unicode().tag(sync=True)
+
+
+def _make_control(name: str, control) -> ipywidgets.DOMWidget:
+    control = control if isinstance(control, Control) else Control(control)
+    offers = control.offers
+    options: dict[str, Any] = {
+        "description": control.label or name.replace("_", " "),
+        "style": {"description_width": "12em"},
+        "layout": ipywidgets.Layout(width="min(40em, 100%)"),
+    }
+    if control.start is not None:
+        options["value"] = control.start
+    if offers is bool:
+        return ipywidgets.Checkbox(**{"value": False, **options})
+    if isinstance(offers, tuple):
+        if len(offers) not in (2, 3):
+            raise ValueError(f"{name}: got {offers!r}, accepted are (low, high) and (low, high, step)")
+        low, high = offers[:2]
+        whole = all(isinstance(number, int) for number in offers)
+        slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+        step = offers[2] if len(offers) == 3 else 1 if whole else 0.1
+        return slider(**{"value": low, **options}, min=low, max=high, step=step)
+    values = [option[1] if isinstance(option, tuple) else option for option in offers]
+    numbers = all(isinstance(value, int | float) for value in values)
+    choice = ipywidgets.SelectionSlider if numbers else ipywidgets.Dropdown
+    return choice(**{"value": values[0], **options}, options=list(offers))

@@ -1,0 +1,1 @@
+"""Triton kernels: each the twin of a reference operation."""
