@@ -21,6 +21,7 @@ from .data.tokenizer import load_tokenizer
 from .generate import SEGMENT, Generation, continue_from, tail_start
 from .memory import ChunkMemory
 from .model import Aux, HSAModel, Output
+from .paths import write_whole
 
 LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)  # of the paper's Figure 4
 DEPTHS = tuple(round(i / 9, 4) for i in range(10))
@@ -182,8 +183,4 @@ def by_length(rows: list[Row]) -> list[dict]:
 def write_results(path: Path, rows: list[Row], controls: list[Row], device: torch.device) -> None:
     """The rows, and where they come from, as JSON; the file appears whole or not at all."""
     result = {**provenance.record(device), "rows": [vars(row) for row in rows], "control_rows": [vars(row) for row in controls]}
-    lines = json.dumps(result, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".tmp-{path.name}")
-    fresh.write_text(lines + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

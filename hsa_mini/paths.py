@@ -1,6 +1,7 @@
-"""Where files live: the shipped `data/` folder and the reader's cache."""
+"""Where files live: the shipped `data/` folder and the reader's cache; and how a file is written."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -16,3 +17,17 @@ def cache_dir() -> Path:
     """The folder for fetched archives and encoded corpora (`HSA_MINI_CACHE` overrides it)."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hsa-mini"
     return Path(os.environ.get("HSA_MINI_CACHE", default))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, fresh = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(fresh, 0o644)
+        os.replace(fresh, path)
+    except BaseException:
+        os.unlink(fresh)
+        raise

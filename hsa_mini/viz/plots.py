@@ -67,11 +67,11 @@ def score_map(ax: Axes, scores, indices=None, *, tokens=None, token: int | None 
         kept = [(t, int(i)) for t, row in enumerate(as_array(indices)) for i in row if i >= 0]
         if small:
             for t, i in kept:
-                _cell(ax, t - 0.5, i - 0.5, face="none", edge=RED, width=3.5)
+                ax.add_patch(Rectangle((t - 0.45, i - 0.45), 0.9, 0.9, fill=False, edgecolor=RED, linewidth=3, zorder=3))
         elif kept:
             ax.scatter(*zip(*kept), s=4, color=RED, linewidths=0)
     if token is not None:
-        ax.plot(token, -0.6, marker="v", markersize=11, color=INK, clip_on=False)
+        ax.plot(token, 1.04, marker="v", markersize=10, color=INK, clip_on=False, transform=ax.get_xaxis_transform())
         if not small:
             ax.axvline(token, color="white", linewidth=1.2)
     if small:
@@ -109,12 +109,12 @@ def reach_map(ax: Axes, moved, *, tokens=None, token: int | None = None, title: 
     """moved [T, T]: does the output of token t (row) move when token i (column) changes? Filled: yes; dot: no."""
     moved = as_array(moved)
     T = len(moved)
-    for t in range(T):
-        for i in range(t + 1):
-            if moved[t, i]:
-                _cell(ax, i - 0.5, t - 0.5, face=RED if t == token else BLUE, edge="white", width=1)
-            else:
-                ax.plot(i, t, ".", color=RED if t == token else GREY, markersize=4)
+    pairs = [(t, i) for t in range(T) for i in range(t + 1)]
+    for t, i in (pair for pair in pairs if moved[pair]):
+        _cell(ax, i - 0.5, t - 0.5, face=RED if t == token else BLUE, edge="white", width=1)
+    still = [pair for pair in pairs if not moved[pair]]
+    colors = [RED if t == token else GREY for t, _ in still]
+    ax.scatter([i for _, i in still], [t for t, _ in still], s=5, c=colors)
     _token_axis(ax, tokens, T)
     words = [f"{t}: {word}" for t, word in enumerate(tokens)] if tokens is not None else range(T)
     ax.set_yticks(range(T), words, fontsize=10)
@@ -171,3 +171,19 @@ def _plain(ax: Axes) -> None:
 def as_array(values) -> np.ndarray:
     """A tensor or a list as a NumPy array, without its gradient."""
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+def needle_strip(figure, scores, needle_chunks, retrieved_chunks, chunk_size: int) -> None:
+    """Retrieval scores [layers, N] (-inf: not visible) over the whole haystack, one Axes a layer; needle and choice marked."""
+    scores = as_array(scores)
+    axes = figure.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
+    place = (np.arange(scores.shape[1]) + 0.5) * chunk_size
+    for layer, (ax, row, kept) in enumerate(zip(axes, scores, retrieved_chunks)):
+        ax.scatter(place, row, s=3, color=GREY, linewidths=0, rasterized=True, label="every chunk")
+        ax.scatter(place[kept], row[kept], s=60, facecolor="none", edgecolor=BLUE, linewidths=1.8, label="retrieved")
+        ax.scatter(place[needle_chunks], row[needle_chunks], s=90, marker="*", color=RED, zorder=3, label="holds the needle")
+        ax.set(ylabel=f"score, HSA layer {layer}", xlim=(0, scores.shape[1] * chunk_size))
+        _plain(ax)
+    axes[0].legend(frameon=False, fontsize=11, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    axes[-1].set_xlabel("position in the haystack (tokens)")
+    axes[-1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")

@@ -40,7 +40,8 @@ class Control:
 
 def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
     """An empty figure of that many inches, laid out so that no label is cut; draws through Agg alone."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure.set_layout_engine("constrained", wspace=0.06)
     FigureCanvasAgg(figure)
     return figure
 

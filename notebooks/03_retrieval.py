@@ -1,0 +1,514 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 03 · Which chunks matter to this token?
+#
+# Every chunk of the text now has a heading, its landmark. A token arrives and asks: *which few chunks should I read, and
+# how far should I trust each?* This is **retrieval**, the heart of Hierarchical Sparse Attention (HSA). It is one
+# equation, and this notebook takes it apart until nothing is hidden.
+#
+# After this notebook you will be able to
+#
+# * compute the scores, the choice of the best $K$ and the weights by hand, by loop and by matrix product,
+# * say exactly which chunks a token may see, and why one chunk more would be cheating,
+# * explain two ways to turn scores into weights, and why training adds noise to the choice but not to the weights.
+#
+# **Time:** 25 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 02](02_chunks.ipynb), or just
+# this: a chunk is $S$ tokens, a landmark is one vector that stands for a chunk.
+
+# %%
+import torch
+
+from hsa_mini import reference
+from hsa_mini.reference import retrieve
+from hsa_mini.reference.noise import gumbel_noise
+from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show
+
+# %% [markdown]
+# ## In the paper's symbols
+#
+# Token $t$ has a query $Q^{slc}_t$ made for **selecting**, and chunk $i$ a landmark $K^{slc}_i$, both of $R$ numbers. Eq.
+# (1), §2.2:
+#
+# $$s_{t,i} = \frac{Q^{slc}_t \cdot K^{slc}_i}{\sqrt{R}}, \qquad
+# I_t = \text{the } K \text{ visible chunks with the largest } s_{t,i}, \qquad
+# w_{t,i} = \mathrm{softmax}_{i \in I_t}(s_{t,i})$$
+#
+# | paper | code | shape in this notebook |
+# |---|---|---|
+# | $Q^{slc}$ | `queries` | `[T, R]` |
+# | $K^{slc}$ | `landmarks` | `[N, R]` |
+# | $s$ | `scores` | `[T, N]` |
+# | $I$ | `indices` | `[T, K]`, with -1 for an empty slot |
+# | $w$ | `weights` | `[T, K]`, with 0 for an empty slot |
+#
+# (The package has two more axes: a batch in front, and retrieval heads, each of which chooses for itself.)
+#
+# ## Numbers you can check by hand
+#
+# Twelve tokens, three chunks of $S = 4$: `the code is 7` `birds sing at dawn` `what is the code`. There are nine
+# different words, so let $R = 9$: one number for each word.
+#
+# * A **landmark** counts the words of its chunk.
+# * A **query** counts the last four words, the token's own included. That is what a small window could have told it.
+
+# %%
+WORDS = "the code is 7 birds sing at dawn what is the code".split()
+VOCABULARY = list(dict.fromkeys(WORDS))  # the nine words in order of appearance
+T, S, N, R = len(WORDS), 4, 3, len(VOCABULARY)
+
+
+def count_words(words):
+    """How often each word of the vocabulary occurs: [R]."""
+    return torch.tensor([words.count(word) for word in VOCABULARY], dtype=torch.float64)
+
+
+landmarks = torch.stack([count_words(WORDS[i * S : i * S + S]) for i in range(N)])
+queries = torch.stack([count_words(WORDS[max(t - 3, 0) : t + 1]) for t in range(T)])
+
+# %% [markdown]
+# ## Scores
+#
+# The product of two word counts is the number of words in common. Take token 11. Its last four words are `what is the
+# code`. Chunk 0 shares three of them, chunk 1 none, chunk 2 all four. Divide by $\sqrt{9} = 3$. **You should see** 1, 0
+# and 1.33.
+
+
+# %%
+def scores_by_loop(queries, landmarks):
+    """Eq. (1), one number at a time: [T, N]."""
+    scores = torch.zeros(len(queries), len(landmarks), dtype=queries.dtype)
+    for t, query in enumerate(queries):
+        for i, landmark in enumerate(landmarks):
+            scores[t, i] = sum(a * b for a, b in zip(query, landmark)) / len(query) ** 0.5
+    return scores
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+scores = scores_by_loop(queries, landmarks)
+print("scores of token 11:", [round(score, 2) for score in scores[11].tolist()])
+
+# %% [markdown]
+# All scores at once are one matrix product. **You should see** `True`.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+by_matmul = queries @ landmarks.T / R**0.5  # [T, R] @ [R, N] -> [T, N]
+print("loop == matmul:", torch.allclose(scores, by_matmul))
+
+# %% [markdown]
+# ## Who may be seen
+#
+# Chunk 2 had the best score of all. But chunk 2 is the one that token 11 **stands in**. Its landmark was made from all
+# four of its words. For token 9 that would be a look into the future: the landmark knows tokens 10 and 11, which token 9
+# is supposed to guess.
+#
+# The rule: a chunk can be seen once it is **complete**. Chunk $i$ ends before token $(i+1) \cdot S$, so
+#
+# $$\text{chunk } i \text{ is visible to token } t \iff (i+1) \cdot S \le t \qquad (t, i = 0, 1, 2, \dots)$$
+
+
+# %%
+def visible_chunks(T, N, chunk_size):
+    """[T, N]: True where chunk i is complete before token t."""
+    t = torch.arange(T)[:, None]
+    i = torch.arange(N)
+    return (i + 1) * chunk_size <= t
+
+
+# %% [markdown]
+# **You should see** nothing visible to the first four tokens, then one chunk, then two. Chunk 2 is visible to nobody
+# here; it would be to token 12.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+visible = visible_chunks(T, N, S)
+print("chunks visible to token 0 ... 11:", visible.sum(dim=1).tolist())
+print("same as the package:", torch.equal(visible, reference.retrieval.visible_chunks(torch.arange(T), N, S)))
+
+# %% [markdown]
+# > **Note.** The paper prints the condition as $i \le \lfloor t/S \rfloor$. Read with numbers that start at 0, this shows
+# > a token the chunk it stands in, and with it its own future. The code that the paper's authors published uses complete
+# > chunks only, and so do we.
+#
+# How bad would it be? **You should see** that under the printed reading 9 of the 12 tokens see a chunk that holds words
+# which come after them. (The other three are the last of their chunks.)
+
+# %%
+# NBVAL_CHECK_OUTPUT
+as_printed = torch.arange(N) <= (torch.arange(T) // S)[:, None]
+last_word = (torch.arange(N) + 1) * S - 1  # number of the last token of each chunk
+leaks = (as_printed & (last_word > torch.arange(T)[:, None])).any(dim=1)
+print("tokens that see their future, as printed:", leaks.sum().item())
+print("tokens that see their future, our rule  :", (visible & (last_word >= torch.arange(T)[:, None])).any(dim=1).sum().item())
+
+# %% [markdown]
+# ## The best K
+#
+# Sort the visible chunks by score and keep the first $K$. Two details decide whether two programs agree to the last number:
+#
+# * **Ties** go to the newest chunk. (One of them has to win, and a rule is better than luck.)
+# * **Empty slots.** If fewer than $K$ chunks are visible, the rest of the $K$ places holds -1.
+
+
+# %%
+def keep_best(scores, visible, top_k):
+    """For one token: numbers of the K best visible chunks, of equal scores the newest first; -1 where there is none."""
+    candidates = [(score, i) for i, score in enumerate(scores.tolist()) if visible[i]]
+    candidates.sort(reverse=True)  # of equal scores the larger number, which is the newer chunk
+    kept = [i for _, i in candidates[:top_k]]
+    return kept + [-1] * (top_k - len(kept))
+
+
+# %% [markdown]
+# **You should see** an empty choice for token 3, one chunk and one empty slot for token 5, two chunks for token 11; and
+# that a tie goes to chunk 2, not 0.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+for t in (3, 5, 11):
+    print(f"token {t:2} keeps", keep_best(scores[t], visible[t], top_k=2))
+print("a tie:", keep_best(torch.tensor([2.0, 1.0, 2.0]), [True, True, True], top_k=1))
+
+# %% [markdown]
+# ## Weights
+#
+# The kept scores become shares by softmax, over the kept chunks alone. Token 11 keeps scores 1 and 0. **You should see**
+# the 0.73 and 0.27 of $e^1/(e^1 + e^0)$.
+
+
+# %%
+def retrieve_plainly(queries, landmarks, chunk_size, top_k):
+    """Eq. (1) of the paper: queries [T, R], landmarks [N, R] -> indices and weights, both [T, K]."""
+    scores = queries @ landmarks.T / queries.shape[-1] ** 0.5
+    visible = visible_chunks(len(queries), len(landmarks), chunk_size)
+    indices = torch.tensor([keep_best(scores[t], visible[t], top_k) for t in range(len(queries))])
+    empty = indices < 0
+    kept = scores.gather(1, indices.clamp(min=0)).masked_fill(empty, float("-inf"))
+    weights = kept.softmax(dim=1).masked_fill(empty, 0.0)  # a row of empty slots would be 0/0
+    return indices, weights
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+indices, weights = retrieve_plainly(queries, landmarks, S, top_k=2)
+print("token 11 keeps", indices[11].tolist(), "with weights", [round(weight, 2) for weight in weights[11].tolist()])
+
+# %% [markdown]
+# This is retrieval, whole. The package's `retrieve` does the same with tensors. **You should see** `True`: same weights
+# on the same chunks, here and for 50 random texts of random sizes. (The order of the slots is free, so we compare what
+# each *chunk* gets.)
+
+
+# %%
+def per_chunk(indices, weights, chunks):
+    """Slots to chunks: indices and weights [T, K] -> what each chunk gets [T, N]."""
+    spread = torch.zeros(len(indices), chunks, dtype=weights.dtype)
+    return spread.scatter_add(1, indices.long().clamp(min=0), weights)
+
+
+def same_as_package(queries, landmarks, chunk_size, top_k):
+    indices, weights = retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=chunk_size, top_k=top_k)
+    theirs = per_chunk(indices[0, :, 0], weights[0, :, 0], len(landmarks))
+    ours = per_chunk(*retrieve_plainly(queries, landmarks, chunk_size, top_k), len(landmarks))
+    return torch.allclose(ours, theirs)
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print("twelve tokens:", same_as_package(queries, landmarks, S, top_k=2))
+random = torch.Generator().manual_seed(0)
+checks = []
+for _ in range(50):
+    size, chunk_size, top_k = (int(torch.randint(1, high, (), generator=random)) for high in (60, 8, 6))
+    q, landmark = (torch.randn(n, 5, dtype=torch.float64, generator=random) for n in (size, size // chunk_size + 1))
+    checks.append(same_as_package(q, landmark, chunk_size, top_k))
+print("50 random texts:", all(checks))
+
+# %% [markdown]
+# ### The future is never chosen
+#
+# Two checks on a longer random text. First: every kept chunk ends before its token. Second, and stronger: **change**
+# everything from token 40 on, and what the first 40 tokens retrieve does not move. **You should see** `True` twice.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+q, landmark = (torch.randn(1, n, 1, 8, dtype=torch.float64, generator=random) for n in (64, 16))
+indices, weights = retrieve(q, landmark, chunk_size=4, top_k=3)
+ends = (indices[0, :, 0] + 1) * 4
+print("kept chunks end before their token:", bool((ends <= torch.arange(64)[:, None]).all()))
+q[:, 40:] += 1.0
+landmark[:, 10:] += 1.0  # chunks 10 to 15 hold tokens 40 to 63
+indices_2, weights_2 = retrieve(q, landmark, chunk_size=4, top_k=3)
+same = torch.equal(indices[:, :40], indices_2[:, :40]) and torch.equal(weights[:, :40], weights_2[:, :40])
+print("the past is untouched:", same)
+
+# %% [markdown]
+# ## The picture
+#
+# Tokens from left to right, chunks from top to bottom. A cross: not visible. A frame: kept, with $K = 1$. Watch the
+# steps: every four tokens one more chunk can be seen.
+
+
+# %%
+def choose(top_k, weighting="softmax", seed=None):
+    """Retrieval for the twelve tokens: indices and weights [T, K]."""
+    options = {"chunk_size": S, "top_k": top_k, "weighting": weighting, "gumbel_seed": seed}
+    indices, weights = retrieve(queries[None, :, None], landmarks[None, :, None], **options)
+    return indices[0, :, 0], weights[0, :, 0]
+
+
+visible_scores = scores.masked_fill(~visible, float("-inf"))
+
+# %%
+figure = make_figure(9, 3)
+plots.score_map(figure.subplots(), visible_scores, choose(top_k=1)[0], tokens=WORDS)
+show(
+    figure,
+    "Score map of twelve tokens and three chunks. From token 4 on chunk 0 is visible, from token 8 on chunk 1. "
+    "Tokens 8 and 9 keep chunk 1, tokens 10 and 11 keep chunk 0, the code is 7. Chunk 2 is never visible.",
+)
+
+# %% [markdown]
+# ## Another way to weigh: breaking a stick
+#
+# Softmax always gives away the whole 1, even if no chunk is any good. There is an alternative without this need. Take a
+# stick of length 1. Go through the kept chunks **from the newest to the oldest**. Each breaks off a share of what is
+# left, the sigmoid of its score:
+#
+# $$w_i = \sigma(s_i) \prod_{j \text{ newer}} \bigl(1 - \sigma(s_j)\bigr)
+# = \exp\Bigl(s_i - \sum_{j \le i} \mathrm{softplus}(s_j)\Bigr)$$
+#
+# In the sum, $j \le i$ means: $i$ itself and all newer ones. A chunk with a very low score takes next to nothing; then
+# part of the stick may stay unused, and a newer chunk goes first. The closed form on the right is what runs: it needs one
+# cumulative sum and no loop.
+
+
+# %%
+def break_stick(scores):
+    """Weights of the kept scores [K], the newest first, one break after the other."""
+    left, weights = 1.0, []
+    for score in scores:
+        taken = left * torch.sigmoid(score)
+        weights.append(taken)
+        left = left - taken
+    return torch.stack(weights)
+
+
+# %% [markdown]
+# **You should see** `True`, and a sum below 1.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+some = torch.tensor([0.0, -1.0, 3.0], dtype=torch.float64)  # newest first
+closed = reference.retrieval.stick_breaking(some)
+print("breaks == closed form:", torch.allclose(break_stick(some), closed))
+print("weights:", [round(weight, 2) for weight in closed.tolist()], "sum:", round(closed.sum().item(), 2))
+
+# %% [markdown]
+# ## Exploration: noise on the choice alone
+#
+# Top-$K$ has a flaw as a teacher. A chunk that is not chosen is not read; a chunk that is not read gets no gradient; so a
+# landmark that is wrong today may stay wrong for ever. The cure: in **training**, shake the scores a little before
+# choosing, so that now and then another chunk gets its chance.
+#
+# The noise is **Gumbel noise**: $-\log(-\log u)$ with $u$ uniform between 0 and 1. It comes from a counter-based
+# generator: seed, sequence, token, head and chunk go in, one number comes out. No state, no order. So a GPU kernel and
+# this page get the same noise.
+#
+# **You should see**: same seed, same choice; another seed, another choice.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+noise = {seed: gumbel_noise(seed, torch.arange(T)[None], 1, N) for seed in (1, 2)}  # [B, T, J, N]
+again = gumbel_noise(1, torch.arange(T)[None], 1, N)
+print("same seed, same noise :", torch.equal(noise[1], again))
+print("other seed, same noise:", torch.equal(noise[1], noise[2]))
+print("token 11 with seeds 1 to 12 keeps chunk:", [choose(1, seed=seed)[0][11].item() for seed in range(1, 13)])
+
+# %% [markdown]
+# Why this kind of noise? Because of a lovely fact: adding Gumbel noise and taking the largest **draws** chunk $i$ with
+# exactly the probability $\mathrm{softmax}(s)_i$. Let 20,000 tokens with the same query choose one of four chunks. **You
+# should see** the measured shares within 0.01 of softmax.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+four = torch.tensor([1.0, 0.0, 0.5, -1.0])  # with R = 1 and a query of 1 the landmarks are the scores
+drawn, _ = retrieve(torch.ones(1, 20_000, 1, 1), four[None, :, None, None], chunk_size=1, top_k=1, offset=4, gumbel_seed=0)
+measured = torch.bincount(drawn.flatten(), minlength=4) / 20_000
+print("softmax :", [round(share, 1) for share in four.softmax(0).tolist()])
+print("measured:", [round(share, 1) for share in measured.tolist()])
+print("within 0.01:", bool((measured - four.softmax(0)).abs().max() < 0.01))
+
+# %% [markdown]
+# The noise touches the **choice alone**. The weights are made from the clean scores of whatever was chosen; noise in the
+# weights would teach the model that its own judgement means nothing. **You should see** `True`.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+indices, weights = choose(2, seed=3)
+kept = scores.gather(1, indices.long().clamp(min=0)).masked_fill(indices < 0, float("-inf"))
+print("weights == softmax of clean scores:", torch.allclose(weights[4:], kept[4:].softmax(dim=1)))
+
+# %% [markdown]
+# ### Move it
+#
+# All of it in one picture. With `noise seed` at 0 there is no noise. Try token 11 with $K = 1$ and walk through the
+# seeds: mostly chunk 0 is kept, now and then chunk 1. Then set $K = 2$ and compare the two ways to weigh.
+
+
+# %%
+def draw_twelve(figure, token, K, weighting, seed):
+    indices, weights = choose(K, weighting, seed or None)
+    left, right = figure.subplots(1, 2, width_ratios=(1.8, 1))
+    plots.score_map(left, visible_scores, indices, tokens=WORDS, token=token)
+    shares = per_chunk(indices, weights, N)[token]
+    plots.weight_bars(right, shares, [f"{i}: {' '.join(WORDS[i * S : i * S + S])}" for i in range(N)])
+    right.set_title(f"token {token} reads", fontsize=11)
+    kept = [i for i in indices[token].tolist() if i >= 0]
+    return f"Token {token} ({WORDS[token]}) keeps chunks {kept}; weights sum to {shares.sum():.2f}."
+
+
+explore(
+    draw_twelve,
+    alt="Left: score map of twelve tokens and three chunks, kept cells framed. Right: the weights of one token.",
+    size=(11, 3.4),
+    token=Control((0, 11), start=11),
+    K=Control((1, 3), label="chunks kept K"),
+    weighting=["softmax", "stick_breaking"],
+    seed=Control((0, 20), label="noise seed (0: none)"),
+)
+
+# %% [markdown]
+# ## A longer text with something to find
+#
+# Twelve tokens are a toy. Here are 512, in 32 chunks of 16. Every token is drawn from 300 random words, each a random
+# vector with $R = 64$ numbers. Two passages are **quoted**: tokens 320 to 383 repeat tokens 64 to 127, and tokens 448 to
+# 495 repeat tokens 200 to 247.
+#
+# A landmark is the mean of its chunk. A query is the mean of the token's last four words. Nothing is trained.
+
+# %%
+LONG_T, LONG_S, LONG_R = 512, 16, 64
+words = torch.randint(300, (LONG_T,), generator=random)
+words[320:384] = words[64:128]
+words[448:496] = words[200:248]
+vectors = torch.randn(300, LONG_R, dtype=torch.float64, generator=random)[words]  # [T, R]
+long_landmarks = vectors.unflatten(0, (-1, LONG_S)).mean(dim=1)  # [N, R]
+long_queries = torch.stack([vectors[max(t - 3, 0) : t + 1].mean(dim=0) for t in range(LONG_T)])
+
+# %% [markdown]
+# A good retrieval would send each quoting token to the chunk that it quotes. **You should see** that it does, for four
+# out of five. Chance would give one in twenty-five.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+indices, _ = retrieve(long_queries[None, :, None], long_landmarks[None, :, None], chunk_size=LONG_S, top_k=1)
+quoting = torch.cat((torch.arange(324, 384), torch.arange(452, 496)))  # from the fifth quoted word on
+quoted = torch.where(quoting < 400, quoting - 256, quoting - 248) // LONG_S
+hits = (indices[0, quoting, 0, 0] == quoted).float().mean().item()
+print(f"quoting tokens that keep the chunk they quote: {100 * hits:.0f} %")
+
+# %% [markdown]
+# ### Move it
+#
+# Bright: a high score. Dots: the chunks that were kept. The two quotations are staircases: as the token walks through the
+# quotation, the best chunk walks along. Move the mouse over the map, or click it and press the arrow keys. On the right:
+# how much the token trusts each of its chunks.
+#
+# Raise $K$. Then turn on the noise, and see how `sharpness` protects the choice: it multiplies the queries, so that
+# differences between scores grow while the noise stays as it is. A trained model finds its own sharpness.
+
+
+# %%
+def compute_long(K, seed, sharpness):
+    """Scores [T, N], and what `retrieve` makes of them: indices and weights [T, K]."""
+    sharp = long_queries * sharpness
+    options = {"chunk_size": LONG_S, "top_k": K, "gumbel_seed": seed or None}
+    indices, weights = retrieve(sharp[None, :, None], long_landmarks[None, :, None], **options)
+    scores = sharp @ long_landmarks.T / LONG_R**0.5
+    seen = visible_chunks(LONG_T, len(long_landmarks), LONG_S)
+    return scores.masked_fill(~seen, float("-inf")), indices[0, :, 0], weights[0, :, 0]
+
+
+explore_map(
+    compute_long,
+    alt="Left: score map of 512 tokens and 32 chunks; two quotations show as staircases. Right: the weights of one token.",
+    token=350,
+    K=Control((1, 8), start=2, label="chunks kept K"),
+    seed=Control((0, 20), label="noise seed (0: none)"),
+    sharpness=Control([1, 2, 4, 8, 16], start=8),
+)
+
+# %% [markdown]
+# ## Two more options
+#
+# | option of `retrieve` | what it does | why |
+# |---|---|---|
+# | `exclude_window=W` | chunks that lie wholly inside the last $W$ tokens are not visible | the window reads them already |
+# | `query_block=n` | the first token of each block of $n$ chooses for all of it | fewer choices, shared chunks |
+#
+# Why does the *first* token of the block choose, and not the mean of the block? Because the mean would know the future of
+# all but the last. The exercises try both options.
+#
+# ## Exercises
+#
+# **1. Leave out what the window sees.** With `exclude_window=W` chunk $i$ must also begin at token $t - W$ or before.
+# Extend `visible_chunks` and compare with the package for $W$ from 0 to 12. (The function to compare with is
+# `reference.retrieval.visible_chunks(positions, chunks, chunk_size, exclude_window)`.) Which chunks are left to token 11
+# with $W = 8$?
+#
+# <details>
+# <summary>Solution</summary>
+#
+# Only chunk 0 is left: chunk 1 begins at token 4, and the window of token 11 reads tokens 4 to 11.
+#
+# ```python
+# def visible_outside(T, N, chunk_size, window):
+#     begins_before_window = torch.arange(N) * chunk_size <= torch.arange(T)[:, None] - window
+#     return visible_chunks(T, N, chunk_size) & begins_before_window
+#
+# for window in range(13):
+#     theirs = reference.retrieval.visible_chunks(torch.arange(T), N, S, window)
+#     assert torch.equal(visible_outside(T, N, S, window), theirs)
+# print(visible_outside(T, N, S, 8)[11].tolist())  # [True, False, False]
+# ```
+#
+# </details>
+#
+# **2. Share a choice.** Use `query_block=4` on the twelve tokens with $K = 1$. Which token's query decides for token 11?
+# Prove it: change one query and see that token 11 keeps another chunk.
+#
+# <details>
+# <summary>Solution</summary>
+#
+# Token 8 is the first of its block, tokens 8 to 11. Its last four words are `sing at dawn what`, so it keeps chunk 1, and
+# token 11 with it. Give token 8 the query of token 11 and the whole block keeps chunk 0. Changing token 11's own query
+# changes nothing.
+#
+# ```python
+# def chunk_of_11(queries):
+#     indices, _ = retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=S, top_k=1, query_block=4)
+#     return indices[0, 11, 0, 0].item()
+#
+# first, own = queries.clone(), queries.clone()
+# first[8] = queries[11]
+# own[11] = 0
+# print(chunk_of_11(queries), chunk_of_11(first), chunk_of_11(own))  # 1 0 1
+# assert (chunk_of_11(queries), chunk_of_11(first), chunk_of_11(own)) == (1, 0, 1)
+# ```
+#
+# </details>
+#
+# ## What comes next
+#
+# We know which chunks and how much to trust each. [Notebook 04, *How are chunks read and blended?*](04_fusion.ipynb)
+# reads them, and shows how the weights $w$ let the loss of the language model teach the landmarks, which is the whole
+# point. 25 minutes.

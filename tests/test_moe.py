@@ -1,0 +1,82 @@
+"""The mixture of experts against a loop over experts.
+
+Dimensions: B batch, T tokens, C width, E experts, A experts active. float32: `grouped_mm` takes no float64.
+"""
+
+import pytest
+import torch
+from helpers import assert_close, random, results
+from torch.nn.functional import silu
+
+from hsa_mini.nn.moe import MoE
+
+C, HIDDEN, E = 16, 8, 6
+
+
+def build(active: int, bias: list[float] | None = None) -> MoE:
+    layer = MoE(C, HIDDEN, E, active)
+    for i, parameter in enumerate(layer.parameters()):
+        parameter.data = random(*parameter.shape, seed=i, dtype=torch.float32) * C**-0.5
+    if bias is not None:
+        layer.bias.copy_(torch.tensor(bias))
+    return layer
+
+
+def loop_experts(layer: MoE, x, **weights):
+    """Every expert over every token, in the weights' dtype; gate 0 where it was not chosen."""
+    affinity = torch.sigmoid(x @ weights["router.weight"].T)  # [B, T, E]
+    chosen = (affinity.detach() + layer.bias).topk(layer.active, dim=-1).indices
+    gates = torch.zeros_like(affinity).scatter(-1, chosen, 1.0) * affinity
+    gates = gates / gates.sum(-1, keepdim=True)
+    up, gate = (x @ weights["shared.up_and_gate.weight"].T).chunk(2, dim=-1)
+    out = (up * silu(gate)) @ weights["shared.down.weight"].T
+    for e in range(E):
+        up, gate = (x @ weights["up_and_gate"][e]).chunk(2, dim=-1)
+        out = out + gates[..., e : e + 1] * ((up * silu(gate)) @ weights["down"][e])
+    return out
+
+
+def both(layer: MoE, x: torch.Tensor):
+    """Outputs and gradients of the layer in float32 and of the loop in float64."""
+    inputs = dict(x=x, **dict(layer.named_parameters()))
+    got = results(lambda x, **weights: torch.func.functional_call(layer, weights, x), inputs)
+    want = results(lambda x, **weights: loop_experts(layer, x, **weights), {n: p.double() for n, p in inputs.items()})
+    return got, {name: value.float() for name, value in want.items()}
+
+
+@pytest.mark.parametrize("active", [1, 2, 4, E])
+@pytest.mark.parametrize("B, T", [(1, 1), (2, 13)])
+def test_equals_a_loop_over_experts(active, B, T):
+    got, want = both(build(active), random(B, T, C, dtype=torch.float32))
+    if active == 1:  # the only gate is always 1: the router learns nothing
+        assert got.pop("gradient of router.weight").abs().max() < 1e-6
+        want.pop("gradient of router.weight")
+    assert_close(got, want, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "bias, idle", [([-9, 0, 0, 0, 0, 0], [0]), ([0, -9, 9, -9, 9, -9], [0, 1, 3, 5]), ([0, 0, 0, 0, 0, -9], [5])]
+)
+def test_experts_without_tokens_give_nothing_and_get_no_gradient(bias, idle):
+    layer = build(2, bias)
+    got, want = both(layer, random(2, 13, C, dtype=torch.float32))
+    assert_close(got, want, 2e-6)
+    for name in ("gradient of up_and_gate", "gradient of down"):
+        assert (got[name][idle] == 0).all() and (got[name][2] != 0).any()
+
+
+def test_bias_moves_the_choice_and_never_the_gates():
+    x = random(40, C, dtype=torch.float32)
+    plain, biased = build(2), build(2, [0, 0, 0, 5, 0, 0])
+    chosen, gates = biased.route(x)
+    assert (chosen == 3).any(-1).all() and not (plain.route(x)[0] == 3).any(-1).all()
+    affinity = torch.sigmoid(x.double() @ biased.router.weight.double().T).gather(-1, chosen)
+    assert_close(gates, (affinity / affinity.sum(-1, keepdim=True)).float(), 1e-6)
+
+
+def test_tokens_do_not_depend_on_their_neighbours():
+    layer, x = build(2), random(1, 20, C, dtype=torch.float32)
+    whole = layer(x)
+    assert_close(torch.cat([layer(x[:, t : t + 1]) for t in range(20)], dim=1), whole, 1e-6)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert_close(layer(x[:, order]), whole[:, order], 1e-6)

@@ -1,0 +1,268 @@
+"""The course: what a notebook defines is what the package has, and every notebook keeps the promises of all."""
+
+import ast
+import functools
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_close, random
+
+from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
+from hsa_mini.nn.rope import apply_rope, rope_table
+
+jupytext = pytest.importorskip("jupytext")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("anywidget")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+MAX_KILOBYTES = 600
+MAX_FUNCTION_LINES = 15
+
+each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+# ---- Definitions: the notebook's own against the package's. To add one, write a function with a `@twin` above it.
+
+TWINS = []
+
+
+def twin(notebook: str, name: str):
+    """The check below takes the function `name` of `notebook` and compares it with the package's."""
+
+    def remember(check):
+        TWINS.append(pytest.param(notebook, name, check, id=f"{notebook}-{name}"))
+        return check
+
+    return remember
+
+
+@functools.cache
+def definitions(notebook: str) -> dict:
+    """The functions and classes that a notebook defines, made from its source alone: nothing else of it runs."""
+    tree = ast.parse((FOLDER / f"{notebook}.py").read_text(encoding="utf-8"))
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    tree.body = [node for node in tree.body if isinstance(node, kept)]
+    names: dict = {"__name__": notebook}
+    exec(compile(tree, f"{notebook}.py", "exec"), names)
+    return names
+
+
+@twin("01_why", "full_attention")
+def _full_attention(ours):
+    q, k, v = (random(9, 5, seed=seed) for seed in range(3))
+    theirs = reference.sliding_window_attention(*(x[None, :, None] for x in (q, k, v)), window=9)
+    assert_close(ours(q, k, v), theirs[0, :, 0], 1e-12)
+
+
+@twin("02_chunks", "split_into_chunks")
+def _split_into_chunks(ours):
+    config = PRESETS["debug"]  # chunks of 4
+    model = HSAModel(config, dtype=torch.float64)
+    for tokens in (4, 11, 12):
+        hidden = random(tokens, config.width)
+        memory = ChunkMemory(config)
+        with torch.no_grad():
+            model.remember(hidden[None], memory)
+            chunks, waiting = ours(hidden, config.chunk_size)
+            assert_close(model.encoder(chunks[None])[0], memory.k, 1e-12)
+        assert torch.equal(waiting, memory.partial[0])
+
+
+@twin("02_chunks", "rope")
+def _rope(ours):
+    x = random(3, 7, 16)  # heads, positions, numbers
+    theirs = apply_rope(x.transpose(0, 1), rope_table(torch.arange(7), 16, 10_000.0)).transpose(0, 1)
+    assert_close(ours(x), theirs, 1e-6)  # the package keeps its table in float32
+
+
+@twin("02_chunks", "encoder_block")
+def _encoder_block(ours):
+    block = HSAModel(PRESETS["debug"], dtype=torch.float64).encoder.blocks[0].requires_grad_(False)
+    x = random(3, 5, PRESETS["debug"].width)
+    rope = rope_table(torch.arange(5), PRESETS["debug"].head_dim, PRESETS["debug"].rope_base)
+    assert_close(ours(x, block), block(x, rope), 1e-6)
+
+
+@twin("02_chunks", "encode_chunks")
+def _encode_chunks(ours):
+    encoder = HSAModel(PRESETS["nano"], dtype=torch.float64).encoder.requires_grad_(False)
+    chunks = random(3, 16, PRESETS["nano"].width)
+    k, v, landmarks = encoder(chunks[None])
+    for got, want in zip(ours(chunks, encoder), (k[0], v[0], landmarks[0, :, 0])):
+        assert_close(got, want, 1e-6)
+
+
+@twin("03_retrieval", "visible_chunks")
+def _visible_chunks(ours):
+    assert torch.equal(ours(23, 6, 4), reference.retrieval.visible_chunks(torch.arange(23), 6, 4))
+
+
+@twin("03_retrieval", "keep_best")
+def _keep_best(ours):
+    scores = random(40, 9).mul(2).round()  # many ties
+    visible = random(40, 9, seed=1) > -0.3
+    theirs = reference.retrieval.newest_top_k(scores.masked_fill(~visible, float("-inf")), 4)
+    for t in range(40):
+        assert sorted(ours(scores[t], visible[t], 4)) == sorted(theirs[t].tolist())
+
+
+@twin("03_retrieval", "retrieve_plainly")
+def _retrieve_plainly(ours):
+    queries, landmarks = random(30, 6), random(8, 6, seed=1)
+    for top_k in (1, 3, 10):
+        indices, weights = ours(queries, landmarks, 4, top_k)
+        theirs = reference.retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=top_k)
+        theirs = theirs[0][0, :, 0].long(), theirs[1][0, :, 0]
+        assert_close(_by_chunk(indices, weights), _by_chunk(*theirs), 1e-12)
+
+
+@twin("03_retrieval", "break_stick")
+def _break_stick(ours):
+    scores = random(6)
+    assert_close(ours(scores), reference.retrieval.stick_breaking(scores), 1e-12)
+
+
+@twin("04_fusion", "chunk_attention")
+def _chunk_attention(ours):
+    q, k, v = random(2, 9, 4, 8), random(2, 3, 4, 2, 8, seed=1), random(2, 3, 4, 2, 8, seed=2)
+    chosen = reference.retrieve(random(2, 9, 2, 8, seed=3), random(2, 3, 2, 8, seed=4), chunk_size=4, top_k=2)
+    assert_close(ours(q, k, v, *chosen), reference.chunk_attention(q, k, v, *chosen), 1e-12)
+    assert_close(ours(q, k, v, *chosen, scale=0.1), reference.chunk_attention(q, k, v, *chosen, scale=0.1), 1e-12)
+
+
+@twin("04_fusion", "select_then_concatenate")
+def _select_then_concatenate(ours):
+    q, k, v = random(2, 9, 4, 8), random(2, 1, 6, 2, 8, seed=1), random(2, 1, 6, 2, 8, seed=2)
+    halves = torch.tensor([1, 0], dtype=torch.int32).expand(2, 9, 2, 2)  # both halves of one chunk are that chunk
+    whole, sure = torch.zeros(2, 9, 2, 1, dtype=torch.int32), torch.ones(2, 9, 2, 1, dtype=torch.float64)
+    in_halves = (x.unflatten(2, (2, 3)).flatten(1, 2) for x in (k, v))
+    assert_close(ours(q, *in_halves, halves), reference.chunk_attention(q, k, v, whole, sure), 1e-12)
+
+
+@twin("05_layer", "sliding_window_attention")
+def _sliding_window_attention(ours):
+    q, k, v = random(2, 9, 4, 8), random(2, 12, 2, 8, seed=1), random(2, 12, 2, 8, seed=2)
+    for window in (1, 4, 20):
+        assert_close(ours(q, k, v, window=window), reference.sliding_window_attention(q, k, v, window=window), 1e-12)
+
+
+@twin("05_layer", "layer")
+def _layer(ours):
+    config = PRESETS["debug"]
+    model = HSAModel(config, dtype=torch.float64).requires_grad_(False)
+    memory = ChunkMemory(config)
+    x = model.read(torch.randint(config.vocab_size, (2, 21)), memory)
+    rope = rope_table(torch.arange(21), config.head_dim, config.rope_base)
+    chunks = memory.k, memory.v, memory.landmarks
+    for block in (block for block in model.upper if block.hsa is not None):
+        theirs, _ = block(x, rope, None, lambda hsa, x: hsa(x, *chunks, position=0)[0])
+        assert_close(ours(block, x, memory), theirs, 1e-12)
+
+
+def _by_chunk(indices, weights):
+    """Slots [T, K] -> weight of each of 8 chunks [T, 8]; the order of slots is free."""
+    return torch.zeros(len(indices), 9, dtype=weights.dtype).scatter_add(1, indices % 9, weights)
+
+
+@pytest.mark.parametrize("notebook, name, check", TWINS)
+def test_definition_is_the_packages(notebook, name, check):
+    torch.manual_seed(0)
+    check(definitions(notebook)[name])
+
+
+# ---- What every notebook promises
+
+
+def cells(source: Path, kind: str) -> list[str]:
+    return [cell.source for cell in jupytext.read(source).cells if cell.cell_type == kind]
+
+
+def code(source: Path) -> str:
+    return "\n\n".join(cells(source, "code"))
+
+
+def executed(source: Path):
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def solutions(source: Path) -> list[str]:
+    """The Python of the folded solutions, in order."""
+    folded = re.findall(r"<details>.*?</details>", "\n".join(cells(source, "markdown")), flags=re.DOTALL)
+    return [block for text in folded for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
+
+
+@each_notebook
+def test_ipynb_is_what_its_source_makes(source):
+    want = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    assert [(cell.cell_type, cell.source) for cell in executed(source).cells] == want
+
+
+@each_notebook
+def test_ipynb_is_executed_and_small(source):
+    assert source.with_suffix(".ipynb").stat().st_size <= MAX_KILOBYTES * 1024
+    for cell in executed(source).cells:
+        if cell.cell_type == "code":
+            assert cell.execution_count, cell.source
+            assert not [output for output in cell.outputs if output.output_type == "error"], cell.source
+
+
+@each_notebook
+def test_figures_have_a_text(source):
+    for cell in executed(source).cells:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                assert output.metadata.get("image/png", {}).get("alt", "").strip(), cell.source
+
+
+@each_notebook
+def test_something_is_checked_and_something_moves(source):
+    assert any(text.startswith("# NBVAL_CHECK_OUTPUT") for text in cells(source, "code"))
+    assert re.search(r"\bexplore(_map)?\(|\bipywidgets\.", code(source))
+
+
+@each_notebook
+def test_nothing_stalls_a_headless_run(source):
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(code(source))) if isinstance(node, ast.Call)}
+    assert not {name for name in called if name.split(".")[-1] in ("interact", "interactive") or name == "plt.show"}
+
+
+@each_notebook
+def test_functions_are_short(source):
+    for node in ast.walk(ast.parse(code(source))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+@each_notebook
+def test_no_code_is_commented_out(source):
+    tokens = tokenize.generate_tokens(io.StringIO(code(source)).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    assert not [text for text in comments if re.match(r"#\s*(import |from \w+ import|def |for .*:$|print\()", text)]
+
+
+@each_notebook
+def test_opening_says_what_how_long_and_needs(source):
+    opening = cells(source, "markdown")[0]
+    assert opening.startswith(f"# {source.stem[:2]} · ")
+    for promise in ("you will be able to", "minutes", "CPU cores", "**Needs:**"):
+        assert promise in opening, promise
+
+
+@each_notebook
+def test_two_exercises_with_folded_solutions_and_a_way_on(source):
+    closing = "\n".join(cells(source, "markdown"))[-12_000:]
+    assert closing.count("<summary>Solution</summary>") >= 2
+    assert closing.count("<details>") == closing.count("</details>")
+    assert re.search(r"\]\(\d\d_\w+\.ipynb\)", closing.split("What comes next")[-1]) or source == SOURCES[-1]
+
+
+@each_notebook
+def test_solutions_run(source, capsys):
+    names: dict = {"__name__": source.stem}
+    for text in (code(source), *solutions(source)):
+        exec(compile(text, source.name, "exec"), names)

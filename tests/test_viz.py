@@ -1,0 +1,249 @@
+"""Pictures and controls: what is drawn is what was given, and an error is seen."""
+
+import ast
+import base64
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import random
+
+from hsa_mini.reference import retrieve
+
+pytest.importorskip("anywidget")
+pytest.importorskip("matplotlib")
+
+import ipywidgets  # noqa: E402
+
+from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show, widgets  # noqa: E402
+
+PNG = b"\x89PNG\r\n"
+WORDS = "the code is 7 birds sing at dawn what is the code".split()
+
+
+def draw_line(figure, token, how):
+    if token == 3:
+        raise RuntimeError("no three")
+    figure.subplots().plot([0, token], [0, 1])
+    return f"token {token}, {how}"
+
+
+def line_explorer(**options):
+    return explore(draw_line, alt="A line.", token=(0, 11), how=["softmax", "stick_breaking"], **options)
+
+
+def axes():
+    return make_figure().subplots()
+
+
+def texts(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+# ---- explore
+
+
+def test_a_control_redraws_picture_and_summary():
+    explorer = line_explorer()
+    before = explorer.picture.value
+    explorer.controls["token"].value = 5
+    assert bytes(explorer.picture.value).startswith(PNG) and explorer.picture.value != before
+    assert explorer.summary.value == "token 5, softmax"
+    explorer.controls["how"].value = "stick_breaking"
+    assert explorer.summary.value == "token 5, stick_breaking"
+    assert explorer.values == {"token": 5, "how": "stick_breaking"}
+
+
+def test_one_figure_is_drawn_again_and_again():
+    explorer = line_explorer()
+    figure = explorer.figure
+    for token in (1, 2, 4, 5):
+        explorer.controls["token"].value = token
+    assert explorer.figure is figure and len(figure.axes) == 1
+
+
+def test_an_error_takes_the_place_of_the_summary():
+    explorer = line_explorer()
+    picture = explorer.picture.value
+    explorer.controls["token"].value = 3
+    assert explorer.summary.value == "Could not draw token=3, how=softmax: RuntimeError: no three"
+    assert explorer.picture.value == picture
+    explorer.controls["token"].value = 4
+    assert explorer.summary.value == "token 4, softmax"
+
+
+def test_the_first_drawing_must_work():
+    with pytest.raises(RuntimeError, match="no three"):
+        explore(draw_line, alt="A line.", token=Control((0, 11), start=3), how=["softmax"])
+
+
+def test_readers_without_a_kernel_get_picture_summary_and_alt():
+    data, metadata = line_explorer()._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert base64.b64decode(data["image/png"]).startswith(PNG)
+    assert data["text/plain"] == "token 0, softmax"
+    assert metadata == {"image/png": {"alt": "A line. token 0, softmax"}}
+
+
+@pytest.mark.parametrize(
+    "offers, kind, values",
+    [
+        ((0, 11), ipywidgets.IntSlider, {"min": 0, "max": 11, "step": 1, "value": 0}),
+        ((2, 12, 5), ipywidgets.IntSlider, {"min": 2, "max": 12, "step": 5, "value": 2}),
+        ((0.5, 2.0), ipywidgets.FloatSlider, {"min": 0.5, "max": 2.0, "step": 0.1, "value": 0.5}),
+        (["near", "far"], ipywidgets.Dropdown, {"options": ("near", "far"), "value": "near"}),
+        ([1, 4, 16], ipywidgets.SelectionSlider, {"options": (1, 4, 16), "value": 1}),
+        ([("4K", 4096), ("8K", 8192)], ipywidgets.SelectionSlider, {"value": 4096}),
+        (bool, ipywidgets.Checkbox, {"value": False}),
+    ],
+)
+def test_kinds_of_control(offers, kind, values):
+    seen = []
+    explorer = explore(lambda figure, some_size: seen.append(some_size) or "seen", alt="Nothing.", some_size=offers)
+    control = explorer.controls["some_size"]
+    assert type(control) is kind and control.description == "some size"
+    assert {name: getattr(control, name) for name in values} == values
+    assert seen == [values["value"]]
+
+
+def test_start_and_label():
+    explorer = explore(lambda figure, K: str(K), alt="Nothing.", K=Control((1, 9), start=4, label="chunks kept K"))
+    assert (explorer.controls["K"].description, explorer.summary.value) == ("chunks kept K", "4")
+
+
+def test_a_wrong_range_is_named():
+    with pytest.raises(ValueError, match="token: got"):
+        explore(lambda figure, token: "", alt="Nothing.", token=(1, 2, 3, 4))
+
+
+# ---- explore_map
+
+
+def compute(K):
+    scores = random(6, 3).masked_fill(~(torch.arange(1, 4) * 2 <= torch.arange(6)[:, None]), float("-inf"))
+    best = scores.topk(K)
+    indices = best.indices.masked_fill(best.values == float("-inf"), -1)
+    return scores, indices, best.values.softmax(-1).nan_to_num(0.0)
+
+
+def test_the_map_carries_the_numbers_bit_by_bit():
+    explorer = explore_map(compute, alt="A map.", token=4, K=(1, 3))
+    explorer.controls["K"].value = 2
+    data, (scores, indices, weights) = explorer.picture.data, compute(2)
+    assert data["shape"] == [6, 3, 2]
+    assert np.array_equal(np.frombuffer(data["scores"], "<f4").reshape(6, 3), scores.float().numpy())
+    assert np.array_equal(np.frombuffer(data["indices"], "<i4").reshape(6, 2), indices.numpy())
+    assert np.array_equal(np.frombuffer(data["weights"], "<f4").reshape(6, 2), weights.float().numpy())
+
+
+def test_the_maps_still_picture_follows_the_token():
+    explorer = explore_map(compute, alt="A map.", token=4, K=(1, 3))
+    chunk = compute(1)[1][4, 0].item()
+    data, metadata = explorer._repr_mimebundle_()
+    assert data["text/plain"] == f"Token 4 keeps chunk {chunk} with 1.00."
+    assert metadata["image/png"]["alt"].startswith("A map. Token 4")
+    explorer.picture.token = 0
+    assert "keeps nothing" in explorer._repr_mimebundle_()[0]["text/plain"]
+
+
+def test_an_error_of_the_map_is_seen():
+    explorer = explore_map(compute, alt="A map.", K=(1, 5))
+    explorer.controls["K"].value = 5  # topk of 3 chunks cannot find 5
+    assert explorer.summary.value.startswith("Could not draw K=5: RuntimeError")
+
+
+# ---- show, and what viz may not do
+
+
+def test_show_displays_png_and_alt(monkeypatch):
+    displayed = []
+    monkeypatch.setattr(widgets, "display", lambda data, **options: displayed.append((data, options)))
+    show(make_figure(2, 1), "An empty figure.")
+    (data, options), = displayed
+    assert base64.b64decode(data["image/png"]).startswith(PNG) and data["text/plain"] == "An empty figure."
+    assert options == {"metadata": {"image/png": {"alt": "An empty figure."}}, "raw": True}
+
+
+def test_pyplot_is_never_loaded():
+    script = "import sys, hsa_mini.viz; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode == 0
+
+
+@pytest.mark.parametrize("module", [plots, widgets], ids=lambda module: module.__name__)
+def test_viz_computes_nothing_of_its_own(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in imported if name.split(".")[0] in ("torch", "hsa_mini")}
+
+
+# ---- plots
+
+
+def test_chunk_grid_says_what_every_chunk_is_to_the_token():
+    ax = axes()
+    plots.chunk_grid(ax, WORDS + ["is"], 4, token=9, weights=[0.75, 0.0, 0.0])
+    shown = texts(ax)
+    assert [word for word in shown if word in WORDS] == WORDS + ["is"]
+    assert shown[-7:-1:2] == ["weight 0.75", "not chosen", "not complete before this token"]
+    assert shown[-1] == "the future"
+
+
+def test_chunk_grid_of_the_last_token_shows_what_waits():
+    ax = axes()
+    plots.chunk_grid(ax, WORDS[:10], 4)
+    assert texts(ax)[-1] == "incomplete: it waits"
+    assert texts(ax)[-3] == texts(ax)[-5] == "complete: can be retrieved"
+
+
+def test_score_map_frames_every_kept_chunk_and_crosses_the_unseen():
+    queries, landmarks = random(1, 12, 1, 5), random(1, 3, 1, 5, seed=1)
+    indices, _ = retrieve(queries, landmarks, chunk_size=4, top_k=1)
+    scores = (queries[0, :, 0] @ landmarks[0, :, 0].T).masked_fill(
+        ~(torch.arange(1, 4) * 4 <= torch.arange(12)[:, None]), float("-inf")
+    )
+    ax = axes()
+    plots.score_map(ax, scores, indices[0, :, 0], tokens=WORDS, token=11)
+    framed = {(round(patch.get_x() + 0.5), round(patch.get_y() + 0.5)) for patch in ax.patches}
+    assert framed == {(t, i) for t, i in enumerate(indices[0, :, 0, 0].tolist()) if i >= 0}
+    assert texts(ax).count("×") == int((scores == float("-inf")).sum())
+    assert [label.get_text() for label in ax.get_xticklabels()][3] == "3: 7"
+
+
+def test_score_map_of_a_long_text_dots_the_kept_chunks():
+    ax = axes()
+    indices = torch.full((100, 2), -1)
+    indices[50] = torch.tensor([3, 1])
+    plots.score_map(ax, random(100, 10), indices, token=50)
+    assert ax.collections[0].get_offsets().tolist() == [[50, 3], [50, 1]]
+
+
+def test_weight_bars_are_as_long_as_the_weights():
+    ax = axes()
+    plots.weight_bars(ax, torch.tensor([0.25, 0.75], requires_grad=True))
+    assert [bar.get_width() for bar in ax.patches] == [0.25, 0.75]
+    assert texts(ax) == ["0.25", "0.75"]
+
+
+def test_reach_map_fills_what_moved():
+    moved = torch.tensor([[True, False], [False, True]])
+    ax = axes()
+    plots.reach_map(ax, moved, tokens=["a", "b"], token=1)
+    assert [patch.get_xy() for patch in ax.patches] == [(-0.5, -0.5), (0.5, 0.5)]
+    assert ax.collections[0].get_offsets().tolist() == [[0, 1]]
+
+
+def test_cost_curves_draw_the_given_costs():
+    ax = axes()
+    plots.cost_curves(ax, [1024, 2048, 4096], {"full": [1, 4, 16], "window": [1, 1, 1]}, at=2048)
+    assert ax.lines[0].get_ydata().tolist() == [1, 4, 16]
+    assert ax.lines[1].get_xydata().tolist() == [[2048, 4]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1K", "4K"]
+
+
+@pytest.mark.parametrize("tokens, name", [(512, "512"), (4096, "4K"), (1 << 20, "1M"), (3 << 19, "1.5M"), (16 << 20, "16M")])
+def test_length_name(tokens, name):
+    assert plots.length_name(tokens) == name
