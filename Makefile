@@ -5,6 +5,8 @@
 VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# JupyterLab refuses to serve root, who is the only user of many containers.
+ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(sort $(wildcard notebooks/*.py)))
 
 .DEFAULT_GOAL := help
@@ -18,7 +20,7 @@ setup: $(READY) ## Build .venv and fetch the text corpora (once, minutes; then i
 	@$(PY) -m hsa_mini fetch
 
 lab: setup ## Open the notebooks in JupyterLab, on this machine only
-	$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT) $(ARGS)
 
 demo: setup ## Ask the shipped model for needles in a long text
 	$(PY) -m hsa_mini demo $(ARGS)
@@ -43,10 +45,10 @@ else
 	@echo 'no notebooks to run'
 endif
 
-bench: $(READY) ## Time the kernels and print the tables (needs an NVIDIA GPU)
+bench: $(READY) ## Time the operations on the device that is there
 	$(PY) kernels/bench $(ARGS)
 
-train: setup ## Train the mini preset (5 minutes on a GPU)
+train: setup ## Train the mini model (minutes on a GPU), or go on where it was cut off
 	$(PY) -m hsa_mini train mini $(ARGS)
 
 clean: ## Remove .venv, out/ and what builds and tests left behind

@@ -25,7 +25,13 @@ STATE, PROGRESS = "state.safetensors", "progress.json"
 
 
 def write_folder(path: Path, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str]) -> None:
-    """Write files of tensors and of text, and their manifest, as the folder `path`, replacing what stood there."""
+    """Write files of tensors and of text, and their manifest, as the folder `path`, replacing the checkpoint there.
+
+    Raises ValueError if something else stands there: nobody's own files are deleted.
+    """
+    path = path.resolve()
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"path: got {path}, accepted is a new or empty folder, or that of a checkpoint, which is replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
     try:
@@ -33,7 +39,7 @@ def write_folder(path: Path, tensors: dict[str, dict[str, torch.Tensor]], texts:
             save_file({key: value.detach().contiguous().cpu() for key, value in content.items()}, fresh / name)
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
-        digests = {name: {"sha256": _sha256(fresh / name), "bytes": (fresh / name).stat().st_size} for name in (*tensors, *texts)}
+        digests = {name: _digest(fresh / name) for name in (*tensors, *texts)}
         (fresh / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
         for file in fresh.iterdir():
             file.chmod(0o644)
@@ -51,21 +57,23 @@ def write_folder(path: Path, tensors: dict[str, dict[str, torch.Tensor]], texts:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def verified_folder(path: Path) -> Path:
-    """The folder to read, once every file matches its manifest. Raises ValueError that names the file at fault."""
+def verified_folder(path: Path, *names: str) -> Path:
+    """The folder to read, once it has `names` and every file matches its manifest. Raises ValueError that names the file."""
     folder = path if path.is_dir() or not _previous(path).is_dir() else _previous(path)  # the writer died between renames
     if not folder.is_dir():
         raise ValueError(f"path: got {path}, accepted is the folder of a checkpoint")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: entry["sha256"] for name, entry in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        expected = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError):
         raise ValueError(f"path: {folder} has no readable {MANIFEST}; accepted is the folder of a checkpoint") from None
+    for name in names:
+        if name not in expected:
+            raise ValueError(f"path: {folder / MANIFEST} does not name {name}; accepted is a whole checkpoint")
     for name, digest in expected.items():
         if "/" in name or not (folder / name).is_file():
-            raise ValueError(f"path: {folder} lacks {name}, which its manifest names")
-        if _sha256(folder / name) != digest:
-            raise ValueError(f"path: {folder / name} is corrupted: its sha256 is not the manifest's")
+            raise ValueError(f"path: {folder} lacks {name}, which its {MANIFEST} names; accepted is a whole checkpoint")
+        if _digest(folder / name) != digest:
+            raise ValueError(f"path: {folder / name} does not match its {MANIFEST}; accepted is an unaltered checkpoint")
     return folder
 
 
@@ -86,10 +94,7 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder = verified_folder(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"path: {folder} lacks {name}")
+    folder = verified_folder(path, CONFIG, WEIGHTS)
     try:
         config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS, device=str(device))
@@ -119,7 +124,7 @@ def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
     """The newest state of a run that is whole, or None."""
     for folder in reversed(_steps(run)):
         try:
-            folder = verified_folder(folder)
+            folder = verified_folder(folder, STATE, PROGRESS)
         except ValueError:
             continue
         return load_file(folder / STATE), json.loads((folder / PROGRESS).read_text())
@@ -134,9 +139,10 @@ def _previous(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> dict[str, str | int]:
+    """What the manifest says of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
-from .paths import data_dir, write_whole
+from .paths import check_writable, data_dir, write_whole
+
+MOST_SEED = (1 << 32) - 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,13 +17,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is an integer") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is a number") from None
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # nan is in no range
+        raise ValueError(f"{name}: got {value}, accepted is {least} to {most}")
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = build_parser().parse_args(words)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any text is printed, on any terminal
     try:
         return arguments.command(arguments)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # only torch's way to say that memory ran out is the user's to know
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"hsa-mini {arguments.name}: error: {message}", file=sys.stderr)
         return 2
@@ -35,10 +60,10 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="demo|train|eval|fetch")
 
     demo = commands.add_parser("demo", help="find one needle in a long text")
-    demo.add_argument("--tokens", type=int, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
+    demo.add_argument("--tokens", type=integer, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
     demo.add_argument("--haystack", type=Path, metavar="FILE", help="any UTF-8 text, repeated to length (default: held-out text)")
-    demo.add_argument("--depth", type=float, default=0.5, help="where the needle lies: 0 first, 1 last (default 0.5)")
-    demo.add_argument("--seed", type=int, default=0, help="of needles, question and place in the text (default 0)")
+    demo.add_argument("--depth", type=number, default=0.5, help="where the needle lies: 0 first, 1 last (default 0.5)")
+    demo.add_argument("--seed", type=integer, default=0, help="of needles, question and place in the text (default 0)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where the picture goes (default out)")
     demo.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
     demo.add_argument("--checkpoint", default="mini", help="a shipped model or a folder (default mini)")
@@ -47,17 +72,17 @@ def build_parser() -> Parser:
     train = commands.add_parser("train", help="train a model from nothing, or go on where a run was cut off")
     train.add_argument("preset", help="which model: nano or mini")
     train.add_argument("--run", type=Path, metavar="DIR", help="states, log and final model (default runs/PRESET)")
-    train.add_argument("--steps", type=int, help="instead of the recipe's")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--workers", type=int, help="processes that draw batches (default: by the cores at hand)")
+    train.add_argument("--steps", type=integer, help="instead of the recipe's")
+    train.add_argument("--seed", type=integer, default=0)
+    train.add_argument("--workers", type=integer, help="processes that draw batches (default: by the cores at hand)")
     train.set_defaults(command=run_train)
 
     evaluate = commands.add_parser("eval", help="ask many needle questions by length and depth")
     evaluate.add_argument("checkpoint", help="a shipped model (mini) or a folder")
     evaluate.add_argument("--task", default="s_niah", choices=["s_niah"])
-    evaluate.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="default: those of the paper's Figure 4")
-    evaluate.add_argument("--samples", type=int, help="questions a depth (default 10, and 5 from 4M tokens on)")
-    evaluate.add_argument("--seed", type=int, default=1)
+    evaluate.add_argument("--lengths", type=integer, nargs="+", metavar="TOKENS", help="default: those of the paper's Figure 4")
+    evaluate.add_argument("--samples", type=integer, help="questions a depth (default 10, and 5 from 4M tokens on)")
+    evaluate.add_argument("--seed", type=integer, default=1)
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: data/results/CHECKPOINT_TASK.json")
     evaluate.set_defaults(command=run_eval)
 
@@ -82,28 +107,59 @@ def choose_device(name: str):
     return torch.device(name)
 
 
-def checkpoint_folder(name: str) -> Path:
-    shipped = data_dir() / "checkpoints" / name
-    return shipped if "/" not in name and shipped.is_dir() else Path(name)
+def read_model(argument: str, given: str, device):
+    """The model that is shipped under a name, or in a folder. Raises ValueError that names the argument."""
+    from .checkpoint import load_model
+    from .data.tokenizer import load_tokenizer
+
+    home = data_dir() / "checkpoints"
+    shipped = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    folder = home / given if given in shipped else Path(given)
+    try:
+        model = load_model(folder, device=device)
+        symbols = load_tokenizer().n_vocab
+        if model.config.vocab_size < symbols:
+            raise ValueError(f"{folder} knows {model.config.vocab_size} tokens, accepted is a model of at least {symbols}")
+    except (ValueError, OSError) as error:
+        reason = str(error).removeprefix("path: ")
+        raise ValueError(f"{argument}: {reason} (shipped with the package: {', '.join(shipped) or 'none'})") from None
+    return model
+
+
+def check_length(argument: str, tokens: int, config) -> None:
+    """Raise ValueError if needles and question do not fit into `tokens` tokens for a model of this window."""
+    from .data.tasks import NeedleTask
+    from .data.tokenizer import load_tokenizer
+    from .demo import MOST_TOKENS
+
+    check_range(argument, tokens, NeedleTask(load_tokenizer()).least_tokens(config.chunk_size, config.window), MOST_TOKENS)
 
 
 def run_demo(arguments) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from .checkpoint import load_model
     from .data.corpus import load_corpus, load_text
-    from .demo import find_needle
+    from .demo import LEAST_HAYSTACK, LEAST_TOKENS, MOST_TOKENS, find_needle
+    from .viz import plots  # noqa: F401  what draws the picture is missed now, not after the work
 
     talk = sys.stderr if arguments.json == "-" else sys.stdout
+    check_range("--tokens", arguments.tokens, LEAST_TOKENS, MOST_TOKENS)
+    check_range("--depth", arguments.depth, 0, 1)
+    check_range("--seed", arguments.seed, 0, MOST_SEED)
+    check_writable("--out", arguments.out, folder=True)
+    if arguments.json not in (None, "-"):
+        check_writable("--json", Path(arguments.json))
     device = choose_device(arguments.device)
-    model = load_model(checkpoint_folder(arguments.checkpoint), device=device)
+    model = read_model("--checkpoint", arguments.checkpoint, device)
+    check_length("--tokens", arguments.tokens, model.config)
     if arguments.haystack:
         corpus, first = load_text(arguments.haystack, name="--haystack"), 0
+        if len(corpus) < LEAST_HAYSTACK:
+            raise ValueError(f"--haystack: got {len(corpus)} tokens of text, accepted are at least {LEAST_HAYSTACK}")
     else:
         corpus = load_corpus("validation")
-        first = int(np.random.default_rng(abs(arguments.seed)).integers(len(corpus)))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+        first = int(np.random.default_rng(arguments.seed).integers(len(corpus)))
     print(f"reading {arguments.tokens:,} tokens of {corpus.name} on {device}", file=talk, flush=True)
     with tqdm(total=arguments.tokens, unit=" tokens", unit_scale=True, mininterval=0.2, desc="prefill") as bar:
         finding = find_needle(
@@ -122,7 +178,7 @@ def run_demo(arguments) -> int:
     text = json.dumps(finding.to_json(), indent=1) + "\n"
     if arguments.json == "-":
         sys.stdout.write(text)
-    elif arguments.json:
+    elif arguments.json is not None:
         write_whole(Path(arguments.json), text.encode())
     return 0
 
@@ -134,19 +190,24 @@ def report(finding) -> str:
     shown = found or finding.needle_chunks
     lines = [
         f"\nquestion   {finding.question}",
-        f"answer     {finding.answer.rstrip('.')}   ({'right' if finding.correct else f'wrong: it is {finding.expected}'})",
+        f"answer     {printable(finding.answer.rstrip('.'))}   ({'right' if finding.correct else f'wrong: it is {finding.expected}'})",
         f"needle in  chunk {' and '.join(map(str, finding.needle_chunks))} of {finding.scores.shape[1]:,}",
         f"retrieved  {layers}",
     ]
     for chunk in shown:
         kind = "retrieved" if chunk in found else "not retrieved"
-        lines += [f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:", "  " + finding.chunk_text(chunk).replace("\n", "\n  ")]
+        lines += [f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:", "  " + printable(finding.chunk_text(chunk)).replace("\n", "\n  ")]
     rate = finding.tokens / finding.prefill_seconds
     lines.append(
         f"\nprefill    {finding.prefill_seconds:.1f} s ({rate:,.0f} tokens/s), answer {finding.decode_seconds:.2f} s, "
         f"peak memory {finding.peak_memory_bytes / 1e9:.2f} GB"
     )
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """`text` with dots for what would upset a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
 
 
 def save_picture(finding, path: Path) -> None:
@@ -158,7 +219,7 @@ def save_picture(finding, path: Path) -> None:
 
     figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
     needle_strip(figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size)
-    figure.suptitle(f"{finding.question}   {finding.answer.rstrip('.')}", fontsize=13)
+    figure.suptitle(f"{finding.question}   {printable(finding.answer.rstrip('.'))}", fontsize=13, parse_math=False)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     write_whole(path, image.getvalue())
@@ -168,6 +229,10 @@ def run_train(arguments) -> int:
     from .train import train
 
     run = arguments.run or Path("runs") / arguments.preset
+    check_range("--steps", 1 if arguments.steps is None else arguments.steps, 1, 10**9)
+    check_range("--seed", arguments.seed, 0, MOST_SEED)
+    check_range("--workers", arguments.workers or 0, 0, 1024)
+    check_writable("--run", run, folder=True)
     device = choose_device(arguments.device)
     train(arguments.preset, run=run, device=device, steps=arguments.steps, seed=arguments.seed, workers=arguments.workers)
     print(f"the model is in {run / 'final'}, the log in {run / 'log.csv'}")
@@ -175,16 +240,20 @@ def run_train(arguments) -> int:
 
 
 def run_eval(arguments) -> int:
-    from .checkpoint import load_model
+    from .demo import MOST_TOKENS
     from .evaluate import LENGTHS, by_length, evaluate_s_niah, write_results
 
+    for tokens in arguments.lengths or ():
+        check_range("--lengths", tokens, 1, MOST_TOKENS)
+    check_range("--samples", 1 if arguments.samples is None else arguments.samples, 1, 10**6)
+    check_range("--seed", arguments.seed, 0, MOST_SEED)
+    name = f"{Path(arguments.checkpoint).name}_{arguments.task}.json"
+    path = data_dir() / "results" / name if arguments.out is None else arguments.out
+    check_writable("--out", path)
     device = choose_device(arguments.device)
-    folder = checkpoint_folder(arguments.checkpoint)
-    model = load_model(folder, device=device)
-    for name, values in (("--lengths", arguments.lengths or []), ("--samples", [arguments.samples or 1])):
-        if any(value < 1 for value in values):
-            raise ValueError(f"{name}: got {min(values)}, accepted is 1 or more")
-    path = arguments.out or data_dir() / "results" / f"{folder.name}_{arguments.task}.json"
+    model = read_model("checkpoint", arguments.checkpoint, device)
+    for tokens in arguments.lengths or ():
+        check_length("--lengths", tokens, model.config)
     rows, controls = evaluate_s_niah(
         model,
         lengths=arguments.lengths or LENGTHS,

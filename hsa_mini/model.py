@@ -16,6 +16,7 @@ from .nn.chunk_encoder import ChunkEncoder
 from .nn.hsa import HSA, Retrieval
 from .nn.mlp import MLP
 from .nn.moe import MoE
+from .nn.norm import RMSNorm
 from .nn.rope import rope_table
 from .nn.swa import SlidingWindowAttention
 
@@ -41,11 +42,11 @@ class Block(nn.Module):
     def __init__(self, config: HSAConfig, *, with_hsa: bool, with_experts: bool) -> None:
         super().__init__()
         self.bypass = config.residual == "bypass"
-        self.swa_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.swa_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.swa = SlidingWindowAttention(config)
-        self.hsa_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if with_hsa else None
+        self.hsa_norm = RMSNorm(config.width, eps=config.norm_eps) if with_hsa else None
         self.hsa = HSA(config) if with_hsa else None
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = (
             MoE(config.width, config.expert_width, config.experts, config.experts_active)
             if with_experts
@@ -85,7 +86,7 @@ class HSAModel(nn.Module):
                 Block(config, with_hsa=i % config.layers_per_group == 0, with_experts=bool(config.experts))
                 for i in range(config.upper_layers)
             )
-            self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.norm = RMSNorm(config.width, eps=config.norm_eps)
             self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
@@ -118,6 +119,8 @@ class HSAModel(nn.Module):
         """
         memory = ChunkMemory(self.config) if memory is None else memory
         self.check_ids(ids, memory)
+        if not 0 <= neighbours < len(ids):  # one more, and a sequence would find its own future among its neighbours'
+            raise ValueError(f"neighbours: got {neighbours}, accepted are 0 to {len(ids) - 1}, one less than the batch")
         position = memory.position
         hidden = self.read(ids, memory)
         hidden, retrievals = self.look_up(hidden, position, memory, neighbours=neighbours, gumbel_seed=gumbel_seed)

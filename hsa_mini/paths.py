@@ -19,6 +19,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HSA_MINI_CACHE", default))
 
 
+def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
+    """Raise ValueError if `path` cannot become a file (or, if `folder`, hold files). Leaves nothing behind."""
+    try:
+        if path.exists() and path.is_dir() != folder:
+            raise OSError(0, "it is a file" if folder else "it is a folder")
+        nearest = path if folder else path.absolute().parent
+        while not nearest.exists():
+            nearest = nearest.absolute().parent
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        kind = "folder to write into" if folder else "file that can be written"
+        raise ValueError(f"{name}: got {path} ({error.strerror}), accepted is a {kind}") from None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

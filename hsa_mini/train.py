@@ -24,6 +24,7 @@ from .checkpoint import load_progress, save_model, save_progress
 from .config import PRESETS
 from .data.mixture import ANSWER, COPY, TEXT, Mixture, TrainingBatches
 from .model import HSAModel
+from .paths import write_whole
 
 LOG = "log.csv"
 COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "learning_rate", "seconds")
@@ -53,7 +54,7 @@ class Recipe:
 
 RECIPES = {
     "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
-    "mini": Recipe(steps=5000, batch=32, tokens=1024, neighbours=7),
+    "mini": Recipe(steps=3214, batch=32, tokens=1024),
 }
 
 
@@ -192,13 +193,13 @@ class Log:
     """The CSV of a run: one row every few steps, flushed at once; rows behind a resumed step are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(csv.reader(io.StringIO(path.read_text()))) if path.exists() and start else []
         kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[0]) <= start]
-        self._file = path.open("w", newline="")
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([COLUMNS, *kept])
+        write_whole(path, text.getvalue().encode())
+        self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerows([COLUMNS, *kept])
-        self._file.flush()
 
     def write(self, values: list[float]) -> None:
         if not math.isfinite(values[1]):

@@ -496,7 +496,7 @@ def draw_haystack(axes, number, marked=None):
         axes.axvline(chunk, color=RED, linewidth=1, zorder=0)
     axes.scatter(needle, scores[needle], s=22, color=RED, linewidths=0, label="the needle")
     if marked is not None:
-        axes.scatter(marked, scores[marked], s=170, marker="v", color=ORANGE, edgecolors=INK, label="shown below", zorder=3)
+        axes.scatter(marked, scores[marked], s=260, facecolors="none", edgecolors=ORANGE, linewidths=3, label="shown below")
     axes.set(xlabel="chunk of the text, 0 to 1,023", ylabel="retrieval score", xlim=(-12, len(scores) + 12))
     axes.set_title(f"HSA layer {number}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
@@ -540,7 +540,7 @@ for number, kept in enumerate(finding.retrieved_chunks):
 def draw_reading(figure, number, rank):
     """The haystack of one HSA layer, and the text of one of the chunks that it kept."""
     chunk = best_first(number)[rank - 1]
-    top, bottom = figure.subplots(2, 1, height_ratios=(2, 1))
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 1))
     draw_haystack(top, number, marked=chunk)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     words = textwrap.fill(" ".join(finding.chunk_text(chunk).split()), 92)
@@ -553,8 +553,8 @@ def draw_reading(figure, number, rank):
 
 explore(
     draw_reading,
-    alt="The retrieval score of every chunk as a dot, a triangle on the chosen chunk, and the text of that chunk.",
-    size=(8.5, 4.8),
+    alt="The retrieval score of every chunk as a dot, a large ring around the chosen chunk, and the text of that chunk.",
+    size=(8.5, 4.4),
     number=Control([0, 1], label="HSA layer"),
     rank=Control((1, min(map(len, finding.retrieved_chunks))), label="number by score"),
 )

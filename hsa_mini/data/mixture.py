@@ -33,9 +33,12 @@ class Mixture:
 class TrainingBatches(Dataset):
     """Item `step` is a batch: ids int64 [B, T+1] and parts int8 [B, T+1] (the part of each token as a target)."""
 
-    def __init__(self, mixture: Mixture, *, batch: int, tokens: int, steps: int, seed: int) -> None:
+    def __init__(
+        self, mixture: Mixture, *, batch: int, tokens: int, steps: int, seed: int, text: np.ndarray | None = None
+    ) -> None:
+        """`text`: tokens to draw real text from, instead of the training corpus."""
         self.mixture, self.batch, self.tokens, self.steps, self.seed = mixture, batch, tokens, steps, seed
-        self.text = load_corpus("train").tokens
+        self.text = load_corpus("train").tokens if text is None else text
         tokenizer = load_tokenizer()
         self.task = NeedleTask(tokenizer)
         self.ordinary = tokenizer.n_vocab - len(SPECIAL_TOKENS)

@@ -15,6 +15,7 @@ import tiktoken
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # consonants: no key is a word
 KEY_LETTERS, VALUE_DIGITS = 4, 6
 DISTRACTORS = 5
+TRIES = 500  # keys drawn for each that is wanted
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class NeedleTask:
     def needles(self, rng: np.random.Generator, count: int, *, absent_from: str = "") -> list[Needle]:
         """`count` needles of different keys, none of which stands in the text `absent_from`."""
         keys: dict[str, None] = {}
+        tries = 0
         while len(keys) < count:
+            if (tries := tries + 1) > TRIES * count:
+                raise ValueError("absent_from: got a text that holds every key tried, accepted is one without most of them")
             key = "".join(rng.choice(list(LETTERS), KEY_LETTERS))
             if key not in absent_from:
                 keys[key] = None
@@ -140,7 +144,8 @@ class NeedleTask:
             raise ValueError(f"tokens: got {tokens}, accepted are at least {least}")
         needle, *others = self.needles(rng, DISTRACTORS + 1, absent_from=absent_from)
         n, body = self.sentence_tokens, tokens - self.question_tokens
-        start = round(depth * ((tokens - window) // chunk_size * chunk_size - n))
+        end = tokens - max(window, self.question_tokens)
+        start = round(depth * (end // chunk_size * chunk_size - n))
         taken = [start]
         while len(taken) <= len(others):
             place = int(rng.integers(0, body - n + 1))

@@ -18,7 +18,7 @@ PATTERN = (
     r"| ?\p{Lu}?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"  # a word, with its space and its capital
     r"|\p{Lu}"  # one capital letter
     r"| ?[^\s\p{L}\p{N}\p{M}]+[\r\n]*"  # punctuation
-    r"|\s+(?!\S)|\s+"
+    r"|\s{1,512}(?!\S)|\s{1,512}"  # white space; without a bound the regular expression runs out of stack on long runs
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 VOCAB_SIZE = 4096

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import HSAConfig
 from .mlp import MLP
+from .norm import RMSNorm
 from .qkv import QKV
 from .rope import rope_table
 
@@ -17,10 +18,10 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.qkv = QKV(config)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config.width, config.encoder_mlp_width or config.mlp_width)
 
     def forward(self, x: torch.Tensor, rope) -> torch.Tensor:
@@ -39,12 +40,12 @@ class ChunkEncoder(nn.Module):
         self.config = config
         self.cls = nn.Parameter(torch.empty(config.width))
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.k = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
         self.v = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
-        self.k_norm = nn.RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
+        self.k_norm = RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
         self.landmark = nn.Linear(config.width, config.retrieval_heads * config.retrieval_dim, bias=False)
-        self.landmark_norm = nn.RMSNorm(config.retrieval_dim, eps=config.norm_eps) if config.retrieval_norm else nn.Identity()
+        self.landmark_norm = RMSNorm(config.retrieval_dim, eps=config.norm_eps) if config.retrieval_norm else nn.Identity()
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         B, N, S, C = hidden.shape
@@ -57,4 +58,4 @@ class ChunkEncoder(nn.Module):
         tokens, summary = x[:, :, :S], x[:, :, S]
         k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
         landmarks = self.landmark(summary).unflatten(-1, (-1, self.config.retrieval_dim))
-        return self.k_norm(k).to(v.dtype), v, self.landmark_norm(landmarks).to(v.dtype)
+        return self.k_norm(k), v, self.landmark_norm(landmarks).to(v.dtype)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import ops
 from ..config import HSAConfig
+from .norm import RMSNorm
 
 
 class Retrieval(NamedTuple):
@@ -27,9 +28,9 @@ class HSA(nn.Module):
         super().__init__()
         self.config = config
         self.q = nn.Linear(config.width, config.hsa_heads * config.hsa_head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
+        self.q_norm = RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
         self.retrieval_q = nn.Linear(config.width, config.retrieval_heads * config.retrieval_dim, bias=False)
-        self.retrieval_norm = nn.RMSNorm(config.retrieval_dim, eps=config.norm_eps) if config.retrieval_norm else nn.Identity()
+        self.retrieval_norm = RMSNorm(config.retrieval_dim, eps=config.norm_eps) if config.retrieval_norm else nn.Identity()
         self.out = nn.Linear(config.hsa_heads * config.hsa_head_dim, config.width, bias=False)
 
     def forward(
@@ -61,7 +62,7 @@ class HSA(nn.Module):
             )
             # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
             indices, weights = (part[:, late:].expand(-1, -1, config.hsa_kv_heads, -1) for part in (indices, weights))
-            out = ops.chunk_attention(self.q_norm(q).to(v.dtype), k, v, indices, weights)
+            out = ops.chunk_attention(self.q_norm(q), k, v, indices, weights)
         unfinished = (position + T) % config.query_block
         next_block = choosers[:, -unfinished : choosers.shape[1] - unfinished + 1] if unfinished else None
         return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), next_block

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..config import HSAConfig
+from .norm import RMSNorm
 from .rope import apply_rope
 
 
@@ -19,9 +20,9 @@ class QKV(nn.Module):
         self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        return apply_rope(self.q_norm(q).to(v.dtype), rope), apply_rope(self.k_norm(k).to(v.dtype), rope), v
+        return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v

@@ -40,7 +40,8 @@ def retrieve(
     N = landmarks.shape[1]
     dtype = torch.promote_types(retrieval_q.dtype, torch.float32)
     steps = torch.arange(0, T, query_block, device=retrieval_q.device)
-    positions = (torch.as_tensor(offset, device=steps.device).reshape(-1, 1) + steps).expand(B, -1)
+    # an int stays one: as a tensor it would have to be copied to a GPU, which waits for all work before it
+    positions = (steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)).expand(B, -1)
 
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5

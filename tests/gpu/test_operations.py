@@ -1,0 +1,76 @@
+"""The operations and the model on a GPU, against the float64 reference there. Dimensions: as in `hsa_mini.blockwise`."""
+
+import pytest
+import torch
+
+from hsa_mini import PRESETS, HSAModel, blockwise, reference
+from hsa_mini.checkpoint import load_model
+from hsa_mini.generate import prefill
+from hsa_mini.paths import data_dir
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def relative_error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+def gradients(operation, tensors, dtype, *fixed, **options):
+    """Output and the gradient of every tensor, for an upstream gradient that differs everywhere."""
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    out = operation(*leaves, *fixed, **options)
+    out.backward(torch.linspace(-1, 1, out.numel(), device="cuda", dtype=out.dtype).view_as(out))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("T", "P", "W"), [(300, 50, 128), (1024, 0, 128), (1, 127, 128), (777, 900, 512)])
+def test_sliding_window_equals_the_reference(T, P, W, dtype):
+    tensors = draw(2, T, 4, 64), draw(2, P + T, 2, 64, seed=1), draw(2, P + T, 2, 64, seed=2)
+    ours = gradients(blockwise.sliding_window_attention, tensors, dtype, window=W)
+    exact = gradients(reference.sliding_window_attention, tensors, torch.float64, window=W)
+    for part, expected in zip(ours, exact):
+        assert relative_error(part, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("N", [15, 200])  # attend to all, gather
+def test_chunk_attention_equals_the_reference(N, dtype):
+    tensors = draw(2, 500, 16, 64), draw(2, N, 64, 1, 64, seed=1), draw(2, N, 64, 1, 64, seed=2)
+    queries, landmarks = draw(2, 500, 1, 128, seed=3), draw(2, N, 1, 128, seed=4)
+    indices, weights = reference.retrieve(queries, landmarks, chunk_size=64, top_k=8, offset=64 * N)
+    ours = gradients(blockwise.chunk_attention, tensors, dtype, indices, weights)
+    exact = gradients(reference.chunk_attention, tensors, torch.float64, indices, weights.double())
+    for part, expected in zip(ours, exact):
+        assert relative_error(part, expected) < TOLERANCE[dtype]
+
+
+def test_exploration_noise_is_that_of_the_processor():
+    queries, landmarks = draw(1, 300, 1, 32), draw(1, 40, 1, 32, seed=1)
+    options = {"chunk_size": 8, "top_k": 4, "gumbel_seed": 7}
+    ours = reference.retrieve(queries.double(), landmarks.double(), **options)
+    theirs = reference.retrieve(queries.double().cpu(), landmarks.double().cpu(), **options)
+    assert torch.equal(ours[0].cpu(), theirs[0])
+
+
+def test_early_exit_equals_the_full_model():
+    torch.manual_seed(0)
+    model = HSAModel(PRESETS["mini"], device="cuda").eval()
+    ids = torch.randint(4096, (1, 3000), device="cuda")
+    with torch.no_grad():
+        full = model(ids).logits[:, -1]
+    assert (prefill(model, ids, segment=777).logits[:, 0] - full).abs().max() < 1e-3
+
+
+def test_the_shipped_model_answers_alike_in_bfloat16():
+    folder = data_dir() / "checkpoints" / "mini"
+    ids = torch.randint(4000, (1, 2000), generator=torch.Generator().manual_seed(0))
+    half, full = load_model(folder, device="cuda"), load_model(folder, device="cuda", dtype=torch.float32)
+    with torch.no_grad():
+        ours, exact = (model(ids.cuda()).logits.double() for model in (half, full))
+    assert relative_error(ours, exact) < 0.05
