@@ -35,12 +35,15 @@ test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 test-browser: setup ## Run the tests that drive JupyterLab in Chromium (which must be installed)
 	$(PY) -m pytest -q tests/browser
 
-# --update keeps cell ids, and no timings are recorded: unchanged cells make no diff.
+# Run twice, the files are the same: --update keeps cell ids; timings, and state and views of widgets, are left out; what a
+# cell prints is joined, since the kernel sends it in pieces that differ from run to run.
 notebooks: setup ## Regenerate each .ipynb from its .py and run it
 ifneq ($(NOTEBOOKS),)
 	$(PY) -m jupytext --to ipynb --update $(NOTEBOOKS:.ipynb=.py)
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=60 \
-		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
+		--NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor \
+		--NotebookExporter.preprocessors=hsa_mini.viz.stills.KeepStills $(NOTEBOOKS)
 else
 	@echo 'no notebooks to run'
 endif

@@ -188,15 +188,17 @@ def report(finding) -> str:
     layers = "; ".join(f"layer {i}: {' '.join(map(str, chunks))}" for i, chunks in enumerate(finding.retrieved_chunks))
     found = [chunk for chunk in finding.needle_chunks if any(chunk in chunks for chunks in finding.retrieved_chunks)]
     shown = found or finding.needle_chunks
+    verdict = "right" if finding.correct else f"wrong: it is {finding.expected}"
     lines = [
         f"\nquestion   {finding.question}",
-        f"answer     {printable(finding.answer.rstrip('.'))}   ({'right' if finding.correct else f'wrong: it is {finding.expected}'})",
+        f"answer     {printable(finding.answer.rstrip('.'))}   ({verdict})",
         f"needle in  chunk {' and '.join(map(str, finding.needle_chunks))} of {finding.scores.shape[1]:,}",
         f"retrieved  {layers}",
     ]
     for chunk in shown:
         kind = "retrieved" if chunk in found else "not retrieved"
-        lines += [f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:", "  " + printable(finding.chunk_text(chunk)).replace("\n", "\n  ")]
+        text = printable(finding.chunk_text(chunk)).replace("\n", "\n  ")
+        lines.append(f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:\n  {text}")
     rate = finding.tokens / finding.prefill_seconds
     lines.append(
         f"\nprefill    {finding.prefill_seconds:.1f} s ({rate:,.0f} tokens/s), answer {finding.decode_seconds:.2f} s, "

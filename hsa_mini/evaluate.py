@@ -169,9 +169,9 @@ def chunks_retrieved(aux: Aux) -> list[set[int]]:
 
 
 def by_length(rows: list[Row]) -> list[dict]:
-    """Rows of one length added up, with share and 95% interval."""
+    """Rows of one length added up, the shortest first, with share and 95% interval."""
     table = []
-    for tokens in dict.fromkeys(row.tokens for row in rows):
+    for tokens in sorted({row.tokens for row in rows}):
         same = [row for row in rows if row.tokens == tokens]
         samples, correct, retrieved = (sum(getattr(row, name) for row in same) for name in ("samples", "correct", "retrieved"))
         low, high = wilson_interval(correct, samples)

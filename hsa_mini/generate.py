@@ -86,7 +86,7 @@ def generate(
     """
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, accepted is an integer of at least 1")
-    if temperature < 0:
+    if not temperature >= 0:  # nan is neither
         raise ValueError(f"temperature: got {temperature}, accepted is 0 (greedy) or more")
     output = prefill(model, ids, memory, segment=segment, progress=progress)
     return continue_from(model, output, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop)

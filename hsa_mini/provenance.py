@@ -44,8 +44,8 @@ def commit() -> str:
 
 def command() -> str:
     """The command line as a person would type it."""
-    words = sys.argv[1:] if Path(sys.argv[0]).name in ("__main__.py", "hsa-mini") else sys.argv
-    return shlex.join(["python", "-m", "hsa_mini", *words]) if words is not sys.argv else shlex.join(words)
+    ours = Path(sys.argv[0]).name == "hsa-mini" or Path(sys.argv[0]).parts[-2:] == ("hsa_mini", "__main__.py")
+    return shlex.join(["python", *(["-m", "hsa_mini", *sys.argv[1:]] if ours else sys.argv)])
 
 
 def record(device: torch.device) -> dict:

@@ -196,10 +196,10 @@ class Log:
         rows = list(csv.reader(io.StringIO(path.read_text()))) if path.exists() and start else []
         kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[0]) <= start]
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([COLUMNS, *kept])
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *kept])
         write_whole(path, text.getvalue().encode())
         self._file = path.open("a", newline="")
-        self._writer = csv.writer(self._file)
+        self._writer = csv.writer(self._file, lineterminator="\n")
 
     def write(self, values: list[float]) -> None:
         if not math.isfinite(values[1]):

@@ -77,6 +77,8 @@ print("both `code` have one vector:", torch.equal(x[1], x[11]))
 # $$O_t = \sum_{i \le t} \mathrm{softmax}_i\!\left(\frac{q_t \cdot k_i}{\sqrt{D}}\right) v_i$$
 #
 # In words: compare my query with every key up to my own, turn the results into shares, and take that share of every value.
+# (The paper writes $n$ for the number of tokens and $d_h$ for the size of a head. Here and in the code they are $T$ and
+# $D$.)
 
 
 # %%
@@ -145,7 +147,7 @@ print("K and V of 16M tokens under full attention:", full_bytes // 2**30, "GiB")
 
 # %% [markdown]
 # A large GPU of today has about 80 to 140 GiB. The model's own 8 billion parameters take about 15 GiB. The memory of one
-# text takes sixty times more.
+# text takes sixty times as much.
 #
 # ## The second bill: arithmetic
 #
@@ -182,7 +184,7 @@ print("twice the text costs", measured[512] // measured[256], "times as much")
 # ## The cheap way out: look at the last W tokens
 #
 # A **sliding window** lets token $t$ read the $W$ tokens that end at its own. Now only $W$ keys and values are kept in a
-# layer, and a token costs $4WD$ FLOP however long the text is. Many models for long texts use it in some of their
+# layer, and a token costs $4WD$ FLOP per head however long the text is. Many models for long texts use it in some of their
 # layers, and so does ours.
 #
 # Here is the package's version. It takes tensors `[B, T, heads, D]`: a batch in front, and heads in between. **You should
@@ -231,7 +233,7 @@ for window in (4, 8, 9, 12):
     print(f"W={window:2}: the output is untouched: {change == 0.0}")
 
 # %% [markdown]
-# No training can repair this. Whatever the weights are, the answer does not reach the question.
+# No training can repair this. Whatever the weights of the layer are, the answer does not reach the question.
 #
 # "But layers are stacked!" Yes: the second layer reads outputs that have themselves looked back. With $L$ layers news
 # travels $L \cdot (W - 1)$ tokens. Exercise 1 lets you check it. For the big model, if it had windows alone:
@@ -320,8 +322,9 @@ show(
 #
 # ### Move it
 #
-# Choose who looks and how. On the right you see which chunks retrieval gives to that token. Try: a window of 9; then HSA at
-# token 11 with `K` of 1 and of 2; then both together.
+# Choose who looks and how. On the right you see which chunks retrieval gives to that token, whatever the window is. Begin
+# with both together: which squares come from which of the two? Then a window alone, of 8 and of 9; then HSA alone, at token
+# 11, with `K` of 1 and of 2.
 
 
 # %%
@@ -349,7 +352,7 @@ explore(
     draw_reach,
     alt="Left: a map of which token feels which. Right: the three chunks and the weight that retrieval gives to each.",
     size=(11, 4.4),
-    reading=["HSA", "window", "window + HSA", "full"],
+    reading=["window + HSA", "window", "HSA", "full"],
     window=Control((1, 12), start=4, label="window W"),
     K=Control((1, 2), label="chunks kept K"),
     token=Control((0, 11), start=11, label="token that looks"),
@@ -366,6 +369,8 @@ explore(
 # | full attention | $4 \cdot T \cdot D \cdot H$ |
 # | window | $4 \cdot \min(W, T) \cdot D \cdot H$ |
 # | HSA | $2R \cdot T/S$ to score landmarks, $4 \cdot K S \cdot D H$ to read chunks, $2 \cdot K \cdot D H$ to blend them |
+#
+# (Where fewer than $K$ chunks exist, $K$ stands for their number.)
 
 
 # %%
@@ -378,7 +383,8 @@ def window_flop(T, W, H, D):
 
 
 def hsa_flop(T, S, K, H, D, R):
-    """Score T/S landmarks, read K chunks, blend K results."""
+    """Score T/S landmarks, read K chunks (or all, if there are fewer), blend the results."""
+    K = min(K, T // S)
     return 2 * R * (T // S) + 4 * K * S * H * D + 2 * K * H * D
 
 
@@ -453,12 +459,13 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 #
 # | | sparse | random access | generalizes to longer texts |
 # |---|---|---|---|
-# | full attention | no | yes | badly: it meets distances and crowds of keys that it never saw in training |
+# | full attention | no | yes | often badly: it meets distances and crowds of keys that it never saw in training |
 # | sliding window | yes | no | yes, for what lies inside the window |
 # | one state of fixed size, rewritten at every token | yes | no: what was overwritten is gone | as far as the state holds |
-# | HSA | yes | yes, by chunks | this is its aim; notebooks 05, 11 and 12 put it to the test |
+# | HSA | yes | yes, by chunks | this is its aim; notebook 05 puts a small model to the test |
 #
-# The first two columns you have measured on this page. The third is a claim until we measure it, and we shall.
+# For three of the four rows, the first two columns are measured on this page. The third is a claim until we measure it, and
+# we shall.
 
 # %% [markdown]
 # ## Exercises

@@ -156,7 +156,8 @@ explore(
 # ## What a mean can never say
 #
 # `the code is 7` and `7 is code the` have the same words. Their mean is the same vector, so no query in the world can
-# tell them apart. `dog bites man` and `man bites dog` are one and the same to it.
+# tell them apart. `dog bites man` and `man bites dog` are one and the same to it. (In a model the middle layer has already
+# written something of the order into each vector, and a mean cannot wash all of that out. But it adds nothing of its own.)
 #
 # **You should see** `True` for every one of the 24 orders of a chunk.
 
@@ -201,7 +202,8 @@ print("blind to order:", torch.allclose(read_by_cls(code_is_7[0], cls), read_by_
 # vector into pairs of numbers, see each pair as an arrow in the plane, and turn it by an angle that grows with the
 # position $t$:
 #
-# $$\theta_{t,p} = t \cdot 10000^{-2p/D}, \qquad p = 0 \ldots D/2 - 1$$
+# $$\text{angle of pair } p \text{ at position } t = t \cdot \theta_p, \qquad \theta_p = 10000^{-2p/D}, \qquad
+# p = 0 \ldots D/2 - 1$$
 #
 # The first pair turns fast, the last hardly at all. Queries and keys are turned, values are not.
 
@@ -217,8 +219,8 @@ def rope(x, base=10_000.0):
 
 
 # %% [markdown]
-# Turning changes no length, and the product of two turned vectors depends on their **distance** alone: from 2 to 5 it is
-# the same as from 0 to 3. **You should see** `True` twice, then `False`: another distance, another product.
+# Turning changes no length. And of the two positions, the product of two turned vectors feels the **distance** alone: from 2
+# to 5 it is the same as from 0 to 3. **You should see** `True` twice, then `False`: another distance, another product.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -229,9 +231,9 @@ print("distance 3 == distance 3:", torch.allclose(turned_q[5] @ turned_k[2], tur
 print("distance 3 == distance 1:", torch.allclose(turned_q[5] @ turned_k[2], turned_q[3] @ turned_k[2]))
 
 # %% [markdown]
-# Inside a chunk all distances are small and always the same ones, 0 to $S$. So the encoder meets every distance it will
-# ever see in its first training step. Positions are harmless **here**. Why they are *not* harmless far away is the
-# subject of notebook 05.
+# Inside a chunk all distances are small and always the same ones, 0 to $S$, forwards and backwards. So the encoder meets
+# every distance it will ever see in its first training step. Positions are harmless **here**. Why they are *not* harmless
+# far away is the subject of [notebook 05](05_layer.ipynb).
 #
 # ### Step 3: look both ways
 #
@@ -267,8 +269,11 @@ def encoder_block(x, block):
 # In the paper's symbols: chunk $i$ gives keys $K_{[i]}$ and values $V_{[i]}$, one for each of its $S$ tokens, and one
 # landmark $L_i$ (it plays the part of $K^{slc}_i$ in Eq. (1), as notebook 03 shows). `[CLS]` is put last.
 #
-# * The $S$ token outputs give $K$ and $V$ by two linear maps. Whoever retrieves the chunk attends to these.
+# * The $S$ token outputs give $K_{[i]}$ and $V_{[i]}$ by two linear maps. Whoever retrieves the chunk attends to these.
 # * The `[CLS]` output gives the landmark by a third. Whoever is *choosing* compares with this.
+#
+# Keys and landmarks are normed, so that scores stay in a sane range. In the shapes below $J$ is the number of key/value
+# heads, $D$ the size of a head and $R$ that of a landmark.
 
 
 # %%
@@ -292,7 +297,7 @@ def encode_chunks(chunks, encoder):
 torch.manual_seed(0)
 tiny = dataclasses.replace(PRESETS["debug"], hsa_heads=2, hsa_kv_heads=1, retrieval_heads=1)
 encoder = HSAModel(tiny, dtype=torch.float64).encoder.requires_grad_(False)
-k, v, landmarks = encoder(chunks[None])  # the package: [B, N, S, C] -> [B, N, S, J, D] twice, [B, N, J_r, R]
+k, v, landmarks = encoder(chunks[None])  # [B, N, S, C] -> [B, N, S, J, D] twice, [B, N, 1, R]: one retrieval head
 ours = encode_chunks(chunks, encoder)
 print("k:", list(k.shape), " v:", list(v.shape), " landmarks:", list(landmarks.shape))
 print("ours == package:", all(torch.allclose(a, b[0].reshape(a.shape), atol=1e-6) for a, b in zip(ours, (k, v, landmarks))))
@@ -331,7 +336,7 @@ print("the key of `the` knows the word at the end:", change.item() > 1e-3)
 # ### Move it
 #
 # Put the chunk into another order and compare three summaries with the original. The bar is the angle between the two
-# vectors: 0 degrees means that no query can tell them apart.
+# vectors. Where it is 0 degrees, the two are one and the same, and no query can tell them apart.
 
 # %%
 def angle_between(one, other):

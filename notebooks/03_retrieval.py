@@ -343,8 +343,8 @@ print("token 11 with seeds 1 to 12 keeps chunk:", [choose(1, seed=seed)[0][11].i
 four = torch.tensor([1.0, 0.0, 0.5, -1.0])  # with R = 1 and a query of 1 the landmarks are the scores
 drawn, _ = retrieve(torch.ones(1, 20_000, 1, 1), four[None, :, None, None], chunk_size=1, top_k=1, offset=4, gumbel_seed=0)
 measured = torch.bincount(drawn.flatten(), minlength=4) / 20_000
-print("softmax :", [round(share, 1) for share in four.softmax(0).tolist()])
-print("measured:", [round(share, 1) for share in measured.tolist()])
+print("softmax :", [round(share, 2) for share in four.softmax(0).tolist()])
+print("measured:", [round(share, 2) for share in measured.tolist()])
 print("within 0.01:", bool((measured - four.softmax(0)).abs().max() < 0.01))
 
 # %% [markdown]
@@ -380,8 +380,8 @@ explore(
     draw_twelve,
     alt="Left: score map of twelve tokens and three chunks, kept cells framed. Right: the weights of one token.",
     size=(11, 3.4),
-    token=Control((0, 11), start=11),
     K=Control((1, 3), label="chunks kept K"),
+    token=Control((0, 11), start=11),
     weighting=["softmax", "stick_breaking"],
     seed=Control((0, 20), label="noise seed (0: none)"),
 )

@@ -57,7 +57,7 @@ S = 4  # tokens in a chunk
 # %% [markdown]
 # ## In the paper's symbols
 #
-# Token $t$ has kept the chunks $I_t$, with scores $s_{t,i}$. Eq. (2), §2.2, has three steps:
+# Token $t$ has kept the chunks $I_t$, with scores $s_{t,i}$. Eq. (2), §2.2, in three steps:
 #
 # $$o_{t,i} = \mathrm{softmax}\!\left(\frac{\mathrm{norm}(q_t)\,\mathrm{norm}(K_{[i]})^\top}{\sqrt{D}}\right) V_{[i]}
 # \qquad
@@ -219,7 +219,7 @@ print("tokens 0 to 3 get exactly zero:", bool((out[0, :4] == 0).all()))
 # %% [markdown]
 # ## The same thing, without loops
 #
-# The package does this with two `einsum`s: open [`chunk_attention.py`](../hsa_mini/reference/chunk_attention.py), it
+# The package does this with three `einsum`s: open [`chunk_attention.py`](../hsa_mini/reference/chunk_attention.py), it
 # is short. Ours must give the same numbers, on the toy and on random tensors with two sequences, four query heads,
 # two key/value heads and empty slots.
 
@@ -349,8 +349,8 @@ explore(
     lambda figure, token, K, temperature: draw_fusion(figure, story, token, K, temperature),
     alt="Weights of ten chunks as bars, the words of each chunk shaded by the attention inside it, the blend as bars.",
     size=(8.5, 4.6),
-    token=Control((0, 39), start=39, label="token"),
-    K=Control((1, 9), start=4, label="K, chunks kept"),
+    K=Control((1, 9), start=4, label="chunks kept K"),
+    token=Control((0, 39), start=39, label="token that asks"),
     temperature=Control([0.25, 0.5, 1.0, 2.0, 4.0, 8.0], start=1.0, label="temperature"),
 )
 
@@ -362,7 +362,7 @@ explore(
 #
 # ## You know this machine already: mixture of experts
 #
-# Replace a few words and Eq. (2) is a mixture of experts:
+# Replace a few words and Eq. (2) is a mixture of experts, in its classic form:
 #
 # | mixture of experts | HSA |
 # |---|---|
@@ -558,16 +558,16 @@ draw_learning(figure, hits)
 show(
     figure,
     "Two curves over 300 training steps: how often the right chunk is among the two read. With fused scores it "
-    "climbs from one in eight to nine in ten. Laid end to end, it stays at blind choice, one in eight.",
+    "climbs from one in eight to about nine in ten. Laid end to end, it stays at blind choice, one in eight.",
 )
 
 # %% [markdown]
-# Fused, retrieval goes from blind to right nine times out of ten, and nobody ever told it which chunk was right. Laid
-# end to end, it stays blind for ever, although keys and queries learn as well as they can. Real models are larger,
-# but this is the whole difference.
+# Fused, retrieval goes from blind to right most of the time, and nobody ever told it which chunk was right. Laid end to
+# end, it stays blind, and would for ever: its landmarks never get a gradient, although keys and queries learn as well as
+# they can. Real models are larger, but the path of the gradient is this one.
 #
 # One honest remark. A chunk that is never chosen gets no gradient in either arm. Here 300 steps with fresh pages are
-# enough to try everything. Large models add a little random noise to the choice while they train: [notebook
+# enough to try everything. In earnest a little random noise is added to the choice in training, as in [notebook
 # 03](03_retrieval.ipynb).
 
 # %% [markdown]
@@ -580,8 +580,9 @@ show(
 #
 # Exactly zero. A softmax over one score is 1, whatever the score is, so the loss cannot reach it. In the formula:
 # with one chunk, $o_{t,i} = O_t$, and the bracket vanishes. A competition needs two. Mixtures of experts that choose
-# one expert have the same trouble, and scale it by a sigmoid instead. HSA's other weighting,
-# `weighting="stick_breaking"`, also escapes: its weight for a single chunk is a sigmoid of the score.
+# one expert meet the same trouble, and weigh it by its share among *all* experts, or by a sigmoid. HSA's other
+# weighting, `weighting="stick_breaking"`, escapes in the same way: its weight for a single chunk is a sigmoid of the
+# score.
 #
 # ```python
 # for weighting in ("softmax", "stick_breaking"):
@@ -625,5 +626,5 @@ show(
 # 05](05_layer.ipynb) joins the two: a sliding window *with* positions, HSA *without* any, and shows why it has to be
 # this way round. About 25 minutes.
 #
-# How the loops above become a GPU kernel is [notebook 06](06_forward_kernel.ipynb); the gradient formula returns in
-# [07](07_backward_kernel.ipynb).
+# How the loops above become a GPU kernel, and where the gradient formula returns, is for notebooks 06 and 07 (in
+# preparation).

@@ -25,6 +25,7 @@
 # the trained model that comes with the repository.
 
 # %%
+import json
 import textwrap
 from itertools import product
 
@@ -53,7 +54,7 @@ S = 4  # tokens in a chunk, until the trained model comes
 # *Near*, order is meaning. "Birds sing" is not "sing birds". To read the last words, a token has to know which came
 # first.
 #
-# *Far*, order hardly matters. The code is 7, whether that was said eight tokens ago or eight million. What matters is
+# *Far*, the exact place hardly matters. The code is 7, whether that was said eight tokens ago or eight million. What matters is
 # that it is **found**, and that it then reads **the same**. A model is trained on short texts. It has seen distances
 # of 8, of 100, of a thousand. It has never seen eight million. Whatever depends on distance has never been tried
 # there.
@@ -61,16 +62,16 @@ S = 4  # tokens in a chunk, until the trained model comes
 # ## In symbols
 #
 # RoPE (rotary position embedding, arXiv 2104.09864) turns queries and keys. Take a vector of $D$ numbers as $D/2$
-# pairs. At position $p$, pair $j$ turns by the angle $p\,\theta_j$, fast for the first pairs and slowly for the last:
+# pairs. At position $t$, pair $p$ turns by the angle $t\,\theta_p$, fast for the first pairs and slowly for the last:
 #
-# $$\theta_j = b^{-2j/D}, \qquad b = 10\,000$$
+# $$\theta_p = b^{-2p/D}, \qquad b = 10\,000$$
 #
-# A query at position $t$ and a key at position $p$ meet in a dot product, and only the *difference* of the angles is
+# A query at position $t$ and a key at position $u$ meet in a dot product, and only the *difference* of the angles is
 # left:
 #
-# $$\langle \mathrm{rope}(q, t), \mathrm{rope}(k, p) \rangle = \sum_{j} |q_j|\,|k_j| \cos\big((t-p)\,\theta_j + \varphi_j\big)$$
+# $$\mathrm{rope}(q, t) \cdot \mathrm{rope}(k, u) = \sum_{p} |q_p|\,|k_p| \cos\big((t-u)\,\theta_p + \varphi_p\big)$$
 #
-# Here $|q_j|$ and $|k_j|$ are the lengths of pair $j$, and $\varphi_j$ is the angle between the two before turning.
+# Here $|q_p|$ and $|k_p|$ are the lengths of pair $p$, and $\varphi_p$ is the angle from $k_p$ to $q_p$ before turning.
 #
 # You built this in [notebook 02](02_chunks.ipynb), for the places inside one chunk. Here is the package's version,
 # which takes any positions, in one call.
@@ -91,23 +92,23 @@ def rope(x, positions, base=10_000.0):
 torch.manual_seed(0)
 q, k = torch.randn(2, 1, 1, 64, dtype=torch.float64)
 places = [(7, 3), (1007, 1003), (1007, 3)]
-scores = [(rope(q, torch.tensor([t])) * rope(k, torch.tensor([p]))).sum() for t, p in places]
+scores = [(rope(q, torch.tensor([t])) * rope(k, torch.tensor([u]))).sum() for t, u in places]
 print("positions 7 and 3 == positions 1007 and 1003:", torch.allclose(scores[0], scores[1], atol=1e-5))
 print("positions 7 and 3 == positions 1007 and    3:", torch.allclose(scores[0], scores[2], atol=1e-5))
-print("tokens for a full turn, first and last pair:", [round(2 * torch.pi * 10_000 ** (2 * j / 64)) for j in (0, 31)])
+print("tokens for a full turn, first and last pair:", [round(2 * torch.pi * 10_000 ** (2 * p / 64)) for p in (0, 31)])
 
 # %% [markdown]
 # **You should see** `True`, then `False`. RoPE knows no places. It knows distances.
 #
 # ## Near: the window, with RoPE
 #
-# A window of W means: token $t$ attends to W keys, the last of which is its own. Here it is as loops; P keys of
-# earlier tokens may stand in front.
+# A window of W means: token $t$ attends to W keys, the last of which is its own. Here it is as loops; keys of earlier
+# tokens may stand in front.
 
 
 # %%
 def sliding_window_attention(q, k, v, *, window):
-    """Token t attends the `window` keys that end at its own: q [B, T, H, D], k and v [B, P+T, J, D] -> [B, T, H, D]."""
+    """Token t attends the `window` keys that end at its own: q [B, T, H, D], k and v [B, cached+T, J, D] -> as q."""
     (B, T, H, D), J, cached = q.shape, k.shape[2], k.shape[1] - q.shape[1]
     out = torch.zeros_like(q)
     for b, t, h in product(range(B), range(T), range(H)):
@@ -217,14 +218,14 @@ print("share of `7` in the answer of token 11:", round(share_of("7", ask([NEEDLE
 #
 # ## The equality of this notebook
 #
-# We push the needle away from the question by inserting far text between them: no chunk of birds, 10, 100, 1,000. And
-# we put it in every possible place among twenty chunks. Without positions the answer must not change at all. With
+# We push the needle away from the question by inserting far text between them: no more chunks of birds, 10, 100, 1,000
+# more. And we put it in every possible place among twenty chunks. Without positions the answer must not change at all. With
 # RoPE it may.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 pushed_away = [[NEEDLE] + [FILLERS[0]] * (1 + far) + [QUESTION] for far in (0, 10, 100, 1_000)]
-moved_about = [[FILLERS[0]] * i + [NEEDLE] + [FILLERS[0]] * (19 - i) + [QUESTION] for i in range(19)]
+moved_about = [[FILLERS[0]] * i + [NEEDLE] + [FILLERS[0]] * (19 - i) + [QUESTION] for i in range(20)]
 for name, base in (("no positions", None), ("RoPE", 10_000.0)):
     for what, texts in (("pushed away", pushed_away), ("moved about", moved_about)):
         answers = torch.stack([ask(text, base) for text in texts])
@@ -235,8 +236,9 @@ for name, base in (("no positions", None), ("RoPE", 10_000.0)):
 # **You should see** one single answer for all texts without positions, and with RoPE as many answers as texts.
 #
 # This is the argument in one line: **without positions, a chunk at distance 16 million is the same problem as a chunk
-# at distance 16.** If a model can do the one, it can do the other. All that is left to get right is *which* chunks
-# are retrieved, and that, too, is a dot product without positions.
+# at distance 16.** What is read there reads the same. What is left to get right is *which* chunks are retrieved. That,
+# too, is a dot product without positions, but one against a crowd that grows with the text: there is the difficulty that
+# remains.
 
 # %% [markdown]
 # ## See it
@@ -293,7 +295,7 @@ def draw_distances(figure, base, trained=1024):
 explore(
     draw_distances,
     alt="Attention on `7` against distance from 8 to 16M tokens. Without positions it is 1 everywhere. With RoPE it is 1 up "
-    "to some distance that grows with the base, then falls, and far out it may be anything between 0 and 0.9.",
+    "to some distance that grows with the base, then falls, and far out it may be almost anything.",
     size=(7.4, 3.2),
     base=Control([1e4, 1e5, 1e6, 1e7, 1e8], start=1e4, label="base of RoPE"),
     trained=Control([256, 1024, 4096, 16384], start=1024, label="seen in training"),
@@ -306,8 +308,8 @@ explore(
 # combinations that it never met.
 #
 # The paper measured it on trained models (370M parameters with NSA, a kindred method): from 4K to 64K tokens the
-# single-needle accuracy goes from 97 to 60 with RoPE, and from 99 to 73 without. Positions were not the only trouble
-# there. The other one was notebook 04.
+# single-needle accuracy goes from 97 to 60 with RoPE, and from 99 to 73 without. So positions are a part of the trouble,
+# not all of it. Notebook 04 has a candidate for another part: in NSA what is read does not teach what to read.
 #
 # ## What a token sees
 #
@@ -376,7 +378,7 @@ def draw_reach(figure, window, distance):
 #
 # Bring the needle into the window, then let it leave. Watch the two bars. A needle that both can see is, in training,
 # a needle that retrieval need not learn: the window is easier. This is the paper's *seesaw*: **with a long window,
-# retrieval learns less.** You will meet it again in [notebook 11](11_training.ipynb).
+# retrieval learns less.** Notebook 11 (in preparation) measures it.
 
 # %%
 explore(
@@ -390,8 +392,8 @@ explore(
 # %% [markdown]
 # ## The layer, from its parts
 #
-# Now everything is there. One HSA layer of the upper decoder does three things, one after the other, and adds each to
-# its input $x$:
+# Now everything is there. One HSA layer of the upper decoder does three things, one after the other. Each has a norm in
+# front, and its result is added to its input $x$:
 #
 # 1. **look near**: window attention, with RoPE,
 # 2. **look far**: retrieve, attend per chunk, fuse, without positions,
@@ -445,26 +447,31 @@ print("our layer == the package's:", torch.allclose(ours, expected, atol=1e-5))
 
 # %% [markdown]
 # **You should see** `True`. That is the whole layer. The rest of the model is this layer, repeated, with ordinary
-# window layers before and between.
+# window layers before and between, and the chunk encoder in the middle.
 #
 # ## A trained one, at 65,536 tokens
 #
-# The repository ships a small model of this kind, with about eight million parameters. It was trained on texts of
-# **1,024** tokens. We give it 65,536 tokens of text that it has not seen, with one sentence hidden 30% of the way in:
-# a secret code. Five other codes with other names are hidden too. Then we ask for the one.
-#
-# Its window is 128 tokens. What lies further back, it can only retrieve: 8 chunks of 64 tokens, out of 1,024.
+# The repository ships a small model of this kind. These are its sizes, and the length of the texts that it was trained
+# on. What lies further back than its windows reach, it can only retrieve.
 
 # %%
-model = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini")
+TOKENS, FOLDER = 65_536, data_dir() / "checkpoints" / "mini"
+model = HSAModel.from_pretrained(FOLDER)
+config, trained_on = model.config, json.loads((FOLDER / "training.json").read_text())["recipe"]["tokens"]
+print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
+print(f"trained on texts of {trained_on:,} tokens; this one has {TOKENS:,}, {TOKENS // trained_on} times as many")
+print(f"window of {config.window}; each HSA layer reads {config.top_k} of {TOKENS // config.chunk_size:,} chunks")
+
+# %% [markdown]
+# We give it 65,536 tokens of text that it has not seen, with one sentence hidden 30% of the way in: a secret code. Five
+# other codes with other names are hidden too. Then we ask for the one. On two cores this takes some seconds.
+
+# %%
 haystack = load_corpus("validation").tokens  # encoded once, the first time that anything asks for it
-
-# %%
-finding = find_needle(model, haystack, tokens=65_536, depth=0.3, seed=1)
+finding = find_needle(model, haystack, tokens=TOKENS, depth=0.3, seed=1)
 print(finding.question)
 print("expected:", finding.expected)
 print("answered:", finding.answer)
-print(f"read in {finding.prefill_seconds:.1f} s, answered in {finding.decode_seconds:.1f} s")
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -472,12 +479,12 @@ print("the answer is right:", finding.correct)
 print("a needle chunk was retrieved:", finding.retrieved)
 
 # %% [markdown]
-# **You should see** `True` twice, at 64 times the length that it was trained on.
+# **You should see** `True` twice. One question is no measurement, of course: change `seed` and `depth` and ask again.
 #
 # ## What did it retrieve?
 #
 # The model's last question token scored every chunk of the text, once in each HSA layer. Each dot is a chunk. Rings
-# are the eight chunks that were read.
+# are the chunks that were read.
 
 
 # %%
@@ -497,27 +504,28 @@ def draw_haystack(axes, number, marked=None):
     axes.scatter(needle, scores[needle], s=22, color=RED, linewidths=0, label="the needle")
     if marked is not None:
         axes.scatter(marked, scores[marked], s=260, facecolors="none", edgecolors=ORANGE, linewidths=3, label="shown below")
-    axes.set(xlabel="chunk of the text, 0 to 1,023", ylabel="retrieval score", xlim=(-12, len(scores) + 12))
+    axes.margins(y=0.12)  # room for the ring
+    axes.set(xlabel="chunk of the text", ylabel="retrieval score", xlim=(-12, len(scores) + 12))
     axes.set_title(f"HSA layer {number}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 # %%
 figure = make_figure(8.5, 5)
-for number, axes in enumerate(figure.subplots(2, 1, sharex=True)):
+for number, axes in enumerate(figure.subplots(config.groups, 1, sharex=True, squeeze=False)[:, 0]):
     draw_haystack(axes, number)
-figure.axes[0].set_xlabel("")
+    axes.label_outer()
 figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
 show(
     figure,
-    "For both HSA layers, the retrieval scores of about a thousand chunks as dots. A red line marks the needle's chunk, "
-    "and rings mark the eight chunks with the highest scores.",
+    "For each HSA layer, the retrieval scores of all chunks of the text as dots. A red line marks the needle's chunk, and "
+    "rings mark the chunks with the highest scores, which are read.",
 )
 
 # %% [markdown]
-# The needle's chunk is at the top, or close to it. Here is what stands in it, the needle between marks (in two
-# chunks, if it happens to lie across a border). All around is ordinary text. Below is what the other retrieved chunks
-# hold.
+# In at least one of the layers the needle's chunk wears a ring: that was the second `True`. Here is what stands in it, the
+# needle between marks (in two chunks, if it happens to lie across a border). All around is ordinary text. Below that: how
+# many of the chunks that were read hold a code, the right one or another.
 
 # %%
 for chunk in finding.needle_chunks:
@@ -530,14 +538,14 @@ for number, kept in enumerate(finding.retrieved_chunks):
 # %% [markdown]
 # ### Move it
 #
-# What else did the model read? Step through the chunks of each layer, best first, and read them yourself. Most of
-# them hold one of the *other* codes, with scores hardly lower: the landmarks say "here is a code", and not much about
-# whose. Which of the codes is the right one, the attention inside the chunks finds out, word by word. First search
+# What else did the model read? Step through the chunks of each layer, best first, and read them yourself. How many hold
+# one of the *other* codes, and how much lower are their scores? If hardly lower, the landmarks say "here is a code" and
+# not much about whose. Then it is the attention inside the chunks that finds the right one, word by word: first search
 # roughly, then read closely.
 
 
 # %%
-def draw_reading(figure, number, rank):
+def draw_reading(figure, rank, number):
     """The haystack of one HSA layer, and the text of one of the chunks that it kept."""
     chunk = best_first(number)[rank - 1]
     top, bottom = figure.subplots(2, 1, height_ratios=(3, 1))
@@ -555,8 +563,8 @@ explore(
     draw_reading,
     alt="The retrieval score of every chunk as a dot, a large ring around the chosen chunk, and the text of that chunk.",
     size=(8.5, 4.4),
-    number=Control([0, 1], label="HSA layer"),
     rank=Control((1, min(map(len, finding.retrieved_chunks))), label="number by score"),
+    number=Control(list(range(config.groups)), label="HSA layer"),
 )
 
 # %% [markdown]
@@ -587,20 +595,19 @@ explore(
 # </details>
 #
 # **2.** Without retrieval, how far can the shipped model see at all? Each window layer hands news on by at most W − 1
-# tokens. Compute the reach of all its layers from `model.config`, and how many such layers one would need for 65,536
-# tokens.
+# tokens. Compute the reach of all its layers from `config`, and how many such layers one would need for 65,536 tokens.
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# config = model.config
-# layers = config.lower_layers + config.upper_layers
-# print(layers * (config.window - 1), "tokens;", -(-65_536 // (config.window - 1)), "layers")
-# assert layers * (config.window - 1) == 889  # 7 x 127
-# assert -(-65_536 // (config.window - 1)) == 517
+# step = config.window - 1
+# reach = (config.lower_layers + config.upper_layers) * step
+# layers_needed = -(-TOKENS // step)  # rounded up
+# print(reach, "tokens;", layers_needed, "layers")
+# assert reach < TOKENS <= layers_needed * step
 # ```
 #
-# And news that is handed on 517 times is no longer news. Whatever lies further back than 889 tokens came through
+# And news that is handed on hundreds of times is no longer news. Whatever lies further back than that reach came through
 # retrieval: there is no other way.
 #
 # </details>
@@ -608,9 +615,8 @@ explore(
 # %% [markdown]
 # ## What comes next
 #
-# This was the last notebook on the mechanism. You have every part, and the twelve tokens work. What is missing is
-# speed: our loops take a second for what a GPU should do in microseconds. [Notebook 06](06_forward_kernel.ipynb)
-# turns chunk attention into a kernel, line by line. About 30 minutes.
+# This was the last notebook on the mechanism. You have every part, and the twelve tokens work. What is missing is speed:
+# our loops are slow, and so is plain PyTorch.
 #
-# If you would rather see how such a model keeps 16 million tokens in memory, go to [notebook 09](09_memory.ipynb);
-# how it is trained is [notebook 11](11_training.ipynb).
+# Comes next: 06, *Where do the milliseconds go?* (in preparation). It turns chunk attention into a GPU kernel, line by
+# line, in about 30 minutes. Until then, `make demo` asks the same model for a needle in a million tokens.

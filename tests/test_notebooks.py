@@ -20,7 +20,7 @@ pytest.importorskip("anywidget")
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
-MAX_KILOBYTES = 600
+MAX_KILOBYTES = 300
 MAX_FUNCTION_LINES = 15
 
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -209,6 +209,21 @@ def test_ipynb_is_executed_and_small(source):
         if cell.cell_type == "code":
             assert cell.execution_count, cell.source
             assert not [output for output in cell.outputs if output.output_type == "error"], cell.source
+
+
+@each_notebook
+def test_ipynb_keeps_pictures_and_no_widgets(source):
+    """A stored view hides the picture in JupyterLab until the notebook is run, and has another id in every run."""
+    assert "widgets" not in executed(source).metadata
+    for cell in executed(source).cells:
+        for output in cell.get("outputs", ()):
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), cell.source
+
+
+@each_notebook
+def test_links_lead_somewhere(source):
+    links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(cells(source, "markdown")))
+    assert not [link for link in links if not link.startswith("https://") and not (FOLDER / link).is_file()]
 
 
 @each_notebook

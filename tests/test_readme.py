@@ -38,8 +38,13 @@ def measured() -> str:
             f"| {length_name(entry['tokens'])} | {entry['correct']} of {entry['samples']} | {entry['accuracy']:.1%} "
             f"({entry['low']:.1%} to {entry['high']:.1%}) | {entry['retrieved']} of {entry['samples']} | {distinct:,} |"
         )
+    training = json.loads((ROOT / "data/checkpoints/mini/training.json").read_text())
     controls = [row["correct"] for row in result["control_rows"]], [row["samples"] for row in result["control_rows"]]
-    lines += ["", f"Control, a key that is nowhere in the text: {sum(controls[0])} of {sum(controls[1])} right. {result['hardware']}."]
+    lines += [
+        "",
+        f"Control, a key that is nowhere in the text: {sum(controls[0])} of {sum(controls[1])} right. Asked on {result['hardware']}; "
+        f"trained on {training['hardware']} in {training['seconds']:.0f} s, on sequences of {training['recipe']['tokens']:,} tokens.",
+    ]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ pytest.importorskip("anywidget")
 pytest.importorskip("matplotlib")
 
 import ipywidgets  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show, widgets  # noqa: E402
 
@@ -153,6 +155,24 @@ def test_an_error_of_the_map_is_seen():
     explorer = explore_map(compute, alt="A map.", K=(1, 5))
     explorer.controls["K"].value = 5  # topk of 3 chunks cannot find 5
     assert explorer.summary.value.startswith("Could not draw K=5: RuntimeError")
+
+
+# ---- PNG
+
+
+def test_png_has_few_colours_and_none_is_far_off():
+    """A colour map beside pale tints: half the size or less, and nothing that an eye could see."""
+    figure = make_figure(6, 3)
+    left, right = figure.subplots(1, 2)
+    plots.score_map(left, random(64, 20))
+    plots.chunk_grid(right, WORDS, 4, weights=[0.04, 0.96, 0.0])
+    small, whole = widgets.to_png(figure), io.BytesIO()
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    drawn.save(whole, format="png")
+    assert len(small) < 0.5 * len(whole.getvalue())
+    kept = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
+    assert np.abs(kept - np.asarray(drawn)).max() <= 8
+    assert (kept[0, 0] == 255).all()
 
 
 # ---- show, and what viz may not do

@@ -13,10 +13,12 @@ from typing import Any
 
 import anywidget
 import ipywidgets
+import numpy as np
 import traitlets
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from . import plots
 
@@ -47,9 +49,14 @@ def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """The figure as the bytes of a PNG file with a palette of 256 colours: two fifths of the size that all colours need.
+
+    Maximum coverage leaves every colour within a few of 255 steps; a fast octree turns pale tints white and bands colour maps.
+    """
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=figure.dpi)
+    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(file, format="png")
     return file.getvalue()
 
 

@@ -1,0 +1,343 @@
+"""Checkpoints: what is read is what was written, any altered byte is refused, and whoever kills the writer loses nothing."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from material import TINY, tiny
+from safetensors.torch import load_file
+
+from hsa_mini import HSAModel
+from hsa_mini.checkpoint import CONFIG, MANIFEST, WEIGHTS, load_model, load_progress, save_model, save_progress, write_folder
+from hsa_mini.paths import data_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(vocab_size=64, width=8, mlp_width=8, head_dim=4, hsa_head_dim=4, retrieval_dim=4)  # 20 kB on disk
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_model(tiny(**SMALL), tmp_path / "model", texts={"log.csv": "step,loss\n"})
+    return tmp_path / "model"
+
+
+def seal(folder: Path) -> None:
+    """Write a manifest that fits the files, as whoever alters a checkpoint on purpose would."""
+    files = [file for file in folder.iterdir() if file.name != MANIFEST]
+    digests = {f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size} for f in files}
+    (folder / MANIFEST).write_text(json.dumps(digests))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"experts": 4, "experts_active": 2, "expert_width": 16}])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_what_is_read_is_what_was_written(tmp_path, changes, dtype):
+    model = tiny(**changes)
+    for module in model.modules():
+        if hasattr(module, "bias") and torch.is_tensor(module.bias):
+            module.bias.normal_()  # what balances the experts is part of the model too
+    model.save_pretrained(tmp_path / "model", dtype=dtype)
+    got = HSAModel.from_pretrained(tmp_path / "model")
+    assert got.config == model.config
+    want = {name: x.to(dtype or x.dtype).float() for name, x in model.state_dict().items()}
+    assert got.state_dict().keys() == want.keys()
+    for name, value in got.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, want[name]), name
+    assert (got.head.weight is got.embedding.weight) == model.config.tied
+    assert not got.training and not any(parameter.requires_grad for parameter in got.parameters())
+    if dtype is None:
+        ids = torch.arange(40)[None]
+        assert torch.equal(got(ids).logits, model(ids).logits)
+
+
+def test_a_tied_head_is_stored_once_and_an_untied_one_too(tmp_path):
+    for tied in (True, False):
+        tiny(tied=tied).save_pretrained(tmp_path / "model")
+        assert ("head.weight" in load_file(tmp_path / "model" / WEIGHTS)) != tied
+
+
+def test_dtype_of_the_loaded_weights_can_be_asked_for(folder):
+    for dtype in (torch.bfloat16, torch.float64):
+        assert {p.dtype for p in load_model(folder, dtype=dtype).parameters()} == {dtype}
+
+
+def test_training_goes_on_from_a_loaded_model(folder):
+    model = load_model(folder).requires_grad_(True).train()
+    model(torch.arange(20)[None]).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.head.weight.grad is model.embedding.weight.grad
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, MANIFEST, "log.csv"])
+def test_a_flipped_bit_anywhere_is_refused(folder, name):
+    file = folder / name
+    content = file.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for bit in torch.randperm(8 * len(content), generator=generator)[:400].tolist():
+        altered = bytearray(content)
+        altered[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(altered)
+        with pytest.raises(ValueError, match="^path: .*; accepted is ") as caught:
+            load_model(folder)
+        assert name in str(caught.value) and "\n" not in str(caught.value), bit
+    file.write_bytes(content)
+    load_model(folder)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, MANIFEST, "log.csv"])
+def test_a_file_that_is_cut_off_longer_or_missing_is_refused(folder, name):
+    file = folder / name
+    content = file.read_bytes()
+    for altered in (b"", content[:1], content[: len(content) // 2], content[:-2], content + b"x", None):
+        file.unlink(missing_ok=True)
+        if altered is not None:
+            file.write_bytes(altered)
+        with pytest.raises(ValueError, match=f"^path: .*{re.escape(name)}.*; accepted is "):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", "null", "3", '{"model.safetensors": {}}', '{"../model/log.csv": {}}', "{"])
+def test_a_manifest_that_vouches_for_nothing_is_refused(folder, manifest):
+    (folder / MANIFEST).write_text(manifest)
+    with pytest.raises(ValueError, match=f"^path: .*{MANIFEST}.*; accepted is "):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("left_out", [WEIGHTS, CONFIG])
+def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(folder, left_out):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest[left_out]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"^path: .*{MANIFEST} does not name {left_out}"):
+        load_model(folder)
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    for name in ("file", "empty", "missing", "missing/deeper"):
+        with pytest.raises(ValueError, match=f"^path: .*{name}.*accepted is the folder of a checkpoint"):
+            load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(colour=1), "config: got unknown key 'colour'"),
+        (dict(width=-1), "width: got -1"),
+        (dict(width=16), "weights in .* do not fit its config.json"),
+        (dict(tied=False), "weights in .* do not fit its config.json .*head.weight"),
+        (dict(lower_layers=3), "weights in .* do not fit its config.json"),
+        (dict(lower_layers=1), "weights in .* do not fit its config.json"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(folder, change, message):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | change))
+    seal(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, content", [(CONFIG, b"{"), (CONFIG, b"\xff"), (WEIGHTS, b"no tensors"), (CONFIG, b"[]")])
+def test_a_file_that_cannot_be_read_is_refused_even_if_the_manifest_fits(folder, name, content):
+    (folder / name).write_bytes(content)
+    seal(folder)
+    with pytest.raises(ValueError):
+        load_model(folder)
+
+
+def test_writing_replaces_a_checkpoint_and_leaves_nothing_else(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    other = HSAModel(TINY)
+    for name in ("model", "empty", "new/deep", "link"):
+        other.save_pretrained(tmp_path / name)
+        other.save_pretrained(tmp_path / name)
+        assert torch.equal(load_model(tmp_path / name).embedding.weight, other.embedding.weight)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "model", "new"]
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "model")
+    other.save_pretrained(".")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted([CONFIG, MANIFEST, WEIGHTS])
+
+
+def test_files_that_are_no_checkpoint_are_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    for name in ("mine", "file"):
+        with pytest.raises(ValueError, match=f"^path: got .*{name}, accepted is a new or empty folder"):
+            tiny(**SMALL).save_pretrained(tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_a_write_that_fails_leaves_what_stood_there(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr("hsa_mini.checkpoint._sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        HSAModel(TINY).save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_of_the_states_of_a_run_the_two_newest_stay_and_the_newest_whole_one_is_read(tmp_path):
+    assert load_progress(tmp_path) is None
+    for step in (8, 9, 10, 100):
+        save_progress(tmp_path, step, {"x": torch.full((3,), float(step))}, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-100"]
+    tensors, progress = load_progress(tmp_path)
+    assert progress == {"step": 100} and torch.equal(tensors["x"], torch.full((3,), 100.0))
+    (tmp_path / "step-100" / "progress.json").write_text('{"step": 900}')
+    assert load_progress(tmp_path)[1] == {"step": 10}
+    (tmp_path / "step-10" / MANIFEST).unlink()
+    assert load_progress(tmp_path) is None
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from hsa_mini import HSAConfig, HSAModel, checkpoint
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+random.seed(0)
+
+def forever(write):
+    for i in range(10**6):
+        write(i)
+
+def child(work) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return pid
+"""
+
+
+def killed(code: str, folder: Path) -> list[str]:
+    """Run KILLED + code in a process of its own; what it prints, by lines."""
+    run = subprocess.run([sys.executable, "-c", KILLED + code, str(folder)], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_kill_at_any_time_leaves_a_loadable_checkpoint(tmp_path):
+    """The writer replaces a checkpoint again and again and gets SIGKILL at a random moment."""
+    code = f"""
+model = HSAModel(HSAConfig(**{dataclasses.asdict(TINY)}))
+model.save_pretrained(folder / "model")
+
+def write(i):
+    torch.nn.init.constant_(model.embedding.weight, i)
+    model.save_pretrained(folder / "model")
+
+for round in range(25):
+    pid = child(lambda: forever(write))
+    time.sleep(random.uniform(0.001, 0.06))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    weight = checkpoint.load_model(folder / "model").embedding.weight
+    print(int(weight[0, 0]) if (weight == weight[0, 0]).all() else "mixed")
+"""
+    found = killed(code, tmp_path)
+    assert len(found) == 25 and "mixed" not in found
+    assert len(set(found)) > 2  # the writer did get somewhere
+
+
+def test_kill_between_any_two_steps_leaves_a_loadable_checkpoint(tmp_path):
+    """The writer dies before the n-th call that touches the disk, for every n, on top of what the last one left."""
+    code = f"""
+model = HSAModel(HSAConfig(**{dataclasses.asdict(TINY)}))
+model.save_pretrained(folder / "model")
+
+def die_at(count):
+    left = [count]
+    def counted(function):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+            return function(*arguments, **options)
+        return call
+    for owner, name in ((os, "rename"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "chmod"), (checkpoint, "save_file")):
+        setattr(owner, name, counted(getattr(owner, name)))
+
+for n in range(60):
+    def work():
+        die_at(n)
+        torch.nn.init.constant_(model.embedding.weight, n)
+        model.save_pretrained(folder / "model")
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1])
+    assert status in (0, 9), status
+    weight = checkpoint.load_model(folder / "model").embedding.weight
+    assert n == 0 or weight[0, 0] in (n, n - 1, last), (n, weight[0, 0])
+    last = weight[0, 0].item()
+    print(status)
+    if status == 0:
+        break
+"""
+    found = killed(code, tmp_path)
+    assert found[-1] == "0" and len(found) > 12
+
+
+def test_kill_during_training_leaves_the_newest_whole_state(tmp_path):
+    code = """
+def write(i):
+    checkpoint.save_progress(folder, start + i, {"x": torch.full((50_000,), float(start + i))}, {"step": start + i})
+
+start, seen = 1, 0
+for round in range(25):
+    pid = child(lambda: forever(write))
+    time.sleep(random.uniform(0.001, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    state = checkpoint.load_progress(folder)
+    if state is None:
+        assert not seen
+        continue
+    tensors, progress = state
+    assert (tensors["x"] == progress["step"]).all() and progress["step"] >= seen
+    assert progress["step"] >= max(int(path.name[5:]) for path in folder.glob("step-*")) - 1
+    seen = progress["step"]
+    start = seen + 1
+    print(seen)
+"""
+    found = killed(code, tmp_path)
+    assert len(set(found)) > 5
+
+
+def test_nothing_is_ever_unpickled():
+    """A pickle runs code when it is read: weights come from safetensors, the rest from JSON."""
+    for path in (ROOT / "hsa_mini").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"torch\.(load|save)\b|import c?pickle|from c?pickle|joblib|allow_pickle *= *True", source), path
+
+
+@pytest.mark.parametrize("path", sorted((data_dir() / "checkpoints").glob("*/")), ids=lambda path: path.name)
+def test_shipped_checkpoints_are_whole_and_say_how_they_were_trained(path):
+    model = load_model(path)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    how = json.loads((path / "training.json").read_text())
+    assert {"hardware", "versions", "command", "seed", "seconds", "recipe"} <= how.keys()
+    assert json.loads((path / MANIFEST).read_text()).keys() == {file.name for file in path.iterdir()} - {MANIFEST}
+
+
+def test_folders_hold_what_they_are_given(tmp_path):
+    write_folder(tmp_path / "x", {"a.safetensors": {"t": torch.arange(6).view(2, 3).T}}, {"b.txt": "é\n"})
+    assert torch.equal(load_file(tmp_path / "x" / "a.safetensors")["t"], torch.arange(6).view(2, 3).T)
+    assert (tmp_path / "x" / "b.txt").read_bytes() == "é\n".encode()
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "x").iterdir()} == {0o644}

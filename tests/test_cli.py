@@ -1,0 +1,326 @@
+"""The command line: what it writes, and one line on standard error with exit status 2 for whatever is wrong.
+
+Cheap checks come first: most wrong inputs are refused before a model is loaded or a text is read.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from material import TINY, tiny, word_corpus, words
+from test_demo import KEYS
+
+from hsa_mini import cli
+from hsa_mini.data import corpus
+from hsa_mini.paths import data_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+CORRUPTED = "corrupted"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder, with what the bad inputs below name; no command may leave anything in it but its results."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.evaluate.load_corpus", word_corpus)
+    Path("good.txt").write_text(words(3000), encoding="utf-8")
+    Path("short.txt").write_text("a few words", encoding="utf-8")
+    Path("empty.txt").write_text("", encoding="utf-8")
+    Path("latin.txt").write_bytes(words(300).encode() + b"\xe9")
+    Path("file").write_text("in the way")
+    Path("dir").mkdir()
+    tiny().save_pretrained("model")
+    tiny(vocab_size=512).save_pretrained("few")
+    tiny(window=2000).save_pretrained("wide")
+    shutil.copytree("model", CORRUPTED)
+    weights = Path(CORRUPTED, "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    return tmp_path
+
+
+def listing(folder: Path) -> set[tuple[str, int]]:
+    return {(str(path.relative_to(folder)), path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def call(capfd, *words: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    try:
+        status = cli.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capfd.readouterr()
+    return status, out, err
+
+
+def refuse(*_, **__):
+    raise AssertionError("a cheap check comes too late")
+
+
+DEMO = ["demo", "--tokens", "2048", "--checkpoint", "model", "--haystack", "good.txt"]
+CHEAP = [  # refused before a model is loaded or a text is read
+    (["demo", "--tokens", "1023"], "--tokens: got 1023, accepted is 1024 to 1073741824"),
+    (["demo", "--tokens", "0"], "--tokens: got 0, accepted is 1024"),
+    (["demo", "--tokens", "-5"], "--tokens: got -5, accepted is 1024"),
+    (["demo", "--tokens", "1073741825"], "--tokens: got 1073741825, accepted is 1024 to 1073741824"),
+    (["demo", "--tokens", "4096.5"], "--tokens: got '4096.5', accepted is an integer"),
+    (["demo", "--tokens", "many"], "--tokens: got 'many', accepted is an integer"),
+    (["demo", "--tokens", ""], "--tokens: got '', accepted is an integer"),
+    (["demo", "--tokens", "9" * 5000], "--tokens: got '999.*', accepted is an integer"),
+    (["demo", "--tokens"], "--tokens: expected one argument"),
+    (["demo", "--depth", "1.5"], "--depth: got 1.5, accepted is 0 to 1"),
+    (["demo", "--depth", "-0.1"], "--depth: got -0.1, accepted is 0 to 1"),
+    (["demo", "--depth", "nan"], "--depth: got nan, accepted is 0 to 1"),
+    (["demo", "--depth", "inf"], "--depth: got inf, accepted is 0 to 1"),
+    (["demo", "--depth", "deep"], "--depth: got 'deep', accepted is a number"),
+    (["demo", "--seed", "-1"], "--seed: got -1, accepted is 0 to 4294967295"),
+    (["demo", "--seed", "4294967296"], "--seed: got 4294967296, accepted is 0 to 4294967295"),
+    (["demo", "--seed", "1.0"], "--seed: got '1.0', accepted is an integer"),
+    (["demo", "--device", "tpu"], "--device: got 'tpu', accepted here are auto, cpu"),
+    (["demo", "--device", "cuda:99"], "--device: got 'cuda:99', accepted here are auto, cpu"),
+    (["demo", "--out", "file"], r"--out: got file \(it is a file\), accepted is a folder to write into"),
+    (["demo", "--out", "file/deeper"], r"--out: got file/deeper \(Not a directory\), accepted is a folder"),
+    (["demo", "--out", "/proc/nowhere"], r"--out: got /proc/nowhere \(.*\), accepted is a folder"),
+    (["demo", "--json", "dir"], r"--json: got dir \(it is a folder\), accepted is a file that can be written"),
+    (["demo", "--json", ""], r"--json: got . \(it is a folder\), accepted is a file"),
+    (["demo", "--json", "file/result.json"], r"--json: got file/result.json \(Not a directory\), accepted is a file"),
+    (["demo", "--json", "/proc/nowhere/x"], r"--json: got /proc/nowhere/x \(.*\), accepted is a file"),
+    (["demo", "--json", "x" * 300], r"--json: got x+ \(File name too long\), accepted is a file"),
+    (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (["train", "huge"], "preset: got 'huge', accepted are nano, mini"),
+    (["train"], "the following arguments are required: preset"),
+    (["train", "nano", "--steps", "0"], "--steps: got 0, accepted is 1"),
+    (["train", "nano", "--steps", "x"], "--steps: got 'x', accepted is an integer"),
+    (["train", "nano", "--seed", "-1"], "--seed: got -1, accepted is 0"),
+    (["train", "nano", "--seed", str(1 << 64)], "--seed: got 18446744073709551616, accepted is 0"),
+    (["train", "nano", "--workers", "-1"], "--workers: got -1, accepted is 0"),
+    (["train", "nano", "--run", "file"], r"--run: got file \(it is a file\), accepted is a folder"),
+    (["train", "nano", "--device", "gpu"], "--device: got 'gpu', accepted here are auto, cpu"),
+    (["eval", "model", "--lengths", "4096", "0"], "--lengths: got 0, accepted is 1 to 1073741824"),
+    (["eval", "model", "--lengths", "4k"], "--lengths: got '4k', accepted is an integer"),
+    (["eval", "model", "--samples", "0"], "--samples: got 0, accepted is 1"),
+    (["eval", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
+    (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah"),
+    (["eval", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
+    (["eval"], "the following arguments are required: checkpoint"),
+    (["sing"], "invalid choice: 'sing'"),
+    ([], "the following arguments are required: demo"),
+]
+DEARER = [  # a model or a text has to be opened
+    ([*DEMO, "--checkpoint", "nosuch"], r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini"),
+    ([*DEMO, "--checkpoint", "dir"], "--checkpoint: dir has no readable manifest.json; accepted is"),
+    ([*DEMO, "--checkpoint", "good.txt"], "--checkpoint: got good.txt, accepted is the folder"),
+    ([*DEMO, "--checkpoint", CORRUPTED], f"--checkpoint: {CORRUPTED}/model.safetensors does not match its manifest"),
+    ([*DEMO, "--checkpoint", "few"], "--checkpoint: few knows 512 tokens, accepted is a model of at least 4096"),
+    ([*DEMO, "--checkpoint", "wide"], "--tokens: got 2048, accepted is 2258 to 1073741824"),
+    ([*DEMO, "--haystack", "nosuch"], r"--haystack: cannot read nosuch \(No such file or directory\); accepted is any UTF-8"),
+    ([*DEMO, "--haystack", "dir"], r"--haystack: cannot read dir \(Is a directory\); accepted is any UTF-8 text file"),
+    ([*DEMO, "--haystack", "latin.txt"], r"--haystack: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8"),
+    ([*DEMO, "--haystack", "short.txt"], r"--haystack: got \d+ tokens of text, accepted are at least 64"),
+    ([*DEMO, "--haystack", "empty.txt"], "--haystack: got 0 tokens of text, accepted are at least 64"),
+    (["eval", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
+    (["eval", CORRUPTED], f"checkpoint: {CORRUPTED}/model.safetensors does not match"),
+    (["eval", "model", "--lengths", "100"], "--lengths: got 100, accepted is 266 to 1073741824"),
+]
+
+
+@pytest.mark.parametrize("words, message", [*CHEAP, *DEARER], ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
+def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(folder, capfd, monkeypatch, words, message):
+    if (words, message) in CHEAP:
+        monkeypatch.setattr("hsa_mini.checkpoint.load_model", refuse)
+        monkeypatch.setattr("hsa_mini.data.corpus.load_text", refuse)
+        monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", refuse)
+    before = listing(folder)
+    status, out, err = call(capfd, *words)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and err.endswith("\n") and len(err) < 500, err
+    assert re.match(rf"hsa-mini( {words[0] if words else ''})?: error: (argument )?(demo\|train\|.*: )?{message}", err), err
+    assert listing(folder) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.parametrize("option", ["--haystack good.txt", "--out dir", "--json dir/x", "--checkpoint model"])
+def test_files_without_permission(folder, capfd, option):
+    option, path = option.split()
+    target = folder / path if (folder / path).exists() else (folder / path).parent
+    mode = target.stat().st_mode
+    target.chmod(0)
+    try:
+        status, out, err = call(capfd, *DEMO, option, path)
+    finally:
+        target.chmod(mode)
+    assert (status, out, err.count("\n")) == (2, "", 1) and option in err
+
+
+def test_a_run_of_other_settings(folder, capfd):
+    from hsa_mini.checkpoint import save_progress
+
+    save_progress(folder / "run", 3, {}, {"step": 3, "seconds": 1.0, "settings": {}})
+    before = listing(folder)
+    status, out, err = call(capfd, "train", "nano", "--run", "run", "--device", "cpu")
+    assert (status, out) == (2, "") and listing(folder) == before
+    assert re.fullmatch("hsa-mini train: error: run: run holds a run of other settings; accepted is .*\n", err)
+
+
+def test_running_out_of_memory_is_one_line(folder, capfd, monkeypatch):
+    for error in (RuntimeError("CUDA out of memory.\nTried to allocate"), MemoryError()):
+        monkeypatch.setattr("hsa_mini.demo.prefill", lambda *_, **__: (_ for _ in ()).throw(error))
+        before = listing(folder)
+        status, _, err = call(capfd, *DEMO)
+        assert status == 2 and "memory" in err.lower().splitlines()[-1] and listing(folder) == before
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch):
+    monkeypatch.setattr("hsa_mini.demo.prefill", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main(DEMO)
+
+
+def test_json_on_standard_output_is_json_alone_and_the_picture_is_a_picture(folder, capfd):
+    status, out, err = call(capfd, *DEMO, "--json", "-", "--seed", "7", "--depth", "0.25", "--out", "pictures/new")
+    assert status == 0
+    result = json.loads(out)
+    assert tuple(result) == KEYS
+    assert (result["tokens"], result["depth"], result["seed"]) == (2048, 0.25, 7)
+    assert result["question"] in err  # the report for people goes elsewhere
+    picture = folder / "pictures" / "new" / "needle_2048_7.png"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert [path.name for path in picture.parent.iterdir()] == [picture.name]
+
+
+def test_json_in_a_file_and_the_report_for_people(folder, capfd):
+    status, out, _ = call(capfd, *DEMO, "--json", "new/result.json", "--device", "cpu")
+    result = json.loads(Path("new/result.json").read_text())
+    assert status == 0 and tuple(result) == KEYS and Path("out/needle_2048_0.png").is_file()
+    assert re.search(r"answer +.* \((right|wrong: it is \d{6}\.)\)", out) and result["question"] in out
+    assert "needle in  chunk" in out and ">>>" in out and "<<<" in out and "GB" in out
+    assert {path.name for path in Path("new").iterdir()} == {"result.json"}
+
+
+def test_the_haystack_is_held_out_text_if_none_is_given(folder, capfd):
+    first, second = ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a"), ("--seed", "1")
+    assert call(capfd, *first)[0] == call(capfd, *first, *second)[0] == 0
+
+
+def test_a_text_that_would_upset_a_terminal_or_a_picture(folder, capfd, monkeypatch):
+    Path("evil.txt").write_text("\x1b[2J\x9b\x07\0\r\u202e$x$\\frac{" * 200, encoding="utf-8")
+    monkeypatch.setattr("hsa_mini.demo.continue_from", answering("\x1b$\\frac$"))
+    status, out, err = call(capfd, *DEMO, "--haystack", "evil.txt")
+    assert status == 0 and Path("out/needle_2048_0.png").stat().st_size > 5000
+    assert not set("\x1b\x9b\x07\0\u202e") & set(out) and "\N{MIDDLE DOT}$\\frac$" in out
+
+
+def answering(text: str):
+    """`continue_from` with another answer."""
+    import torch
+
+    from hsa_mini.data.tokenizer import load_tokenizer
+    from hsa_mini.generate import Generation, continue_from
+
+    ids = torch.tensor([load_tokenizer().encode_ordinary(text)])
+    return lambda *a, **o: Generation(ids, *list(vars(continue_from(*a, **o)).values())[1:])
+
+
+def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
+    from hsa_mini import PRESETS
+    from hsa_mini.data.mixture import Mixture
+    from hsa_mini.train import RECIPES, Recipe
+
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setitem(RECIPES, "tiny", Recipe(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)))
+    status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--workers", "0", "--device", "cpu")
+    assert status == 0 and "runs/tiny/final" in out and "runs/tiny/log.csv" in out
+    status, out, _ = call(capfd, "eval", "runs/tiny/final", "--lengths", "300", "400", "--samples", "1", "--out", "r.json")
+    assert status == 0 and "control:" in out and "written to r.json" in out
+    rows = json.loads(Path("r.json").read_text())["rows"]
+    assert len(rows) == 20 and {row["tokens"] for row in rows} == {300, 400}
+    assert re.search(r"^ +300 +\d+/10 ", out, re.MULTILINE) and re.search(r"^ +400 +\d+/10 ", out, re.MULTILINE)
+
+
+def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd, monkeypatch):
+    data = folder / "data"
+    data.mkdir()
+    shutil.copy(data_dir() / "tokenizer.tiktoken", data)
+    shutil.copytree("model", data / "checkpoints" / "own")
+    monkeypatch.setenv("HSA_MINI_DATA", str(data))
+    status, out, _ = call(capfd, "eval", "own", "--lengths", "300", "--samples", "1")
+    assert status == 0 and (data / "results" / "own_s_niah.json").is_file()
+    monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))
+    status, out, err = call(capfd, "eval", "own")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "HSA_MINI_DATA" in err
+
+
+def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch):
+    monkeypatch.setattr(corpus, "fetch_archives", lambda: None)
+    status, out, err = call(capfd, "fetch")
+    assert (status, err) == (0, "") and re.search(r"train: [\d,]+ tokens\n *validation: [\d,]+ tokens", out)
+    monkeypatch.setattr(corpus, "fetch_archives", lambda: (_ for _ in ()).throw(OSError("no network")))
+    status, out, err = call(capfd, "fetch")
+    assert (status, err) == (0, "no network; the standard library of this Python will serve as text instead\n") and "train" in out
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hsa_mini", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_control_c_during_the_demo_ends_with_130_and_leaves_nothing_half_written(folder):
+    before = listing(folder)
+    process = start("demo", "--tokens", "50000000", "--checkpoint", "model", "--haystack", "good.txt", "--json", "r.json")
+    assert process.stdout.readline().startswith("reading 50,000,000 tokens")
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    assert listing(folder) == before
+
+
+def test_control_c_during_training_ends_with_130_and_the_run_can_go_on(folder):
+    from material import small_archives
+
+    small_archives(folder / "cache" / "archives")
+    process = start("train", "nano", "--device", "cpu", "--workers", "1", HSA_MINI_CACHE=str(folder / "cache"))
+    deadline = time.monotonic() + 60
+    while not Path("runs/nano/log.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    assert [path.name for path in Path("runs/nano").iterdir()] == ["log.csv"]
+
+
+def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
+    process = start("demo", "--tokens", "12")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "") and err.count("\n") == 1 and "--tokens: got 12" in err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "fetch"])
+def test_help_explains_every_option(capfd, command):
+    status, out, err = call(capfd, command, "--help")
+    assert (status, err) == (0, "")
+    parser = next(a for a in cli.build_parser()._actions if a.choices and "demo" in a.choices).choices[command]
+    for action in parser._actions:
+        assert all(name in out for name in action.option_strings)
+
+
+def test_printable_keeps_every_script_and_drops_what_moves_the_cursor():
+    assert cli.printable("中文 é\n\tx") == "中文 é\n\tx"
+    assert cli.printable("a\0\x1b\r\x7f\x9b\u202e") == "a" + "·" * 6
+    assert np.all([len(cli.printable(chr(i))) == 1 for i in range(0x3000)])

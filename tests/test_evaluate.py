@@ -1,0 +1,252 @@
+"""Questions to a haystack that is encoded once: the same answers as encoding each sample from scratch, and honest counts.
+
+Dimensions: T tokens, S=4 chunk size, W=8 window: TINY, whose lower decoder reaches 14 tokens back.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from material import TINY, tiny, word_corpus, word_tokens
+
+from hsa_mini import evaluate
+from hsa_mini.data.tasks import NeedleTask, Sample, tile
+from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.evaluate import (
+    Haystack, Row, ask_one, by_length, chunks_retrieved, evaluate_s_niah, wilson_interval, write_results,
+)  # fmt: skip
+from hsa_mini.generate import generate
+
+S = TINY.chunk_size
+TASK = NeedleTask(load_tokenizer())
+LEAST = TASK.least_tokens(TINY.chunk_size, TINY.window)
+MODEL = tiny(torch.float64)
+
+
+def haystack(model, tokens: int) -> Haystack:
+    return Haystack(model, torch.from_numpy(tile(word_tokens(), tokens).astype(np.int64)))
+
+
+def draw(seed: int, tokens: int, depth: float, **options) -> Sample:
+    return TASK.sample(np.random.default_rng(seed), tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
+
+
+def placed(tokens: int, places: list[int]) -> Sample:
+    """Needles at `places`, then the question."""
+    needles = TASK.needles(np.random.default_rng(0), len(places))
+    patches = [(place, TASK.sentence(needle)) for place, needle in zip(places, needles)]
+    patches.append((tokens - TASK.question_tokens, TASK.question(needles[0])))
+    return Sample(needles[0], tokens, 0.0, places[0], tuple(patches), TASK.answer(needles[0]))
+
+
+def contents(asked: Haystack) -> list[torch.Tensor]:
+    memory = asked.memory
+    return [x.clone() for x in (memory.k, memory.v, memory.landmarks, asked.text)] + [torch.tensor(memory.position)]
+
+
+def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
+    """Same answer, and same queries, choice and weights in every HSA layer for the whole tail; then nothing has changed."""
+    before = contents(asked)
+    got = asked.ask(sample, answer_tokens=9)
+    assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
+    ids = torch.from_numpy(sample.apply(asked.text.numpy()))[None]
+    want = generate(asked.model, ids, max_new_tokens=9)
+    assert torch.equal(got.ids, want.ids)
+    assert got.memory.position == want.memory.position and got.memory.chunks == want.memory.chunks
+    for a, b in zip(got.first.retrievals, want.first.retrievals, strict=True):
+        assert a.queries.shape == b.queries.shape
+        assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
+        order, twin = a.indices.argsort(-1), b.indices.argsort(-1)
+        assert torch.equal(a.indices.gather(-1, order), b.indices.gather(-1, twin))
+        assert torch.allclose(a.weights.gather(-1, order), b.weights.gather(-1, twin), rtol=0, atol=1e-9)
+    assert chunks_retrieved(got.first) == chunks_retrieved(want.first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(top_k=300),  # reads every chunk: one that was left as it was would show
+        dict(query_block=4, top_k=300),
+        dict(exclude_window=True, query_block=2),
+        dict(residual="bypass", lower_layers=3, groups=1),
+        dict(window=3),
+    ],
+    ids=str,
+)
+def test_asking_equals_encoding_from_scratch(changes):
+    model = tiny(torch.float64, **changes)
+    for tokens in (LEAST + 300, LEAST + 303):
+        asked = haystack(model, tokens)
+        for seed, depth in enumerate((0.0, 0.37, 1.0)):
+            assert_as_from_scratch(asked, draw(seed, tokens, depth, control=depth == 0.37))
+
+
+ALL = tiny(torch.float64, top_k=300)
+
+
+@pytest.mark.parametrize("tokens", [400, 402])
+def test_needles_near_each_other_and_at_the_borders(tokens):
+    n, body, asked = TASK.sentence_tokens, tokens - TASK.question_tokens, haystack(ALL, tokens)
+    for places in (
+        [0, n, 2 * n],  # one after another from the first token on
+        [S * 10, S * 10 + n],  # at the start of a chunk
+        [S * 10 - 1, S * 10 + n + 1],  # across chunks, a token apart
+        [S * 10 - n, S * 20],  # at the end of a chunk
+        [100, 100 + n + TINY.lower_reach, 100 + 2 * (n + TINY.lower_reach) + 1],  # as far apart as the lower decoder reaches
+        [body - n],  # in front of the question
+        [body - 2 * n, body - n],
+        [200, 40],  # in no order
+    ):
+        assert_as_from_scratch(asked, placed(tokens, places))
+
+
+SHARED = haystack(ALL, 333)
+
+
+@settings(max_examples=12)
+@given(st.lists(st.integers(0, 333 - TASK.question_tokens - TASK.sentence_tokens), min_size=1, max_size=5, unique=True))
+def test_needles_anywhere(places):
+    apart = [p for i, p in enumerate(places) if all(abs(p - q) >= TASK.sentence_tokens for q in places[:i])]
+    assert_as_from_scratch(SHARED, placed(333, apart))
+
+
+def test_one_haystack_answers_many_questions_as_if_each_were_the_first():
+    tokens = LEAST + 200
+    asked = haystack(MODEL, tokens)
+    samples = [draw(seed, tokens, depth) for seed, depth in enumerate((0.0, 0.5, 1.0, 0.25))]
+    first = [asked.ask(sample, answer_tokens=7).ids for sample in samples]
+    for sample, ids in reversed(list(zip(samples, first))):
+        assert torch.equal(asked.ask(sample, answer_tokens=7).ids, ids)
+        assert torch.equal(haystack(MODEL, tokens).ask(sample, answer_tokens=7).ids, ids)
+
+
+def test_the_needle_is_what_the_model_reads():
+    """Without it the retrieval scores are others: the comparison above is not one of two blind readers."""
+    tokens = LEAST + 200
+    asked, sample = haystack(MODEL, tokens), draw(0, tokens, 0.5)
+    with_needle = asked.ask(sample, answer_tokens=1).first
+    without = asked.ask(draw(0, tokens, 0.5, control=True), answer_tokens=1).first
+    assert torch.equal(with_needle.retrievals[0].queries[:, -1], without.retrievals[0].queries[:, -1])
+    assert not torch.equal(with_needle.retrievals[0].weights, without.retrievals[0].weights)
+
+
+class Oracle:
+    """Answers right, or wrong, and retrieves what it is told to."""
+
+    def __init__(self, *, right: bool, retrieved: int) -> None:
+        self.right, self.retrieved = right, retrieved
+        self.text, self.model = torch.zeros(LEAST + 100, dtype=torch.int64), MODEL
+
+    def ask(self, sample, *, answer_tokens):
+        ids = torch.from_numpy(sample.answer.astype(np.int64))[None]
+        assert answer_tokens == ids.shape[1] == 7
+        chunk = sample.needle_chunks(S, TASK.sentence_tokens)[-1] + self.retrieved
+        layers = [type("R", (), {"indices": torch.tensor(rows)[None, None]}) for rows in ([[-1, 0]], [[chunk, -1]])]
+        ids = ids if self.right else torch.cat((ids[:, :-2], ids[:, -2:] + 1), dim=1)
+        return type("G", (), {"ids": ids, "first": type("A", (), {"retrievals": layers})})
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("away", [0, 1])
+def test_only_a_wholly_right_answer_and_a_chunk_of_the_needle_count(right, away):
+    got = ask_one(Oracle(right=right, retrieved=away), TASK, np.random.default_rng(0), 0.9, False)
+    assert got == (right, away == 0)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_corpus", word_corpus)
+    model = tiny()
+    encoded = []
+    monkeypatch.setattr(evaluate, "Haystack", lambda m, text: encoded.append(len(text)) or Haystack(m, text))
+    return model, encoded
+
+
+def test_every_length_and_depth_is_asked_and_the_control_apart(short, monkeypatch):
+    model, encoded = short
+    monkeypatch.setattr(evaluate, "SHARED_FROM", LEAST + 300)
+    seen = []
+    options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=lambda tokens: 3 if tokens == LEAST else 2)
+    rows, controls = evaluate_s_niah(model, **options, report=seen.append)
+    assert [(row.tokens, row.depth, row.samples) for row in rows] == [
+        (LEAST, 0.0, 3), (LEAST, 1.0, 3), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
+    ]  # fmt: skip
+    assert [(row.tokens, row.samples) for row in controls] == [(LEAST, 3), (LEAST + 300, 2)]
+    assert len(seen) == 6 and {id(row) for row in seen} == {id(row) for row in rows + controls}
+    assert encoded == [LEAST] * 9 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
+    assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
+    assert all(0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples for row in rows + controls)
+    assert (rows, controls) == evaluate_s_niah(model, **options)
+
+
+def test_text_that_is_repeated_is_said_to_be(short):
+    model, _ = short
+    tokens = len(word_tokens(seed="validation")) + 500
+    rows, _ = evaluate_s_niah(model, lengths=(tokens,), depths=(0.5,), samples=lambda tokens: 1)
+    assert [(row.tokens, row.distinct_tokens) for row in rows] == [(tokens, tokens - 500)]
+
+
+def test_by_length_adds_up():
+    rows = [Row(4096, depth, 10, right, found, 4096, 1) for depth, right, found in ((0.0, 10, 9), (0.5, 7, 8), (1.0, 3, 10))]
+    rows += [Row(8192, 0.5, 5, 5, 4, 8192, 1)]
+    first, second = by_length(rows)
+    assert {name: first[name] for name in ("tokens", "samples", "correct", "retrieved")} == dict(
+        tokens=4096, samples=30, correct=20, retrieved=27
+    )
+    assert first["accuracy"] == pytest.approx(2 / 3) and (first["low"], first["high"]) == wilson_interval(20, 30)
+    assert (second["samples"], second["correct"], second["accuracy"]) == (5, 5, 1.0)
+    assert by_length([]) == []
+
+
+@pytest.mark.parametrize(
+    "correct, samples, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval_has_the_published_values(correct, samples, low, high):
+    assert wilson_interval(correct, samples) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_interval_solves_its_equation(samples, data):
+    correct = data.draw(st.integers(0, samples))
+    share = correct / samples
+    for bound in wilson_interval(correct, samples):
+        assert 0 <= bound <= 1
+        assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / samples, abs=1e-12)
+
+
+ROWS = [Row(4096, 0.5, 10, 9, 10, 4096, 1)], [Row(4096, 0.5, 10, 0, 2, 4096, 1)]
+
+
+def test_results_say_where_they_come_from(tmp_path):
+    write_results(tmp_path / "new" / "results.json", *ROWS, torch.device("cpu"))
+    result = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert {"hardware", "versions", "commit", "command", "rows", "control_rows"} == result.keys()
+    assert [Row(**row) for row in result["rows"]] == ROWS[0] and [Row(**row) for row in result["control_rows"]] == ROWS[1]
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    for name in ("chmod", "replace", "fdopen"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hsa_mini.paths.os.{name}", fail)
+            with pytest.raises(KeyboardInterrupt):
+                write_results(path, *ROWS, torch.device("cpu"))
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]

@@ -1,0 +1,118 @@
+"""The tokenizer: any text survives it, keys and values are read symbol by symbol, and its ranks are the recorded ones."""
+
+import hashlib
+import pickle
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from material import real_archives, words
+
+from hsa_mini.data.corpus import read_documents
+from hsa_mini.data.tasks import LETTERS, Needle, NeedleTask
+from hsa_mini.data.tokenizer import (
+    RANKS_FILE, SPECIAL_TOKENS, VOCAB_SIZE, end_of_text, load_tokenizer, pad, save_ranks, train_ranks,
+)  # fmt: skip
+from hsa_mini.paths import data_dir
+
+TOKENIZER = load_tokenizer()
+TASK = NeedleTask(TOKENIZER)
+encode, decode = TOKENIZER.encode_ordinary, TOKENIZER.decode
+LATIN = st.text(st.characters(max_codepoint=255))
+KEYS = st.text(LETTERS, min_size=4, max_size=4)
+VALUES = st.text("0123456789", min_size=6, max_size=6)
+
+
+def pieces(text: str) -> list[bytes]:
+    return [TOKENIZER.decode_single_token_bytes(i) for i in encode(text)]
+
+
+@given(st.one_of(st.text(), LATIN))
+@example("\0\0a\0")
+@example("e\u0301 \u0301\u0301x \u0301")  # combining marks, two of them with nothing to combine with
+@example("👩‍👩‍👧‍👦🏳️‍🌈 \U0010ffff\ufeff")
+@example("\r\n\r\r\n \t\x0b\x0c\x85\u2028\u3000 end  ")
+@example("ΑΣ ǅungla ʰ ª 中文 עברית ١٢٣ Ⅳ ½")
+@example(" ".join(SPECIAL_TOKENS))
+def test_any_text_survives(text):
+    ids = encode(text)
+    assert decode(ids) == text
+    assert all(0 <= i < VOCAB_SIZE - len(SPECIAL_TOKENS) for i in ids)
+
+
+@pytest.mark.parametrize("text", ["a", " ", "\n", " \n", "\0", "!", "0", "A", "é", "中", "😀"])
+def test_a_million_times_the_same_survives(text):
+    """tiktoken's regular expressions used to run out of stack on white space without end."""
+    for end in ("", "x"):
+        assert decode(encode(text * 1_000_000 + end)) == text * 1_000_000 + end
+
+
+def test_all_entries_are_there():
+    assert TOKENIZER.n_vocab == VOCAB_SIZE
+    tokens = {TOKENIZER.decode_single_token_bytes(i) for i in range(VOCAB_SIZE)}
+    assert len(tokens) == VOCAB_SIZE
+    assert {bytes([i]) for i in range(256)} <= tokens  # so there is no text without ids
+    assert (end_of_text(TOKENIZER), pad(TOKENIZER)) == (VOCAB_SIZE - 2, VOCAB_SIZE - 1)
+
+
+def test_no_token_spans_a_digit_or_two_capitals():
+    for token in TOKENIZER.token_byte_values()[: VOCAB_SIZE - len(SPECIAL_TOKENS)]:
+        assert not re.search(rb"[0-9]", token) or len(token) == 1, token
+        assert not re.search(rb"[A-Z]", token) or re.fullmatch(rb" ?[A-Z][^A-Z]*", token), token
+
+
+@given(st.text(), st.text("0123456789", min_size=1), st.text())
+def test_every_digit_is_a_token_whatever_stands_beside_it(before, digits, after):
+    assert [p for p in pieces(before + digits + after) if re.search(rb"[0-9]", p)] == [
+        c.encode() for c in before + digits + after if c in "0123456789"
+    ]
+
+
+@given(KEYS, VALUES)
+def test_needles_are_what_the_text_of_their_sentences_encodes_to(key, value):
+    needle = Needle(key, value)
+    for name in ("sentence", "question", "answer"):
+        assert getattr(TASK, name)(needle).tolist() == encode(getattr(needle, name))
+    for text in (needle.sentence, needle.question):
+        assert [p.decode() for p in pieces(text) if p.decode() in LETTERS] == list(key) * text.count(key)
+    assert [p.decode() for p in pieces(needle.answer)] == [*value, "."]
+
+
+@given(st.text(), KEYS, VALUES, st.text())
+def test_a_needle_in_a_text_encodes_as_it_does_alone(before, key, value, after):
+    """A sentence put between ids is what the same sentence typed into the text would be.
+
+    Only white space in front of it, or punctuation behind its full stop, could join with it.
+    """
+    needle, before, after = Needle(key, value), before + "x", " " + after
+    joined = encode(before + needle.sentence + after)
+    assert joined == [*encode(before), *TASK.sentence(needle).tolist(), *encode(after)]
+    question = needle.question + needle.answer
+    assert encode(before + question) == [*encode(before), *TASK.question(needle).tolist(), *TASK.answer(needle).tolist()]
+
+
+def test_it_pickles():
+    twin = pickle.loads(pickle.dumps(TOKENIZER))
+    assert twin.encode_ordinary(words(500)) == encode(words(500)) and twin.n_vocab == VOCAB_SIZE
+
+
+def test_ranks_are_the_recorded_ones():
+    digest = hashlib.sha256((data_dir() / RANKS_FILE).read_bytes()).hexdigest()
+    assert digest in (data_dir() / "PROVENANCE.md").read_text(encoding="utf-8")
+
+
+def test_ranks_come_from_the_training_text_alone():
+    if not real_archives():
+        pytest.skip("the corpus archives are not in the cache")
+    documents = read_documents(list(real_archives()))
+    assert train_ranks(d.text for d in documents if d.split == "train") == TOKENIZER._mergeable_ranks
+
+
+def test_ranks_are_learnt_written_and_read_back(tmp_path):
+    ranks = train_ranks([words(2000)], vocab_size=300)
+    save_ranks(ranks, tmp_path / "ranks")
+    tokenizer = load_tokenizer(tmp_path / "ranks")
+    assert tokenizer._mergeable_ranks == ranks and tokenizer.n_vocab == 300
+    assert tokenizer.decode(tokenizer.encode_ordinary(words(100))) == words(100)
+    assert len(tokenizer.encode_ordinary(words(100))) < len(words(100))
