@@ -187,7 +187,6 @@ def report(finding) -> str:
     """What a person wants to know of a finding."""
     layers = "; ".join(f"layer {i}: {' '.join(map(str, chunks))}" for i, chunks in enumerate(finding.retrieved_chunks))
     found = [chunk for chunk in finding.needle_chunks if any(chunk in chunks for chunks in finding.retrieved_chunks)]
-    shown = found or finding.needle_chunks
     verdict = "right" if finding.correct else f"wrong: it is {finding.expected}"
     lines = [
         f"\nquestion   {finding.question}",
@@ -195,7 +194,7 @@ def report(finding) -> str:
         f"needle in  chunk {' and '.join(map(str, finding.needle_chunks))} of {finding.scores.shape[1]:,}",
         f"retrieved  {layers}",
     ]
-    for chunk in shown:
+    for chunk in finding.needle_chunks:
         kind = "retrieved" if chunk in found else "not retrieved"
         text = printable(finding.chunk_text(chunk)).replace("\n", "\n  ")
         lines.append(f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:\n  {text}")

@@ -147,7 +147,6 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(folder, capfd, 
     assert listing(folder) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 @pytest.mark.parametrize("option", ["--haystack good.txt", "--out dir", "--json dir/x", "--checkpoint model"])
 def test_files_without_permission(folder, capfd, option):
     option, path = option.split()
@@ -155,6 +154,8 @@ def test_files_without_permission(folder, capfd, option):
     mode = target.stat().st_mode
     target.chmod(0)
     try:
+        if os.access(target, os.R_OK):
+            pytest.skip("root may read and write everything")
         status, out, err = call(capfd, *DEMO, option, path)
     finally:
         target.chmod(mode)
@@ -265,7 +266,8 @@ def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch)
     assert (status, err) == (0, "") and re.search(r"train: [\d,]+ tokens\n *validation: [\d,]+ tokens", out)
     monkeypatch.setattr(corpus, "fetch_archives", lambda: (_ for _ in ()).throw(OSError("no network")))
     status, out, err = call(capfd, "fetch")
-    assert (status, err) == (0, "no network; the standard library of this Python will serve as text instead\n") and "train" in out
+    assert status == 0 and "train" in out
+    assert err == "no network; the standard library of this Python will serve as text instead\n"
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen:
