@@ -89,7 +89,7 @@ def build_parser() -> Parser:
     for command in (demo, train, evaluate):
         command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
-    fetch = commands.add_parser("fetch", help="fetch the corpora (13 plays and poems, code, documentation) into the cache")
+    fetch = commands.add_parser("fetch", help="fetch the corpora (plays and poems, code, documentation) into the cache")
     fetch.set_defaults(command=run_fetch)
     return parser
 

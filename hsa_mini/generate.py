@@ -16,7 +16,7 @@ SEGMENT = 8192  # tokens of the lower decoder at once: what bounds the memory of
 
 @dataclass(frozen=True)
 class Generation:
-    """ids int64 [B, new]; the memory after them; `first`: what each HSA layer retrieved for the first new token."""
+    """ids int64 [B, new]; the memory, which has read all of them but the last; `first`: what each HSA layer retrieved for the first new token."""
 
     ids: torch.Tensor
     memory: ChunkMemory
