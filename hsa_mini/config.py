@@ -40,7 +40,7 @@ class HSAConfig:
     exploration: bool = True  # Gumbel noise on the choice, in training alone
     exclude_window: bool = False  # never choose a chunk that lies inside the window
     query_block: int = 1  # tokens that share the choice of the first of them
-    retrieval_norm: bool = True  # RMSNorm on retrieval queries and landmarks
+    retrieval_norm: bool = False  # RMSNorm on retrieval queries and landmarks
     residual: str = "add"  # or "bypass": the retrieved context feeds only the MLP
     # Mixture of experts; `experts=0` is a dense model. The first block is always dense.
     experts: int = 0  # E

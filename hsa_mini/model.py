@@ -108,13 +108,19 @@ class HSAModel(nn.Module):
             parameter.normal_(0.0, std)
 
     def forward(
-        self, ids: torch.Tensor, memory: ChunkMemory | None = None, *, neighbours: int = 0, gumbel_seed: int | None = None
+        self,
+        ids: torch.Tensor,
+        memory: ChunkMemory | None = None,
+        *,
+        neighbours: int = 0,
+        explore: bool = True,
+        gumbel_seed: int | None = None,
     ) -> Output:
         """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place and returned.
 
         neighbours: put the chunks of this many other sequences of the batch in front of each one's own. Without positions
         they are its distant past: a training sequence of 1,024 tokens then has to find its chunks among many more.
-        gumbel_seed: of the exploration noise, which acts in training mode alone; drawn from torch's generator if None.
+        explore: add the exploration noise, in training mode alone. gumbel_seed: drawn from torch's generator if None.
         Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of another batch or model.
         """
         memory = ChunkMemory(self.config) if memory is None else memory
@@ -123,7 +129,9 @@ class HSAModel(nn.Module):
             raise ValueError(f"neighbours: got {neighbours}, accepted are 0 to {len(ids) - 1}, one less than the batch")
         position = memory.position
         hidden = self.read(ids, memory)
-        hidden, retrievals = self.look_up(hidden, position, memory, neighbours=neighbours, gumbel_seed=gumbel_seed)
+        hidden, retrievals = self.look_up(
+            hidden, position, memory, neighbours=neighbours, explore=explore, gumbel_seed=gumbel_seed
+        )
         return Output(self.predict(hidden), memory, Aux(retrievals))
 
     def read(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
@@ -158,10 +166,11 @@ class HSAModel(nn.Module):
         memory: ChunkMemory,
         *,
         neighbours: int = 0,
+        explore: bool = True,
         gumbel_seed: int | None = None,
     ) -> tuple[torch.Tensor, tuple[Retrieval, ...]]:
         """The upper decoder over hidden [B, T, C], whose first token stands at `position` -> [B, T, C], retrievals."""
-        if not (self.training and self.config.exploration):
+        if not (self.training and self.config.exploration and explore):
             gumbel_seed = None
         elif gumbel_seed is None:
             gumbel_seed = int(torch.randint(1 << 31, ()))

@@ -43,7 +43,10 @@ class Recipe:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    neighbours: int = 0  # in the last half of the steps: other sequences whose chunks are in memory too
+    # Past this share of the steps there is no exploration noise, and chunks of `neighbours` other sequences are in memory:
+    # a sequence of 1,024 tokens then has to find its own chunks among many more, as in a long text.
+    explore: float = 1.0
+    neighbours: int = 0
     mixture: Mixture = field(default_factory=Mixture)
 
     def rate(self, step: int) -> float:
@@ -54,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
-    "mini": Recipe(steps=3214, batch=32, tokens=1024),
+    "mini": Recipe(steps=5000, batch=32, tokens=1024, explore=0.56, neighbours=7),
 }
 
 
@@ -143,8 +146,9 @@ def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: in
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate(step)
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
-        neighbours = recipe.neighbours if 2 * step >= recipe.steps else 0
-        logits = model(ids[:, :-1], neighbours=neighbours, gumbel_seed=(seed << 32) + step).logits
+        explore = step < recipe.explore * recipe.steps
+        neighbours = 0 if explore else recipe.neighbours
+        logits = model(ids[:, :-1], neighbours=neighbours, explore=explore, gumbel_seed=(seed << 32) + step).logits
     loss, shares, accuracy = mixture_loss(logits, ids[:, 1:], parts[:, 1:])
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

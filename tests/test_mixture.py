@@ -104,7 +104,7 @@ def test_an_answer_is_the_value_of_the_key_asked_and_stood_before(name):
         questions.append(len(answers))
         needles.append(len(form.findall(TOKENIZER.decode(ids.tolist()))))
     most = min(20, (RECIPES[name][0] + 1) // 2 // TASK.sentence_tokens)
-    assert min(needles) >= 6 and max(needles) == most
+    assert min(needles) == 1 and 0.9 * most < max(needles) <= most and sorted(needles)[len(needles) // 2] < 6  # mostly few
     assert len(set(questions)) > 1
 
 

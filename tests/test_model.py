@@ -23,7 +23,7 @@ OPTIONS = {
     "query block, exclude window": dict(query_block=2, exclude_window=True),
     "one retrieval head": dict(retrieval_heads=1),
     "two encoder layers": dict(encoder_layers=2, encoder_mlp_width=48),
-    "no retrieval norm": dict(retrieval_norm=False),
+    "retrieval norm": dict(retrieval_norm=True),
     "untied": dict(tied=False),
     "experts": dict(experts=4, experts_active=2, expert_width=16),
 }
@@ -195,7 +195,7 @@ def test_every_parameter_gets_a_gradient_once_two_chunks_can_be_chosen(option):
 @every_dense_option
 def test_gradient_of_the_loss_equals_its_slope(option):
     """Along a random direction of all parameters, and of the landmark projection alone: retrieval learns from the loss."""
-    model, ids = build(option), text(40)
+    model, ids = build(option), text(40, seed=2)  # of this text no choice of chunks is so near a tie that a step changes it
     parameters = dict(model.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss(model, ids), parameters.values())))
     for names in (list(parameters), ["encoder.landmark.weight"]):
@@ -212,7 +212,7 @@ def test_gradient_of_the_loss_equals_its_slope(option):
 
 
 @pytest.mark.parametrize(
-    "option", ["bypass", "stick breaking", "exclude window", "query block", "query block, exclude window", "no retrieval norm"]
+    "option", ["bypass", "stick breaking", "exclude window", "query block", "query block, exclude window", "retrieval norm"]
 )
 @torch.no_grad()
 def test_options_without_weights_of_their_own_change_the_logits(option):
@@ -247,11 +247,13 @@ def test_exploration_acts_in_training_on_the_choice_alone():
         model = build(**changes)
         want = model(ids).logits
         assert_close(model.train()(ids, gumbel_seed=1).logits, want, 1e-13)
+    model = build()
+    assert torch.equal(model(ids).logits, model.train()(ids, explore=False, gumbel_seed=1).logits)
 
 
 @torch.no_grad()
 def test_groups_explore_differently():
-    model = build(retrieval_norm=False).train()
+    model = build().train()
     for block in model.upper:  # equal scores: the noise alone chooses
         if block.hsa is not None:
             block.hsa.retrieval_q.weight.zero_()

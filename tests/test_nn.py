@@ -143,7 +143,7 @@ def test_chunk_encoder_is_bidirectional_attention_with_cls_last():
         k = rms_norm((x[:, :, :4] @ encoder.k.weight.T).unflatten(-1, (2, 8)), (8,), encoder.k_norm.weight, eps)
         v = (x[:, :, :4] @ encoder.v.weight.T).unflatten(-1, (2, 8))
         landmarks = (x[:, :, 4] @ encoder.landmark.weight.T).unflatten(-1, (2, 16))
-        return k, v, rms_norm(landmarks, (16,), encoder.landmark_norm.weight, eps)
+        return k, v, landmarks
 
     def computed(hidden, cls):
         return torch.func.functional_call(encoder, {"cls": cls}, hidden)
@@ -182,7 +182,7 @@ def test_landmark_knows_the_order_of_its_tokens():
 
 
 def test_keys_and_landmarks_are_normed_and_values_are_not():
-    encoder, hidden = build(ChunkEncoder(CONFIG)), random(2, 3, 4, 24)
+    encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))), random(2, 3, 4, 24)
     k, v, landmarks = encoder(hidden)
     assert_close(k, rms_norm(k / encoder.k_norm.weight, (CONFIG.hsa_head_dim,)) * encoder.k_norm.weight, 1e-5)
     gain = encoder.landmark_norm.weight
@@ -194,7 +194,7 @@ def test_keys_and_landmarks_are_normed_and_values_are_not():
         assert_close(got, factor * want, 1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, dict(retrieval_heads=1), dict(retrieval_norm=False), dict(weighting="stick_breaking")])
+@pytest.mark.parametrize("options", [{}, dict(retrieval_heads=1), dict(retrieval_norm=True), dict(weighting="stick_breaking")])
 def test_hsa_layer_is_its_projections_around_the_reference(options):
     config = dataclasses.replace(CONFIG, **options)
     layer, x = build(HSA(config)), random(2, 11, 24)

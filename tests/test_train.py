@@ -25,7 +25,7 @@ from hsa_mini.train import COLUMNS, RECIPES, Recipe, make_optimizer, mixture_los
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-RECIPE = Recipe(steps=12, batch=2, tokens=96, warmup=3, mixture=Mixture(copy_least=16), neighbours=1)
+RECIPE = Recipe(steps=12, batch=2, tokens=96, warmup=3, mixture=Mixture(copy_least=16), explore=0.5, neighbours=1)
 GOLDEN = data_dir() / "golden" / "nano_losses.json"
 GOLDEN_RECIPE = Recipe(steps=50, batch=4, tokens=256, learning_rate=2e-3, warmup=10, mixture=Mixture(copy_least=64))
 
@@ -222,7 +222,7 @@ def test_a_step_clips_the_gradient_and_reports_its_norm_before():
     loss, _, _ = mixture_loss(model(ids[:, :-1], gumbel_seed=3 << 32).logits, ids[:, 1:], parts[:, 1:])
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     norm = torch.stack([g.norm() for g in gradients]).norm()
-    recipe = dataclasses.replace(RECIPE, clip=norm.item() / 4, neighbours=0)
+    recipe = dataclasses.replace(RECIPE, clip=norm.item() / 4)
     optimizer = make_optimizer(model, recipe)
     used = []
     optimizer.register_step_pre_hook(lambda *_: used.extend(p.grad.clone() for p in model.parameters()))
@@ -233,17 +233,17 @@ def test_a_step_clips_the_gradient_and_reports_its_norm_before():
     assert not any(figure.requires_grad for figure in figures)
 
 
-def test_noise_follows_seed_and_step_and_neighbours_come_in_the_second_half(monkeypatch, tmp_path):
+def test_noise_follows_seed_and_step_and_ends_where_neighbours_come(monkeypatch, tmp_path):
     seen, forward = [], HSAModel.forward
 
     def watched(self, ids, **options):
-        seen.append((options["neighbours"], options["gumbel_seed"]))
+        seen.append((options["explore"], options["neighbours"], options["gumbel_seed"]))
         return forward(self, ids, **options)
 
     monkeypatch.setattr(HSAModel, "forward", watched)
     run_tiny(tmp_path, seed=2)
-    assert [neighbours for neighbours, _ in seen] == [0] * 6 + [1] * 6
-    assert [noise for _, noise in seen] == [(2 << 32) + step for step in range(12)]
+    assert [(explore, neighbours) for explore, neighbours, _ in seen] == [(True, 0)] * 6 + [(False, 1)] * 6
+    assert [noise for *_, noise in seen] == [(2 << 32) + step for step in range(12)]
 
 
 @pytest.mark.parametrize("changes", [{}, dict(query_block=2), dict(exclude_window=True), dict(top_k=100)], ids=str)

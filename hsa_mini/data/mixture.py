@@ -23,9 +23,8 @@ class Mixture:
 
     self_copy: float = 0.35
     needles: float = 0.5  # the rest is plain text
-    made_up: float = 0.35  # of the haystacks: random tokens, few symbols, repetition, instead of real text
-    needles_least: int = 6
-    needles_most: int = 20
+    made_up: float = 0.2  # of the haystacks: random tokens, few symbols, repetition, instead of real text
+    needles_most: int = 20  # their number is drawn log-uniformly: mostly few, so that most chunks are text
     questions_most: int = 4
     copy_least: int = 256  # tokens copied; above the window, or the window would do it
 
@@ -77,7 +76,7 @@ class TrainingBatches(Dataset):
         mixture, task, total = self.mixture, self.task, self.tokens + 1
         pair = task.question_tokens + len(task.answer(Needle("BBBB", "000000")))
         most = min(mixture.needles_most, total // 2 // task.sentence_tokens)  # at least half is text
-        needles = task.needles(rng, int(rng.integers(min(mixture.needles_least, most), most + 1)))
+        needles = task.needles(rng, int(np.exp(rng.uniform(0, np.log(most + 1)))))
         if rng.random() < 0.3:
             needles = self.alike(rng, needles)
         room = (total - len(needles) * task.sentence_tokens) // (2 * pair)
