@@ -43,6 +43,7 @@ class Recipe:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
     # Past this share of the steps there is no exploration noise, and chunks of `neighbours` other sequences are in memory:
     # a sequence of 1,024 tokens then has to find its own chunks among many more, as in a long text.
     explore: float = 1.0
@@ -57,7 +58,7 @@ class Recipe:
 
 RECIPES = {
     "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
-    "mini": Recipe(steps=5000, batch=32, tokens=1024, explore=0.56, neighbours=7),
+    "mini": Recipe(steps=2000, batch=32, tokens=1024, explore=0.5, neighbours=7),
 }
 
 
@@ -149,7 +150,7 @@ def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: in
         explore = step < recipe.explore * recipe.steps
         neighbours = 0 if explore else recipe.neighbours
         logits = model(ids[:, :-1], neighbours=neighbours, explore=explore, gumbel_seed=(seed << 32) + step).logits
-    loss, shares, accuracy = mixture_loss(logits, ids[:, 1:], parts[:, 1:])
+    loss, shares, accuracy = mixture_loss(logits, ids[:, 1:], parts[:, 1:], text_weight=recipe.text_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
@@ -157,8 +158,10 @@ def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: in
     return loss.detach(), *shares, accuracy, norm
 
 
-def mixture_loss(logits, targets, parts) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-    """Sum of the mean losses of text, copy and answer tokens; the three; the share of answer tokens predicted right.
+def mixture_loss(
+    logits, targets, parts, *, text_weight: float = 1.0
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+    """Weighted sum of the mean losses of text, copy and answer tokens; the three; the share of answer tokens predicted right.
 
     Means by part: seven digits of an answer weigh as much as a thousand tokens of text.
     """
@@ -168,7 +171,8 @@ def mixture_loss(logits, targets, parts) -> tuple[torch.Tensor, tuple[torch.Tens
     means = [(losses * mask).sum() / mask.sum().clamp(min=1) for mask in masks]
     right = (logits.detach().argmax(dim=-1).flatten() == targets.flatten()).float()
     accuracy = (right * masks[2]).sum() / masks[2].sum().clamp(min=1)
-    return sum(means), tuple(mean.detach() for mean in means), accuracy
+    loss = text_weight * means[0] + means[1] + means[2]
+    return loss, tuple(mean.detach() for mean in means), accuracy
 
 
 def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
