@@ -58,7 +58,7 @@ class Recipe:
 
 RECIPES = {
     "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
-    "mini": Recipe(steps=2000, batch=32, tokens=1024, text_weight=0.25, explore=0.35, neighbours=7),
+    "mini": Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7),
 }
 
 

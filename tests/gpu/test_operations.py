@@ -22,7 +22,7 @@ def relative_error(ours, exact):
 
 def gradients(operation, tensors, dtype, *fixed, **options):
     """Output and the gradient of every tensor, for an upstream gradient that differs everywhere."""
-    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in tensors]
     out = operation(*leaves, *fixed, **options)
     out.backward(torch.linspace(-1, 1, out.numel(), device="cuda", dtype=out.dtype).view_as(out))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
