@@ -525,7 +525,7 @@ show(
 # %% [markdown]
 # In at least one of the layers the needle's chunk wears a ring: that was the second `True`. Here is what stands in it, the
 # needle between marks (in two chunks, if it happens to lie across a border). All around is ordinary text. Below that: how
-# some of the chunks that were read hold a code, the right one or another.
+# many of the chunks that were read hold a code, the right one or another.
 
 # %%
 for chunk in finding.needle_chunks:
