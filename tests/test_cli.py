@@ -202,7 +202,7 @@ def test_json_in_a_file_and_the_report_for_people(folder, capfd):
     status, out, _ = call(capfd, *DEMO, "--json", "new/result.json", "--device", "cpu")
     result = json.loads(Path("new/result.json").read_text())
     assert status == 0 and tuple(result) == KEYS and Path("out/needle_2048_0.png").is_file()
-    assert re.search(r"answer +.* \((right|wrong: it is \d{6}\.)\)", out) and result["question"] in out
+    assert re.search(r"(?s)answer +.* \((right|wrong: it is \d{6}\.)\)", out) and result["question"] in out
     assert "needle in  chunk" in out and ">>>" in out and "<<<" in out and "GB" in out
     assert {path.name for path in Path("new").iterdir()} == {"result.json"}
 
@@ -277,6 +277,8 @@ def start(*words: str, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell starts what it puts in the background with Ctrl-C ignored, and the tests with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )
 

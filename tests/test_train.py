@@ -175,7 +175,7 @@ def test_another_seed_is_another_model(whole, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     nothing = torch.zeros(())
-    monkeypatch.setattr(module, "mixture_loss", lambda logits, *_: (logits.sum() * float("nan"), (nothing,) * 3, nothing))
+    monkeypatch.setattr(module, "mixture_loss", lambda logits, *_, **__: (logits.sum() * float("nan"), (nothing,) * 3, nothing))
     with pytest.raises(FloatingPointError, match="^the loss is nan after step 2: the run is stopped$"):
         run_tiny(tmp_path)
     assert not (tmp_path / "final").exists() and log(tmp_path) == []
