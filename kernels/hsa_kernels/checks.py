@@ -1,0 +1,25 @@
+"""What the kernels ask for beyond the reference: dtypes, sizes and layouts. Reads no tensor values."""
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_kernel(**tensors: torch.Tensor) -> None:
+    """Check the arguments of an operation by name, after the reference's own checks."""
+    for name, tensor in tensors.items():
+        if name == "weights" and tensor.dtype != torch.float32:
+            raise ValueError(f"weights: got {tensor.dtype}, accepted is float32")
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: got {tensor.dtype}, accepted are float16, bfloat16 and float32")
+        # a memory has room behind the chunks of every batch entry: entries need not follow each other
+        rows = tensor[:1] if name in ("k", "v", "landmarks") else tensor
+        if not rows.is_contiguous():
+            raise ValueError(f"{name}: got strides {tensor.stride()} for shape {list(tensor.shape)}, accepted is a contiguous tensor")
+    if "q" in tensors:
+        (H, D), (S, J) = tensors["q"].shape[2:], tensors["k"].shape[2:4]
+        for name, what, got, least, most in (("q", "D", D, 16, 256), ("k", "S", S, 16, 128), ("q", "H/J", H // J, 1, 64)):
+            if not least <= got <= most:
+                raise ValueError(f"{name}: got {what}={got}, accepted are {least} to {most}")
+        if tensors["k"].is_cuda and tensors["k"].dtype == torch.float32 and S > 64 and D > 128:
+            raise ValueError(f"k: got S={S} and D={D} in float32, accepted is S to 64 or D to 128 (or 16 bits): shared memory is full")

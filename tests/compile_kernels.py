@@ -1,0 +1,74 @@
+"""Compiles every kernel for Hopper, without a card, as its host code launches it; prints what came out as JSON lines.
+
+A program of its own: with Triton's interpreter on, as in the tests, there is nothing to compile.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import hsa_kernels  # noqa: E402
+
+CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
+
+
+class Hopper:
+    """A driver without a card: says what to compile for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(self: JITFunction, *args, grid, warmup, **options):
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    print(json.dumps({
+        "kernel": self.fn.__name__, "case": case, "shared": kernel.metadata.shared, "registers": registers,
+        "spilled": stack + local, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+    }))  # fmt: skip
+
+
+launch, JITFunction.run = JITFunction.run, compile_only
+triton.runtime.driver.set_active(Hopper())
+
+for case, sizes in {
+    "8B": dict(H=16, J=1, D=128, R=128, S=64, K=64, dtype=torch.bfloat16),
+    "mini": dict(H=4, J=1, D=64, R=256, S=64, K=8, dtype=torch.bfloat16),
+    "H/J of 1": dict(H=2, J=2, D=128, R=128, S=64, K=64, dtype=torch.bfloat16),
+    "largest": dict(H=16, J=1, D=256, R=256, S=128, K=64, dtype=torch.bfloat16),
+    "64 heads": dict(H=64, J=1, D=256, R=128, S=128, K=8, dtype=torch.bfloat16),
+    "float32": dict(H=16, J=1, D=128, R=128, S=64, K=8, dtype=torch.float32),
+    "float16, odd sizes": dict(H=6, J=2, D=80, R=48, S=48, K=5, dtype=torch.float16),
+}.items():
+    H, J, D, R, S, K, dtype = sizes.values()
+    T, N = 8, 100
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, H, D), (1, N, S, J, D), (1, N, S, J, D)))
+    asked, landmarks = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, J, R), (1, N, J, R)))
+    indices, weights = hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, offset=N * S)
+    weights.sum().backward()
+    hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
+    weights = torch.randn(1, T, J, K, requires_grad=True)
+    hsa_kernels.chunk_attention(q, k, v, indices, weights).backward(torch.ones_like(q))
+    with torch.no_grad():
+        hsa_kernels.decode(asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S)

@@ -1,0 +1,45 @@
+"""Every kernel compiles for Hopper as it is launched: shared memory fits, nothing spills, tensor cores serve where meant."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_MEMORY = 232_448  # bytes that one block may have on Hopper
+USUAL = ("8B", "mini", "H/J of 1", "float16, odd sizes")  # not 128 tokens of 256 numbers, nor float32
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled(compiled):
+    sources = (Path(__file__).parent.parent / "kernels" / "hsa_kernels").glob("*.py")
+    functions = [part for source in sources for part in source.read_text().split("@triton.jit\ndef ")[1:]]
+    kernels = {part.split("(")[0] for part in functions if "tl.program_id" in part.split("\n\n\n")[0]}
+    assert kernels == {row["kernel"] for row in compiled}
+
+
+def test_shared_memory_fits(compiled):
+    for row in compiled:
+        assert row["shared"] <= SHARED_MEMORY, row
+
+
+def test_nothing_spills_at_usual_sizes(compiled):
+    for row in compiled:
+        if row["case"] in USUAL:
+            assert row["spilled"] == 0, row
+
+
+def test_tensor_cores_by_warpgroup_where_a_tile_has_64_rows(compiled):
+    for row in compiled:
+        if row["kernel"] in ("_forward", "_backward_q", "_backward_kv") and row["case"] in ("8B", "mini"):
+            assert row["wgmma"] > 0, row

@@ -1,0 +1,328 @@
+"""The Triton kernels against the float64 reference: outputs, every gradient, ragged shapes, what must never be read.
+
+On a machine with a GPU they run there; elsewhere Triton's interpreter runs the same source on the processor (`conftest.py`).
+
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension, N chunks, S
+chunk size, K kept.
+"""
+
+import pytest
+import torch
+from helpers import assert_close, error, random, random_choice, results
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import hsa_kernels
+from hsa_kernels.inverted_index import invert
+from hsa_kernels.merge import merge, unmerge
+from hsa_mini import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter's bfloat16 is wrong (4 bytes of it are read as 2), so it is tested on a GPU alone
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == "cuda" else ()))
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+grid = settings(max_examples=12)
+
+
+def there(inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Inputs on the device, those that are not weights in `dtype`."""
+    return {
+        name: x.to(DEVICE, dtype if dtype and x.is_floating_point() and name != "weights" else x.dtype) for name, x in inputs.items()
+    }
+
+
+def exact(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def assert_as_exact(operation, twin, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options) -> None:
+    """`operation` on inputs of `dtype` equals its twin in float64 on the same numbers, for outputs and every gradient."""
+    inputs = there(inputs, dtype)
+    got, want = results(operation, inputs, **options), results(twin, exact(inputs), **options)
+    for name, expected in want.items():
+        if expected.is_floating_point():
+            assert got[name].isfinite().all() and error(got[name], expected) <= TOLERANCE[dtype], f"{name}: {error(got[name], expected):.1e}"
+        else:
+            assert torch.equal(got[name], expected), name
+
+
+def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[str, torch.Tensor]:
+    indices, weights = random_choice(B, T, J, K, N, seed=seed, dtype=torch.float32)
+    q, k, v = random(B, T, J * G, D), random(B, N, S, J, D, seed=seed + 1), random(B, N, S, J, D, seed=seed + 2)
+    return there(dict(q=q.float(), k=k.float(), v=v.float(), indices=indices, weights=weights))
+
+
+@grid
+@given(
+    B=st.integers(1, 2), T=st.integers(1, 9), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1, 2, 3, 5, 8, 16]),
+    D=st.sampled_from([16, 24, 64]), S=st.sampled_from([16, 24, 32]), N=st.integers(1, 7), K=st.integers(1, 6),
+    dtype=st.sampled_from(DTYPES), scale=st.sampled_from([None, 0.5]),
+)  # fmt: skip
+@example(B=1, T=3, J=1, G=64, D=16, S=16, N=3, K=2, dtype=torch.float32, scale=None)
+@example(B=1, T=2, J=1, G=2, D=256, S=128, N=2, K=2, dtype=torch.float32, scale=None)
+@example(B=1, T=70, J=1, G=1, D=16, S=16, N=5, K=3, dtype=torch.float32, scale=None)
+@example(B=1, T=2, J=1, G=4, D=16, S=16, N=300, K=290, dtype=torch.float32, scale=None)
+def test_chunk_attention_equals_the_reference(B, T, J, G, D, S, N, K, dtype, scale):
+    inputs = attention_inputs(B, T, J, G, D, N, S, K)
+    assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype, scale=scale)
+
+
+@pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])
+def test_nothing_to_attend_to(T, N, K):
+    inputs = attention_inputs(T=T, N=N, K=K)
+    got, want = (results(f, inputs) for f in (hsa_kernels.chunk_attention, reference.chunk_attention))
+    assert_close(got, want, 0)
+
+
+def test_what_nobody_chose_is_never_read():
+    inputs = attention_inputs(T=5, N=6, K=2)
+    want = results(reference.chunk_attention, exact(inputs))
+    chosen = torch.zeros(2, 6, 2, dtype=torch.bool, device=DEVICE)
+    for b, j in ((b, j) for b in range(2) for j in range(2)):
+        kept = inputs["indices"][b, :, j]
+        chosen[b, kept[kept >= 0].long(), j] = True
+    assert not chosen.all()
+    for name in ("k", "v"):
+        inputs[name] = inputs[name].masked_fill(~chosen[:, :, None, :, None], float("nan"))
+    inputs["weights"] = inputs["weights"].masked_fill(inputs["indices"] < 0, float("nan"))
+    got = results(hsa_kernels.chunk_attention, inputs)
+    for name, expected in want.items():
+        assert got[name].isfinite().all() and error(got[name], expected) < 2e-6, name
+    assert not got["gradient of k"][~chosen.unsqueeze(2).expand(2, 6, 16, 2)].any()  # exactly 0
+
+
+def test_a_memory_with_room_behind_its_chunks():
+    inputs = attention_inputs(N=4)
+    roomy = {name: torch.full((2, 9, 16, 2, 16), float("nan"), device=DEVICE) for name in ("k", "v")}
+    for name, room in roomy.items():
+        room[:, :4] = inputs[name]
+    with torch.no_grad():
+        got = hsa_kernels.chunk_attention(**{**inputs, **{name: room[:, :4] for name, room in roomy.items()}})
+    assert torch.equal(got, hsa_kernels.chunk_attention(**inputs))
+
+
+def test_a_chunk_named_twice_counts_twice():
+    inputs = attention_inputs(T=6, N=2, K=3)
+    inputs["indices"] = torch.randint(-1, 2, (2, 6, 2, 3), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    assert (inputs["indices"][..., 0] == inputs["indices"][..., 1]).any()
+    assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
+
+
+def test_an_index_beyond_the_memory_counts_as_empty():
+    inputs = attention_inputs(N=4)
+    beyond = {**inputs, "indices": inputs["indices"].masked_fill(inputs["indices"] < 0, 4)}
+    assert_close(results(hsa_kernels.chunk_attention, beyond), results(hsa_kernels.chunk_attention, inputs), 0)
+
+
+def test_results_are_the_same_from_run_to_run():
+    inputs = attention_inputs(T=40, N=3)
+    first = results(hsa_kernels.chunk_attention, inputs)
+    for _ in range(3):
+        assert_close(results(hsa_kernels.chunk_attention, inputs), first, 0)
+
+
+@given(T=st.integers(1, 12), K=st.integers(1, 5), N=st.integers(1, 6), tokens=st.sampled_from([1, 2, 4]))
+def test_merged_lists_name_every_chunk_of_a_block_once(T, K, N, tokens):
+    indices, weights = random_choice(2, T, 2, K, N, dtype=torch.float32)
+    indices, weights = indices.to(DEVICE), weights.to(DEVICE)
+    lists = merge(indices, weights, N, tokens)
+    for b, i, j in ((b, i, j) for b in range(2) for i in range(lists.counts.shape[1]) for j in range(2)):
+        block = indices[b, i * tokens : (i + 1) * tokens, j]
+        count = lists.counts[b, i, j]
+        assert lists.chunks[b, i, j, :count].tolist() == sorted(set(block.flatten().tolist()) - {-1})
+    assert torch.equal(unmerge(lists.weights, lists.places), weights)
+    assert torch.equal(lists.places < 0, indices < 0)
+
+
+@given(T=st.integers(0, 12), K=st.integers(1, 5), N=st.integers(1, 6), size=st.sampled_from([1, 3, 512]))
+def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size):
+    indices, _ = random_choice(2, T, 2, K, N)
+    index = invert(indices.to(DEVICE), N, size)
+    flat = indices.flatten().tolist()
+    for row in range(2 * 2 * N):
+        (b, j), n = divmod(row // N, 2), row % N
+        first, last = index.starts[row], index.starts[row + 1]
+        want = [e for e, chunk in enumerate(flat) if chunk == n and e // K % 2 == j and e // K // 2 // max(T, 1) == b]
+        assert index.entries[first:last].tolist() == want  # by token: always in the same order
+        assert index.segments[row + 1] - index.segments[row] == -(-len(want) // size)
+    assert index.segments[-1] <= index.most
+
+
+def sorted_retrieve(retrieve):
+    """The order of slots is free: sort them by chunk, so that two ways of retrieving can be compared."""
+
+    def operation(**arguments):
+        indices, weights = retrieve(**arguments)
+        indices, order = indices.sort(dim=-1, descending=True)
+        return indices, weights.gather(-1, order)
+
+    return operation
+
+
+RETRIEVE = sorted_retrieve(hsa_kernels.retrieve), sorted_retrieve(reference.retrieve)
+
+
+def retrieval_inputs(B=2, T=20, J=2, R=16, N=5) -> dict[str, torch.Tensor]:
+    return there(dict(retrieval_q=random(B, T, J, R).float(), landmarks=random(B, N, J, R, seed=1).float()))
+
+
+@grid
+@given(
+    B=st.integers(1, 2), T=st.integers(1, 40), J=st.integers(1, 2), R=st.sampled_from([16, 24, 128]), N=st.integers(1, 12),
+    top_k=st.integers(1, 9), chunk_size=st.sampled_from([1, 4]), offset=st.sampled_from([0, 3, 1000]),
+    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None, 0, (7 << 32) + 5]),
+    exclude_window=st.sampled_from([0, 8]), query_block=st.sampled_from([1, 4]),
+)  # fmt: skip
+@example(
+    B=1, T=9, J=1, R=16, N=200, top_k=70, chunk_size=4, offset=900, weighting="softmax", gumbel_seed=None, exclude_window=0,
+    query_block=1,
+)  # fmt: skip
+def test_retrieve_equals_the_reference(B, T, J, R, N, **options):
+    assert_as_exact(*RETRIEVE, retrieval_inputs(B, T, J, R, N), torch.float32, **options)
+
+
+def test_retrieve_in_half_precision_chooses_by_unrounded_scores():
+    inputs = there(retrieval_inputs(T=30, R=64, N=40), torch.float16)
+    options = dict(chunk_size=4, top_k=5, offset=200)
+    got, want = (results(f, x, **options) for f, x in zip(RETRIEVE, (inputs, exact(inputs))))
+    assert torch.equal(got["output 0"], want["output 0"])
+    assert error(got["output 1"], want["output 1"]) < 2e-6  # weights are float32
+    for name in ("retrieval_q", "landmarks"):
+        assert error(got[f"gradient of {name}"], want[f"gradient of {name}"]) < TOLERANCE[torch.float16]
+
+
+def test_sequences_may_stand_at_different_positions():
+    offset = torch.tensor([0, 30], device=DEVICE)
+    assert_as_exact(*RETRIEVE, retrieval_inputs(), torch.float32, chunk_size=4, top_k=3, offset=offset)
+
+
+@given(N=st.integers(1, 90), top_k=st.sampled_from([1, 3, 8]), seed=st.integers(0, 99))
+def test_of_equal_scores_the_newest_chunk_is_kept(N, top_k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = dict(
+        retrieval_q=torch.randint(-1, 2, (1, 5, 1, 16), generator=generator).float(),
+        landmarks=torch.randint(-1, 2, (1, N, 1, 16), generator=generator).float(),
+    )
+    assert_as_exact(*RETRIEVE, inputs, torch.float32, chunk_size=4, top_k=top_k, offset=4 * N - 2)
+
+
+def test_equal_scores_of_either_sign_of_zero():
+    q, landmarks = torch.ones(1, 1, 1, 16), torch.zeros(1, 6, 1, 16)
+    landmarks[:, ::2] = -0.0
+    indices, _ = hsa_kernels.retrieve(q.to(DEVICE), landmarks.to(DEVICE), chunk_size=4, top_k=3, offset=24)
+    assert sorted(indices.flatten().tolist()) == [3, 4, 5]
+
+
+def test_landmarks_that_are_not_visible_are_not_kept_whatever_they_hold():
+    inputs = retrieval_inputs(T=6, N=8)
+    want = hsa_kernels.retrieve(**inputs, chunk_size=4, top_k=3, offset=9)
+    inputs["landmarks"][:, 3:] = float("nan")  # position 14 is the last: chunk 3 ends at 15
+    assert_close(dict(enumerate(hsa_kernels.retrieve(**inputs, chunk_size=4, top_k=3, offset=9))), dict(enumerate(want)), 0)
+
+
+def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tensor]:
+    shapes = dict(retrieval_q=(B, 1, J, R), landmarks=(B, N, J, R), q=(B, 1, J * G, D), k=(B, N, S, J, D), v=(B, N, S, J, D))
+    return there({name: random(*shape, seed=i).float() for i, (name, shape) in enumerate(shapes.items())})
+
+
+@grid
+@given(
+    B=st.integers(1, 2), J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
+    R=st.sampled_from([16, 48]), N=st.sampled_from([1, 5, 64, 130]), S=st.sampled_from([16, 24]), top_k=st.sampled_from([1, 4, 9]),
+    short=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@example(B=1, J=1, G=1, D=16, R=16, N=200, S=16, top_k=80, short=3, dtype=torch.float32)
+def test_decode_equals_the_reference(B, J, G, D, R, N, S, top_k, short, dtype):
+    inputs = there(decode_inputs(B, J, G, D, R, N, S), dtype)
+    options = dict(chunk_size=S, top_k=top_k, offset=max(N * S - short, 0))
+    want = reference.decode(**exact(inputs), **options)
+    complete = options["offset"] // S
+    for name in ("landmarks", "k", "v"):  # what is not complete yet may hold anything
+        inputs[name][:, complete:] = float("nan")
+    got = hsa_kernels.decode(**inputs, **options)
+    assert got.isfinite().all() and error(got, want) < TOLERANCE[dtype]
+
+
+def test_decode_at_different_positions_and_before_the_first_chunk():
+    inputs = decode_inputs()
+    options = dict(chunk_size=16, top_k=3, offset=torch.tensor([7, 140], device=DEVICE))
+    got, want = hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)
+    assert error(got, want) < 2e-6 and not got[0].any()
+
+
+def test_decode_keeps_the_newest_of_equal_scores():
+    inputs = decode_inputs(B=1, J=1, N=150)
+    inputs["landmarks"] = inputs["landmarks"][:, :1].expand(-1, 150, -1, -1).contiguous()
+    options = dict(chunk_size=16, top_k=5, offset=2400)
+    assert error(hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)) < 2e-6
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_custom_operators_keep_their_promises():
+    """Schema, fake tensors, autograd registration and tracing, as PyTorch checks them."""
+    inputs = attention_inputs(T=3, N=2, K=2)
+    leaves = [inputs[name].requires_grad_(name in "q k v weights".split()) for name in ("q", "k", "v", "indices", "weights")]
+    torch.library.opcheck(torch.ops.hsa_kernels.chunk_attention.default, (*leaves, 0.3))
+    inputs = retrieval_inputs(T=9, N=2)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # the fourth adds up outputs, integers too
+    torch.library.opcheck(torch.ops.hsa_kernels.retrieve.default, (*leaves, None, 0, 1, 4, 2, 0, None), test_utils=checks)
+
+
+def test_a_whole_graph_is_captured():
+    inputs, memory = retrieval_inputs(T=9, N=3), attention_inputs(T=9, N=3)
+
+    def layer(retrieval_q, landmarks, q, k, v):
+        indices, weights = hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=2, top_k=2)
+        return hsa_kernels.chunk_attention(q, k, v, indices, weights)
+
+    named = {**inputs, **{name: memory[name] for name in "qkv"}}
+    got = results(torch.compile(layer, fullgraph=True, backend="aot_eager"), named)
+    assert_close(got, results(layer, named), 1e-6)
+
+
+def test_flops_are_counted():
+    inputs = attention_inputs(B=1, T=4, J=1, G=2, D=16, N=3, S=16, K=2)
+    inputs["q"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        out = hsa_kernels.chunk_attention(**inputs)
+    assert counter.get_total_flops() == 4 * 1 * 4 * 2 * 2 * 16 * 16  # two products of B*T*H*K*S*D multiply-adds
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * 1 * 4 * 2 * 2 * 16 * 16  # five
+
+
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in another order of memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("operation", "changes", "message"),
+    [
+        ("chunk_attention", dict(q=torch.Tensor.double, k=torch.Tensor.double, v=torch.Tensor.double), "q: got torch.float64, accepted are float16"),
+        ("chunk_attention", dict(weights=torch.Tensor.double), "weights: got torch.float64, accepted is float32"),
+        ("chunk_attention", dict(q=moved), "q: got strides"),
+        ("chunk_attention", dict(k=moved), "k: got strides"),
+        ("chunk_attention", dict(indices=moved), "indices: got strides"),
+        ("chunk_attention", {name: lambda x: x[..., :8].contiguous() for name in "qkv"}, "q: got D=8, accepted are 16 to 256"),
+        ("chunk_attention", {name: lambda x: x[:, :, :8].contiguous() for name in "kv"}, "k: got S=8, accepted are 16 to 128"),
+        ("chunk_attention", dict(q=lambda x: x.repeat(1, 1, 65, 1)), "q: got H/J=130, accepted are 1 to 64"),
+        ("chunk_attention", dict(v=lambda x: x[:, :3]), "v: got shape"),
+        ("retrieve", dict(landmarks=moved), "landmarks: got strides"),
+        ("retrieve", dict(retrieval_q=torch.Tensor.double, landmarks=torch.Tensor.double), "retrieval_q: got torch.float64"),
+        ("decode", dict(v=moved), "v: got strides"),
+        ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
+    ],
+)  # fmt: skip
+def test_what_a_kernel_does_not_take(operation, changes, message):
+    inputs, options = {
+        "chunk_attention": (attention_inputs, {}),
+        "retrieve": (retrieval_inputs, dict(chunk_size=4, top_k=2)),
+        "decode": (decode_inputs, dict(chunk_size=16, top_k=2, offset=20)),
+    }[operation]
+    inputs = inputs()
+    inputs |= {name: change(inputs[name]) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(hsa_kernels, operation)(**inputs, **options)
