@@ -27,9 +27,11 @@ grid = settings(max_examples=12)
 
 def there(inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Inputs on the device, those that are not weights in `dtype`."""
-    return {
-        name: x.to(DEVICE, dtype if dtype and x.is_floating_point() and name != "weights" else x.dtype) for name, x in inputs.items()
-    }
+
+    def wanted(name: str, x: torch.Tensor) -> torch.dtype:
+        return dtype if dtype and x.is_floating_point() and name != "weights" else x.dtype
+
+    return {name: x.to(DEVICE, wanted(name, x)) for name, x in inputs.items()}
 
 
 def exact(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -42,7 +44,8 @@ def assert_as_exact(operation, twin, inputs: dict[str, torch.Tensor], dtype: tor
     got, want = results(operation, inputs, **options), results(twin, exact(inputs), **options)
     for name, expected in want.items():
         if expected.is_floating_point():
-            assert got[name].isfinite().all() and error(got[name], expected) <= TOLERANCE[dtype], f"{name}: {error(got[name], expected):.1e}"
+            distance = error(got[name], expected)
+            assert got[name].isfinite().all() and distance <= TOLERANCE[dtype], f"{name}: {distance:.1e}"
         else:
             assert torch.equal(got[name], expected), name
 
@@ -109,10 +112,14 @@ def test_a_chunk_named_twice_counts_twice():
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
 
 
-def test_an_index_beyond_the_memory_counts_as_empty():
+def test_an_index_beyond_the_memory_counts_as_empty_or_is_refused_in_debugging(monkeypatch):
     inputs = attention_inputs(N=4)
     beyond = {**inputs, "indices": inputs["indices"].masked_fill(inputs["indices"] < 0, 4)}
     assert_close(results(hsa_kernels.chunk_attention, beyond), results(hsa_kernels.chunk_attention, inputs), 0)
+    monkeypatch.setattr("hsa_kernels.checks.DEBUG", True)
+    hsa_kernels.chunk_attention(**inputs)
+    with pytest.raises(ValueError, match="^indices: got 0 to 4, accepted are -1 .empty. to 3$"):
+        hsa_kernels.chunk_attention(**beyond)
 
 
 def test_results_are_the_same_from_run_to_run():
@@ -301,7 +308,7 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("operation", "changes", "message"),
     [
-        ("chunk_attention", dict(q=torch.Tensor.double, k=torch.Tensor.double, v=torch.Tensor.double), "q: got torch.float64, accepted are float16"),
+        ("chunk_attention", {name: torch.Tensor.double for name in "qkv"}, "q: got torch.float64, accepted are float16"),
         ("chunk_attention", dict(weights=torch.Tensor.double), "weights: got torch.float64, accepted is float32"),
         ("chunk_attention", dict(q=moved), "q: got strides"),
         ("chunk_attention", dict(k=moved), "k: got strides"),
@@ -311,7 +318,7 @@ def moved(x: torch.Tensor) -> torch.Tensor:
         ("chunk_attention", dict(q=lambda x: x.repeat(1, 1, 65, 1)), "q: got H/J=130, accepted are 1 to 64"),
         ("chunk_attention", dict(v=lambda x: x[:, :3]), "v: got shape"),
         ("retrieve", dict(landmarks=moved), "landmarks: got strides"),
-        ("retrieve", dict(retrieval_q=torch.Tensor.double, landmarks=torch.Tensor.double), "retrieval_q: got torch.float64"),
+        ("retrieve", {name: torch.Tensor.double for name in ("retrieval_q", "landmarks")}, "retrieval_q: got torch.float64"),
         ("decode", dict(v=moved), "v: got strides"),
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
     ],

@@ -1,6 +1,13 @@
-"""What the kernels ask for beyond the reference: dtypes, sizes and layouts. Reads no tensor values."""
+"""What the kernels ask for beyond the reference: dtypes, sizes and layouts.
+
+Values are read only if the environment says `HSA_KERNELS_DEBUG=1`: on a GPU that waits for all work before it.
+"""
+
+import os
 
 import torch
+
+DEBUG = os.environ.get("HSA_KERNELS_DEBUG") == "1"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -23,3 +30,9 @@ def check_kernel(**tensors: torch.Tensor) -> None:
                 raise ValueError(f"{name}: got {what}={got}, accepted are {least} to {most}")
         if tensors["k"].is_cuda and tensors["k"].dtype == torch.float32 and S > 64 and D > 128:
             raise ValueError(f"k: got S={S} and D={D} in float32, accepted is S to 64 or D to 128 (or 16 bits): shared memory is full")
+
+
+def check_indices(indices: torch.Tensor, chunks: int) -> None:
+    """In debugging, that every index names a chunk or is -1; otherwise one beyond the memory counts as empty."""
+    if DEBUG and indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < chunks:
+        raise ValueError(f"indices: got {int(indices.min())} to {int(indices.max())}, accepted are -1 (empty) to {chunks - 1}")

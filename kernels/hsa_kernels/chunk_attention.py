@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hsa_mini.reference.checks import check_chunk_attention
 
-from .checks import check_kernel
+from .checks import check_indices, check_kernel
 from .inverted_index import find_row, invert
 from .merge import merge, unmerge
 
@@ -19,7 +19,9 @@ LOG2_E = 1.4426950408889634
 SEGMENT = 512  # entries of a chunk that one program of the backward pass adds up
 
 @triton.jit
-def _rows(i_block, i_j, i_b, T, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr):
+def _rows(
+    i_block, i_j, i_b, T, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
     """Offsets and mask of a tile [R, DP] of q: row m*GP + g is head g of the block's token m."""
     o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
     o_t, o_g = i_block * M + o_r // GP, o_r % GP
@@ -266,7 +268,8 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad_out):
     need_q, need_k, need_v, _, need_weights, _ = ctx.needs_input_grad
-    grads = _chunk_attention_backward(*ctx.saved_tensors, grad_out.contiguous(), ctx.scale, need_q or need_weights, need_k or need_v)
+    for_q, for_kv = need_q or need_weights, need_k or need_v
+    grads = _chunk_attention_backward(*ctx.saved_tensors, grad_out.contiguous(), ctx.scale, for_q, for_kv)
     grad_q, grad_k, grad_v, grad_weights = (
         grad if needed else None for grad, needed in zip(grads, (need_q, need_k, need_v, need_weights))
     )
@@ -301,8 +304,10 @@ def chunk_attention(
     v may have room between batch entries. Products in the dtype of q, sums in float32. Every gradient is the same from run
     to run: each sum belongs to one program, or is added in a fixed order.
 
-    Raises ValueError for wrong shapes, dtypes, devices or layouts; an index of N or more counts as empty.
+    Raises ValueError for wrong shapes, dtypes, devices or layouts, and with `HSA_KERNELS_DEBUG=1` for indices that name no
+    chunk, which count as empty otherwise.
     """
     check_chunk_attention(q, k, v, indices, weights)
     check_kernel(q=q, k=k, v=v, indices=indices, weights=weights)
+    check_indices(indices, k.shape[1])
     return _chunk_attention(q, k, v, indices.int(), weights, q.shape[3] ** -0.5 if scale is None else scale)
