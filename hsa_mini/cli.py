@@ -1,12 +1,12 @@
-"""The command line: `python -m hsa_mini demo|train|eval|fetch`. What goes wrong is said in one line, with exit status 2."""
+"""The command line: `python -m hsa_mini demo|train|eval|plan|fetch`. What goes wrong is said in one line, with exit status 2."""
 
 import argparse
-import io
 import json
 import logging
 import sys
 from pathlib import Path
 
+from .config import PRESETS
 from .paths import check_writable, data_dir, write_whole
 
 MOST_SEED = (1 << 32) - 1
@@ -56,8 +56,8 @@ def main(words: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, train, evaluate.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|train|eval|fetch")
+    parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, train, evaluate, plan.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|train|eval|plan|fetch")
 
     demo = commands.add_parser("demo", help="find one needle in a long text")
     demo.add_argument("--tokens", type=integer, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
@@ -65,7 +65,6 @@ def build_parser() -> Parser:
     demo.add_argument("--depth", type=number, default=0.5, help="where the needle lies: 0 first, 1 last (default 0.5)")
     demo.add_argument("--seed", type=integer, default=0, help="of needles, question and place in the text (default 0)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where the picture goes (default out)")
-    demo.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
     demo.add_argument("--checkpoint", default="mini", help="a shipped model or a folder (default mini)")
     demo.set_defaults(command=run_demo)
 
@@ -86,12 +85,28 @@ def build_parser() -> Parser:
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: data/results/CHECKPOINT_TASK.json")
     evaluate.set_defaults(command=run_eval)
 
+    plan = commands.add_parser("plan", help="what a model costs at a length: parameters, bytes, FLOP; makes nothing")
+    plan.add_argument("preset", help=f"which model: {', '.join(PRESETS)}")
+    plan.add_argument("--tokens", type=integer, default=1_048_576, help="length of the text (default 1,048,576)")
+    plan.set_defaults(command=run_plan)
+
+    for command in (demo, plan):
+        command.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
     for command in (demo, train, evaluate):
         command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     fetch = commands.add_parser("fetch", help="fetch the corpora (plays and poems, code, documentation) into the cache")
     fetch.set_defaults(command=run_fetch)
     return parser
+
+
+def write_json(target: str | None, result: dict) -> None:
+    """`result` on standard output ("-"), in a file, or nowhere (None)."""
+    text = json.dumps(result, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif target is not None:
+        write_whole(Path(target), text.encode())
 
 
 def choose_device(name: str):
@@ -141,7 +156,7 @@ def run_demo(arguments) -> int:
 
     from .data.corpus import load_corpus, load_text
     from .demo import LEAST_HAYSTACK, LEAST_TOKENS, MOST_TOKENS, find_needle
-    from .viz import plots  # noqa: F401  what draws the picture is missed now, not after the work
+    from .viz import plots  # what draws the picture is missed now, not after the work
 
     talk = sys.stderr if arguments.json == "-" else sys.stdout
     check_range("--tokens", arguments.tokens, LEAST_TOKENS, MOST_TOKENS)
@@ -172,14 +187,10 @@ def run_demo(arguments) -> int:
             progress=bar.update,
         )
     picture = arguments.out / f"needle_{finding.tokens}_{finding.seed}.png"
-    save_picture(finding, picture)
+    plots.save_needle_strip(picture, finding, f"{finding.question}   {printable(finding.answer.rstrip('.'))}")
     print(report(finding), file=talk)
     print(f"picture    {picture}", file=talk)
-    text = json.dumps(finding.to_json(), indent=1) + "\n"
-    if arguments.json == "-":
-        sys.stdout.write(text)
-    elif arguments.json is not None:
-        write_whole(Path(arguments.json), text.encode())
+    write_json(arguments.json, finding.to_json())
     return 0
 
 
@@ -209,21 +220,6 @@ def report(finding) -> str:
 def printable(text: str) -> str:
     """`text` with dots for what would upset a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
-
-
-def save_picture(finding, path: Path) -> None:
-    """The retrieval scores over the haystack as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from .viz.plots import needle_strip
-
-    figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
-    needle_strip(figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size)
-    figure.suptitle(f"{finding.question}   {printable(finding.answer.rstrip('.'))}", fontsize=13, parse_math=False)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_whole(path, image.getvalue())
 
 
 def run_train(arguments) -> int:
@@ -273,6 +269,19 @@ def run_eval(arguments) -> int:
     print(f"control: {right} of {sum(row.samples for row in controls)} right where the key is nowhere in the text")
     write_results(path, rows, controls, device)
     print(f"written to {path}")
+    return 0
+
+
+def run_plan(arguments) -> int:
+    from .plan import MOST_TOKENS, plan, table
+
+    check_range("--tokens", arguments.tokens, 1, MOST_TOKENS)
+    if arguments.json not in (None, "-"):
+        check_writable("--json", Path(arguments.json))
+    counted = plan(arguments.preset, arguments.tokens)
+    if arguments.json != "-":
+        print(table(counted))
+    write_json(arguments.json, counted.to_json())
     return 0
 
 

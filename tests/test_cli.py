@@ -112,6 +112,14 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah"),
     (["eval", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
     (["eval"], "the following arguments are required: checkpoint"),
+    (["plan", "huge"], "preset: got 'huge', accepted are debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b"),
+    (["plan"], "the following arguments are required: preset"),
+    (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),
+    (["plan", "nano", "--tokens", "-1"], "--tokens: got -1, accepted is 1 to 1073741824"),
+    (["plan", "nano", "--tokens", "1073741825"], "--tokens: got 1073741825, accepted is 1 to 1073741824"),
+    (["plan", "nano", "--tokens", "1M"], "--tokens: got '1M', accepted is an integer"),
+    (["plan", "nano", "--json", "dir"], r"--json: got dir \(it is a folder\), accepted is a file that can be written"),
+    (["plan", "nano", "--json", "file/x.json"], r"--json: got file/x.json \(Not a directory\), accepted is a file"),
     (["sing"], "invalid choice: 'sing'"),
     ([], "the following arguments are required: demo"),
 ]
@@ -315,7 +323,7 @@ def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
     assert (process.returncode, out) == (2, "") and err.count("\n") == 1 and "--tokens: got 12" in err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "fetch"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "plan", "fetch"])
 def test_help_explains_every_option(capfd, command):
     status, out, err = call(capfd, command, "--help")
     assert (status, err) == (0, "")

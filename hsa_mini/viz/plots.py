@@ -4,9 +4,16 @@ Dimensions: T tokens, S chunk size, N chunks, K chunks kept. Arrays may be tenso
 colour-blind readers can tell apart, and nothing is said by colour alone.
 """
 
+import io
+from pathlib import Path
+
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from ..paths import write_whole
 
 BLUE, ORANGE, GREEN, SKY, PURPLE, RED = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#D55E00"
 INK, GREY, PALE = "#222222", "#767676", "#EDEDED"
@@ -187,3 +194,13 @@ def needle_strip(figure, scores, needle_chunks, retrieved_chunks, chunk_size: in
     axes[0].legend(frameon=False, fontsize=11, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     axes[-1].set_xlabel("position in the haystack (tokens)")
     axes[-1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+
+
+def save_needle_strip(path: Path, finding, title: str) -> None:
+    """The retrieval scores of a `Finding` over the haystack as PNG; the file appears whole or not at all."""
+    figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
+    needle_strip(figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size)
+    figure.suptitle(title, fontsize=13, parse_math=False)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_whole(path, image.getvalue())
