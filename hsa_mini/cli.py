@@ -1,13 +1,14 @@
-"""The command line: `python -m hsa_mini demo|train|eval|fetch`. What goes wrong is said in one line, with exit status 2."""
+"""The command line: `python -m hsa_mini demo|generate|train|eval|fetch`. What is wrong is said in one line, with status 2."""
 
 import argparse
-import io
 import json
 import logging
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from .paths import check_writable, data_dir, write_whole
+from .report import printable, report, save_picture
 
 MOST_SEED = (1 << 32) - 1
 
@@ -56,18 +57,28 @@ def main(words: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, train, evaluate.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|train|eval|fetch")
+    parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, continue a text, train, evaluate.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|generate|train|eval|fetch")
 
     demo = commands.add_parser("demo", help="find one needle in a long text")
     demo.add_argument("--tokens", type=integer, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
-    demo.add_argument("--haystack", type=Path, metavar="FILE", help="any UTF-8 text, repeated to length (default: held-out text)")
+    demo.add_argument("--haystack", type=Path, metavar="FILE|-", help="UTF-8 text, repeated; -: standard input (default: held-out)")
     demo.add_argument("--depth", type=number, default=0.5, help="where the needle lies: 0 first, 1 last (default 0.5)")
     demo.add_argument("--seed", type=integer, default=0, help="of needles, question and place in the text (default 0)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where the picture goes (default out)")
     demo.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
     demo.add_argument("--checkpoint", default="mini", help="a shipped model or a folder (default mini)")
     demo.set_defaults(command=run_demo)
+
+    generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("checkpoint", nargs="?", default="mini", help="a shipped model or a folder (default mini)")
+    generate.add_argument("--prompt-file", type=Path, required=True, metavar="FILE|-", help="any UTF-8 text; -: standard input")
+    generate.add_argument("--max-new-tokens", type=integer, default=256, help="ends there at the latest (default 256)")
+    generate.add_argument("--temperature", type=number, default=0.0, help="0 takes the likeliest token, above it draws (default 0)")
+    generate.add_argument("--top-k", type=integer, default=0, help="draw from the K likeliest tokens alone (default 0: all)")
+    generate.add_argument("--top-p", type=number, default=1.0, help="then from the fewest that hold this share (default 1: all)")
+    generate.add_argument("--seed", type=integer, default=0, help="of the draws (default 0)")
+    generate.set_defaults(command=run_generate)
 
     train = commands.add_parser("train", help="train a model from nothing, or go on where a run was cut off")
     train.add_argument("preset", help="which model: nano or mini")
@@ -86,7 +97,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: data/results/CHECKPOINT_TASK.json")
     evaluate.set_defaults(command=run_eval)
 
-    for command in (demo, train, evaluate):
+    for command in (demo, generate, train, evaluate):
         command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     fetch = commands.add_parser("fetch", help="fetch the corpora (plays and poems, code, documentation) into the cache")
@@ -183,47 +194,41 @@ def run_demo(arguments) -> int:
     return 0
 
 
-def report(finding) -> str:
-    """What a person wants to know of a finding."""
-    layers = "; ".join(f"layer {i}: {' '.join(map(str, chunks))}" for i, chunks in enumerate(finding.retrieved_chunks))
-    found = [chunk for chunk in finding.needle_chunks if any(chunk in chunks for chunks in finding.retrieved_chunks)]
-    verdict = "right" if finding.correct else f"wrong: it is {finding.expected}"
-    lines = [
-        f"\nquestion   {finding.question}",
-        f"answer     {printable(finding.answer.rstrip('.'))}   ({verdict})",
-        f"needle in  chunk {' and '.join(map(str, finding.needle_chunks))} of {finding.scores.shape[1]:,}",
-        f"retrieved  {layers}",
-    ]
-    for chunk in finding.needle_chunks:
-        kind = "retrieved" if chunk in found else "not retrieved"
-        text = printable(finding.chunk_text(chunk)).replace("\n", "\n  ")
-        lines.append(f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:\n  {text}")
-    rate = finding.tokens / finding.prefill_seconds
-    lines.append(
-        f"\nprefill    {finding.prefill_seconds:.1f} s ({rate:,.0f} tokens/s), answer {finding.decode_seconds:.2f} s, "
-        f"peak memory {finding.peak_memory_bytes / 1e9:.2f} GB"
-    )
-    return "\n".join(lines)
+def run_generate(arguments) -> int:
+    import torch
+    from tqdm import tqdm
 
+    from .data.corpus import load_text
+    from .data.tokenizer import decode_stream, end_of_text, load_tokenizer
+    from .generate import stream
 
-def printable(text: str) -> str:
-    """`text` with dots for what would upset a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
-
-
-def save_picture(finding, path: Path) -> None:
-    """The retrieval scores over the haystack as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from .viz.plots import needle_strip
-
-    figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
-    needle_strip(figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size)
-    figure.suptitle(f"{finding.question}   {printable(finding.answer.rstrip('.'))}", fontsize=13, parse_math=False)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_whole(path, image.getvalue())
+    check_range("--max-new-tokens", arguments.max_new_tokens, 1, 10**9)
+    check_range("--temperature", arguments.temperature, 0, 10**6)
+    check_range("--top-k", arguments.top_k, 0, 10**9)
+    check_range("--top-p", arguments.top_p, 0, 1)
+    check_range("--seed", arguments.seed, 0, MOST_SEED)
+    device = choose_device(arguments.device)
+    prompt = load_text(arguments.prompt_file, name="--prompt-file").tokens
+    if not len(prompt):
+        raise ValueError("--prompt-file: got 0 tokens of text, accepted is at least 1")
+    model = read_model("checkpoint", arguments.checkpoint, device)
+    tokenizer = load_tokenizer()
+    end = end_of_text(tokenizer)
+    with tqdm(total=len(prompt), unit=" tokens", unit_scale=True, mininterval=0.2, delay=1, desc="prefill") as bar:
+        tokens = stream(
+            model,
+            torch.from_numpy(prompt.astype("int64"))[None].to(device),
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            progress=bar.update,
+        )
+    for text in decode_stream(tokenizer, takewhile(lambda token: token != end, (token.item() for token in tokens))):
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print()
+    return 0
 
 
 def run_train(arguments) -> int:
