@@ -226,11 +226,11 @@ class HSAModel(nn.Module):
 
         return generate(self, ids, **options)
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write weights (in `dtype` if given), configuration and sha256 manifest; see `hsa_mini.checkpoint`."""
+    def save_pretrained(self, path: str | Path, **options) -> None:
+        """Write weights, configuration and sha256 manifest; for the options see `hsa_mini.checkpoint.save_model`."""
         from .checkpoint import save_model
 
-        save_model(self, Path(path), dtype=dtype)
+        save_model(self, Path(path), **options)
 
     @classmethod
     def from_pretrained(
