@@ -2,6 +2,7 @@
 
 A folder is written beside its place under a temporary name, synced, and renamed: whoever kills the writer leaves the
 folder as it was. Reading checks every file against the manifest first: a flipped bit would load without a sound.
+Weights are cast one file at a time when written and one tensor at a time when read: never are two copies of all held.
 """
 
 import hashlib
@@ -9,25 +10,30 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .config import HSAConfig
 from .model import HSAModel
 
 MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
 STATE, PROGRESS = "state.safetensors", "progress.json"
+SHARD_BYTES = 5 * 10**9
 
 
-def write_folder(path: Path, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str]) -> None:
+def write_folder(
+    path: Path, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], *, dtype: torch.dtype | None = None
+) -> None:
     """Write files of tensors and of text, and their manifest, as the folder `path`, replacing the checkpoint there.
 
-    Raises ValueError if something else stands there: nobody's own files are deleted.
+    Floating tensors are cast to `dtype` if given, one file at a time. Raises ValueError if something else stands there:
+    nobody's own files are deleted.
     """
     path = path.resolve()
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -36,7 +42,7 @@ def write_folder(path: Path, tensors: dict[str, dict[str, torch.Tensor]], texts:
     fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
     try:
         for name, content in tensors.items():
-            save_file({key: value.detach().contiguous().cpu() for key, value in content.items()}, fresh / name)
+            save_file({key: _stored(value, dtype) for key, value in content.items()}, fresh / name)
         for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
         digests = {name: _digest(fresh / name) for name in (*tensors, *texts)}
@@ -62,10 +68,7 @@ def verified_folder(path: Path, *names: str) -> Path:
     folder = path if path.is_dir() or not _previous(path).is_dir() else _previous(path)  # the writer died between renames
     if not folder.is_dir():
         raise ValueError(f"path: got {path}, accepted is the folder of a checkpoint")
-    try:
-        expected = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, AttributeError):
-        raise ValueError(f"path: {folder} has no readable {MANIFEST}; accepted is the folder of a checkpoint") from None
+    expected = _entries(folder, MANIFEST)
     for name in names:
         if name not in expected:
             raise ValueError(f"path: {folder / MANIFEST} does not name {name}; accepted is a whole checkpoint")
@@ -77,40 +80,112 @@ def verified_folder(path: Path, *names: str) -> Path:
     return folder
 
 
-def save_model(model: HSAModel, path: Path, *, dtype: torch.dtype | None = None, texts: dict[str, str] | None = None) -> None:
-    """Write `model` (floating weights in `dtype` if given) and further `texts` as a checkpoint folder."""
-    tensors = {
-        name: value.to(dtype) if dtype and value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-        if not (model.config.tied and name == "head.weight")
-    }
-    write_folder(path, {WEIGHTS: tensors}, {CONFIG: model.config.to_json(), **(texts or {})})
+def save_model(
+    model: HSAModel,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    texts: dict[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` (floating weights in `dtype` if given) and further `texts` as a checkpoint folder.
+
+    Weights of more than `shard_bytes` bytes are split over files `model-00001-of-0000N.safetensors` of at most as many
+    (or of one larger tensor), with an index in the layout of Hugging Face. Raises ValueError for shard_bytes below 1.
+    """
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ValueError(f"shard_bytes: got {shard_bytes!r}, accepted is an integer of at least 1")
+    shards, size, room = [], 0, -1
+    for name, value in _weights(model).items():
+        nbytes = value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
+        if nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = value
+        size, room = size + nbytes, room - nbytes
+    texts = {CONFIG: model.config.to_json(), **(texts or {})}
+    files = {WEIGHTS: shards[0]}
+    if len(shards) > 1:
+        files = {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        texts[INDEX] = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1) + "\n"
+    write_folder(path, files, texts, dtype=dtype)
 
 
 def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> HSAModel:
     """The model of a checkpoint folder, in evaluation mode.
 
-    dtype None: bfloat16 on a GPU, float32 elsewhere. Raises ValueError for a folder that is missing, incomplete or altered.
+    dtype None: bfloat16 on a GPU, float32 elsewhere. Raises ValueError for a folder that is missing, incomplete or
+    altered, and for files that do not fit together.
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder = verified_folder(path, CONFIG, WEIGHTS)
+    folder = verified_folder(path, CONFIG)
     try:
-        config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS, device=str(device))
+        model = HSAModel(HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")), device="meta")
+        tensors = dict(_read(folder, _weights(model), device, dtype))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"path: {folder} cannot be read ({error})") from None
-    model = HSAModel(config, device="meta")
-    tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-    if config.tied and "embedding.weight" in tensors:
-        tensors["head.weight"] = tensors["embedding.weight"]
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"path: the weights in {folder} do not fit its {CONFIG} ({str(error).splitlines()[-1].strip()})") from None
-    if config.tied:
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if model.config.tied:
         model.head.weight = model.embedding.weight
     return model.eval().requires_grad_(False)
+
+
+def _weights(model: HSAModel) -> dict[str, torch.Tensor]:
+    """What is stored of a model: a tied head is the embedding."""
+    return {name: value for name, value in model.state_dict().items() if not (model.config.tied and name == "head.weight")}
+
+
+def _stored(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+
+
+def _read(
+    folder: Path, expected: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a verified folder by name, one by one; names and shapes must be those `expected`."""
+    misfit = f"path: the weights in {folder} do not fit its {CONFIG}"
+    places = _places(folder)
+    if different := sorted(places.keys() ^ expected.keys()):
+        raise ValueError(f"{misfit} ({different[0]} is {'missing' if different[0] in expected else 'too many'})")
+
+    def fitting(name: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point() or value.shape != expected[name].shape:
+            got = f"{list(value.shape)} {value.dtype}"
+            raise ValueError(f"{misfit} ({name}: got {got}, accepted is {list(expected[name].shape)} of a floating dtype)")
+        return value.to(dtype)
+
+    for file in sorted(set(places.values())):
+        with safe_open(folder / file, framework="pt", device=str(device)) as shard:
+            for name in shard.keys():
+                yield name, fitting(name, shard.get_tensor(name))
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Tensor name -> the file that holds it. Raises ValueError unless manifest, index and files agree."""
+    vouched = _entries(folder, MANIFEST)
+    if WEIGHTS not in vouched and INDEX not in vouched:
+        raise ValueError(f"path: {folder / MANIFEST} does not name {WEIGHTS} or {INDEX}; accepted is a whole checkpoint")
+    found: dict[str, str] = {}
+    for file in sorted(name for name in vouched if name.endswith(".safetensors")):
+        with safe_open(folder / file, framework="pt") as shard:
+            found |= dict.fromkeys(shard.keys(), file)
+    named = _entries(folder, INDEX, "weight_map") if INDEX in vouched else dict.fromkeys(found, WEIGHTS)
+    for name in sorted(found.keys() | named.keys()):
+        if named.get(name) != found.get(name):
+            places = f"in {named.get(name, 'no file')} by the index, in {found.get(name, 'no file')} by the files themselves"
+            raise ValueError(f"path: {folder}: {name} is {places}; accepted is a whole checkpoint")
+    return found
+
+
+def _entries(folder: Path, name: str, key: str | None = None) -> dict:
+    """The JSON object in a file, or the one below `key` in it."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        return dict((content if key is None else content[key]).items())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"path: {folder} has no readable {name}; accepted is the folder of a checkpoint") from None
 
 
 def save_progress(run: Path, step: int, tensors: dict[str, torch.Tensor], progress: dict) -> None:

@@ -1,39 +1,17 @@
-"""The command line: `python -m hsa_mini demo|train|eval|plan|fetch`. What goes wrong is said in one line, with exit status 2."""
+"""The command line: `python -m hsa_mini demo|generate|train|eval|plan|fetch`. What is wrong is said in one line, with status 2."""
 
-import argparse
 import json
 import logging
 import sys
+from itertools import takewhile
 from pathlib import Path
 
-from .config import PRESETS
+from .arguments import Parser, check_length, check_range, choose_device, integer, number, read_model
+from .config import MOST_TOKENS, PRESETS
 from .paths import check_writable, data_dir, write_whole
+from .report import printable, report
 
 MOST_SEED = (1 << 32) - 1
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is an integer") from None
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is a number") from None
-
-
-def check_range(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:  # nan is in no range
-        raise ValueError(f"{name}: got {value}, accepted is {least} to {most}")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -56,17 +34,27 @@ def main(words: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, train, evaluate, plan.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|train|eval|plan|fetch")
+    parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, continue a text, train, evaluate, plan.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|generate|train|eval|plan|fetch")
 
     demo = commands.add_parser("demo", help="find one needle in a long text")
     demo.add_argument("--tokens", type=integer, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
-    demo.add_argument("--haystack", type=Path, metavar="FILE", help="any UTF-8 text, repeated to length (default: held-out text)")
+    demo.add_argument("--haystack", type=Path, metavar="FILE|-", help="UTF-8 text, repeated; -: standard input (default: held-out)")
     demo.add_argument("--depth", type=number, default=0.5, help="where the needle lies: 0 first, 1 last (default 0.5)")
     demo.add_argument("--seed", type=integer, default=0, help="of needles, question and place in the text (default 0)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where the picture goes (default out)")
     demo.add_argument("--checkpoint", default="mini", help="a shipped model or a folder (default mini)")
     demo.set_defaults(command=run_demo)
+
+    generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("checkpoint", nargs="?", default="mini", help="a shipped model or a folder (default mini)")
+    generate.add_argument("--prompt-file", type=Path, required=True, metavar="FILE|-", help="any UTF-8 text; -: standard input")
+    generate.add_argument("--max-new-tokens", type=integer, default=256, help="ends there at the latest (default 256)")
+    generate.add_argument("--temperature", type=number, default=0.0, help="0 takes the likeliest token, above it draws (default 0)")
+    generate.add_argument("--top-k", type=integer, default=0, help="draw from the K likeliest tokens alone (default 0: all)")
+    generate.add_argument("--top-p", type=number, default=1.0, help="then from the fewest that hold this share (default 1: all)")
+    generate.add_argument("--seed", type=integer, default=0, help="of the draws (default 0)")
+    generate.set_defaults(command=run_generate)
 
     train = commands.add_parser("train", help="train a model from nothing, or go on where a run was cut off")
     train.add_argument("preset", help="which model: nano or mini")
@@ -92,7 +80,7 @@ def build_parser() -> Parser:
 
     for command in (demo, plan):
         command.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
-    for command in (demo, train, evaluate):
+    for command in (demo, generate, train, evaluate):
         command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     fetch = commands.add_parser("fetch", help="fetch the corpora (plays and poems, code, documentation) into the cache")
@@ -109,53 +97,12 @@ def write_json(target: str | None, result: dict) -> None:
         write_whole(Path(target), text.encode())
 
 
-def choose_device(name: str):
-    """The device of a name; "auto" is a GPU if there is one."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = torch.cuda.device_count()
-    accepted = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if name not in accepted:
-        raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}")
-    return torch.device(name)
-
-
-def read_model(argument: str, given: str, device):
-    """The model that is shipped under a name, or in a folder. Raises ValueError that names the argument."""
-    from .checkpoint import load_model
-    from .data.tokenizer import load_tokenizer
-
-    home = data_dir() / "checkpoints"
-    shipped = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
-    folder = home / given if given in shipped else Path(given)
-    try:
-        model = load_model(folder, device=device)
-        symbols = load_tokenizer().n_vocab
-        if model.config.vocab_size < symbols:
-            raise ValueError(f"{folder} knows {model.config.vocab_size} tokens, accepted is a model of at least {symbols}")
-    except (ValueError, OSError) as error:
-        reason = str(error).removeprefix("path: ")
-        raise ValueError(f"{argument}: {reason} (shipped with the package: {', '.join(shipped) or 'none'})") from None
-    return model
-
-
-def check_length(argument: str, tokens: int, config) -> None:
-    """Raise ValueError if needles and question do not fit into `tokens` tokens for a model of this window."""
-    from .data.tasks import NeedleTask
-    from .data.tokenizer import load_tokenizer
-    from .demo import MOST_TOKENS
-
-    check_range(argument, tokens, NeedleTask(load_tokenizer()).least_tokens(config.chunk_size, config.window), MOST_TOKENS)
-
-
 def run_demo(arguments) -> int:
     import numpy as np
     from tqdm import tqdm
 
     from .data.corpus import load_corpus, load_text
-    from .demo import LEAST_HAYSTACK, LEAST_TOKENS, MOST_TOKENS, find_needle
+    from .demo import LEAST_HAYSTACK, LEAST_TOKENS, find_needle
     from .viz import plots  # what draws the picture is missed now, not after the work
 
     talk = sys.stderr if arguments.json == "-" else sys.stdout
@@ -194,32 +141,41 @@ def run_demo(arguments) -> int:
     return 0
 
 
-def report(finding) -> str:
-    """What a person wants to know of a finding."""
-    layers = "; ".join(f"layer {i}: {' '.join(map(str, chunks))}" for i, chunks in enumerate(finding.retrieved_chunks))
-    found = [chunk for chunk in finding.needle_chunks if any(chunk in chunks for chunks in finding.retrieved_chunks)]
-    verdict = "right" if finding.correct else f"wrong: it is {finding.expected}"
-    lines = [
-        f"\nquestion   {finding.question}",
-        f"answer     {printable(finding.answer.rstrip('.'))}   ({verdict})",
-        f"needle in  chunk {' and '.join(map(str, finding.needle_chunks))} of {finding.scores.shape[1]:,}",
-        f"retrieved  {layers}",
-    ]
-    for chunk in finding.needle_chunks:
-        kind = "retrieved" if chunk in found else "not retrieved"
-        text = printable(finding.chunk_text(chunk)).replace("\n", "\n  ")
-        lines.append(f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:\n  {text}")
-    rate = finding.tokens / finding.prefill_seconds
-    lines.append(
-        f"\nprefill    {finding.prefill_seconds:.1f} s ({rate:,.0f} tokens/s), answer {finding.decode_seconds:.2f} s, "
-        f"peak memory {finding.peak_memory_bytes / 1e9:.2f} GB"
-    )
-    return "\n".join(lines)
+def run_generate(arguments) -> int:
+    import torch
+    from tqdm import tqdm
 
+    from .data.corpus import load_text
+    from .data.tokenizer import decode_stream, end_of_text, load_tokenizer
+    from .generate import stream
 
-def printable(text: str) -> str:
-    """`text` with dots for what would upset a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
+    check_range("--max-new-tokens", arguments.max_new_tokens, 1, 10**9)
+    check_range("--temperature", arguments.temperature, 0, 10**6)
+    check_range("--top-k", arguments.top_k, 0, 10**9)
+    check_range("--top-p", arguments.top_p, 0, 1)
+    check_range("--seed", arguments.seed, 0, MOST_SEED)
+    device = choose_device(arguments.device)
+    prompt = load_text(arguments.prompt_file, name="--prompt-file").tokens
+    if not len(prompt):
+        raise ValueError("--prompt-file: got 0 tokens of text, accepted is at least 1")
+    model = read_model("checkpoint", arguments.checkpoint, device)
+    tokenizer = load_tokenizer()
+    end = end_of_text(tokenizer)
+    with tqdm(total=len(prompt), unit=" tokens", unit_scale=True, mininterval=0.2, delay=1, desc="prefill") as bar:
+        tokens = stream(
+            model,
+            torch.from_numpy(prompt.astype("int64"))[None].to(device),
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            progress=bar.update,
+        )
+    for text in decode_stream(tokenizer, takewhile(lambda token: token != end, (token.item() for token in tokens))):
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print()
+    return 0
 
 
 def run_train(arguments) -> int:
@@ -237,7 +193,6 @@ def run_train(arguments) -> int:
 
 
 def run_eval(arguments) -> int:
-    from .demo import MOST_TOKENS
     from .evaluate import LENGTHS, by_length, evaluate_s_niah, write_results
 
     for tokens in arguments.lengths or ():
@@ -273,7 +228,7 @@ def run_eval(arguments) -> int:
 
 
 def run_plan(arguments) -> int:
-    from .plan import MOST_TOKENS, plan, table
+    from .plan import plan, table
 
     check_range("--tokens", arguments.tokens, 1, MOST_TOKENS)
     if arguments.json not in (None, "-"):

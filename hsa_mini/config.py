@@ -8,6 +8,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+MOST_TOKENS = 1 << 30  # that a command or a plan takes: more is a slip of the hand
+
 
 @dataclass(frozen=True)
 class HSAConfig:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .config import MOST_TOKENS
 from .data.tasks import NeedleTask, tile
 from .data.tokenizer import load_tokenizer
 from .evaluate import chunks_retrieved
 from .generate import continue_from, prefill
 from .model import HSAModel
 
-LEAST_TOKENS, MOST_TOKENS = 1024, 1 << 30
+LEAST_TOKENS = 1024
 LEAST_HAYSTACK = 64
 
 

@@ -1,9 +1,10 @@
-"""Reading a long text and going on from it: streaming prefill, greedy and sampled decoding.
+"""Reading a long text and going on from it: streaming prefill, greedy and sampled decoding, token by token or at once.
 
 Dimensions: B batch, T tokens, C width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,35 @@ class Generation:
     first: Aux
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How tokens are made: the options of `generate`, `stream` and `continue_from`. Raises ValueError if out of range.
+
+    max_new_tokens: at most so many. temperature, top_k, top_p: see `probabilities`; temperature 0 takes the likeliest
+    token. seed: of the draws, which use nobody else's random numbers. stop: ids of tokens that end a sequence. One that
+    has ended repeats its stop token, and reads it, until all have ended or `max_new_tokens` are made.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        whole = (("max_new_tokens", self.max_new_tokens, 1), ("top_k", self.top_k or 0, 0), ("seed", self.seed, 0))
+        for name, value, least in whole:
+            if not isinstance(value, int) or not least <= value < 1 << 63:
+                raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {least}, below 2**63")
+        if not 0 <= self.temperature < math.inf:  # nan is neither
+            raise ValueError(f"temperature: got {self.temperature}, accepted is 0 (greedy) or more")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, accepted is 0 to 1")
+        if not isinstance(self.stop, tuple) or not all(isinstance(token, int) for token in self.stop):
+            raise ValueError(f"stop: got {self.stop!r}, accepted is a tuple of token ids")
+
+
 @torch.no_grad()
 def prefill(
     model: HSAModel,
@@ -36,13 +66,13 @@ def prefill(
 
     The lower decoder reads everything, in segments; the upper decoder only the last `upper_tail` tokens, on which the
     last logits and every cache alone depend: exact, not an approximation. `progress(n)` is called as n tokens are read.
-    Raises ValueError as `HSAModel.forward` does, and for a segment below 1.
+    Raises ValueError as `HSAModel.forward` does, and for a segment below 1, before anything is read.
     """
     if not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment: got {segment!r}, accepted is an integer of at least 1")
-    tokens = ids.shape[-1]
-    memory = ChunkMemory(model.config, reserve_tokens=tokens + SEGMENT) if memory is None else memory
     model.check_ids(ids, memory)
+    tokens = ids.shape[1]
+    memory = ChunkMemory(model.config, reserve_tokens=tokens + SEGMENT) if memory is None else memory
     first = tail_start(model, memory.position + tokens)
     if first > memory.position:  # the upper decoder starts afresh, behind what it has seen so far
         memory.upper = [None] * len(memory.upper)
@@ -66,55 +96,86 @@ def tail_start(model: HSAModel, tokens: int) -> int:
     return start - start % model.config.query_block
 
 
-@torch.no_grad()
 def generate(
     model: HSAModel,
     ids: torch.Tensor,
     *,
-    max_new_tokens: int,
     memory: ChunkMemory | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop: tuple[int, ...] = (),
     segment: int = SEGMENT,
     progress: Callable[[int], None] | None = None,
+    **options,
 ) -> Generation:
-    """Continue ids [B, T] (on top of `memory`) by up to `max_new_tokens` tokens.
+    """Continue ids [B, T] (on top of `memory`) by up to `max_new_tokens` tokens; for the options see `Decoding`.
 
-    temperature 0 is greedy; above it samples, reproducibly by `seed`. Ends early once every sequence has produced a
-    token of `stop`. Raises ValueError for arguments out of range.
+    Raises ValueError for whatever is out of range, before anything is read: the memory is as it was.
     """
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, accepted is an integer of at least 1")
-    if not temperature >= 0:  # nan is neither
-        raise ValueError(f"temperature: got {temperature}, accepted is 0 (greedy) or more")
-    output = prefill(model, ids, memory, segment=segment, progress=progress)
-    return continue_from(model, output, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop)
+    Decoding(**options)  # refuses what is out of range before the prefill
+    return continue_from(model, prefill(model, ids, memory, segment=segment, progress=progress), **options)
+
+
+def stream(
+    model: HSAModel,
+    ids: torch.Tensor,
+    *,
+    memory: ChunkMemory | None = None,
+    segment: int = SEGMENT,
+    progress: Callable[[int], None] | None = None,
+    **options,
+) -> Iterator[torch.Tensor]:
+    """As `generate`, but ids are read now and each new token int64 [B, 1] is made when it is asked for.
+
+    Whenever the iterator rests or is closed, `memory` has read every token that came out of it but the last: the next
+    call goes on from there, with that token first.
+    """
+    decoding = Decoding(**options)
+    return _decode(model, prefill(model, ids, memory, segment=segment, progress=progress), decoding)
+
+
+def continue_from(model: HSAModel, output: Output, **options) -> Generation:
+    """`generate` from a prefill's output on; the memory grows as chunks complete."""
+    tokens = torch.cat(list(_decode(model, output, Decoding(**options))), dim=1)
+    return Generation(tokens, output.memory, output.aux)
 
 
 @torch.no_grad()
-def continue_from(
-    model: HSAModel, output: Output, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stop: tuple[int, ...] = ()
-) -> Generation:
-    """Decode token by token from a prefill's output; the memory grows as chunks complete."""
-    first, memory = output.aux, output.memory
-    generator = torch.Generator(output.logits.device).manual_seed(seed)
-    done = torch.zeros(output.logits.shape[0], dtype=torch.bool, device=output.logits.device)
-    new = []
-    for i in range(max_new_tokens):
-        token = choose(output.logits[:, -1], temperature, generator)
-        new.append(token)
-        if stop:
-            done |= torch.isin(token[:, 0], torch.tensor(stop, device=token.device))
-            if done.all():
-                break
-        if i + 1 < max_new_tokens:
-            output = model(token, memory)
-    return Generation(torch.cat(new, dim=1), memory, first)
+def _decode(model: HSAModel, output: Output, decoding: Decoding) -> Iterator[torch.Tensor]:
+    """The new tokens [B, 1], one by one."""
+    logits, memory = output.logits, output.memory
+    generator = torch.Generator(logits.device).manual_seed(decoding.seed)
+    ends = torch.tensor(decoding.stop, dtype=torch.int64, device=logits.device)
+    token = choose(logits[:, -1], decoding, generator)
+    for _ in range(decoding.max_new_tokens - 1):
+        yield token
+        ended = torch.isin(token, ends)  # who ended earlier has its stop token here again
+        if decoding.stop and ended.all():
+            return
+        token = torch.where(ended, token, choose(model(token, memory).logits[:, -1], decoding, generator))
+    yield token
 
 
-def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """logits [B, vocabulary] -> the next token [B, 1]: the likeliest, or a draw at `temperature`."""
-    if temperature == 0:
+def choose(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> torch.Tensor:
+    """logits [B, vocabulary] -> the next token [B, 1]: the likeliest at temperature 0, else a draw."""
+    if decoding.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    return torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1, generator=generator)
+    chances = probabilities(logits, temperature=decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
+    return torch.multinomial(chances, 1, generator=generator)
+
+
+def probabilities(logits: torch.Tensor, *, temperature: float, top_k: int | None = None, top_p: float = 1.0) -> torch.Tensor:
+    """logits [B, vocabulary] -> the chance of each token to be drawn, float64 [B, vocabulary].
+
+    In this order: the softmax of logits / temperature (above 0); the `top_k` likeliest tokens alone (0 or None: all); of
+    these, their chances scaled to sum to 1, the fewest likeliest ones whose sum reaches `top_p` (1: all), at least one.
+    What is left is scaled to sum to 1. Of equally likely tokens the lower id goes first.
+    """
+    # float64: the smallest temperature must not overflow, nor a sum over a large vocabulary end below top_p
+    logits, order = logits.double().sort(dim=-1, descending=True, stable=True)
+    chances = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
+    chances[:, top_k or logits.shape[-1] :] = 0
+    chances /= chances.sum(dim=-1, keepdim=True)
+    if top_p < 1:
+        before = chances.cumsum(dim=-1) - chances  # of all likelier tokens together
+        before[:, 0] = -1
+        chances[before >= top_p] = 0
+        chances /= chances.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(chances).scatter_(-1, order, chances)

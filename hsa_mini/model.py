@@ -124,7 +124,7 @@ class HSAModel(nn.Module):
         Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of another batch or model.
         """
         memory = ChunkMemory(self.config) if memory is None else memory
-        self.check_ids(ids, memory)
+        self.check_ids(ids, memory, wait=False)
         if not 0 <= neighbours < len(ids):  # one more, and a sequence would find its own future among its neighbours'
             raise ValueError(f"neighbours: got {neighbours}, accepted are 0 to {len(ids) - 1}, one less than the batch")
         position = memory.position
@@ -203,14 +203,18 @@ class HSAModel(nn.Module):
         positions = torch.arange(position, position + tokens, device=device)
         return rope_table(positions, self.config.head_dim, self.config.rope_base)
 
-    def check_ids(self, ids: torch.Tensor, memory: ChunkMemory) -> None:
-        """Raise ValueError for ids that this model and this memory cannot take."""
+    def check_ids(self, ids: torch.Tensor, memory: ChunkMemory | None, *, wait: bool = True) -> None:
+        """Raise ValueError for ids that this model and this memory cannot take.
+
+        To look at values waits for a GPU: there, without `wait`, the embedding's own range check stops a wrong id.
+        """
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or 0 in ids.shape:
             got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"ids: got {got}, accepted is an int64 tensor [B, T] with at least one token")
-        # Reading the values would wait for a GPU: there the embedding's own range check stops a wrong id.
-        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+        if (wait or ids.device.type == "cpu") and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ValueError(f"ids: got {int(ids.min())} to {int(ids.max())}, accepted are 0 to {self.config.vocab_size - 1}")
+        if memory is None:
+            return
         if memory.config != self.config:
             raise ValueError("memory: got one of another configuration, accepted is one that this model made")
         if memory.batch not in (None, ids.shape[0]):
@@ -222,11 +226,11 @@ class HSAModel(nn.Module):
 
         return generate(self, ids, **options)
 
-    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write weights (in `dtype` if given), configuration and sha256 manifest; see `hsa_mini.checkpoint`."""
+    def save_pretrained(self, path: str | Path, **options) -> None:
+        """Write weights, configuration and sha256 manifest; for the options see `hsa_mini.checkpoint.save_model`."""
         from .checkpoint import save_model
 
-        save_model(self, Path(path), dtype=dtype)
+        save_model(self, Path(path), **options)
 
     @classmethod
     def from_pretrained(

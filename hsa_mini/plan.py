@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .config import PRESETS, HSAConfig
+from .config import MOST_TOKENS, PRESETS, HSAConfig
 from .generate import tail_start
 from .model import HSAModel
 from .nn.chunk_encoder import ChunkEncoder
 from .nn.moe import MoE
 from .nn.rope import rope_table
 
-MOST_TOKENS = 1 << 30
 PRINTED = {  # what the paper prints of its two models
     "ul_0_5b": {"params_total": 537.7e6, "params_base_without_hsa": 519.6e6},
     "ul_8b_a1b": {"params_total": 8e9, "params_active": 1e9},

@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, any altered byte is refused, and whoever kills the writer loses nothing."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import re
@@ -11,10 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from material import TINY, tiny
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_generate import living_bytes
 
-from hsa_mini import HSAModel
-from hsa_mini.checkpoint import CONFIG, MANIFEST, WEIGHTS, load_model, load_progress, save_model, save_progress, write_folder
+from hsa_mini import PRESETS, HSAModel
+from hsa_mini.checkpoint import (
+    CONFIG, INDEX, MANIFEST, SHARD_BYTES, WEIGHTS, load_model, load_progress, save_model, save_progress, write_folder,
+)  # fmt: skip
 from hsa_mini.paths import data_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +159,238 @@ def test_a_file_that_cannot_be_read_is_refused_even_if_the_manifest_fits(folder,
         load_model(folder)
 
 
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    save_model(tiny(**SMALL), tmp_path / "sharded", shard_bytes=5000)
+    return tmp_path / "sharded"
+
+
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / INDEX).read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("preset", ["debug", "nano", "mini", "mini_moe", "small_moe"])
+@torch.no_grad()
+def test_every_preset_that_fits_comes_back_bit_by_bit_from_one_file_and_from_many(tmp_path, preset, dtype):
+    torch.manual_seed(0)
+    model = HSAModel(PRESETS[preset], dtype=dtype)
+    for name, buffer in model.named_buffers():
+        buffer.normal_()
+    size = sum(parameter.nbytes for parameter in (*model.parameters(), *model.buffers()))
+    for shard_bytes in (size, size // 3):
+        model.save_pretrained(tmp_path / "model", shard_bytes=shard_bytes)
+        shards = list((tmp_path / "model").glob("*.safetensors"))
+        assert (len(shards) > 2) == (shard_bytes < size) == (tmp_path / "model" / INDEX).exists()
+        got = load_model(tmp_path / "model", dtype=dtype).state_dict()
+        want = model.state_dict()
+        assert got.keys() == want.keys()
+        assert all(value.dtype == dtype and torch.equal(value, want[name]) for name, value in got.items())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_bytes", [1, 5000, 7777])
+def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, shard_bytes, dtype):
+    model = tiny(**SMALL, tied=tied)
+    model.save_pretrained(tmp_path / "model", shard_bytes=shard_bytes, dtype=dtype)
+    index = index_of(tmp_path / "model")
+    shards = sorted(file.name for file in (tmp_path / "model").glob("*.safetensors"))
+    assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] and len(shards) > 1
+    held = {shard: load_file(tmp_path / "model" / shard) for shard in shards}
+    assert index["weight_map"] == {name: shard for shard, tensors in held.items() for name in tensors}
+    assert index["weight_map"].keys() == {name for name, _ in model.named_parameters()}
+    sizes = {shard: [tensor.nbytes for tensor in tensors.values()] for shard, tensors in held.items()}
+    assert index.keys() == {"metadata", "weight_map"} and index["metadata"] == {"total_size": sum(map(sum, sizes.values()))}
+    assert all(sum(size) <= shard_bytes or len(size) == 1 for size in sizes.values())
+    for shard, following in zip(shards, shards[1:]):  # none is cut off earlier than it must be
+        first = next(value for name, value in model.named_parameters() if index["weight_map"][name] == following)
+        assert sum(sizes[shard]) + first.numel() * (dtype or first.dtype).itemsize > shard_bytes
+    manifest = json.loads((tmp_path / "model" / MANIFEST).read_text())
+    assert manifest.keys() == {CONFIG, INDEX, *shards}
+    got = load_model(tmp_path / "model").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(got[name], value.to(dtype or value.dtype).float())
+
+
+@pytest.mark.parametrize("shard_bytes", [0, -1, 2.5])
+def test_a_wrong_shard_size_is_refused(tmp_path, shard_bytes):
+    with pytest.raises(ValueError, match=f"^shard_bytes: got {shard_bytes}, accepted is an integer of at least 1"):
+        tiny(**SMALL).save_pretrained(tmp_path / "model", shard_bytes=shard_bytes)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_shard_that_is_altered_or_missing_is_refused(sharded):
+    for file in sorted(sharded.iterdir()):
+        content = file.read_bytes()
+        for altered in (content[:-2] + b"\xff" + content[-1:], content[:-2], None):
+            file.unlink()
+            if altered is not None:
+                file.write_bytes(altered)
+            with pytest.raises(ValueError, match=f"^path: .*{re.escape(file.name)}.*; accepted is "):
+                load_model(sharded)
+        file.write_bytes(content)
+    load_model(sharded)
+
+
+def edit_index(folder: Path, change) -> None:
+    index = index_of(folder)
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+LAST = "norm.weight"  # of the weights in the files below
+MISFITS = {
+    "a shard is missing": (
+        lambda folder: (folder / index_of(folder)["weight_map"][LAST]).unlink(),
+        r"norm.weight is in model-\d+-of-\d+.safetensors by the index, in no file by the files",
+    ),
+    "a shard that the index does not name": (
+        lambda folder: save_file({"extra": torch.zeros(3)}, folder / "model-00099-of-00099.safetensors"),
+        "extra is in no file by the index, in model-00099-of-00099.safetensors by the files",
+    ),
+    "a tensor that the index does not name": (
+        lambda folder: edit_index(folder, lambda places: places.pop(LAST)),
+        r"norm.weight is in no file by the index, in model-\d+-of-\d+.safetensors by the files",
+    ),
+    "a tensor that no shard holds": (
+        lambda folder: edit_index(folder, lambda places: places.update(extra=places[LAST])),
+        r"extra is in model-\d+-of-\d+.safetensors by the index, in no file by the files",
+    ),
+    "a tensor elsewhere": (
+        lambda folder: edit_index(folder, lambda places: places.update({LAST: places["embedding.weight"]})),
+        r"norm.weight is in model-00001-of-\d+.safetensors by the index, in model-\d+-of-\d+.safetensors by the files",
+    ),
+    "a shard outside the folder": (
+        lambda folder: edit_index(folder, lambda places: places.update({LAST: "../weights"})),
+        "norm.weight is in ../weights by the index",
+    ),
+    "no index": (lambda folder: (folder / INDEX).unlink(), "does not name model.safetensors or model.safetensors.index.json"),
+    "an empty index": (lambda folder: (folder / INDEX).write_text("{}"), f"has no readable {INDEX}"),
+    "an index that is a list": (lambda folder: (folder / INDEX).write_text("[]"), f"has no readable {INDEX}"),
+    "an index that is no JSON": (lambda folder: (folder / INDEX).write_bytes(b"\xff"), f"has no readable {INDEX}"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_files_that_do_not_fit_the_index_are_refused_even_if_the_manifest_fits(sharded, misfit):
+    change, message = MISFITS[misfit]
+    change(sharded)
+    seal(sharded)
+    with pytest.raises(ValueError, match=f"^path: .*{message}.*; accepted is ") as caught:
+        load_model(sharded)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("norm.weight", torch.zeros(9), r"norm.weight: got \[9\] torch.float32, accepted is \[8\] of a floating dtype"),
+        ("norm.weight", torch.zeros(8, dtype=torch.int32), r"norm.weight: got \[8\] torch.int32"),
+        ("embedding.weight", torch.zeros(8, 64), r"embedding.weight: got \[8, 64\] torch.float32, accepted is \[64, 8\]"),
+        ("norm.weight", None, "norm.weight is missing"),
+        ("extra", torch.zeros(8), "extra is too many"),
+        ("head.weight", torch.zeros(64, 8), "head.weight is too many"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, name, value, message):
+    tensors = load_file(folder / WEIGHTS) | {name: value}
+    save_file({key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+    seal(folder)
+    with pytest.raises(ValueError, match=rf"^path: the weights in .* do not fit its config.json \({message}") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def new_objects_alone():
+    """The garbage collector looks at what a test makes, not at what was there."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_never_are_two_copies_of_all_weights_held(tmp_path, monkeypatch, new_objects_alone):
+    """Bytes of all living tensors besides the model's, at each file written and each tensor read in another dtype."""
+    model = tiny(width=256, mlp_width=1024, lower_layers=1)
+    sizes, shard_bytes = [parameter.nbytes for parameter in model.parameters()], 600_000
+    held = max(shard_bytes, max(sizes) // 2)  # of one file, in bfloat16
+    before, alive = living_bytes(), []
+
+    def watched_save(tensors, path):
+        alive.append(living_bytes() - before)
+        save_file(tensors, path)
+
+    class Watched:
+        def __init__(self, *arguments, **options):
+            self.file = safe_open(*arguments, **options)
+            self.keys = self.file.keys
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            alive.append(living_bytes() - before)
+
+        def get_tensor(self, name):
+            value = self.file.get_tensor(name)
+            alive.append(living_bytes() - before)
+            return value
+
+    monkeypatch.setattr("hsa_mini.checkpoint.save_file", watched_save)
+    monkeypatch.setattr("hsa_mini.checkpoint.safe_open", Watched)
+    model.save_pretrained(tmp_path / "model", dtype=torch.bfloat16, shard_bytes=shard_bytes)
+    assert len(alive) > 3 and 0 < max(alive) <= held < sum(sizes) // 4
+    alive.clear()
+    got = load_model(tmp_path / "model")
+    assert sum(sizes) == sum(parameter.nbytes for parameter in got.parameters()) <= max(alive) <= sum(sizes) + held
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import torch
+from hsa_mini import HSAConfig, HSAModel
+
+def reset():
+    Path("/proc/self/clear_refs").write_text("5")
+    return current("VmRSS")
+
+def current(name):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+def measured(work):
+    before = reset()
+    result = work()
+    print(current("VmHWM") - before)
+    return result
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is asked of Linux")
+def test_the_process_grows_by_a_shard_when_it_writes_and_by_the_model_when_it_reads(tmp_path):
+    code = MEMORY + """
+folder, shard = Path(sys.argv[1]), 8_000_000
+config = HSAConfig(**CONFIG)
+model = HSAModel(config)
+HSAModel.from_pretrained(sys.argv[2])  # code and libraries are read once
+print(sum(p.nbytes for p in model.parameters()))
+measured(lambda: model.save_pretrained(folder / "model", dtype=torch.bfloat16, shard_bytes=shard))
+del model
+model = measured(lambda: HSAModel.from_pretrained(folder / "model"))
+"""
+    config = dataclasses.asdict(dataclasses.replace(TINY, width=512, mlp_width=4096, lower_layers=8))
+    words = [code.replace("CONFIG)", f"{config})"), str(tmp_path), str(data_dir() / "checkpoints/mini")]
+    run = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    size, written, read = map(int, run.stdout.split())
+    assert size > 200e6
+    assert written < 0.2 * size  # a second copy in bfloat16 would be half
+    assert 0.9 * size < read < 1.2 * size  # and here, one and a half
+
+
 def test_writing_replaces_a_checkpoint_and_leaves_nothing_else(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "model")
     (tmp_path / "empty").mkdir()
@@ -227,6 +464,9 @@ def child(work) -> int:
 """
 
 
+several_sizes = pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 300_000], ids=["one file", "three"])
+
+
 def killed(code: str, folder: Path) -> list[str]:
     """Run KILLED + code in a process of its own; what it prints, by lines."""
     run = subprocess.run([sys.executable, "-c", KILLED + code, str(folder)], capture_output=True, text=True, cwd=ROOT)
@@ -234,30 +474,36 @@ def killed(code: str, folder: Path) -> list[str]:
     return run.stdout.split()
 
 
-def test_kill_at_any_time_leaves_a_loadable_checkpoint(tmp_path):
+@several_sizes
+def test_kill_at_any_time_leaves_a_loadable_checkpoint(tmp_path, shard_bytes):
     """The writer replaces a checkpoint again and again and gets SIGKILL at a random moment."""
     code = f"""
 model = HSAModel(HSAConfig(**{dataclasses.asdict(TINY)}))
-model.save_pretrained(folder / "model")
 
 def write(i):
     torch.nn.init.constant_(model.embedding.weight, i)
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model", shard_bytes={shard_bytes})
 
+began = time.monotonic()
+write(0)
+seconds, last = time.monotonic() - began, 0  # of one write
 for round in range(25):
-    pid = child(lambda: forever(write))
-    time.sleep(random.uniform(0.001, 0.06))
+    pid = child(lambda: forever(lambda i: write(last + 1 + i)))
+    time.sleep(random.uniform(0, 2) * seconds)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     weight = checkpoint.load_model(folder / "model").embedding.weight
-    print(int(weight[0, 0]) if (weight == weight[0, 0]).all() else "mixed")
+    seconds *= 1.5 if weight[0, 0] == last else 0.8  # the disk may be slower than it was
+    last = int(weight[0, 0])
+    print(last if (weight == last).all() else "mixed")
 """
     found = killed(code, tmp_path)
     assert len(found) == 25 and "mixed" not in found
     assert len(set(found)) > 2  # the writer did get somewhere
 
 
-def test_kill_between_any_two_steps_leaves_a_loadable_checkpoint(tmp_path):
+@several_sizes
+def test_kill_between_any_two_steps_leaves_a_loadable_checkpoint(tmp_path, shard_bytes):
     """The writer dies before the n-th call that touches the disk, for every n, on top of what the last one left."""
     code = f"""
 model = HSAModel(HSAConfig(**{dataclasses.asdict(TINY)}))
@@ -279,7 +525,7 @@ for n in range(60):
     def work():
         die_at(n)
         torch.nn.init.constant_(model.embedding.weight, n)
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", shard_bytes={shard_bytes})
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1])
     assert status in (0, 9), status

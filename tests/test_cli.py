@@ -20,10 +20,13 @@ from test_demo import KEYS
 
 from hsa_mini import cli
 from hsa_mini.data import corpus
+from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.paths import data_dir
+from hsa_mini.report import printable
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRUPTED = "corrupted"
+TOKENIZER = load_tokenizer()
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +70,7 @@ def refuse(*_, **__):
 
 
 DEMO = ["demo", "--tokens", "2048", "--checkpoint", "model", "--haystack", "good.txt"]
+GENERATE = ["generate", "model", "--prompt-file", "good.txt"]
 CHEAP = [  # refused before a model is loaded or a text is read
     (["demo", "--tokens", "1023"], "--tokens: got 1023, accepted is 1024 to 1073741824"),
     (["demo", "--tokens", "0"], "--tokens: got 0, accepted is 1024"),
@@ -96,6 +100,17 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["demo", "--json", "/proc/nowhere/x"], r"--json: got /proc/nowhere/x \(.*\), accepted is a file"),
     (["demo", "--json", "x" * 300], r"--json: got x+ \(File name too long\), accepted is a file"),
     (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (["generate"], "the following arguments are required: --prompt-file"),
+    ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: got 0, accepted is 1 to 1000000000"),
+    ([*GENERATE, "--max-new-tokens", "some"], "--max-new-tokens: got 'some', accepted is an integer"),
+    ([*GENERATE, "--temperature", "-1"], "--temperature: got -1.0, accepted is 0 to 1000000"),
+    ([*GENERATE, "--temperature", "nan"], "--temperature: got nan, accepted is 0 to 1000000"),
+    ([*GENERATE, "--temperature", "hot"], "--temperature: got 'hot', accepted is a number"),
+    ([*GENERATE, "--top-k", "-1"], "--top-k: got -1, accepted is 0 to 1000000000"),
+    ([*GENERATE, "--top-p", "1.01"], "--top-p: got 1.01, accepted is 0 to 1"),
+    ([*GENERATE, "--top-p", "-0.1"], "--top-p: got -0.1, accepted is 0 to 1"),
+    ([*GENERATE, "--seed", "-1"], "--seed: got -1, accepted is 0 to 4294967295"),
+    ([*GENERATE, "--device", "tpu"], "--device: got 'tpu', accepted here are auto, cpu"),
     (["train", "huge"], "preset: got 'huge', accepted are nano, mini"),
     (["train"], "the following arguments are required: preset"),
     (["train", "nano", "--steps", "0"], "--steps: got 0, accepted is 1"),
@@ -135,6 +150,13 @@ DEARER = [  # a model or a text has to be opened
     ([*DEMO, "--haystack", "latin.txt"], r"--haystack: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8"),
     ([*DEMO, "--haystack", "short.txt"], r"--haystack: got \d+ tokens of text, accepted are at least 64"),
     ([*DEMO, "--haystack", "empty.txt"], "--haystack: got 0 tokens of text, accepted are at least 64"),
+    (["generate", "nosuch", *GENERATE[2:]], r"checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*mini"),
+    (["generate", CORRUPTED, *GENERATE[2:]], f"checkpoint: {CORRUPTED}/model.safetensors does not match its manifest"),
+    (["generate", "few", *GENERATE[2:]], "checkpoint: few knows 512 tokens, accepted is a model of at least 4096"),
+    ([*GENERATE[:3], "nosuch"], r"--prompt-file: cannot read nosuch \(No such file or directory\); accepted is any UTF-8"),
+    ([*GENERATE[:3], "dir"], r"--prompt-file: cannot read dir \(Is a directory\); accepted is any UTF-8 text file"),
+    ([*GENERATE[:3], "latin.txt"], r"--prompt-file: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8"),
+    ([*GENERATE[:3], "empty.txt"], "--prompt-file: got 0 tokens of text, accepted is at least 1"),
     (["eval", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
     (["eval", CORRUPTED], f"checkpoint: {CORRUPTED}/model.safetensors does not match"),
     (["eval", "model", "--lengths", "100"], "--lengths: got 100, accepted is 266 to 1073741824"),
@@ -151,7 +173,7 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(folder, capfd, 
     status, out, err = call(capfd, *words)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1 and err.endswith("\n") and len(err) < 500, err
-    assert re.match(rf"hsa-mini( {words[0] if words else ''})?: error: (argument )?(demo\|train\|.*: )?{message}", err), err
+    assert re.match(rf"hsa-mini( {words[0] if words else ''})?: error: (argument )?(demo\|.*: )?{message}", err), err
     assert listing(folder) == before
 
 
@@ -278,9 +300,73 @@ def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch)
     assert err == "no network; the standard library of this Python will serve as text instead\n"
 
 
+def generated(**options) -> list[int]:
+    """The tokens that `generate` makes of good.txt."""
+    import torch
+
+    from hsa_mini.checkpoint import load_model
+
+    ids = torch.tensor([TOKENIZER.encode_ordinary(words(3000))])
+    return load_model(Path("model")).generate(ids, **options).ids[0].tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_k": 900, "top_p": 0.9, "seed": 3}], ids=str)
+def test_generate_writes_the_text_of_the_tokens_that_the_model_makes(capfd, options):
+    arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    got = call(capfd, *GENERATE, "--max-new-tokens", "60", "--device", "cpu", *arguments)
+    assert got == (0, TOKENIZER.decode(generated(max_new_tokens=60, **options)) + "\n", "")
+
+
+@pytest.mark.parametrize("made", [[], [65, 66], TOKENIZER.encode_ordinary("é 中 😀 \x1b[2J\r")], ids=str)
+def test_generate_ends_at_the_end_of_the_text(capfd, monkeypatch, made):
+    import torch
+
+    later = iter([*made, end_of_text(TOKENIZER)])  # and no token is asked for behind it
+    monkeypatch.setattr("hsa_mini.generate.stream", lambda *_, **__: (torch.tensor([[next(later)]]) for _ in range(99)))
+    assert call(capfd, *GENERATE) == (0, TOKENIZER.decode(made) + "\n", "")
+
+
+def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_made(folder):
+    """The weights make the model say the bytes of a text again and again, each token one byte."""
+    import torch
+
+    text = "é中😀"
+    model = tiny(tied=False, lower_layers=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                parameter.zero_()  # what a token becomes depends on it alone
+        said = list(text.encode())
+        tokens = [TOKENIZER.encode_single_token(bytes([byte])) for byte in dict.fromkeys(said)]
+        assert len(tokens) == len(said)  # so the next byte follows from the last one
+        for token, following in zip(tokens, [*tokens[1:], tokens[0]]):
+            model.head.weight[following] = 100 * model.embedding.weight[token]
+    model.save_pretrained("parrot")
+    process = start("generate", "parrot", "--prompt-file", "-", "--max-new-tokens", "100000", PYTHONIOENCODING="utf-8")
+    process.stdin.write("😀")
+    process.stdin.close()
+    assert process.stdout.read(len(text) * 5) == text * 5
+    os.killpg(process.pid, signal.SIGINT)  # while it writes
+    out, err = process.stdout.read(), process.stderr.read()
+    assert process.wait(timeout=60) == 130 and "Traceback" not in err and "interrupted" in err
+    assert (text * 40_000).startswith(out)
+
+
+def test_control_c_while_generate_reads_ends_with_130_and_shows_how_far_it_came(folder):
+    Path("long.txt").write_text(words(3000) * 300, encoding="utf-8")
+    process = start("generate", "model", "--prompt-file", "long.txt")
+    shown = ""
+    while "prefill" not in shown and process.poll() is None:
+        shown += process.stderr.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "") and "Traceback" not in err and "interrupted" in err
+
+
 def start(*words: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "hsa_mini", *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -323,7 +409,7 @@ def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
     assert (process.returncode, out) == (2, "") and err.count("\n") == 1 and "--tokens: got 12" in err
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "plan", "fetch"])
+@pytest.mark.parametrize("command", ["demo", "generate", "train", "eval", "plan", "fetch"])
 def test_help_explains_every_option(capfd, command):
     status, out, err = call(capfd, command, "--help")
     assert (status, err) == (0, "")
@@ -333,6 +419,6 @@ def test_help_explains_every_option(capfd, command):
 
 
 def test_printable_keeps_every_script_and_drops_what_moves_the_cursor():
-    assert cli.printable("中文 é\n\tx") == "中文 é\n\tx"
-    assert cli.printable("a\0\x1b\r\x7f\x9b\u202e") == "a" + "·" * 6
-    assert np.all([len(cli.printable(chr(i))) == 1 for i in range(0x3000)])
+    assert printable("中文 é\n\tx") == "中文 é\n\tx"
+    assert printable("a\0\x1b\r\x7f\x9b\u202e") == "a" + "·" * 6
+    assert np.all([len(printable(chr(i))) == 1 for i in range(0x3000)])

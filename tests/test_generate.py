@@ -9,10 +9,10 @@ import gc
 import pytest
 import torch
 from helpers import assert_close
-from test_model import DENSE, build, every_dense_option, text
+from test_model import DENSE, build, every_dense_option, every_option, in_segments, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.generate import choose, continue_from, generate, prefill, tail_start
+from hsa_mini.generate import Decoding, choose, continue_from, generate, prefill, probabilities, stream, tail_start
 
 DEBUG = PRESETS["debug"]
 S = DEBUG.chunk_size
@@ -38,6 +38,17 @@ def test_prefill_equals_the_full_forward_pass_and_so_does_what_is_decoded_after_
             output = prefill(model, ids[:, :T], segment=segment)
             assert output.logits.shape[1] == 1 and output.memory.position == T
             assert_close(steps(model, output, ids[:, T:]), want, bound)
+
+
+@every_option
+@torch.no_grad()
+def test_segments_of_any_length_give_the_same_logits_in_float32(option):
+    model, T = build(option, torch.float32), 150
+    ids = text(T)
+    whole = model(ids).logits
+    for size in (1, 7, 64, T):
+        assert (in_segments(model, ids, size) - whole).abs().max() <= 1e-5
+        assert (prefill(model, ids, segment=size).logits - whole[:, -1:]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("size", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
@@ -90,8 +101,8 @@ def test_a_conversation_equals_the_text_that_it_makes():
 
 
 def living_bytes() -> int:
-    """Bytes of every tensor that is alive, storages counted once."""
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    """Bytes of every tensor that is alive, storages counted once; those on the meta device have none."""
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
 
 
@@ -167,11 +178,68 @@ def test_sampling_is_a_function_of_the_seed():
     assert torch.equal(sample(temperature=1e-4, seed=3), sample())  # cold enough it is greedy
 
 
-def test_draws_follow_the_probabilities():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
-    for temperature, want in ((1.0, [0.5, 0.3, 0.2]), (0.5, [25 / 38, 9 / 38, 4 / 38])):
-        drawn = choose(logits, temperature, torch.Generator().manual_seed(0))
-        assert torch.allclose(drawn.flatten().bincount() / 20_000, torch.tensor(want), atol=0.015)
+CHANCES = [1 / 16, 1 / 2, 1 / 8, 1 / 4, 1 / 16]  # of tokens 0 to 4 at temperature 1; worked out by hand below
+FILTERED = [
+    (dict(temperature=1.0), CHANCES),
+    (dict(temperature=0.5), [1 / 86, 64 / 86, 4 / 86, 16 / 86, 1 / 86]),
+    (dict(temperature=1.0, top_k=0), CHANCES),
+    (dict(temperature=1.0, top_k=1), [0, 1, 0, 0, 0]),
+    (dict(temperature=1.0, top_k=3), [0, 4 / 7, 1 / 7, 2 / 7, 0]),
+    (dict(temperature=0.5, top_k=2), [0, 4 / 5, 0, 1 / 5, 0]),
+    (dict(temperature=1.0, top_k=4), [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0]),  # a tie: the lower id stays
+    (dict(temperature=1.0, top_k=5), CHANCES),
+    (dict(temperature=1.0, top_k=99), CHANCES),
+    (dict(temperature=1.0, top_p=0.0), [0, 1, 0, 0, 0]),
+    (dict(temperature=1.0, top_p=0.49), [0, 1, 0, 0, 0]),
+    (dict(temperature=1.0, top_p=0.51), [0, 2 / 3, 0, 1 / 3, 0]),
+    (dict(temperature=1.0, top_p=0.74), [0, 2 / 3, 0, 1 / 3, 0]),
+    (dict(temperature=1.0, top_p=0.76), [0, 4 / 7, 1 / 7, 2 / 7, 0]),
+    (dict(temperature=1.0, top_p=0.93), [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0]),
+    (dict(temperature=1.0, top_p=0.94), CHANCES),
+    (dict(temperature=0.5, top_p=0.74), [0, 1, 0, 0, 0]),  # temperature first: 64/86 is more than 0.74, 1/2 was less
+    (dict(temperature=1.0, top_k=3, top_p=0.57), [0, 1, 0, 0, 0]),  # top-k before top-p: 4/7 is more than 0.57
+    (dict(temperature=1.0, top_k=2, top_p=0.7), [0, 2 / 3, 0, 1 / 3, 0]),
+    (dict(temperature=0.5, top_k=3, top_p=0.8), [0, 4 / 5, 0, 1 / 5, 0]),  # 16/21 is less than 0.8, 20/21 more
+]
+
+
+@pytest.mark.parametrize("options, want", FILTERED, ids=str)
+def test_draws_follow_the_filtered_distribution(options, want):
+    want = torch.tensor(want, dtype=torch.float64)
+    logits = torch.tensor(CHANCES, dtype=torch.float64).log() + 3  # what is added to all logits changes nothing
+    got = probabilities(logits.expand(2, 5), **options)
+    assert torch.equal(got == 0, (want == 0).expand(2, 5))  # the support is exact
+    assert torch.allclose(got, want.expand(2, 5), rtol=1e-12, atol=0)
+    drawn = choose(logits.expand(40_000, 5), Decoding(max_new_tokens=1, **options), torch.Generator().manual_seed(0))
+    share = drawn.flatten().bincount(minlength=5) / 40_000
+    assert (share[want == 0] == 0).all() and torch.allclose(share.double(), want, rtol=0, atol=0.012)  # 4.8 deviations
+
+
+def test_of_equal_logits_the_lowest_ids_stay():
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.zeros(1, 4096, dtype=dtype)
+        for options in (dict(top_k=1024), dict(top_p=0.24999), dict(top_k=2048, top_p=0.4999)):
+            got = probabilities(logits, temperature=1.0, **options)
+            assert torch.equal(got, torch.tensor([1 / 1024] * 1024 + [0] * 3072, dtype=torch.float64)[None])
+        assert choose(logits, Decoding(max_new_tokens=1), None) == probabilities(logits, temperature=1.0, top_k=1).argmax() == 0
+
+
+def test_no_temperature_is_too_small_or_too_large():
+    logits = torch.tensor([[3e4, -3e4, 0.0]])
+    assert probabilities(logits, temperature=5e-324).tolist() == [[1, 0, 0]]
+    assert torch.allclose(probabilities(logits, temperature=1e300), torch.full((1, 3), 1 / 3, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_sampled_text_keeps_to_the_filters_at_every_step():
+    model, ids = build(), text(40)
+    drawn = model.generate(ids, max_new_tokens=40, temperature=2.0, top_k=3, seed=1).ids
+    logits = model(torch.cat((ids, drawn), dim=1)).logits[:, 39:-1]
+    ranks = (logits > logits.gather(-1, drawn[..., None])).sum(-1)
+    assert sorted(set(ranks.flatten().tolist())) == [0, 1, 2]
+    greedy = model.generate(ids, max_new_tokens=40).ids
+    for options in (dict(top_k=1), dict(top_p=0.0)):
+        assert torch.equal(model.generate(ids, max_new_tokens=40, temperature=2.0, **options).ids, greedy)
 
 
 @torch.no_grad()
@@ -180,13 +248,60 @@ def test_decoding_ends_when_every_sequence_has_stopped():
     free = generate(model, ids, max_new_tokens=12).ids
     ends = [free[0, 2].item(), free[1, 7].item()]
     places = [next(i for i in range(12) if free[b, i].item() in ends) for b in (0, 1)]
+    assert places[0] != places[1]
     got = generate(model, ids, max_new_tokens=12, stop=tuple(ends)).ids
-    assert torch.equal(got, free[:, : max(places) + 1])
+    assert got.shape == (2, max(places) + 1)
+    for b in (0, 1):  # whoever ends first repeats its stop token until the other has ended
+        want = [*free[b, : places[b] + 1].tolist(), *[free[b, places[b]].item()] * (max(places) - places[b])]
+        assert got[b].tolist() == want
     for b in (0, 1):
         alone = generate(model, ids[b : b + 1], max_new_tokens=12, stop=tuple(ends)).ids
         assert torch.equal(alone, free[b : b + 1, : places[b] + 1])
     never = next(i for i in range(DEBUG.vocab_size) if i not in free)
     assert torch.equal(generate(model, ids, max_new_tokens=12, stop=(never,)).ids, free)
+
+
+@torch.no_grad()
+def test_a_sequence_that_has_ended_changes_nothing_for_the_others():
+    model, ids = build(), text(58)
+    options = dict(max_new_tokens=30, temperature=1.5, seed=4)
+    free = generate(model, ids, **options).ids
+    for b in (0, 1):
+        end = next(i for i in free[b].tolist() if i not in free[1 - b])
+        got = generate(model, ids, stop=(end,), **options).ids
+        assert torch.equal(got[1 - b], free[1 - b])
+        assert torch.equal(got[b, free[b].tolist().index(end) :].unique(), torch.tensor([end]))
+
+
+def test_a_stream_is_what_generate_returns_and_makes_a_token_when_it_is_asked_for():
+    model, ids = build(), text(58)
+    end = generate(model, ids[:1], max_new_tokens=4).ids[0, 3].item()
+    for options in ({}, dict(temperature=1.0, top_k=50, top_p=0.9, seed=2), dict(stop=(end,))):
+        want = generate(model, ids, max_new_tokens=12, **options)
+        memory = ChunkMemory(DEBUG)
+        tokens = stream(model, ids, max_new_tokens=12, memory=memory, **options)
+        for i, token in enumerate(tokens):
+            assert torch.equal(token, want.ids[:, i : i + 1]) and memory.position == 58 + i
+            assert torch.is_grad_enabled() and not memory.k.requires_grad
+        assert i + 1 == want.ids.shape[1] and want.memory.position == memory.position
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 11])
+@torch.no_grad()
+def test_a_stream_that_is_closed_early_can_be_gone_on_from(taken):
+    model, ids = build("query block"), text(57)
+    want = generate(model, ids, max_new_tokens=12)
+    memory = ChunkMemory(model.config)
+    tokens = stream(model, ids, max_new_tokens=12, memory=memory)
+    got = [next(tokens) for _ in range(taken)]
+    tokens.close()
+    assert memory.position == 57 + max(taken - 1, 0)
+    if taken:
+        got.append(generate(model, got[-1], max_new_tokens=12 - taken, memory=memory).ids)
+        assert torch.equal(torch.cat(got, dim=1), want.ids)
+    after = text(20, seed=3)
+    said = torch.cat((ids, want.ids[:, :11] if taken else ids[:, :0], after), dim=1)
+    assert_close(model(after, memory).logits, model(said).logits[:, -20:], 1e-10)
 
 
 @torch.no_grad()
@@ -221,19 +336,49 @@ def test_progress_counts_every_token_once():
         (dict(max_new_tokens=2.0), "max_new_tokens: got 2.0"),
         (dict(temperature=-0.1), r"temperature: got -0.1, accepted is 0 \(greedy\) or more"),
         (dict(temperature=float("nan")), "temperature: got nan"),
+        (dict(temperature=float("inf")), "temperature: got inf"),
+        (dict(top_k=-1), "top_k: got -1, accepted is an integer of at least 0"),
+        (dict(top_k=2.5), "top_k: got 2.5"),
+        (dict(top_p=-0.1), "top_p: got -0.1, accepted is 0 to 1"),
+        (dict(top_p=1.1), "top_p: got 1.1"),
+        (dict(top_p=float("nan")), "top_p: got nan"),
+        (dict(seed=-1), "seed: got -1, accepted is an integer of at least 0"),
+        (dict(seed=1.0), "seed: got 1.0"),
+        (dict(seed=1 << 63), r"seed: got 9223372036854775808, accepted is .* below 2\*\*63"),
+        (dict(stop=5), "stop: got 5, accepted is a tuple of token ids"),
+        (dict(stop=("a",)), r"stop: got \('a',\)"),
+        (dict(ids=text(0)), r"ids: got \[2, 0\].*accepted is an int64 tensor .* at least one token"),
+        (dict(ids=[[1, 2]]), "ids: got list, accepted is"),
+        (dict(ids=torch.tensor(3)), r"ids: got \[\]"),
+        (dict(ids=text(9).int()), "ids: got .*int32"),
+        (dict(ids=text(9) + 512), "ids: got 521 to 984, accepted are 0 to 511"),
+        (dict(ids=text(9) - 512), "ids: got -.* accepted are 0 to 511"),
+        (dict(ids=text(9)[:1]), r"memory: got a batch of 2, accepted is that of ids \(1\)"),
         (dict(segment=0), "segment: got 0, accepted is an integer of at least 1"),
         (dict(segment=8.0), "segment: got 8.0"),
     ],
 )
-def test_wrong_arguments(options, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        generate(build(), text(9), **{"max_new_tokens": 2, **options})
+@torch.no_grad()
+def test_wrong_arguments_are_refused_before_anything_is_read(options, message):
+    model, ids = build(), text(58)
+    memory = prefill(model, ids[:, :40]).memory
+    for function in (model.generate, lambda ids, **options: stream(model, ids, **options)):
+        with pytest.raises(ValueError, match=f"^{message}") as caught:
+            function(**{"ids": ids[:, 40:], "max_new_tokens": 2, "memory": memory, **options})
+        assert "\n" not in str(caught.value) and memory.position == 40
+    got = model.generate(ids[:, 40:], max_new_tokens=3, memory=memory).ids  # as if nothing had happened
+    assert torch.equal(got, model.generate(ids, max_new_tokens=3).ids)
 
 
-def test_wrong_ids_leave_the_memory_as_it_was():
-    model = build()
-    memory = ChunkMemory(DEBUG)
-    for ids in (text(9).int(), text(9) + 512, text(0)):
-        with pytest.raises(ValueError, match="^ids: got"):
-            prefill(model, ids, memory)
-    assert memory.position == 0 and memory.batch is None
+@torch.no_grad()
+def test_a_memory_of_another_model_is_refused_and_stays_usable():
+    model, other, ids = build(), build("bypass"), text(58)
+    memory = prefill(model, ids[:, :40]).memory
+    with pytest.raises(ValueError, match="^memory: got one of another configuration, accepted is one that this model made"):
+        other.generate(ids[:, 40:], max_new_tokens=3, memory=memory)
+    assert_close(model(ids[:, 40:], memory).logits, model(ids).logits[:, 40:], 1e-10)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="top_a"):
+        build().generate(text(9), max_new_tokens=2, top_a=1)

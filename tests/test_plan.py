@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel
+from hsa_mini.config import MOST_TOKENS
 from hsa_mini.generate import prefill
 from hsa_mini.nn.norm import RMSNorm
-from hsa_mini.plan import MOST_TOKENS, mean_keys, plan, table
+from hsa_mini.plan import mean_keys, plan, table
 
 # K = 2 of 64 chunks: few enough that attention gathers the kept ones, as the plan charges, and does not attend to all
 SMALL = dataclasses.replace(PRESETS["nano"], vocab_size=512, top_k=2)

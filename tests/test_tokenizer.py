@@ -12,7 +12,7 @@ from material import real_archives, words
 from hsa_mini.data.corpus import read_documents
 from hsa_mini.data.tasks import LETTERS, Needle, NeedleTask
 from hsa_mini.data.tokenizer import (
-    RANKS_FILE, SPECIAL_TOKENS, VOCAB_SIZE, end_of_text, load_tokenizer, pad, save_ranks, train_ranks,
+    RANKS_FILE, SPECIAL_TOKENS, VOCAB_SIZE, decode_stream, end_of_text, load_tokenizer, pad, save_ranks, train_ranks,
 )  # fmt: skip
 from hsa_mini.paths import data_dir
 
@@ -90,6 +90,31 @@ def test_a_needle_in_a_text_encodes_as_it_does_alone(before, key, value, after):
     assert joined == [*encode(before), *TASK.sentence(needle).tolist(), *encode(after)]
     question = needle.question + needle.answer
     assert encode(before + question) == [*encode(before), *TASK.question(needle).tolist(), *TASK.answer(needle).tolist()]
+
+
+@given(st.one_of(st.text().map(lambda text: list(text.encode())), st.lists(st.integers(0, VOCAB_SIZE - 1))))
+@example([0xE4, 0xB8])  # a character that never ends
+@example([0xE4, 65, 0x80, 0xFF])
+def test_text_that_comes_token_by_token_is_the_text_of_all_tokens(numbers):
+    single = {TOKENIZER.encode_single_token(bytes([byte])) for byte in range(256)}
+    ids = [TOKENIZER.encode_single_token(bytes([n])) if n < 256 else n for n in numbers]
+    parts = list(decode_stream(TOKENIZER, iter(ids)))
+    assert "".join(parts) == decode(ids) and all(parts)
+    if set(ids) <= single and "\ufffd" not in decode(ids):
+        assert parts == list(decode(ids))  # each character by itself, once its last byte has come
+
+
+def test_text_comes_no_later_than_its_last_byte():
+    ids, asked = encode("né 中 x"), []
+    text = ""
+    for part in decode_stream(TOKENIZER, (asked.append(i) or i for i in ids)):
+        text += part
+        assert text == "né 中 x".encode()[: len(TOKENIZER.decode_bytes(asked))].decode(errors="ignore")
+    assert text == "né 中 x"
+
+
+def test_an_id_without_a_token_is_a_replacement_character():
+    assert "".join(decode_stream(TOKENIZER, [*encode("ab"), VOCAB_SIZE, *encode("c")])) == "ab\ufffdc"
 
 
 def test_it_pickles():

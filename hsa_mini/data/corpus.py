@@ -201,10 +201,11 @@ def _encode(documents: Iterator[Document], folder: Path) -> None:
 
 
 def load_text(path: str | Path, *, name: str = "path") -> Corpus:
-    """Tokens of a reader's own UTF-8 text file. Raises ValueError naming `name` for anything else."""
+    """Tokens of a reader's own UTF-8 text file, or of standard input for "-". Raises ValueError naming `name` for anything else."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(0 if str(path) == "-" else path, encoding="utf-8", closefd=str(path) != "-") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: {path} is not UTF-8 text (byte {error.start}); accepted is any UTF-8 text file") from None
     except OSError as error:

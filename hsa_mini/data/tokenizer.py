@@ -5,8 +5,9 @@ keys (`QXZB`) and values (`482913`) of the retrieval tasks are read symbol by sy
 """
 
 import base64
+import codecs
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tiktoken
@@ -48,6 +49,20 @@ def load_tokenizer(path: Path | None = None) -> tiktoken.Encoding:
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
     return tiktoken.Encoding("hsa-mini", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def decode_stream(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[str]:
+    """The text of token ids as they come: a character whose bytes lie in several tokens appears with its last byte.
+
+    Joined it is `tokenizer.decode` of them all: bytes that are no UTF-8 become U+FFFD; so does an id without a token.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for i in ids:
+        token = tokenizer.decode_single_token_bytes(i) if i < tokenizer.n_vocab else "\N{REPLACEMENT CHARACTER}".encode()
+        if text := decoder.decode(token):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
 
 
 def end_of_text(tokenizer: tiktoken.Encoding) -> int:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from hsa_mini import ops, provenance
-from hsa_mini.cli import Parser, choose_device
+from hsa_mini.arguments import Parser, choose_device
 from hsa_mini.paths import check_writable, write_whole
 
 WARMUP, SAMPLES = 2, 10

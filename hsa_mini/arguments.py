@@ -1,0 +1,71 @@
+"""What the words of a command line mean: numbers and their ranges, devices, models. Raises one line that names the argument."""
+
+import argparse
+from pathlib import Path
+
+from .config import MOST_TOKENS
+from .paths import data_dir
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is an integer") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is a number") from None
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # nan is in no range
+        raise ValueError(f"{name}: got {value}, accepted is {least} to {most}")
+
+
+def choose_device(name: str):
+    """The device of a name; "auto" is a GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count()
+    accepted = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in accepted:
+        raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}")
+    return torch.device(name)
+
+
+def read_model(argument: str, given: str, device):
+    """The model that is shipped under a name, or in a folder. Raises ValueError that names the argument."""
+    from .checkpoint import load_model
+    from .data.tokenizer import load_tokenizer
+
+    home = data_dir() / "checkpoints"
+    shipped = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+    folder = home / given if given in shipped else Path(given)
+    try:
+        model = load_model(folder, device=device)
+        symbols = load_tokenizer().n_vocab
+        if model.config.vocab_size < symbols:
+            raise ValueError(f"{folder} knows {model.config.vocab_size} tokens, accepted is a model of at least {symbols}")
+    except (ValueError, OSError) as error:
+        reason = str(error).removeprefix("path: ")
+        raise ValueError(f"{argument}: {reason} (shipped with the package: {', '.join(shipped) or 'none'})") from None
+    return model
+
+
+def check_length(argument: str, tokens: int, config) -> None:
+    """Raise ValueError if needles and question do not fit into `tokens` tokens for a model of this window."""
+    from .data.tasks import NeedleTask
+    from .data.tokenizer import load_tokenizer
+
+    check_range(argument, tokens, NeedleTask(load_tokenizer()).least_tokens(config.chunk_size, config.window), MOST_TOKENS)
