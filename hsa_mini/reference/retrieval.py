@@ -51,9 +51,7 @@ def retrieve(
         indices = newest_top_k(choice, min(top_k, N))
         if weighting == "stick_breaking":
             indices = indices.sort(dim=-1, descending=True).values
-    empty = indices < 0
-    kept = scores.gather(-1, indices.clamp(min=0)).masked_fill(empty, torch.finfo(dtype).min)
-    weights = (torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)).masked_fill(empty, 0.0)
+    weights = weigh(scores.gather(-1, indices.clamp(min=0)), indices < 0, weighting)
 
     indices = torch.nn.functional.pad(indices, (0, top_k - indices.shape[-1]), value=-1).int()
     weights = torch.nn.functional.pad(weights, (0, top_k - weights.shape[-1]))
@@ -80,6 +78,12 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     rank = torch.where(scores > threshold, index + chunks, torch.where(scores == threshold, index, -1))
     chosen = rank.topk(k, dim=-1).values % chunks
     return chosen.masked_fill(scores.gather(-1, chosen) == float("-inf"), -1)
+
+
+def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Tensor:
+    """Weights of the kept scores along the last axis; 0 in `empty` slots, whatever score they hold."""
+    kept = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
+    return (torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)).masked_fill(empty, 0.0)
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:

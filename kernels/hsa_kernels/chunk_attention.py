@@ -12,11 +12,13 @@ from torch.utils.flop_counter import register_flop_formula
 from hsa_mini.reference.checks import check_chunk_attention
 
 from .checks import check_indices, check_kernel
-from .inverted_index import find_row, invert
+from .inverted_index import cut, find_row, invert
 from .merge import merge, unmerge
+from .tiles import padded, precision
 
 LOG2_E = 1.4426950408889634
 SEGMENT = 512  # entries of a chunk that one program of the backward pass adds up
+
 
 @triton.jit
 def _rows(
@@ -31,7 +33,7 @@ def _rows(
 
 
 @triton.jit
-def _tile(chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr):
+def chunk_tile(chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr):
     """Offsets inside a batch entry, and mask, of a chunk's tile [SP, DP] of k or v."""
     o_s, o_d = tl.arange(0, SP), tl.arange(0, DP)
     o_row = (chunk.to(tl.int64) * S + o_s) * J + i_j
@@ -39,13 +41,24 @@ def _tile(chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.
 
 
 @triton.jit
-def _inside(b_q, b_k, scale_log2, S: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
+def attend_inside(b_q, b_k, scale_log2, S: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
     """exp(scores - their maximum) [R, SP] over one chunk, 0 beyond its S tokens, and their sums [R]."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
     if S < SP:
         b_s = tl.where((tl.arange(0, SP) < S)[None, :], b_s, float("-inf"))
     b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
     return b_p, tl.sum(b_p, 1)
+
+
+@triton.jit
+def _place(
+    k, v, chunks, weights, i_place, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """One place of a merged list: the weight of every row [R], and its chunk's tiles of k and v [SP, DP]."""
+    b_w = tl.load(weights + i_place * M + tl.arange(0, M * GP) // GP)
+    o_k, m_k = chunk_tile(tl.load(chunks + i_place), i_j, J, S, D, SP, DP)
+    return b_w, tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)
 
 
 @triton.jit
@@ -58,17 +71,12 @@ def _forward(
     o_q, m_q = _rows(i_block, i_j, i_b, T, J, G, D, M, GP, DP)
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
     list_row = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
-    o_m = tl.arange(0, M * GP) // GP
     k += i_b.to(tl.int64) * stride_k
     v += i_b.to(tl.int64) * stride_v
     b_out = tl.zeros([M * GP, DP], tl.float32)
     for place in range(tl.load(counts + list_row)):
-        chunk = tl.load(chunks + list_row * L + place)
-        b_w = tl.load(weights + (list_row * L + place) * M + o_m)  # [R]
-        o_k, m_k = _tile(chunk, i_j, J, S, D, SP, DP)
-        b_k = tl.load(k + o_k, mask=m_k, other=0.0)  # [SP, DP]
-        b_v = tl.load(v + o_k, mask=m_k, other=0.0)
-        b_p, b_sum = _inside(b_q, b_k, scale_log2, S, SP, PRECISION)
+        b_w, b_k, b_v = _place(k, v, chunks, weights, list_row * L + place, i_j, J, S, D, M, GP, DP, SP)
+        b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
         # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
@@ -87,23 +95,17 @@ def _backward_q(
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
     b_do = tl.load(grad_out + o_q, mask=m_q, other=0.0)
     list_row = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
-    o_m = tl.arange(0, M * GP) // GP
     k += i_b.to(tl.int64) * stride_k
     v += i_b.to(tl.int64) * stride_v
     b_dq = tl.zeros([M * GP, DP], tl.float32)
     for place in range(tl.load(counts + list_row)):
-        chunk = tl.load(chunks + list_row * L + place)
-        o_w = (list_row * L + place) * M
-        b_w = tl.load(weights + o_w + o_m)  # [R]
-        o_k, m_k = _tile(chunk, i_j, J, S, D, SP, DP)
-        b_k = tl.load(k + o_k, mask=m_k, other=0.0)  # [SP, DP]
-        b_v = tl.load(v + o_k, mask=m_k, other=0.0)
-        b_p, b_sum = _inside(b_q, b_k, scale_log2, S, SP, PRECISION)
+        b_w, b_k, b_v = _place(k, v, chunks, weights, list_row * L + place, i_j, J, S, D, M, GP, DP, SP)
+        b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
         b_p = b_p / b_sum[:, None]
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [R, SP]
         b_delta = tl.sum(b_p * b_dp, 1)  # [R]: do . o of this chunk, what the weight is multiplied with
         b_dw = tl.sum(tl.reshape(b_delta, [M, GP]), 1)
-        tl.store(grad_weights + o_w + tl.arange(0, M), b_dw)
+        tl.store(grad_weights + (list_row * L + place) * M + tl.arange(0, M), b_dw)
         b_ds = b_p * (b_dp - b_delta[:, None]) * b_w[:, None]
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     tl.store(grad_q + o_q, (b_dq * scale).to(grad_q.dtype.element_ty), mask=m_q)
@@ -123,7 +125,7 @@ def _backward_kv(
     first = tl.load(starts + i_row) + (i_segment - tl.load(segments + i_row)) * SIZE
     last = tl.minimum(first + SIZE, tl.load(starts + i_row + 1))
     i_j, i_b = i_row // N % J, i_row // N // J
-    o_k, m_k = _tile(i_row % N, i_j, J, S, D, SP, DP)
+    o_k, m_k = chunk_tile(i_row % N, i_j, J, S, D, SP, DP)
     b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_k, mask=m_k, other=0.0)  # [SP, DP]
     b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_k, mask=m_k, other=0.0)
     o_r, o_s, o_d = tl.arange(0, M * GP), tl.arange(0, SP), tl.arange(0, DP)
@@ -161,7 +163,7 @@ def _sum_segments(
     i_row, i_kv = tl.program_id(0), tl.program_id(1)
     o_s, o_d = tl.arange(0, SP), tl.arange(0, DP)
     o_sd = o_s[:, None] * D + o_d[None, :]
-    o_k, mask = _tile(i_row % N, i_row // N % J, J, S, D, SP, DP)
+    o_k, mask = chunk_tile(i_row % N, i_row // N % J, J, S, D, SP, DP)
     total = tl.zeros([SP, DP], tl.float32)
     for segment in range(tl.load(segments + i_row), tl.load(segments + i_row + 1)):
         total += tl.load(grad_kv + (segment * 2 + i_kv) * S * D + o_sd, mask=mask, other=0.0)
@@ -174,8 +176,7 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, tokens: int) -> dict:
     """The compile-time constants that all kernels share."""
     (H, D), (S, J) = q.shape[2:], k.shape[2:4]
     sizes = dict(J=J, G=H // J, D=D, S=S, M=tokens, GP=triton.next_power_of_2(H // J))
-    sizes |= dict(DP=max(triton.next_power_of_2(D), 16), SP=max(triton.next_power_of_2(S), 16))  # 16: the least of `tl.dot`
-    return sizes | dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
+    return sizes | dict(DP=padded(D), SP=padded(S), PRECISION=precision(q.dtype))
 
 
 def _tokens(q: torch.Tensor, J: int) -> int:
@@ -216,15 +217,19 @@ def _chunk_attention(
     return out
 
 
+def _grads(q, k, v, weights, for_q: bool, for_kv: bool) -> tuple[torch.Tensor, ...]:
+    """Room for the gradients, none for those that nobody asks for."""
+    return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((q, for_q), (k, for_kv), (v, for_kv), (weights, for_q)))
+
+
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())
 def _chunk_attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_out: torch.Tensor,
     scale: float, for_q: bool, for_kv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    grads = tuple(torch.zeros(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-                  for x, wanted in ((q, for_q), (k, for_kv), (v, for_kv), (weights, for_q)))  # fmt: skip
+    grads = _grads(q, k, v, weights, for_q, for_kv)
     if 0 in (q.numel(), k.numel(), indices.numel()):
-        return grads
+        return tuple(grad.zero_() for grad in grads)
     grad_q, grad_k, grad_v, grad_weights = grads
     B, T, J, K = indices.shape
     N, strides = k.shape[1], (k.stride(0), v.stride(0))
@@ -238,16 +243,17 @@ def _chunk_attention_backward(
         )  # fmt: skip
         grad_weights = unmerge(merged, lists.places)
     if for_kv:
-        index = invert(indices, N, SEGMENT)
+        index = invert(indices, N)
+        segments, most = cut(index, SEGMENT)
         sizes = _sizes(q, k, _tokens(q, J))
         S, D = sizes["S"], sizes["D"]
-        partial = torch.empty(index.most, 2, S, D, dtype=torch.float32, device=q.device)
+        partial = torch.empty(most, 2, S, D, dtype=torch.float32, device=q.device)
         rows = B * J * N
-        _backward_kv[(index.most,)](
-            q, k, v, weights, grad_out, index.entries, index.starts, index.segments, partial, *strides, scale, scale * LOG2_E,
+        _backward_kv[(most,)](
+            q, k, v, weights, grad_out, index.entries, index.starts, segments, partial, *strides, scale, scale * LOG2_E,
             rows, N, K=K, SIZE=SEGMENT, **sizes, **_launch(q, sizes, 8),
         )  # fmt: skip
-        _sum_segments[rows, 2](partial, index.segments, grad_k, grad_v, N, J=J, D=D, S=S, DP=sizes["DP"], SP=sizes["SP"])
+        _sum_segments[rows, 2](partial, segments, grad_k, grad_v, N, J=J, D=D, S=S, DP=sizes["DP"], SP=sizes["SP"])
     return grad_q, grad_k, grad_v, grad_weights
 
 
@@ -258,7 +264,7 @@ def _(q, k, v, indices, weights, scale):
 
 @_chunk_attention_backward.register_fake
 def _(q, k, v, indices, weights, grad_out, scale, for_q, for_kv):
-    return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((q, for_q), (k, for_kv), (v, for_kv), (weights, for_q)))
+    return _grads(q, k, v, weights, for_q, for_kv)
 
 
 def _setup(ctx, inputs, output):

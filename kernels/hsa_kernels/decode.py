@@ -18,17 +18,11 @@ import triton.language as tl
 
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
-from .chunk_attention import LOG2_E
 from .checks import check_kernel
+from .chunk_attention import LOG2_E, attend_inside, chunk_tile
+from .tiles import ordered, padded, precision, unordered
 
 LOWEST = tl.constexpr(-(2**31))  # below the ordered bits of any score
-
-
-@triton.jit
-def _ordered(b_s):
-    """Float scores as int32 of the same order."""
-    bits = (b_s + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -47,7 +41,7 @@ def _score(
     o_l = i_b.to(tl.int64) * stride_l + o_n.to(tl.int64)[:, None] * (J * R) + i_j * R + o_r[None, :]
     b_l = tl.load(landmarks + o_l, mask=m_n[:, None] & (o_r < R)[None, :], other=0.0)  # [BN, RP]
     b_s = tl.sum(b_l.to(tl.float32) * b_q[None, :], 1) * scale
-    b_key = tl.where(m_n, _ordered(b_s), LOWEST)
+    b_key = tl.where(m_n, ordered(b_s), LOWEST)
     tl.store(scores + row.to(tl.int64) * tl.num_programs(0) * BN + o_n, b_key)
     tl.store(maxima + row * tl.num_programs(0) + i_tile, tl.max(b_key, 0))
 
@@ -72,6 +66,7 @@ def _attend(
     q, k, v, scores, maxima, parts, scratch, stride_k, stride_v, scale_log2,
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NT: tl.constexpr, BN: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NTP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_slot, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (i_b * J + i_j).to(tl.int64)
@@ -87,7 +82,7 @@ def _attend(
     tl.debug_barrier()  # what other threads stored is read next
     b_tile = tl.load(scratch + o_k, mask=o_k < tiles, other=0)
     o_n = tl.reshape(b_tile[:, None] * BN + tl.arange(0, BN)[None, :], [KP * BN])
-    m_n = tl.reshape((o_k < tiles)[:, None] & (tl.arange(0, BN) >= 0)[None, :], [KP * BN])
+    m_n = tl.reshape(tl.broadcast_to((o_k < tiles)[:, None], [KP, BN]), [KP * BN])
     b_key = tl.load(scores + o_n, mask=m_n, other=LOWEST)
     chosen = _largest(b_key, K)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
@@ -96,28 +91,23 @@ def _attend(
     tl.debug_barrier()
 
     b_n = tl.load(scratch + KP + o_k, mask=o_k < kept, other=0)
-    b_bits = tl.load(scores + b_n, mask=o_k < kept, other=0)
-    b_s = (b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)  # `_ordered` backwards
-    b_s = tl.where(o_k < kept, b_s, -3.0e38)
+    b_s = tl.where(o_k < kept, unordered(tl.load(scores + b_n, mask=o_k < kept, other=0)), -3.0e38)
     b_w = tl.where(o_k < kept, tl.exp(b_s - tl.max(b_s, 0)), 0.0)
 
-    o_g, o_s, o_d = tl.arange(0, GP), tl.arange(0, SP), tl.arange(0, DP)
+    o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
     o_q = o_g[:, None] * D + o_d[None, :]
     b_out = tl.zeros([GP, DP], tl.float32)
     if i_slot < kept:
-        chunk = tl.sum(tl.where(o_k == i_slot, b_n, 0), 0).to(tl.int64)
+        chunk = tl.sum(tl.where(o_k == i_slot, b_n, 0), 0)
         weight = tl.sum(tl.where(o_k == i_slot, b_w, 0.0), 0) / tl.sum(b_w, 0)
-        b_q = tl.load(q + row * G * D + o_q, mask=m_q, other=0.0).to(tl.float32)  # [GP, DP]
-        o_kv = ((chunk * S + o_s) * J + i_j)[:, None] * D + o_d[None, :]
-        m_kv = (o_s < S)[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(q + row * G * D + o_q, mask=m_q, other=0.0)  # [GP, DP]
+        o_kv, m_kv = chunk_tile(chunk, i_j, J, S, D, SP, DP)
         b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_kv, mask=m_kv, other=0.0)  # [SP, DP]
         b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_kv, mask=m_kv, other=0.0)
-        b_qk = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2  # [GP, SP]
-        b_qk = tl.where((o_s < S)[None, :], b_qk, float("-inf"))
-        b_p = tl.exp2(b_qk - tl.max(b_qk, 1)[:, None])
-        b_p = b_p * (weight / tl.sum(b_p, 1))[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
+        b_p = b_p * (weight / b_sum)[:, None]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
     tl.store(parts + (row * K + i_slot) * G * D + o_q, b_out, mask=m_q)
 
 
@@ -145,17 +135,16 @@ def _decode(
     maxima = torch.empty(B, J, NT, dtype=torch.int32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
     scratch = torch.empty(B, J, K, 2, KP, dtype=torch.int32, device=q.device)
-    pad = triton.next_power_of_2
     _score[NT, J, B](
-        retrieval_q, landmarks, offsets, scores, maxima, landmarks.stride(0), offset, N, S, R**-0.5, J=J, R=R, RP=pad(R), BN=BN,
+        retrieval_q, landmarks, offsets, scores, maxima, landmarks.stride(0), offset, N, S, R**-0.5, J=J, R=R, RP=padded(R), BN=BN,
         OFFSETS=offsets is not None, num_warps=4,
     )  # fmt: skip
     _attend[K, J, B](
         q, k, v, scores, maxima, parts, scratch, k.stride(0), v.stride(0), scale * LOG2_E, J=J, G=G, D=D, S=S, K=K, NT=NT, BN=BN,
-        GP=max(pad(G), 16), DP=max(pad(D), 16), SP=max(pad(S), 16), KP=KP, NTP=pad(NT), num_warps=8,
+        GP=padded(G), DP=padded(D), SP=padded(S), KP=KP, NTP=triton.next_power_of_2(NT), PRECISION=precision(q.dtype), num_warps=8,
     )  # fmt: skip
     out = torch.empty_like(q)
-    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=pad(D), KP=KP, num_warps=4)
+    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, num_warps=4)
     return out
 
 

@@ -13,18 +13,14 @@ import triton.language as tl
 class InvertedIndex(NamedTuple):
     """Compressed rows: row (b*J + j)*N + n is chunk n of batch entry b and head j.
 
-    entries [E]: ((b*T + t)*J + j)*K + slot, by row, then by token. starts [B*J*N + 1]: where a row begins. segments
-    [B*J*N + 1]: the same, counted in segments of at most `size` entries; `most` bounds their number without asking the GPU.
+    entries [E]: ((b*T + t)*J + j)*K + slot, by row, then by token. starts [B*J*N + 1]: where a row begins.
     """
 
     entries: torch.Tensor
     starts: torch.Tensor
-    segments: torch.Tensor
-    size: int
-    most: int
 
 
-def invert(indices: torch.Tensor, chunks: int, size: int) -> InvertedIndex:
+def invert(indices: torch.Tensor, chunks: int) -> InvertedIndex:
     """indices int32 [B, T, J, K]; slots that name none of the `chunks` belong to no row. Sorted, so always the same."""
     B, _, J, _ = indices.shape
     rows = B * J * chunks
@@ -32,9 +28,13 @@ def invert(indices: torch.Tensor, chunks: int, size: int) -> InvertedIndex:
     heads = torch.arange(B * J, device=indices.device, dtype=wide).view(B, 1, J, 1)
     keys = torch.where((indices >= 0) & (indices < chunks), heads * chunks + indices, rows)
     keys, entries = keys.flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(rows + 1, device=indices.device, dtype=wide))
-    segments = torch.nn.functional.pad(((starts.diff() + size - 1) // size).cumsum(0), (1, 0))
-    return InvertedIndex(entries, starts, segments, size, rows + indices.numel() // size)
+    return InvertedIndex(entries, torch.searchsorted(keys, torch.arange(rows + 1, device=indices.device, dtype=wide)))
+
+
+def cut(index: InvertedIndex, size: int) -> tuple[torch.Tensor, int]:
+    """`starts` counted in segments of at most `size` entries, and a bound of their number that need not ask the GPU."""
+    segments = torch.nn.functional.pad(((index.starts.diff() + size - 1) // size).cumsum(0), (1, 0))
+    return segments, len(index.starts) - 1 + len(index.entries) // size
 
 
 @triton.jit

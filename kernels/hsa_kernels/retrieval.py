@@ -13,9 +13,11 @@ import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
 from hsa_mini.reference.checks import check_retrieve
+from hsa_mini.reference.retrieval import weigh
 
 from .checks import check_kernel
 from .inverted_index import invert
+from .tiles import ordered, padded, precision
 
 NOTHING = tl.constexpr(-(2**63))  # below the key of any visible chunk
 TAKEN = tl.constexpr(2**63 - 1)  # above it: pads K to a power of 2
@@ -32,9 +34,7 @@ def _gumbel(seed, chunk, position, head, batch):
 @triton.jit
 def _keys(b_choice, o_n):
     """Floats as integers of the same order, above the chunk index."""
-    bits = (b_choice + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | o_n.to(tl.int64)
+    return (ordered(b_choice).to(tl.int64) << 32) | o_n.to(tl.int64)
 
 
 @triton.jit
@@ -129,16 +129,16 @@ def _retrieve_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty slots."""
     (B, T, J, R), N = retrieval_q.shape, landmarks.shape[1]
-    indices = torch.full((B, T, J, top_k), -1, dtype=torch.int32, device=retrieval_q.device)
-    scores = torch.full((B, T, J, top_k), float("-inf"), device=retrieval_q.device)
-    if 0 not in (indices.numel(), N):
-        BT = 16 if top_k > 64 or retrieval_q.dtype == torch.float32 else 32
-        _retrieve[triton.cdiv(T, BT), J, B](
-            retrieval_q, landmarks, offsets, indices, scores, landmarks.stride(0), offset, step, seed or 0, T, N, chunk_size,
-            exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=max(triton.next_power_of_2(R), 16), KP=triton.next_power_of_2(top_k),
-            BT=BT, BN=64, OFFSETS=offsets is not None, NOISE=seed is not None,
-            PRECISION="ieee" if retrieval_q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
-        )  # fmt: skip
+    indices = torch.empty(B, T, J, top_k, dtype=torch.int32, device=retrieval_q.device)
+    scores = torch.empty(B, T, J, top_k, device=retrieval_q.device)
+    if 0 in (indices.numel(), N):
+        return indices.fill_(-1), scores.fill_(float("-inf"))
+    BT = 16 if top_k > 64 or retrieval_q.dtype == torch.float32 else 32
+    _retrieve[triton.cdiv(T, BT), J, B](
+        retrieval_q, landmarks, offsets, indices, scores, landmarks.stride(0), offset, step, seed or 0, T, N, chunk_size,
+        exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=triton.next_power_of_2(top_k), BT=BT, BN=64,
+        OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype), num_warps=4, num_stages=2,
+    )  # fmt: skip
     return indices, scores
 
 
@@ -147,16 +147,14 @@ def _retrieve_backward(
     retrieval_q: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, grad_scores: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (B, T, J, R), N, K = retrieval_q.shape, landmarks.shape[1], indices.shape[3]
-    grad_q, grad_landmarks = torch.zeros_like(retrieval_q), torch.zeros_like(landmarks, memory_format=torch.contiguous_format)
-    if 0 not in (indices.numel(), N):
-        sizes = dict(J=J, R=R, K=K, RP=max(triton.next_power_of_2(R), 16))
-        _gather_landmarks[T, J, B](
-            landmarks, indices, grad_scores, grad_q, landmarks.stride(0), R**-0.5, T, KP=triton.next_power_of_2(K), **sizes
-        )
-        index = invert(indices, N, 1)
-        _sum_queries[(B * J * N,)](
-            retrieval_q, grad_scores, index.entries, index.starts, grad_landmarks, R**-0.5, N, BE=32, **sizes
-        )
+    grad_q, grad_landmarks = torch.empty_like(retrieval_q), torch.empty_like(landmarks, memory_format=torch.contiguous_format)
+    if 0 in (indices.numel(), N):
+        return grad_q.zero_(), grad_landmarks.zero_()
+    sizes = dict(J=J, R=R, K=K, RP=padded(R))
+    _gather_landmarks[T, J, B](
+        landmarks, indices, grad_scores, grad_q, landmarks.stride(0), R**-0.5, T, KP=triton.next_power_of_2(K), **sizes
+    )
+    _sum_queries[(B * J * N,)](retrieval_q, grad_scores, *invert(indices, N), grad_landmarks, R**-0.5, N, BE=32, **sizes)
     return grad_q, grad_landmarks
 
 
@@ -225,13 +223,7 @@ def retrieve(
     if weighting == "stick_breaking":
         indices, order = indices.sort(dim=-1, descending=True)
         scores = scores.gather(-1, order)
-    empty = indices < 0
-    kept = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-    if weighting == "softmax":
-        weights = torch.softmax(kept, dim=-1)
-    else:
-        weights = torch.exp(kept - torch.nn.functional.softplus(kept).cumsum(-1))
-    weights = weights.masked_fill(empty, 0.0)
+    weights = weigh(scores, indices < 0, weighting)
     if query_block > 1:
         indices, weights = (x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights))
     return indices, weights

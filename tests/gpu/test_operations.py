@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_helpers import draw, relative_error
 
 from hsa_mini import PRESETS, HSAModel, blockwise, reference
 from hsa_mini.checkpoint import load_model
@@ -10,14 +11,6 @@ from hsa_mini.paths import data_dir
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
-
-
-def relative_error(ours, exact):
-    return ((ours.double() - exact).norm() / exact.norm()).item()
 
 
 def gradients(operation, tensors, dtype, *fixed, **options):
