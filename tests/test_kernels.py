@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import hsa_kernels
+from hsa_kernels import chunk_attention_backward, retrieval
 from hsa_kernels.inverted_index import cut, invert
-from hsa_kernels.merge import merge, unmerge
+from hsa_kernels.merge import merge
 from hsa_mini import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,6 +70,15 @@ def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[s
 def test_chunk_attention_equals_the_reference(B, T, J, G, D, S, N, K, dtype, scale):
     inputs = attention_inputs(B, T, J, G, D, N, S, K)
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype, scale=scale)
+
+
+@pytest.mark.parametrize("slots_bytes", [1, 4000, 1 << 30])
+@pytest.mark.parametrize("segment", [1, 7])
+def test_gradients_over_several_tiles_launches_and_segments(monkeypatch, slots_bytes, segment):
+    for name, value in dict(TILE=4, LONGEST_TILE=4, SEGMENT=segment, SLOTS_BYTES=slots_bytes).items():
+        monkeypatch.setattr(chunk_attention_backward, name, value)
+    inputs = attention_inputs(B=3, T=11, N=5, K=2)
+    assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
 
 
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])
@@ -153,24 +163,28 @@ def test_merged_lists_name_every_chunk_of_a_block_once(T, K, N, tokens):
     for b, i, j in ((b, i, j) for b in range(2) for i in range(lists.counts.shape[1]) for j in range(2)):
         block = indices[b, i * tokens : (i + 1) * tokens, j]
         count = lists.counts[b, i, j]
-        assert lists.chunks[b, i, j, :count].tolist() == sorted(set(block.flatten().tolist()) - {-1})
-    assert torch.equal(unmerge(lists.weights, lists.places), weights)
-    assert torch.equal(lists.places < 0, indices < 0)
+        names = lists.chunks[b, i, j, :count].tolist()
+        assert names == sorted(set(block.flatten().tolist()) - {-1})
+        for m, t in enumerate(range(i * tokens, min((i + 1) * tokens, T))):
+            weight_of = dict(zip(indices[b, t, j].tolist(), weights[b, t, j].tolist()))
+            assert lists.weights[b, i, j, :count, m].tolist() == [weight_of.get(n, 0.0) for n in names]
 
 
-@given(T=st.integers(0, 12), K=st.integers(1, 5), N=st.integers(1, 6), size=st.sampled_from([1, 3, 512]))
-def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size):
+@given(T=st.integers(0, 12), K=st.integers(1, 5), N=st.integers(1, 6), size=st.sampled_from([1, 3, 512]), tile=st.integers(1, 12))
+def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
     indices, _ = random_choice(2, T, 2, K, N)
-    index = invert(indices.to(DEVICE), N)
-    segments, most = cut(index, size)
-    flat = indices.flatten().tolist()
-    for row in range(2 * 2 * N):
-        (b, j), n = divmod(row // N, 2), row % N
+    index = invert(indices.to(DEVICE), N, tile)
+    segments = cut(index, size)
+    flat, tiles, rows = indices.flatten().tolist(), -(-T // tile), len(index.starts) - 1
+    assert rows == 2 * tiles * 2 * N
+    for row in range(rows):
+        (b, p, j), n = (row // N // 2 // tiles, row // N // 2 % tiles, row // N % 2), row % N
         first, last = index.starts[row], index.starts[row + 1]
-        want = [e for e, chunk in enumerate(flat) if chunk == n and e // K % 2 == j and e // K // 2 // max(T, 1) == b]
+        want = [e for e, chunk in enumerate(flat) if chunk == n and (e // K // 2 // T, e // K // 2 % T // tile, e // K % 2) == (b, p, j)]
         assert index.entries[first:last].tolist() == want  # by token: always in the same order
-        assert segments[row + 1] - segments[row] == -(-len(want) // size)
-    assert segments[-1] <= most
+        mine = slice(segments.starts[row], segments.starts[row + 1])
+        assert segments.owners[mine].tolist() == [row] * -(-len(want) // size)
+    assert segments.starts[-1] <= len(segments.owners)
 
 
 def sorted_retrieve(retrieve):
@@ -204,6 +218,20 @@ def retrieval_inputs(B=2, T=20, J=2, R=16, N=5) -> dict[str, torch.Tensor]:
 )  # fmt: skip
 def test_retrieve_equals_the_reference(B, T, J, R, N, **options):
     assert_as_exact(*RETRIEVE, retrieval_inputs(B, T, J, R, N), torch.float32, **options)
+
+
+@pytest.mark.parametrize("order", ["the older the better", "the newer the better", "all the same", "random"])
+@pytest.mark.parametrize("gumbel_seed", [None, 5])
+def test_retrieve_from_more_chunks_than_a_room_holds(monkeypatch, order, gumbel_seed):
+    monkeypatch.setattr(retrieval, "ROOMS_BYTES", 1)  # as many launches as tiles of tokens
+    inputs = retrieval_inputs(B=1, T=35, J=1, R=16, N=700)
+    if order != "random":
+        slope = {"the older the better": -0.01, "the newer the better": 0.01, "all the same": 0.0}[order]
+        inputs["landmarks"] = (inputs["landmarks"][:, :1] * (1 + slope * torch.arange(700, device=DEVICE)[:, None, None])).contiguous()
+        inputs["retrieval_q"] = inputs["landmarks"][:, :1].expand(-1, 35, -1, -1).contiguous()
+    options = dict(chunk_size=4, top_k=5, offset=2780, gumbel_seed=gumbel_seed)
+    (got, weights), (want, exact_weights) = RETRIEVE[0](**inputs, **options), RETRIEVE[1](**exact(inputs), **options)
+    assert torch.equal(got, want) and error(weights, exact_weights) < 1e-5
 
 
 def test_retrieve_in_half_precision_chooses_by_unrounded_scores():

@@ -1,4 +1,5 @@
-"""Attention inside each kept chunk, and the weighted sum of the results: Eq. (2), §2.2. Forward and backward.
+"""Attention inside each kept chunk, and the weighted sum of the results: Eq. (2), §2.2. A block of M neighbouring tokens
+passes once over the chunks that any of them chose.
 
 Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP
 padded), N chunks, S chunk size (SP padded), K slots, M tokens a block, R = M*GP rows a tile, L = M*K list entries.
@@ -12,12 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 from hsa_mini.reference.checks import check_chunk_attention
 
 from .checks import check_indices, check_kernel
-from .inverted_index import cut, find_row, invert
-from .merge import merge, unmerge
-from .tiles import padded, precision
-
-LOG2_E = 1.4426950408889634
-SEGMENT = 512  # entries of a chunk that one program of the backward pass adds up
+from .chunk_attention_backward import backward
+from .merge import merge
+from .tiles import LOG2_E, chunk_tile, padded, precision
 
 
 @triton.jit
@@ -33,14 +31,6 @@ def _rows(
 
 
 @triton.jit
-def chunk_tile(chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr):
-    """Offsets inside a batch entry, and mask, of a chunk's tile [SP, DP] of k or v."""
-    o_s, o_d = tl.arange(0, SP), tl.arange(0, DP)
-    o_row = (chunk.to(tl.int64) * S + o_s) * J + i_j
-    return o_row[:, None] * D + o_d[None, :], (o_s < S)[:, None] & (o_d < D)[None, :]
-
-
-@triton.jit
 def attend_inside(b_q, b_k, scale_log2, S: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
     """exp(scores - their maximum) [R, SP] over one chunk, 0 beyond its S tokens, and their sums [R]."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
@@ -48,17 +38,6 @@ def attend_inside(b_q, b_k, scale_log2, S: tl.constexpr, SP: tl.constexpr, PRECI
         b_s = tl.where((tl.arange(0, SP) < S)[None, :], b_s, float("-inf"))
     b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
     return b_p, tl.sum(b_p, 1)
-
-
-@triton.jit
-def _place(
-    k, v, chunks, weights, i_place, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
-):  # fmt: skip
-    """One place of a merged list: the weight of every row [R], and its chunk's tiles of k and v [SP, DP]."""
-    b_w = tl.load(weights + i_place * M + tl.arange(0, M * GP) // GP)
-    o_k, m_k = chunk_tile(tl.load(chunks + i_place), i_j, J, S, D, SP, DP)
-    return b_w, tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)
 
 
 @triton.jit
@@ -75,101 +54,15 @@ def _forward(
     v += i_b.to(tl.int64) * stride_v
     b_out = tl.zeros([M * GP, DP], tl.float32)
     for place in range(tl.load(counts + list_row)):
-        b_w, b_k, b_v = _place(k, v, chunks, weights, list_row * L + place, i_j, J, S, D, M, GP, DP, SP)
+        i_place = list_row * L + place
+        b_w = tl.load(weights + i_place * M + tl.arange(0, M * GP) // GP)  # [R]
+        o_k, m_k = chunk_tile(tl.load(chunks + i_place), i_j, J, S, D, SP, DP)
+        b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)  # [SP, DP]
         b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
         # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
     tl.store(out + o_q, b_out.to(out.dtype.element_ty), mask=m_q)
-
-
-@triton.jit
-def _backward_q(
-    q, k, v, counts, chunks, weights, grad_out, grad_q, grad_weights, stride_k, stride_v, scale, scale_log2, T,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dq, and dweights by place of the merged list: both belong to one block, which sums them in a fixed order."""
-    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_q, m_q = _rows(i_block, i_j, i_b, T, J, G, D, M, GP, DP)
-    b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
-    b_do = tl.load(grad_out + o_q, mask=m_q, other=0.0)
-    list_row = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
-    k += i_b.to(tl.int64) * stride_k
-    v += i_b.to(tl.int64) * stride_v
-    b_dq = tl.zeros([M * GP, DP], tl.float32)
-    for place in range(tl.load(counts + list_row)):
-        b_w, b_k, b_v = _place(k, v, chunks, weights, list_row * L + place, i_j, J, S, D, M, GP, DP, SP)
-        b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
-        b_p = b_p / b_sum[:, None]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [R, SP]
-        b_delta = tl.sum(b_p * b_dp, 1)  # [R]: do . o of this chunk, what the weight is multiplied with
-        b_dw = tl.sum(tl.reshape(b_delta, [M, GP]), 1)
-        tl.store(grad_weights + (list_row * L + place) * M + tl.arange(0, M), b_dw)
-        b_ds = b_p * (b_dp - b_delta[:, None]) * b_w[:, None]
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    tl.store(grad_q + o_q, (b_dq * scale).to(grad_q.dtype.element_ty), mask=m_q)
-
-
-@triton.jit
-def _backward_kv(
-    q, k, v, weights, grad_out, entries, starts, segments, grad_kv, stride_k, stride_v, scale, scale_log2, rows, N,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
-    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of one segment of the tokens that chose a chunk, in fp32 [segment, 2, S, D]: no other program adds to them."""
-    i_segment = tl.program_id(0)
-    i_row = find_row(segments, rows, i_segment)
-    if i_row == rows:  # there are fewer segments than could be
-        return
-    first = tl.load(starts + i_row) + (i_segment - tl.load(segments + i_row)) * SIZE
-    last = tl.minimum(first + SIZE, tl.load(starts + i_row + 1))
-    i_j, i_b = i_row // N % J, i_row // N // J
-    o_k, m_k = chunk_tile(i_row % N, i_j, J, S, D, SP, DP)
-    b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_k, mask=m_k, other=0.0)  # [SP, DP]
-    b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_k, mask=m_k, other=0.0)
-    o_r, o_s, o_d = tl.arange(0, M * GP), tl.arange(0, SP), tl.arange(0, DP)
-    b_dk = tl.zeros([SP, DP], tl.float32)
-    b_dv = tl.zeros([SP, DP], tl.float32)
-    for start in range(first, last, M):
-        o_e = start + o_r // GP
-        m_r = (o_e < last) & (o_r % GP < G)  # entries of the next segment, and rows that pad G to a power of 2
-        entry = tl.load(entries + o_e, mask=m_r, other=0).to(tl.int64)
-        b_w = tl.load(weights + entry, mask=m_r, other=0.0)  # [R]
-        o_q = (entry // K * G + o_r % GP)[:, None] * D + o_d[None, :]
-        m_q = m_r[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
-        b_do = tl.load(grad_out + o_q, mask=m_q, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale_log2  # [SP, R]
-        if S < SP:
-            b_s = tl.where((o_s < S)[:, None], b_s, float("-inf"))
-        b_p = tl.exp2(b_s - tl.max(b_s, 0)[None, :])
-        b_p = b_p / tl.sum(b_p, 0)[None, :]
-        b_dv = tl.dot((b_p * b_w[None, :]).to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 0)[None, :]) * b_w[None, :]
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    o_grad = (i_segment.to(tl.int64) * 2 * S + o_s[:, None]) * D + o_d[None, :]
-    m_grad = (o_s < S)[:, None] & (o_d < D)[None, :]
-    tl.store(grad_kv + o_grad, b_dk * scale, mask=m_grad)
-    tl.store(grad_kv + o_grad + S * D, b_dv, mask=m_grad)
-
-
-@triton.jit
-def _sum_segments(
-    grad_kv, segments, grad_k, grad_v, N, J: tl.constexpr, D: tl.constexpr, S: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr
-):  # fmt: skip
-    """dk or dv of a chunk: its segments added in order, 0 for a chunk that nobody chose."""
-    i_row, i_kv = tl.program_id(0), tl.program_id(1)
-    o_s, o_d = tl.arange(0, SP), tl.arange(0, DP)
-    o_sd = o_s[:, None] * D + o_d[None, :]
-    o_k, mask = chunk_tile(i_row % N, i_row // N % J, J, S, D, SP, DP)
-    total = tl.zeros([SP, DP], tl.float32)
-    for segment in range(tl.load(segments + i_row), tl.load(segments + i_row + 1)):
-        total += tl.load(grad_kv + (segment * 2 + i_kv) * S * D + o_sd, mask=mask, other=0.0)
-    grad = grad_k if i_kv == 0 else grad_v
-    o_b = (i_row // N // J).to(tl.int64) * N * S * J * D
-    tl.store(grad + o_b + o_k, total.to(grad.dtype.element_ty), mask=mask)
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor, tokens: int) -> dict:
@@ -186,7 +79,7 @@ def _tokens(q: torch.Tensor, J: int) -> int:
 
 
 def _tokens_merged(q: torch.Tensor, indices: torch.Tensor) -> int:
-    """The same, fewer where the list to sort would be long, but never below 16 rows."""
+    """The same for merged lists, fewer where the list to sort would be long, but never below 16 rows."""
     J, K = indices.shape[2:]
     heads, tokens = triton.next_power_of_2(q.shape[2] // J), min(_tokens(q, J), 16)
     while tokens * heads > 16 and tokens * K > 1024:
@@ -217,44 +110,15 @@ def _chunk_attention(
     return out
 
 
-def _grads(q, k, v, weights, for_q: bool, for_kv: bool) -> tuple[torch.Tensor, ...]:
-    """Room for the gradients, none for those that nobody asks for."""
-    return tuple(x.new_empty(x.shape if wanted else (0,)) for x, wanted in ((q, for_q), (k, for_kv), (v, for_kv), (weights, for_q)))
-
-
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())
 def _chunk_attention_backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_out: torch.Tensor,
-    scale: float, for_q: bool, for_kv: bool,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    grads = _grads(q, k, v, weights, for_q, for_kv)
     if 0 in (q.numel(), k.numel(), indices.numel()):
-        return tuple(grad.zero_() for grad in grads)
-    grad_q, grad_k, grad_v, grad_weights = grads
-    B, T, J, K = indices.shape
-    N, strides = k.shape[1], (k.stride(0), v.stride(0))
-    if for_q:
-        tokens = _tokens_merged(q, indices)
-        lists = merge(indices, weights, N, tokens)
-        sizes, merged = _sizes(q, k, tokens), torch.empty_like(lists.weights)
-        _backward_q[triton.cdiv(T, tokens), J, B](
-            q, k, v, lists.counts, lists.chunks, lists.weights, grad_out, grad_q, merged, *strides, scale, scale * LOG2_E, T,
-            L=tokens * K, **sizes, **_launch(q, sizes, 4),
-        )  # fmt: skip
-        grad_weights = unmerge(merged, lists.places)
-    if for_kv:
-        index = invert(indices, N)
-        segments, most = cut(index, SEGMENT)
-        sizes = _sizes(q, k, _tokens(q, J))
-        S, D = sizes["S"], sizes["D"]
-        partial = torch.empty(most, 2, S, D, dtype=torch.float32, device=q.device)
-        rows = B * J * N
-        _backward_kv[(most,)](
-            q, k, v, weights, grad_out, index.entries, index.starts, segments, partial, *strides, scale, scale * LOG2_E,
-            rows, N, K=K, SIZE=SEGMENT, **sizes, **_launch(q, sizes, 8),
-        )  # fmt: skip
-        _sum_segments[rows, 2](partial, segments, grad_k, grad_v, N, J=J, D=D, S=S, DP=sizes["DP"], SP=sizes["SP"])
-    return grad_q, grad_k, grad_v, grad_weights
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))
+    sizes = _sizes(q, k, _tokens(q, k.shape[3]))
+    return backward(q, k, v, indices, weights, grad_out, scale, sizes, _launch(q, sizes, 8))
 
 
 @_chunk_attention.register_fake
@@ -263,8 +127,8 @@ def _(q, k, v, indices, weights, scale):
 
 
 @_chunk_attention_backward.register_fake
-def _(q, k, v, indices, weights, grad_out, scale, for_q, for_kv):
-    return _grads(q, k, v, weights, for_q, for_kv)
+def _(q, k, v, indices, weights, grad_out, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, weights))
 
 
 def _setup(ctx, inputs, output):
@@ -273,12 +137,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    need_q, need_k, need_v, _, need_weights, _ = ctx.needs_input_grad
-    for_q, for_kv = need_q or need_weights, need_k or need_v
-    grads = _chunk_attention_backward(*ctx.saved_tensors, grad_out.contiguous(), ctx.scale, for_q, for_kv)
-    grad_q, grad_k, grad_v, grad_weights = (
-        grad if needed else None for grad, needed in zip(grads, (need_q, need_k, need_v, need_weights))
-    )
+    grad_q, grad_k, grad_v, grad_weights = _chunk_attention_backward(*ctx.saved_tensors, grad_out.contiguous(), ctx.scale)
     return grad_q, grad_k, grad_v, None, grad_weights, None
 
 

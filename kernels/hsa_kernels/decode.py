@@ -1,7 +1,7 @@
 """One new token against the whole memory: Eq. (1) and Eq. (2), spread over the whole GPU without asking the host anything.
 
 Three launches, of fixed grids, so that a CUDA graph can hold them:
-1. scores of all landmarks, and the best score of every tile of chunks: reads the landmarks once;
+1. scores of all landmarks, the newest first, and the best score of every tile of chunks: reads the landmarks once;
 2. one program a kept slot: each finds the K best chunks by itself (the same for all, and cheaper than a launch that tells
    them), then attends to the chunk of its own slot;
 3. the sum over slots, in order.
@@ -19,11 +19,9 @@ import triton.language as tl
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
 from .checks import check_kernel
-from .chunk_attention import LOG2_E, attend_inside, chunk_tile
-from .tiles import ordered, padded, precision, unordered
-
-LOWEST = tl.constexpr(-(2**31))  # below the ordered bits of any score
-
+from .chunk_attention import attend_inside
+from .selection import NOTHING, keyed, largest, unkeyed
+from .tiles import LOG2_E, chunk_tile, padded, precision
 
 @triton.jit
 def _score(
@@ -35,30 +33,16 @@ def _score(
         offset = tl.load(offsets + i_b)
     complete = tl.minimum(offset // chunk_size, N)
     row = i_b * J + i_j
-    o_n, o_r = i_tile * BN + tl.arange(0, BN), tl.arange(0, RP)
+    o_place, o_r = i_tile * BN + tl.arange(0, BN), tl.arange(0, RP)
+    o_n = tl.num_programs(0) * BN - 1 - o_place
     m_n = o_n < complete  # what lies behind may be anything, NaN too: it is never read
     b_q = tl.load(retrieval_q + row * R + o_r, mask=o_r < R, other=0.0).to(tl.float32)
     o_l = i_b.to(tl.int64) * stride_l + o_n.to(tl.int64)[:, None] * (J * R) + i_j * R + o_r[None, :]
     b_l = tl.load(landmarks + o_l, mask=m_n[:, None] & (o_r < R)[None, :], other=0.0)  # [BN, RP]
     b_s = tl.sum(b_l.to(tl.float32) * b_q[None, :], 1) * scale
-    b_key = tl.where(m_n, ordered(b_s), LOWEST)
-    tl.store(scores + row.to(tl.int64) * tl.num_programs(0) * BN + o_n, b_key)
+    b_key = tl.where(m_n, keyed(b_s), NOTHING)
+    tl.store(scores + row.to(tl.int64) * tl.num_programs(0) * BN + o_place, b_key)
     tl.store(maxima + row * tl.num_programs(0) + i_tile, tl.max(b_key, 0))
-
-
-@triton.jit
-def _largest(b_key, K: tl.constexpr):
-    """Which of the keys, given from the oldest to the newest, are the K largest, the newest of equals; none at LOWEST."""
-    low, high = tl.full([], LOWEST, tl.int64), tl.full([], 2**31 - 1, tl.int64)
-    while low < high:  # the largest threshold that K keys reach
-        middle = (low + high + 1) >> 1
-        reached = tl.sum((b_key >= middle).to(tl.int32), 0)
-        low = tl.where(reached >= K, middle, low)
-        high = tl.where(reached > K, high, tl.where(reached == K, middle, middle - 1))
-    above, equal = b_key > low, (b_key == low).to(tl.int32)
-    newer = tl.sum(equal, 0) - tl.cumsum(equal, 0)
-    room = K - tl.sum(above.to(tl.int32), 0)
-    return (above | ((equal > 0) & (newer < room))) & (b_key > LOWEST)
 
 
 @triton.jit
@@ -74,24 +58,25 @@ def _attend(
     scores += row * NT * BN
     o_k = tl.arange(0, KP)
 
-    o_tile = tl.arange(0, NTP)
-    b_max = tl.load(maxima + row * NT + o_tile, mask=o_tile < NT, other=LOWEST)
-    chosen = _largest(b_max, K)
-    tl.store(scratch + tl.cumsum(chosen.to(tl.int32), 0) - 1, o_tile, mask=chosen)
-    tiles = tl.sum(chosen.to(tl.int32), 0)
+    o_tile = tl.arange(0, NTP)[None, :]
+    b_max = tl.load(maxima + row * NT + o_tile, mask=o_tile < NT, other=NOTHING)
+    m_tile, _ = largest(b_max, K)
+    b_count = m_tile.to(tl.int32)
+    tl.store(scratch + tl.cumsum(b_count, 1) - 1, o_tile, mask=m_tile)
+    tiles = tl.sum(b_count)
     tl.debug_barrier()  # what other threads stored is read next
     b_tile = tl.load(scratch + o_k, mask=o_k < tiles, other=0)
-    o_n = tl.reshape(b_tile[:, None] * BN + tl.arange(0, BN)[None, :], [KP * BN])
-    m_n = tl.reshape(tl.broadcast_to((o_k < tiles)[:, None], [KP, BN]), [KP * BN])
-    b_key = tl.load(scores + o_n, mask=m_n, other=LOWEST)
-    chosen = _largest(b_key, K)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    kept = tl.sum(chosen.to(tl.int32), 0)
-    tl.store(scratch + KP + place, o_n, mask=chosen)
+    o_place = tl.reshape(b_tile[:, None] * BN + tl.arange(0, BN)[None, :], [1, KP * BN])
+    m_place = tl.reshape(tl.broadcast_to((o_k < tiles)[:, None], [KP, BN]), [1, KP * BN])
+    b_key = tl.load(scores + o_place, mask=m_place, other=NOTHING)
+    m_kept, _ = largest(b_key, K)
+    b_count = m_kept.to(tl.int32)
+    tl.store(scratch + KP + tl.cumsum(b_count, 1) - 1, o_place, mask=m_kept)
+    kept = tl.sum(b_count)
     tl.debug_barrier()
 
-    b_n = tl.load(scratch + KP + o_k, mask=o_k < kept, other=0)
-    b_s = tl.where(o_k < kept, unordered(tl.load(scores + b_n, mask=o_k < kept, other=0)), -3.0e38)
+    o_place = tl.load(scratch + KP + o_k, mask=o_k < kept, other=0)
+    b_s = tl.where(o_k < kept, unkeyed(tl.load(scores + o_place, mask=o_k < kept, other=NOTHING)), -3.0e38)
     b_w = tl.where(o_k < kept, tl.exp(b_s - tl.max(b_s, 0)), 0.0)
 
     o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
@@ -99,7 +84,7 @@ def _attend(
     o_q = o_g[:, None] * D + o_d[None, :]
     b_out = tl.zeros([GP, DP], tl.float32)
     if i_slot < kept:
-        chunk = tl.sum(tl.where(o_k == i_slot, b_n, 0), 0)
+        chunk = NT * BN - 1 - tl.sum(tl.where(o_k == i_slot, o_place, 0), 0)
         weight = tl.sum(tl.where(o_k == i_slot, b_w, 0.0), 0) / tl.sum(b_w, 0)
         b_q = tl.load(q + row * G * D + o_q, mask=m_q, other=0.0)  # [GP, DP]
         o_kv, m_kv = chunk_tile(chunk, i_j, J, S, D, SP, DP)
@@ -131,8 +116,8 @@ def _decode(
         return torch.zeros_like(q)
     G, BN = H // J, max(64, triton.next_power_of_2(triton.cdiv(N, 4096)))  # the maxima of 4096 tiles fit one program
     NT, KP = triton.cdiv(N, BN), triton.next_power_of_2(K)
-    scores = torch.empty(B, J, NT * BN, dtype=torch.int32, device=q.device)
-    maxima = torch.empty(B, J, NT, dtype=torch.int32, device=q.device)
+    scores = torch.empty(B, J, NT * BN, dtype=torch.uint32, device=q.device)
+    maxima = torch.empty(B, J, NT, dtype=torch.uint32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
     scratch = torch.empty(B, J, K, 2, KP, dtype=torch.int32, device=q.device)
     _score[NT, J, B](

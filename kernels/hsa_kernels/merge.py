@@ -17,19 +17,17 @@ import triton.language as tl
 class MergedLists(NamedTuple):
     """What `merge` found for every block of M tokens and head.
 
-    counts int32 [B, I, J]; chunks int32 [B, I, J, L], `counts` of them meant; weights fp32 [B, I, J, L, M]; places int64
-    [B, T, J, K]: where among these weights that of a slot stands, -1 for an empty slot.
+    counts int32 [B, I, J]; chunks int32 [B, I, J, L], `counts` of them meant; weights fp32 [B, I, J, L, M].
     """
 
     counts: torch.Tensor
     chunks: torch.Tensor
     weights: torch.Tensor
-    places: torch.Tensor
 
 
 @triton.jit
 def _merge(
-    indices, weights, counts, chunks, merged_weights, places,
+    indices, weights, counts, chunks, merged_weights,
     T, N, J: tl.constexpr, K: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -61,9 +59,7 @@ def _merge(
     tl.store(chunks + row * L + place, b_sorted, mask=fresh & kept)
     o_entry = ((i_b * T + i_block * M + o_m).to(tl.int64) * J + i_j) * K + o_from % SLOTS
     b_weight = tl.load(weights + o_entry, mask=kept, other=0.0)
-    o_place = (row * L + place) * M + o_m
-    tl.store(merged_weights + o_place, b_weight, mask=kept)
-    tl.store(places + o_entry, o_place, mask=kept)
+    tl.store(merged_weights + (row * L + place) * M + o_m, b_weight, mask=kept)
 
 
 def merge(indices: torch.Tensor, weights: torch.Tensor, chunks: int, tokens: int) -> MergedLists:
@@ -75,15 +71,9 @@ def merge(indices: torch.Tensor, weights: torch.Tensor, chunks: int, tokens: int
         counts=indices.new_empty(B, blocks, J),
         chunks=indices.new_empty(B, blocks, J, length),
         weights=weights.new_zeros(B, blocks, J, length, tokens),
-        places=torch.full_like(indices, -1, dtype=torch.int64),
     )
     wide = tl.int64 if (chunks + 1) * lanes > 2**31 - 1 else tl.int32
     _merge[blocks, J, B](
-        indices, weights, *lists[:2], lists.weights, lists.places, T, chunks, J=J, K=K, M=tokens, LANES=lanes, KEY=wide, num_warps=4
+        indices, weights, *lists, T, chunks, J=J, K=K, M=tokens, LANES=lanes, KEY=wide, num_warps=4
     )  # fmt: skip
     return lists
-
-
-def unmerge(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """values [B, I, J, L, M] beside the weights of merged lists, and `places` -> [B, T, J, K], 0 where a slot is empty."""
-    return values.flatten()[places.clamp(min=0)].masked_fill(places < 0, 0.0)

@@ -1,10 +1,11 @@
 """Which chunks matter to each token, and how much: Eq. (1), §2.2. Forward and backward, never holding [T, N].
 
-Every token keeps its K best keys while the chunks stream by, a tile at a time, the newest first. A key is one 64-bit
-number, score above chunk index: comparing keys compares scores, and of equal scores the newer chunk is larger.
+The chunks stream by, a tile at a time, the newest first. Every token puts those that may belong to its K best into a room of
+its own; when rooms are full the K best stay, of equal scores the first and so the newest, and the least of them is what later
+ones have to beat. Fewer and fewer do: on random scores the time between two choices grows threefold each time.
 
 Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a power of 2), N chunks, K
-chunks kept (KP padded), BT tokens a tile, BN chunks a tile.
+chunks kept (KP padded), BT tokens a tile, BN chunks a tile, CAP candidates a room.
 """
 
 import torch
@@ -17,10 +18,10 @@ from hsa_mini.reference.retrieval import weigh
 
 from .checks import check_kernel
 from .inverted_index import invert
-from .tiles import ordered, padded, precision
+from .selection import NOTHING, keyed, largest, unkeyed
+from .tiles import padded, precision
 
-NOTHING = tl.constexpr(-(2**63))  # below the key of any visible chunk
-TAKEN = tl.constexpr(2**63 - 1)  # above it: pads K to a power of 2
+ROOMS_BYTES = 1 << 28  # of the candidates of all tokens of a launch
 
 
 @triton.jit
@@ -32,19 +33,36 @@ def _gumbel(seed, chunk, position, head, batch):
 
 
 @triton.jit
-def _keys(b_choice, o_n):
-    """Floats as integers of the same order, above the chunk index."""
-    return (ordered(b_choice).to(tl.int64) << 32) | o_n.to(tl.int64)
+def _choose(room, b_count, K: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
+    """Key, chunk and score of the candidates in every row's room, which are to be kept and where; the least key kept."""
+    tl.debug_barrier()  # other threads put them there
+    o_c = tl.arange(0, CAP)
+    m_c = o_c[None, :] < b_count[:, None]
+    b_key = tl.load(room + o_c[None, :], mask=m_c, other=NOTHING)  # [BT, CAP]
+    b_n = tl.load(room + CAP + o_c[None, :], mask=m_c, other=0).to(tl.int32, bitcast=True)
+    b_s = tl.load(room + 2 * CAP + o_c[None, :], mask=m_c, other=0).to(tl.float32, bitcast=True) if NOISE else unkeyed(b_key)
+    m_kept, b_least = largest(b_key, K)
+    tl.debug_barrier()  # whatever is put there next, this was read
+    return b_key, b_n, b_s, m_kept, tl.cumsum(m_kept.to(tl.int32), 1) - 1, b_least
+
+
+@triton.jit
+def _put(room, b_place, mask, b_key, b_n, b_s, CAP: tl.constexpr, NOISE: tl.constexpr):
+    """Candidates into every row's room."""
+    tl.store(room + b_place, b_key, mask=mask)
+    tl.store(room + CAP + b_place, b_n.to(tl.uint32, bitcast=True), mask=mask)
+    if NOISE:
+        tl.store(room + 2 * CAP + b_place, b_s.to(tl.uint32, bitcast=True), mask=mask)
 
 
 @triton.jit
 def _retrieve(
-    retrieval_q, landmarks, offsets, indices, scores, stride_l, offset, step, seed, T, N, chunk_size, exclude_window, scale,
-    J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
+    retrieval_q, landmarks, offsets, indices, scores, rooms, stride_l, offset, step, seed, first, T, N, chunk_size,
+    exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_t, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_t, o_r, o_k = i_t * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, KP)
+    o_t, o_r, o_k = first + i_t * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, KP)
     if OFFSETS:
         offset = tl.load(offsets + i_b)
     position = offset + o_t * step  # [BT]
@@ -52,37 +70,41 @@ def _retrieve(
     m_q = (o_t < T)[:, None] & (o_r < R)[None, :]
     b_q = tl.load(retrieval_q + o_row[:, None] * R + o_r[None, :], mask=m_q, other=0.0)  # [BT, RP]
     landmarks += i_b.to(tl.int64) * stride_l + i_j * R
+    program = (i_b * tl.num_programs(1) + i_j) * tl.num_programs(0) + i_t
+    room = rooms + (program.to(tl.int64) * BT + tl.arange(0, BT))[:, None] * ((3 if NOISE else 2) * CAP)
 
-    # empty slots hold keys of their own below any chunk's, so that one at a time is the least
-    b_top = tl.where(o_k < K, o_k.to(tl.int64) + NOTHING, TAKEN)[None, :] + tl.zeros([BT, 1], tl.int64)  # [BT, KP]
-    b_kept = tl.zeros([BT, KP], tl.float32)  # scores without noise
-    complete = tl.minimum((offset + (tl.minimum((i_t + 1) * BT, T) - 1) * step) // chunk_size, N).to(tl.int32)
+    b_count = tl.zeros([BT], tl.int32)
+    b_least = tl.full([BT], NOTHING, tl.uint32)  # K better candidates are known: later ones have to be better still
+    complete = tl.minimum((offset + (tl.minimum(first + (i_t + 1) * BT, T) - 1) * step) // chunk_size, N).to(tl.int32)
     for start in range((tl.cdiv(complete, BN) - 1) * BN, -1, -BN):
-        o_n = start + tl.arange(0, BN)
+        o_n = start + BN - 1 - tl.arange(0, BN)  # the newest first
         m_l = (o_n < N)[:, None] & (o_r < R)[None, :]
         b_l = tl.load(landmarks + o_n.to(tl.int64)[:, None] * (J * R) + o_r[None, :], mask=m_l, other=0.0)  # [BN, RP]
         b_s = tl.dot(b_q, tl.trans(b_l), input_precision=PRECISION) * scale  # [BT, BN]
         b_choice = b_s
         if NOISE:
             b_choice += _gumbel(seed, o_n[None, :], position[:, None].to(tl.int32), i_j, i_b)
+        b_key = keyed(b_choice)
         o_first = o_n.to(tl.int64) * chunk_size  # a chunk's first token
         visible = (o_first + chunk_size)[None, :] <= position[:, None]
         visible &= (o_first[None, :] <= position[:, None] - exclude_window) & (o_n < N)[None, :]
-        b_new = tl.where(visible, _keys(b_choice, o_n[None, :]), NOTHING)
-        best, least = tl.max(b_new, 1), tl.min(b_top, 1)
-        while tl.max((best > least).to(tl.int32), 0) > 0:  # some token replaces its least key by the best new one
-            m_put = (b_top == least[:, None]) & (best > least)[:, None]
-            m_got = b_new == best[:, None]
-            b_kept = tl.where(m_put, tl.sum(tl.where(m_got, b_s, 0.0), 1)[:, None], b_kept)
-            b_top = tl.where(m_put, best[:, None], b_top)
-            b_new = tl.where(m_got, NOTHING, b_new)
-            best, least = tl.max(b_new, 1), tl.min(b_top, 1)
+        better = visible & (b_key > b_least[:, None])
+        b_new = better.to(tl.int32)
+        _put(room, b_count[:, None] + tl.cumsum(b_new, 1) - 1, better, b_key, tl.broadcast_to(o_n[None, :], [BT, BN]), b_s, CAP, NOISE)
+        b_count += tl.sum(b_new, 1)
+        if tl.max(b_count, 0) > CAP - BN:  # the next tile might not fit
+            b_known, b_n, b_kept, m_kept, b_place, b_least = _choose(room, b_count, K, CAP, NOISE)
+            _put(room, b_place, m_kept, b_known, b_n, b_kept, CAP, NOISE)
+            b_count = tl.minimum(b_count, K)
 
-    empty = b_top < NOTHING + KP
-    m_out = (o_t < T)[:, None] & (o_k < K)[None, :]
-    o_out = o_row[:, None] * K + o_k[None, :]
-    tl.store(indices + o_out, tl.where(empty, -1, b_top.to(tl.int32)), mask=m_out)
-    tl.store(scores + o_out, tl.where(empty, float("-inf"), b_kept), mask=m_out)
+    _, b_n, b_kept, m_kept, b_place, _ = _choose(room, b_count, K, CAP, NOISE)
+    m_t = (o_t < T)[:, None]
+    o_out = o_row[:, None] * K
+    tl.store(indices + o_out + b_place, b_n, mask=m_kept & m_t)
+    tl.store(scores + o_out + b_place, b_kept, mask=m_kept & m_t)
+    m_empty = (o_k[None, :] >= b_count[:, None]) & (o_k < K)[None, :] & m_t
+    tl.store(indices + o_out + o_k[None, :], tl.full([BT, KP], -1, tl.int32), mask=m_empty)
+    tl.store(scores + o_out + o_k[None, :], tl.full([BT, KP], float("-inf"), tl.float32), mask=m_empty)
 
 
 @triton.jit
@@ -133,12 +155,17 @@ def _retrieve_scores(
     scores = torch.empty(B, T, J, top_k, device=retrieval_q.device)
     if 0 in (indices.numel(), N):
         return indices.fill_(-1), scores.fill_(float("-inf"))
-    BT = 16 if top_k > 64 or retrieval_q.dtype == torch.float32 else 32
-    _retrieve[triton.cdiv(T, BT), J, B](
-        retrieval_q, landmarks, offsets, indices, scores, landmarks.stride(0), offset, step, seed or 0, T, N, chunk_size,
-        exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=triton.next_power_of_2(top_k), BT=BT, BN=64,
-        OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype), num_warps=4, num_stages=2,
-    )  # fmt: skip
+    BT, BN, KP = 16, 64, triton.next_power_of_2(top_k)
+    CAP = max(4 * KP, 4 * BN)
+    row = (2 if seed is None else 3) * CAP  # key, chunk, and the score if the key is not made of it alone
+    together = max(ROOMS_BYTES // (B * J * BT * row * 4), 1) * BT  # tokens of a launch
+    rooms = torch.empty(B * J * min(triton.cdiv(T, BT) * BT, together) * row, dtype=torch.uint32, device=retrieval_q.device)
+    for first in range(0, T, together):
+        _retrieve[triton.cdiv(min(together, T - first), BT), J, B](
+            retrieval_q, landmarks, offsets, indices, scores, rooms, landmarks.stride(0), offset, step, seed or 0, first, T, N,
+            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP,
+            OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype), num_warps=4, num_stages=2,
+        )  # fmt: skip
     return indices, scores
 
 
@@ -220,9 +247,6 @@ def retrieve(
     indices, scores = _retrieve_scores(
         chooser, landmarks, offsets, first, query_block, chunk_size, top_k, exclude_window, gumbel_seed
     )
-    if weighting == "stick_breaking":
-        indices, order = indices.sort(dim=-1, descending=True)
-        scores = scores.gather(-1, order)
     weights = weigh(scores, indices < 0, weighting)
     if query_block > 1:
         indices, weights = (x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights))

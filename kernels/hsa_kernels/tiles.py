@@ -1,8 +1,10 @@
-"""What the tiles of all kernels share: padded sizes, the precision of products, floats as integers of the same order."""
+"""What the tiles of all kernels share: padded sizes, the precision of products, a chunk's tile."""
 
 import torch
 import triton
 import triton.language as tl
+
+LOG2_E = 1.4426950408889634
 
 
 def padded(size: int) -> int:
@@ -16,13 +18,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def ordered(b_x):
-    """fp32 as int32 of the same order; either zero becomes 0."""
-    bits = (b_x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def unordered(b_bits):
-    """The inverse of `ordered`."""
-    return (b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def chunk_tile(chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr):
+    """Offsets inside a batch entry, and mask, of a chunk's tile [SP, DP] of k or v."""
+    o_s, o_d = tl.arange(0, SP), tl.arange(0, DP)
+    o_row = (chunk.to(tl.int64) * S + o_s) * J + i_j
+    return o_row[:, None] * D + o_d[None, :], (o_s < S)[:, None] & (o_d < D)[None, :]
