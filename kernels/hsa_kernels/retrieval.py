@@ -5,7 +5,7 @@ its own; when rooms are full the K best stay, of equal scores the first and so t
 ones have to beat. Fewer and fewer do: on random scores the time between two choices grows threefold each time.
 
 Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a power of 2), N chunks, K
-chunks kept (KP padded), BT tokens a tile, BN chunks a tile, CAP candidates a room.
+chunks kept (KP padded), BT tokens a tile, BN chunks a tile, CAP candidates a room, ROWS rows at once.
 """
 
 import torch
@@ -33,33 +33,37 @@ def _gumbel(seed, chunk, position, head, batch):
 
 
 @triton.jit
-def _choose(room, b_count, K: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
-    """Key, chunk and score of the candidates in every row's room, which are to be kept and where; the least key kept."""
+def _choose(room, o_row, K: tl.constexpr, BT: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
+    """Of the candidates in some rows' room: key, chunk and score, which to keep and where; how many there are."""
     tl.debug_barrier()  # other threads put them there
-    o_c = tl.arange(0, CAP)
-    m_c = o_c[None, :] < b_count[:, None]
-    b_key = tl.load(room + o_c[None, :], mask=m_c, other=NOTHING)  # [BT, CAP]
-    b_n = tl.load(room + CAP + o_c[None, :], mask=m_c, other=0).to(tl.int32, bitcast=True)
-    b_s = tl.load(room + 2 * CAP + o_c[None, :], mask=m_c, other=0).to(tl.float32, bitcast=True) if NOISE else unkeyed(b_key)
+    b_count = tl.load(room + o_row).to(tl.int32)
+    o_c = BT + o_row[:, None] * CAP + tl.arange(0, CAP)[None, :]
+    b_key = tl.load(room + o_c, mask=tl.arange(0, CAP)[None, :] < b_count[:, None], other=NOTHING)  # [ROWS, CAP]
     m_kept, b_least = largest(b_key, K)
+    b_n = tl.load(room + BT * CAP + o_c, mask=m_kept, other=0).to(tl.int32, bitcast=True)
+    if NOISE:
+        b_s = tl.load(room + 2 * BT * CAP + o_c, mask=m_kept, other=0).to(tl.float32, bitcast=True)
+    else:
+        b_s = unkeyed(b_key)
     tl.debug_barrier()  # whatever is put there next, this was read
-    return b_key, b_n, b_s, m_kept, tl.cumsum(m_kept.to(tl.int32), 1) - 1, b_least
+    return b_key, b_n, b_s, m_kept, tl.cumsum(m_kept.to(tl.int32), 1) - 1, b_count, b_least
 
 
 @triton.jit
-def _put(room, b_place, mask, b_key, b_n, b_s, CAP: tl.constexpr, NOISE: tl.constexpr):
-    """Candidates into every row's room."""
-    tl.store(room + b_place, b_key, mask=mask)
-    tl.store(room + CAP + b_place, b_n.to(tl.uint32, bitcast=True), mask=mask)
+def _put(room, o_row, b_place, mask, b_key, b_n, b_s, BT: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
+    """Candidates into the rows' room: BT counts, then keys [BT, CAP], chunks, and scores if the keys are not made of them."""
+    o_c = BT + o_row[:, None] * CAP + b_place
+    tl.store(room + o_c, b_key, mask=mask)
+    tl.store(room + BT * CAP + o_c, b_n.to(tl.uint32, bitcast=True), mask=mask)
     if NOISE:
-        tl.store(room + 2 * CAP + b_place, b_s.to(tl.uint32, bitcast=True), mask=mask)
+        tl.store(room + 2 * BT * CAP + o_c, b_s.to(tl.uint32, bitcast=True), mask=mask)
 
 
 @triton.jit
 def _retrieve(
     retrieval_q, landmarks, offsets, indices, scores, rooms, stride_l, offset, step, seed, first, T, N, chunk_size,
     exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_t, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_t, o_r, o_k = first + i_t * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, KP)
@@ -71,7 +75,8 @@ def _retrieve(
     b_q = tl.load(retrieval_q + o_row[:, None] * R + o_r[None, :], mask=m_q, other=0.0)  # [BT, RP]
     landmarks += i_b.to(tl.int64) * stride_l + i_j * R
     program = (i_b * tl.num_programs(1) + i_j) * tl.num_programs(0) + i_t
-    room = rooms + (program.to(tl.int64) * BT + tl.arange(0, BT))[:, None] * ((3 if NOISE else 2) * CAP)
+    room = rooms + program.to(tl.int64) * (BT + (3 if NOISE else 2) * BT * CAP)
+    o_own = tl.arange(0, BT)
 
     b_count = tl.zeros([BT], tl.int32)
     b_least = tl.full([BT], NOTHING, tl.uint32)  # K better candidates are known: later ones have to be better still
@@ -90,21 +95,32 @@ def _retrieve(
         visible &= (o_first[None, :] <= position[:, None] - exclude_window) & (o_n < N)[None, :]
         better = visible & (b_key > b_least[:, None])
         b_new = better.to(tl.int32)
-        _put(room, b_count[:, None] + tl.cumsum(b_new, 1) - 1, better, b_key, tl.broadcast_to(o_n[None, :], [BT, BN]), b_s, CAP, NOISE)
+        _put(room, o_own, b_count[:, None] + tl.cumsum(b_new, 1) - 1, better, b_key,
+             tl.broadcast_to(o_n[None, :], [BT, BN]), b_s, BT, CAP, NOISE)  # fmt: skip
         b_count += tl.sum(b_new, 1)
         if tl.max(b_count, 0) > CAP - BN:  # the next tile might not fit
-            b_known, b_n, b_kept, m_kept, b_place, b_least = _choose(room, b_count, K, CAP, NOISE)
-            _put(room, b_place, m_kept, b_known, b_n, b_kept, CAP, NOISE)
+            tl.store(room + o_own, b_count.to(tl.uint32))
+            for i_row in range(0, BT, ROWS):
+                o_some = i_row + tl.arange(0, ROWS)
+                b_known, b_n, b_kept, m_kept, b_place, _, b_lowest = _choose(room, o_some, K, BT, CAP, NOISE)
+                _put(room, o_some, b_place, m_kept, b_known, b_n, b_kept, BT, CAP, NOISE)
+                tl.store(room + o_some, b_lowest)
+            tl.debug_barrier()
+            b_least = tl.load(room + o_own)
             b_count = tl.minimum(b_count, K)
 
-    _, b_n, b_kept, m_kept, b_place, _ = _choose(room, b_count, K, CAP, NOISE)
-    m_t = (o_t < T)[:, None]
-    o_out = o_row[:, None] * K
-    tl.store(indices + o_out + b_place, b_n, mask=m_kept & m_t)
-    tl.store(scores + o_out + b_place, b_kept, mask=m_kept & m_t)
-    m_empty = (o_k[None, :] >= b_count[:, None]) & (o_k < K)[None, :] & m_t
-    tl.store(indices + o_out + o_k[None, :], tl.full([BT, KP], -1, tl.int32), mask=m_empty)
-    tl.store(scores + o_out + o_k[None, :], tl.full([BT, KP], float("-inf"), tl.float32), mask=m_empty)
+    tl.store(room + o_own, b_count.to(tl.uint32))
+    for i_row in range(0, BT, ROWS):
+        o_some = i_row + tl.arange(0, ROWS)
+        _, b_n, b_kept, m_kept, b_place, b_found, _ = _choose(room, o_some, K, BT, CAP, NOISE)
+        o_token = first + i_t * BT + o_some
+        m_t = (o_token < T)[:, None]
+        o_out = ((i_b.to(tl.int64) * T + o_token) * J + i_j)[:, None] * K
+        tl.store(indices + o_out + b_place, b_n, mask=m_kept & m_t)
+        tl.store(scores + o_out + b_place, b_kept, mask=m_kept & m_t)
+        m_empty = (o_k[None, :] >= b_found[:, None]) & (o_k < K)[None, :] & m_t
+        tl.store(indices + o_out + o_k[None, :], tl.full([ROWS, KP], -1, tl.int32), mask=m_empty)
+        tl.store(scores + o_out + o_k[None, :], tl.full([ROWS, KP], float("-inf"), tl.float32), mask=m_empty)
 
 
 @triton.jit
@@ -157,13 +173,13 @@ def _retrieve_scores(
         return indices.fill_(-1), scores.fill_(float("-inf"))
     BT, BN, KP = 16, 64, triton.next_power_of_2(top_k)
     CAP = max(4 * KP, 4 * BN)
-    row = (2 if seed is None else 3) * CAP  # key, chunk, and the score if the key is not made of it alone
+    row = 1 + (2 if seed is None else 3) * CAP  # numbers of a row's room
     together = max(ROOMS_BYTES // (B * J * BT * row * 4), 1) * BT  # tokens of a launch
     rooms = torch.empty(B * J * min(triton.cdiv(T, BT) * BT, together) * row, dtype=torch.uint32, device=retrieval_q.device)
     for first in range(0, T, together):
         _retrieve[triton.cdiv(min(together, T - first), BT), J, B](
             retrieval_q, landmarks, offsets, indices, scores, rooms, landmarks.stride(0), offset, step, seed or 0, first, T, N,
-            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP,
+            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP, ROWS=4,
             OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
     return indices, scores
