@@ -185,6 +185,7 @@ def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
         mine = slice(segments.starts[row], segments.starts[row + 1])
         assert segments.owners[mine].tolist() == [row] * -(-len(want) // size)
     assert segments.starts[-1] <= len(segments.owners)
+    assert torch.equal(index.entries[index.places], torch.arange(len(flat), device=DEVICE))
 
 
 def sorted_retrieve(retrieve):

@@ -15,7 +15,7 @@ from hsa_mini.reference.checks import check_chunk_attention
 from .checks import check_indices, check_kernel
 from .chunk_attention_backward import backward
 from .merge import merge
-from .tiles import LOG2_E, chunk_tile, padded, precision
+from .tiles import LOG2_E, chunk_tile, padded, precision, softmax_inside
 
 
 @triton.jit
@@ -31,16 +31,6 @@ def _rows(
 
 
 @triton.jit
-def attend_inside(b_q, b_k, scale_log2, S: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(scores - their maximum) [R, SP] over one chunk, 0 beyond its S tokens, and their sums [R]."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-    if S < SP:
-        b_s = tl.where((tl.arange(0, SP) < S)[None, :], b_s, float("-inf"))
-    b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
-    return b_p, tl.sum(b_p, 1)
-
-
-@triton.jit
 def _forward(
     q, k, v, counts, chunks, weights, out, stride_k, stride_v, scale_log2, T,
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
@@ -52,13 +42,20 @@ def _forward(
     list_row = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
     k += i_b.to(tl.int64) * stride_k
     v += i_b.to(tl.int64) * stride_v
+    count = tl.load(counts + list_row)
+    chunks += list_row * L
+    weights += list_row * L * M
+    o_m = tl.arange(0, M * GP) // GP
     b_out = tl.zeros([M * GP, DP], tl.float32)
-    for place in range(tl.load(counts + list_row)):
-        i_place = list_row * L + place
-        b_w = tl.load(weights + i_place * M + tl.arange(0, M * GP) // GP)  # [R]
-        o_k, m_k = chunk_tile(tl.load(chunks + i_place), i_j, J, S, D, SP, DP)
+    # a chunk's number is read one place ahead: its tiles can then be on their way in time
+    next_chunk = tl.load(chunks)
+    for place in range(count):
+        chunk = next_chunk
+        next_chunk = tl.load(chunks + tl.minimum(place + 1, count - 1))
+        b_w = tl.load(weights + place * M + o_m)  # [R]
+        o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
         b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)  # [SP, DP]
-        b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
+        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2, S, SP)
         # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)

@@ -3,15 +3,18 @@
 A choice is one token's slot: it costs its rows of q and of the upstream gradient (4 times less than a chunk's k and v), and
 one computation of the probabilities serves all four gradients. No atomics, every sum in a fixed order:
 
-- dweights of a choice is written where it belongs;
 - dk and dv of a chunk stay in registers for a segment of its choices, then the segments are added in order;
-- dq of a choice is written to a slot of its own, then the slots of a token are added in order.
+- dq of a choice is written to a slot of its own, then the slots of a token are added in order;
+- dweights of a choice is one number: written, and put back into the order of tokens.
 
 The slots of dq take G*D numbers a choice, so only some tokens are under way at once: a launch takes as many tiles of tokens
 as `SLOTS_BYTES` hold. Within a tile the tokens' q and upstream gradient stay in the L2 cache while the chunks go by.
 
+Columns of k, q and their gradients come in two halves: dq of a block, held whole, would not leave registers enough for tensor
+cores to run on while the sums are in use.
+
 Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP
-padded), N chunks, S chunk size (SP padded), K slots (KP padded), M choices a block, R = M*GP rows.
+padded, HP half of it), N chunks, S chunk size (SP padded), K slots (KP padded), M choices a block, R = M*GP rows.
 """
 
 import torch
@@ -19,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .inverted_index import cut, invert
-from .tiles import LOG2_E, chunk_tile
+from .tiles import LOG2_E, chunk_tile, softmax_inside
 
 SEGMENT = 512  # choices that one program adds up
 TILE = 4096  # tokens, at least: 16 heads of 128 numbers, twice, are half of an H200's L2
@@ -30,72 +33,129 @@ SLOTS_BYTES = 1 << 32
 
 @triton.jit
 def _backward(
-    q, k, v, weights, grad_out, entries, row_starts, segment_starts, owners, slots_q, parts_kv, grad_weights,
-    stride_k, stride_v, scale_log2, first_row, last_row, first_entry, TILES, N,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr,
-    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, grad_out, rows, weights, starts, segment_starts, owners, slots_q, parts_kv, grad_weights,
+    stride_k, stride_v, scale_log2, first_list, last_list, TILES, N,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
+    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_part = tl.program_id(0)
-    i_segment = tl.load(segment_starts + first_row) + i_part
-    if i_segment >= tl.load(segment_starts + last_row):  # there are fewer segments than could be
+    i_segment = tl.load(segment_starts + first_list) + i_part
+    if i_segment >= tl.load(segment_starts + last_list):  # there are fewer segments than could be
         return
-    row = tl.load(owners + i_segment)
-    first = tl.load(row_starts + row) + (i_segment - tl.load(segment_starts + row)) * SIZE
-    last = tl.minimum(first + SIZE, tl.load(row_starts + row + 1))
-    i_j, i_b = row // N % J, row // N // J // TILES
-    o_k, m_k = chunk_tile(row % N, i_j, J, S, D, SP, DP)
+    i_list = tl.load(owners + i_segment)
+    first = tl.load(starts + i_list) + (i_segment - tl.load(segment_starts + i_list)) * SIZE
+    count = tl.minimum(tl.load(starts + i_list + 1) - first, SIZE).to(tl.int32)
+    i_j, i_b = i_list // N % J, i_list // N // J // TILES
+    n = i_list % N
+    k += i_b.to(tl.int64) * stride_k
+    v += i_b.to(tl.int64) * stride_v
+    o_k, m_k = chunk_tile(n, i_j, J, S, D, SP, HP)
+    b_k0 = tl.load(k + o_k, mask=m_k, other=0.0)  # [SP, HP]
+    o_k, m_k = chunk_tile(n, i_j, J, S, D, SP, HP, HP)
+    b_k1 = tl.load(k + o_k, mask=m_k, other=0.0)
+    o_v, m_v = chunk_tile(n, i_j, J, S, D, SP, DP)
+    b_v = tl.load(v + o_v, mask=m_v, other=0.0)  # [SP, DP]
+    o_r, o_m, o_s, o_h, o_d = tl.arange(0, M * GP), tl.arange(0, M), tl.arange(0, SP), tl.arange(0, HP), tl.arange(0, DP)
+    o_e, o_g = o_r // GP, o_r % GP
+    rows += first
+    weights += first
+    grad_weights += first
+    slots_q += (first - tl.load(starts + first_list)) * (G * D)
+    b_dk0 = tl.zeros([SP, HP], tl.float32)
+    b_dk1 = tl.zeros([SP, HP], tl.float32)
+    b_dv = tl.zeros([SP, DP], tl.float32)
+    # whose rows the next block needs is read one block ahead: they can then be on their way in time
+    b_next = tl.load(rows + o_e, mask=o_e < count, other=0)  # [R]
+    for start in range(0, count, M):
+        b_row = b_next
+        b_next = tl.load(rows + start + M + o_e, mask=start + M + o_e < count, other=0)
+        m_r = (start + o_e < count) & (o_g < G)  # choices of the next segment, and rows that pad G to a power of 2
+        b_w = tl.load(weights + start + o_e, mask=m_r, other=0.0)  # [R]
+        o_row = (b_row.to(tl.int64) * G + o_g)[:, None] * D
+        m_0, m_1 = m_r[:, None] & (o_h < D)[None, :], m_r[:, None] & (HP + o_h < D)[None, :]
+        b_q0 = tl.load(q + o_row + o_h[None, :], mask=m_0, other=0.0)  # [R, HP]
+        b_q1 = tl.load(q + o_row + HP + o_h[None, :], mask=m_1, other=0.0)
+        b_do = tl.load(grad_out + o_row + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)  # [R, DP]
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
+        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
+        b_p, b_sum = softmax_inside(b_s * scale_log2, S, SP)  # [R, SP], [R]
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_delta = tl.sum(b_p * b_dp, 1) / b_sum  # [R]: do . o of this chunk, what the weight is multiplied with
+        b_p *= (b_w / b_sum)[:, None]
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q0.dtype)
+        b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
+        b_dk0 = tl.dot(tl.trans(b_ds), b_q0, b_dk0, input_precision=PRECISION)
+        b_dk1 = tl.dot(tl.trans(b_ds), b_q1, b_dk1, input_precision=PRECISION)
+        p_slot = slots_q + start * (G * D) + (o_e * G + o_g)[:, None] * D + o_h[None, :]
+        b_dq = tl.dot(b_ds, b_k0, input_precision=PRECISION)  # [R, HP]
+        tl.store(p_slot, b_dq.to(slots_q.dtype.element_ty), mask=m_0)
+        b_dq = tl.dot(b_ds, b_k1, input_precision=PRECISION)
+        tl.store(p_slot + HP, b_dq.to(slots_q.dtype.element_ty), mask=m_1)
+        tl.store(grad_weights + start + o_m, tl.sum(tl.reshape(b_delta, [M, GP]), 1), mask=start + o_m < count)
+    part = parts_kv + i_part.to(tl.int64) * (2 * S * D)
+    o_part = o_s[:, None] * D
+    tl.store(part + o_part + o_h[None, :], b_dk0, mask=(o_s < S)[:, None] & (o_h < D)[None, :])
+    tl.store(part + o_part + HP + o_h[None, :], b_dk1, mask=(o_s < S)[:, None] & (HP + o_h < D)[None, :])
+    tl.store(part + S * D + o_part + o_d[None, :], b_dv, mask=(o_s < S)[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _forward(
+    q, k, v, rows, weights, starts, segment_starts, owners, slots, stride_k, stride_v, scale_log2, first_list, last_list, TILES, N,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
+    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_segment = tl.load(segment_starts + first_list) + tl.program_id(0)
+    if i_segment >= tl.load(segment_starts + last_list):  # there are fewer segments than could be
+        return
+    i_list = tl.load(owners + i_segment)
+    first = tl.load(starts + i_list) + (i_segment - tl.load(segment_starts + i_list)) * SIZE
+    count = tl.minimum(tl.load(starts + i_list + 1) - first, SIZE).to(tl.int32)
+    i_j, i_b = i_list // N % J, i_list // N // J // TILES
+    o_k, m_k = chunk_tile(i_list % N, i_j, J, S, D, SP, DP)
     b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_k, mask=m_k, other=0.0)  # [SP, DP]
     b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_k, mask=m_k, other=0.0)
-    o_r, o_m, o_s, o_d = tl.arange(0, M * GP), tl.arange(0, M), tl.arange(0, SP), tl.arange(0, DP)
-    b_dk = tl.zeros([SP, DP], tl.float32)
-    b_dv = tl.zeros([SP, DP], tl.float32)
-    for start in range(first, last, M):
-        o_e = start + o_r // GP
-        m_r = (o_e < last) & (o_r % GP < G)  # choices of the next segment, and rows that pad G to a power of 2
-        entry = tl.load(entries + o_e, mask=m_r, other=0).to(tl.int64)
-        b_w = tl.load(weights + entry, mask=m_r, other=0.0)  # [R]
+    o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
+    o_e, o_g = o_r // GP, o_r % GP
+    rows += first
+    weights += first
+    slots += (first - tl.load(starts + first_list)) * (G * D)
+    b_next = tl.load(rows + o_e, mask=o_e < count, other=0)  # [R]
+    for start in range(0, count, M):
+        b_row = b_next
+        b_next = tl.load(rows + start + M + o_e, mask=start + M + o_e < count, other=0)
+        m_r = (start + o_e < count) & (o_g < G)
+        b_w = tl.load(weights + start + o_e, mask=m_r, other=0.0)  # [R]
         m_q = m_r[:, None] & (o_d < D)[None, :]
-        o_q = (entry // K * G + o_r % GP)[:, None] * D + o_d[None, :]
-        b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
-        b_do = tl.load(grad_out + o_q, mask=m_q, other=0.0)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale_log2  # [SP, R]
-        if S < SP:
-            b_s = tl.where((o_s < S)[:, None], b_s, float("-inf"))
-        b_p = tl.exp2(b_s - tl.max(b_s, 0)[None, :])
-        b_p = b_p / tl.sum(b_p, 0)[None, :]
-        b_dv = tl.dot((b_p * b_w[None, :]).to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_delta = tl.sum(b_p * b_dp, 0)  # [R]: do . o of this chunk, what the weight is multiplied with
-        b_ds = (b_p * (b_dp - b_delta[None, :]) * b_w[None, :]).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
-        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)  # [R, DP]
-        o_slot = ((entry - first_entry) * G + o_r % GP)[:, None] * D + o_d[None, :]
-        tl.store(slots_q + o_slot, b_dq.to(slots_q.dtype.element_ty), mask=m_q)
-        choice = tl.load(entries + start + o_m, mask=start + o_m < last, other=0)
-        tl.store(grad_weights + choice, tl.sum(tl.reshape(b_delta, [M, GP]), 1), mask=start + o_m < last)
-    o_part = (i_part.to(tl.int64) * 2 * S + o_s[:, None]) * D + o_d[None, :]
-    m_part = (o_s < S)[:, None] & (o_d < D)[None, :]
-    tl.store(parts_kv + o_part, b_dk, mask=m_part)
-    tl.store(parts_kv + o_part + S * D, b_dv, mask=m_part)
+        b_q = tl.load(q + (b_row.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [R, DP]
+        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2, S, SP)
+        b_p *= (b_w / b_sum)[:, None]
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        tl.store(slots + start * (G * D) + (o_e * G + o_g)[:, None] * D + o_d[None, :], b_o.to(slots.dtype.element_ty), mask=m_q)
 
 
 @triton.jit
 def _sum_slots(
-    indices, slots_q, grad_q, scale, first_token, N, GD: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr
+    places, starts, slots_q, grad_q, scale, first_row, first_list, last_list,
+    GD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dq of one token and head: what its slots hold, those alone that name a chunk."""
-    i_row, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_k, o_d = tl.arange(0, KP), i_d * BD + tl.arange(0, BD)
-    b_n = tl.load(indices + (first_token + i_row) * K + o_k, mask=o_k < K, other=-1)
-    mask = ((b_n >= 0) & (b_n < N))[:, None] & (o_d < GD)[None, :]
-    b_dq = tl.load(slots_q + (i_row * K + o_k)[:, None] * GD + o_d[None, :], mask=mask, other=0.0)  # [KP, BD]
-    total = tl.sum(b_dq.to(tl.float32), 0) * scale
-    tl.store(grad_q + (first_token + i_row) * GD + o_d, total.to(grad_q.dtype.element_ty), mask=o_d < GD)
+    i_row, i_d = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_d = i_d * BD + tl.arange(0, BD)
+    first, last = tl.load(starts + first_list), tl.load(starts + last_list)
+    b_dq = tl.zeros([BD], tl.float32)
+    for slot in range(0, K, BK):
+        o_k = slot + tl.arange(0, BK)
+        b_place = tl.load(places + i_row * K + o_k, mask=o_k < K, other=last)
+        mask = (b_place < last)[:, None] & (o_d < GD)[None, :]
+        b_part = tl.load(slots_q + (b_place - first)[:, None] * GD + o_d[None, :], mask=mask, other=0.0)  # [BK, BD]
+        b_dq += tl.sum(b_part.to(tl.float32), 0)
+    tl.store(grad_q + i_row * GD + o_d, (b_dq * scale).to(grad_q.dtype.element_ty), mask=o_d < GD)
 
 
 @triton.jit
 def _sum_segments(
-    parts_kv, segment_starts, grad_kv, scale, first_pair, last_pair, first_row, TILES, B, N,
+    parts_kv, segment_starts, grad_kv, scale, first_pair, last_pair, first_list, TILES, B, N,
     J: tl.constexpr, D: tl.constexpr, S: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """Adds the segments of a launch, in order, to dk or dv of a chunk, fp32 [2, B, N, S, J, D]."""
@@ -105,11 +165,11 @@ def _sum_segments(
     o_sd = o_s[:, None] * D + o_d[None, :]
     o_k, mask = chunk_tile(n, i_j, J, S, D, SP, DP)
     grad_kv += (i_kv * B + i_b).to(tl.int64) * N * S * J * D
-    base = tl.load(segment_starts + first_row)
+    base = tl.load(segment_starts + first_list)
     total = tl.zeros([SP, DP], tl.float32)
     for pair in range(tl.maximum(first_pair, i_b * TILES), tl.minimum(last_pair, (i_b + 1) * TILES)):
-        row = (pair * J + i_j) * N + n
-        for segment in range(tl.load(segment_starts + row), tl.load(segment_starts + row + 1)):
+        i_list = (pair * J + i_j) * N + n
+        for segment in range(tl.load(segment_starts + i_list), tl.load(segment_starts + i_list + 1)):
             total += tl.load(parts_kv + ((segment - base) * 2 + i_kv) * S * D + o_sd, mask=mask, other=0.0)
     if i_kv == 0:
         total *= scale
@@ -121,44 +181,75 @@ def _tile(tokens: int, chunks: int, slots: int) -> int:
     return min(max(TILE, triton.next_power_of_2(CHOICES * chunks // slots)), LONGEST_TILE, tokens)
 
 
+class _Launches:
+    """Choices sorted by tile of tokens and chunk, and what a launch takes of them."""
+
+    def __init__(self, q, k, indices, weights, *, parts: bool) -> None:
+        B, T, J, K = indices.shape
+        N, S, J, D = k.shape[1:]
+        self.J, self.N, self.K, self.GD = J, N, K, q.shape[2] // J * D
+        tile = _tile(T, N, K)
+        self.tile, self.tiles, self.T, self.B = tile, triton.cdiv(T, tile), T, B
+        self.index = invert(indices, N, tile)
+        self.segments = cut(self.index, SEGMENT)
+        self.rows, self.weights = (self.index.entries // K).int(), weights.flatten()[self.index.entries]
+        # how many tiles a launch takes: as many as the slots of their choices, and the parts of their segments, have room
+        choices = tile * J * K
+        self.segments_of_tile = min(J * N, choices) + choices // SEGMENT
+        bytes_of_parts = self.segments_of_tile * 2 * S * D * 4 if parts else 0
+        self.together = max(SLOTS_BYTES // max(choices * self.GD * q.element_size(), bytes_of_parts), 1)
+        self.slots = q.new_empty(min(self.together * choices, B * T * J * K) * self.GD)
+
+    def token(self, pair: int) -> int:
+        """The first of a tile, counted through the batch."""
+        return pair // self.tiles * self.T + pair % self.tiles * self.tile
+
+    def __iter__(self):
+        for pair in range(0, self.B * self.tiles, self.together):
+            last = min(pair + self.together, self.B * self.tiles)
+            yield pair, last, (pair * self.J * self.N, last * self.J * self.N), ((last - pair) * self.segments_of_tile,)
+
+    def sum_slots(self, out, scale, pair, last, lists):
+        BD = min(1024, triton.next_power_of_2(self.GD))
+        _sum_slots[(self.token(last) - self.token(pair)) * self.J, triton.cdiv(self.GD, BD)](
+            self.index.places, self.index.starts, self.slots, out, scale, self.token(pair) * self.J, *lists,
+            GD=self.GD, K=self.K, BK=8, BD=BD,
+        )  # fmt: skip
+
+
+def forward(q, k, v, indices, weights, scale: float, sizes: dict, options: dict) -> torch.Tensor:
+    launches, out = _Launches(q, k, indices, weights, parts=False), torch.empty_like(q)
+    for pair, last, lists, grid in launches:
+        _forward[grid](
+            q, k, v, launches.rows, launches.weights, launches.index.starts, *launches.segments, launches.slots,
+            k.stride(0), v.stride(0), scale * LOG2_E, *lists, launches.tiles, launches.N, SIZE=SEGMENT, **sizes, **options,
+        )  # fmt: skip
+        launches.sum_slots(out, 1.0, pair, last, lists)
+    return out
+
+
 def backward(q, k, v, indices, weights, grad_out, scale: float, sizes: dict, options: dict) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv and dweights. sizes: the compile-time constants of a tile; options: warps and stages."""
     B, T, J, K = indices.shape
     N, S, J, D = k.shape[1:]
-    GD = q.shape[2] // J * D
-    tile = _tile(T, N, K)
-    tiles = triton.cdiv(T, tile)
-    index = invert(indices, N, tile)
-    segments = cut(index, SEGMENT)
-
-    together = max(SLOTS_BYTES // (tile * J * K * GD * q.element_size()), 1)  # tiles of a launch
-    slots_q = q.new_empty(min(together * tile, B * T) * J * K * GD)
-    parts_kv = q.new_empty(min(together, B * tiles) * J * N + slots_q.numel() // GD // SEGMENT, 2, S, D, dtype=torch.float32)
-    grad_q, grad_weights = torch.empty_like(q), torch.zeros_like(weights)
-    grad_kv = q.new_zeros(2, *k.shape, dtype=torch.float32)
-
-    def token(pair: int) -> int:
-        """The first of a tile, counted through the batch."""
-        return pair // tiles * T + pair % tiles * tile
-
-    for pair in range(0, B * tiles, together):
-        last = min(pair + together, B * tiles)
-        first_token, tokens = token(pair), token(last) - token(pair)
-        rows = pair * J * N, last * J * N
-        most = rows[1] - rows[0] + tokens * J * K // SEGMENT
-        _backward[(most,)](
-            q, k, v, weights, grad_out, index.entries, index.starts, segments.starts, segments.owners, slots_q, parts_kv,
-            grad_weights, k.stride(0), v.stride(0), scale * LOG2_E, *rows, first_token * J * K, tiles, N,
-            K=K, SIZE=SEGMENT, **sizes, **options,
+    launches = _Launches(q, k, indices, weights, parts=True)
+    index, segments, tiles = launches.index, launches.segments, launches.tiles
+    sorted_grad_weights = torch.zeros_like(launches.weights)
+    parts_kv = q.new_empty(
+        min(launches.together, B * tiles) * launches.segments_of_tile, 2, S, D, dtype=torch.float32
+    )
+    grad_q, grad_kv = torch.empty_like(q), q.new_zeros(2, *k.shape, dtype=torch.float32)
+    for pair, last, lists, grid in launches:
+        _backward[grid](
+            q, k, v, grad_out, launches.rows, launches.weights, index.starts, *segments, launches.slots, parts_kv,
+            sorted_grad_weights, k.stride(0), v.stride(0), scale * LOG2_E, *lists, tiles, N,
+            SIZE=SEGMENT, HP=max(sizes["DP"] // 2, 16), **sizes, **options,
         )  # fmt: skip
-        KP = triton.next_power_of_2(K)
-        BD = min(max(8192 // KP, 16), triton.next_power_of_2(GD))
-        _sum_slots[tokens * J, triton.cdiv(GD, BD)](
-            indices, slots_q, grad_q, scale, first_token * J, N, GD=GD, K=K, KP=KP, BD=BD
-        )  # fmt: skip
+        launches.sum_slots(grad_q, scale, pair, last, lists)
         _sum_segments[B * J * N, 2](
-            parts_kv, segments.starts, grad_kv, scale, pair, last, rows[0], tiles, B, N,
+            parts_kv, segments.starts, grad_kv, scale, pair, last, lists[0], tiles, B, N,
             J=J, D=D, S=S, DP=sizes["DP"], SP=sizes["SP"],
         )  # fmt: skip
     grad_k, grad_v = (grad.to(q.dtype, copy=True) for grad in grad_kv)  # results of an operator share no memory
+    grad_weights = sorted_grad_weights[index.places].view_as(weights)
     return grad_q, grad_k, grad_v, grad_weights

@@ -19,7 +19,7 @@ import triton.language as tl
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
 from .checks import check_kernel
-from .chunk_attention import attend_inside
+from .chunk_attention import softmax_inside
 from .selection import NOTHING, keyed, largest, unkeyed
 from .tiles import LOG2_E, chunk_tile, padded, precision
 
@@ -60,7 +60,10 @@ def _attend(
 
     o_tile = tl.arange(0, NTP)[None, :]
     b_max = tl.load(maxima + row * NT + o_tile, mask=o_tile < NT, other=NOTHING)
-    m_tile, _ = largest(b_max, K)
+    m_max = b_max > NOTHING
+    b_least = tl.min(tl.where(m_max, b_max, 2**32 - 1), 1)
+    b_floor = tl.where(tl.sum(m_max.to(tl.int32), 1) >= K, b_least, NOTHING).to(tl.uint32)
+    m_tile, b_floor = largest(b_max, b_floor, K)
     b_count = m_tile.to(tl.int32)
     tl.store(scratch + tl.cumsum(b_count, 1) - 1, o_tile, mask=m_tile)
     tiles = tl.sum(b_count)
@@ -69,7 +72,7 @@ def _attend(
     o_place = tl.reshape(b_tile[:, None] * BN + tl.arange(0, BN)[None, :], [1, KP * BN])
     m_place = tl.reshape(tl.broadcast_to((o_k < tiles)[:, None], [KP, BN]), [1, KP * BN])
     b_key = tl.load(scores + o_place, mask=m_place, other=NOTHING)
-    m_kept, _ = largest(b_key, K)
+    m_kept, _ = largest(b_key, b_floor, K)
     b_count = m_kept.to(tl.int32)
     tl.store(scratch + KP + tl.cumsum(b_count, 1) - 1, o_place, mask=m_kept)
     kept = tl.sum(b_count)
@@ -90,7 +93,7 @@ def _attend(
         o_kv, m_kv = chunk_tile(chunk, i_j, J, S, D, SP, DP)
         b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_kv, mask=m_kv, other=0.0)  # [SP, DP]
         b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_kv, mask=m_kv, other=0.0)
-        b_p, b_sum = attend_inside(b_q, b_k, scale_log2, S, SP, PRECISION)
+        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2, S, SP)
         b_p = b_p * (weight / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
     tl.store(parts + (row * K + i_slot) * G * D + o_q, b_out, mask=m_q)

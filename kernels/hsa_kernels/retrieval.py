@@ -34,25 +34,25 @@ def _gumbel(seed, chunk, position, head, batch):
 
 @triton.jit
 def _choose(room, o_row, K: tl.constexpr, BT: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
-    """Of the candidates in some rows' room: key, chunk and score, which to keep and where; how many there are."""
+    """Of the candidates in some rows' room: key, chunk and score, which to keep and where; how many there are; the floor."""
     tl.debug_barrier()  # other threads put them there
-    b_count = tl.load(room + o_row).to(tl.int32)
-    o_c = BT + o_row[:, None] * CAP + tl.arange(0, CAP)[None, :]
+    b_count, b_floor = tl.load(room + o_row).to(tl.int32), tl.load(room + BT + o_row)
+    o_c = 2 * BT + o_row[:, None] * CAP + tl.arange(0, CAP)[None, :]
     b_key = tl.load(room + o_c, mask=tl.arange(0, CAP)[None, :] < b_count[:, None], other=NOTHING)  # [ROWS, CAP]
-    m_kept, b_least = largest(b_key, K)
+    m_kept, b_floor = largest(b_key, b_floor, K)
     b_n = tl.load(room + BT * CAP + o_c, mask=m_kept, other=0).to(tl.int32, bitcast=True)
     if NOISE:
         b_s = tl.load(room + 2 * BT * CAP + o_c, mask=m_kept, other=0).to(tl.float32, bitcast=True)
     else:
         b_s = unkeyed(b_key)
     tl.debug_barrier()  # whatever is put there next, this was read
-    return b_key, b_n, b_s, m_kept, tl.cumsum(m_kept.to(tl.int32), 1) - 1, b_count, b_least
+    return b_key, b_n, b_s, m_kept, tl.cumsum(m_kept.to(tl.int32), 1) - 1, b_count, b_floor
 
 
 @triton.jit
 def _put(room, o_row, b_place, mask, b_key, b_n, b_s, BT: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
-    """Candidates into the rows' room: BT counts, then keys [BT, CAP], chunks, and scores if the keys are not made of them."""
-    o_c = BT + o_row[:, None] * CAP + b_place
+    """Candidates into the rows' room: BT counts, BT floors, keys [BT, CAP], chunks, and scores if keys are not made of them."""
+    o_c = 2 * BT + o_row[:, None] * CAP + b_place
     tl.store(room + o_c, b_key, mask=mask)
     tl.store(room + BT * CAP + o_c, b_n.to(tl.uint32, bitcast=True), mask=mask)
     if NOISE:
@@ -75,11 +75,12 @@ def _retrieve(
     b_q = tl.load(retrieval_q + o_row[:, None] * R + o_r[None, :], mask=m_q, other=0.0)  # [BT, RP]
     landmarks += i_b.to(tl.int64) * stride_l + i_j * R
     program = (i_b * tl.num_programs(1) + i_j) * tl.num_programs(0) + i_t
-    room = rooms + program.to(tl.int64) * (BT + (3 if NOISE else 2) * BT * CAP)
+    room = rooms + program.to(tl.int64) * ((3 if NOISE else 2) * BT * CAP + 2 * BT)
     o_own = tl.arange(0, BT)
 
     b_count = tl.zeros([BT], tl.int32)
-    b_least = tl.full([BT], NOTHING, tl.uint32)  # K better candidates are known: later ones have to be better still
+    b_floor = tl.full([BT], NOTHING, tl.uint32)  # K candidates reach it: later ones have to exceed it
+    tl.store(room + BT + o_own, b_floor)
     complete = tl.minimum((offset + (tl.minimum(first + (i_t + 1) * BT, T) - 1) * step) // chunk_size, N).to(tl.int32)
     for start in range((tl.cdiv(complete, BN) - 1) * BN, -1, -BN):
         o_n = start + BN - 1 - tl.arange(0, BN)  # the newest first
@@ -93,7 +94,7 @@ def _retrieve(
         o_first = o_n.to(tl.int64) * chunk_size  # a chunk's first token
         visible = (o_first + chunk_size)[None, :] <= position[:, None]
         visible &= (o_first[None, :] <= position[:, None] - exclude_window) & (o_n < N)[None, :]
-        better = visible & (b_key > b_least[:, None])
+        better = visible & (b_key > b_floor[:, None])
         b_new = better.to(tl.int32)
         _put(room, o_own, b_count[:, None] + tl.cumsum(b_new, 1) - 1, better, b_key,
              tl.broadcast_to(o_n[None, :], [BT, BN]), b_s, BT, CAP, NOISE)  # fmt: skip
@@ -102,11 +103,11 @@ def _retrieve(
             tl.store(room + o_own, b_count.to(tl.uint32))
             for i_row in range(0, BT, ROWS):
                 o_some = i_row + tl.arange(0, ROWS)
-                b_known, b_n, b_kept, m_kept, b_place, _, b_lowest = _choose(room, o_some, K, BT, CAP, NOISE)
+                b_known, b_n, b_kept, m_kept, b_place, _, b_higher = _choose(room, o_some, K, BT, CAP, NOISE)
                 _put(room, o_some, b_place, m_kept, b_known, b_n, b_kept, BT, CAP, NOISE)
-                tl.store(room + o_some, b_lowest)
+                tl.store(room + BT + o_some, b_higher)
             tl.debug_barrier()
-            b_least = tl.load(room + o_own)
+            b_floor = tl.load(room + BT + o_own)
             b_count = tl.minimum(b_count, K)
 
     tl.store(room + o_own, b_count.to(tl.uint32))
@@ -171,16 +172,16 @@ def _retrieve_scores(
     scores = torch.empty(B, T, J, top_k, device=retrieval_q.device)
     if 0 in (indices.numel(), N):
         return indices.fill_(-1), scores.fill_(float("-inf"))
-    BT, BN, KP = 16, 64, triton.next_power_of_2(top_k)
-    CAP = max(4 * KP, 4 * BN)
-    row = 1 + (2 if seed is None else 3) * CAP  # numbers of a row's room
+    BT, BN, KP = 16, 32, triton.next_power_of_2(top_k)
+    CAP = max(4 * KP, 8 * BN)
+    row = 2 + (2 if seed is None else 3) * CAP  # numbers of a row's room
     together = max(ROOMS_BYTES // (B * J * BT * row * 4), 1) * BT  # tokens of a launch
     rooms = torch.empty(B * J * min(triton.cdiv(T, BT) * BT, together) * row, dtype=torch.uint32, device=retrieval_q.device)
     for first in range(0, T, together):
         _retrieve[triton.cdiv(min(together, T - first), BT), J, B](
             retrieval_q, landmarks, offsets, indices, scores, rooms, landmarks.stride(0), offset, step, seed or 0, first, T, N,
-            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP, ROWS=4,
-            OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype), num_warps=4, num_stages=2,
+            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP, ROWS=1,
+            OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype), num_warps=1, num_stages=2,
         )  # fmt: skip
     return indices, scores
 
@@ -197,7 +198,10 @@ def _retrieve_backward(
     _gather_landmarks[T, J, B](
         landmarks, indices, grad_scores, grad_q, landmarks.stride(0), R**-0.5, T, KP=triton.next_power_of_2(K), **sizes
     )
-    _sum_queries[(B * J * N,)](retrieval_q, grad_scores, *invert(indices, N), grad_landmarks, R**-0.5, N, BE=32, **sizes)
+    index = invert(indices, N)
+    _sum_queries[(B * J * N,)](
+        retrieval_q, grad_scores, index.entries, index.starts, grad_landmarks, R**-0.5, N, BE=32, **sizes
+    )  # fmt: skip
     return grad_q, grad_landmarks
 
 

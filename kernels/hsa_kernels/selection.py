@@ -1,4 +1,4 @@
-"""The K largest of a row of numbers, found by the bits of a threshold instead of by sorting."""
+"""The K largest of a row of numbers, found by bisection of a threshold instead of by sorting."""
 
 import triton
 import triton.language as tl
@@ -21,13 +21,19 @@ def unkeyed(b_key):
 
 
 @triton.jit
-def largest(b_key, K: tl.constexpr):
-    """Which keys [rows, n] are the K largest of their row, and the least of these [rows]; of equal ones the first, none at
-    `NOTHING`. The least is `NOTHING` where there are fewer than K."""
-    b_least = tl.zeros([b_key.shape[0]], tl.uint32)
-    for bit in range(31, -1, -1):  # the largest threshold that K keys reach
-        b_higher = b_least | (tl.full([], 1, tl.uint32) << bit)
-        b_least = tl.where(tl.sum((b_key >= b_higher[:, None]).to(tl.int32), 1) >= K, b_higher, b_least)
-    above, equal = b_key > b_least[:, None], (b_key == b_least[:, None]).to(tl.int32)
+def largest(b_key, b_floor, K: tl.constexpr):
+    """Which keys [rows, n] are the K largest of their row, and a floor of theirs [rows] that no other key exceeds.
+
+    b_floor [rows]: what K keys of the row are known to reach, or `NOTHING`. Of equal keys the first are taken; none at
+    `NOTHING`, which is the floor where there are fewer than K.
+    """
+    # the floor lies in [low, high]; found as soon as K keys reach it, and in the end where equal keys make it more
+    low, high = b_floor, tl.maximum(tl.max(b_key, 1), b_floor)
+    while tl.max(high - low, 0) > 0:
+        middle = high - ((high - low) >> 1)
+        reached = tl.sum((b_key >= middle[:, None]).to(tl.int32), 1)
+        low = tl.where(reached >= K, middle, low)
+        high = tl.where(reached > K, high, tl.where(reached == K, middle, middle - 1))
+    above, equal = b_key > low[:, None], (b_key == low[:, None]).to(tl.int32)
     room = K - tl.sum(above.to(tl.int32), 1)
-    return (above | ((equal > 0) & (tl.cumsum(equal, 1) <= room[:, None]))) & (b_key > NOTHING), b_least
+    return (above | ((equal > 0) & (tl.cumsum(equal, 1) <= room[:, None]))) & (b_key > NOTHING), low
