@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import hsa_kernels
-from hsa_kernels import chunk_attention_backward, retrieval
+from hsa_kernels import by_chunk, by_token, retrieval, slots
 from hsa_kernels.inverted_index import cut, invert
 from hsa_kernels.merge import merge
 from hsa_mini import reference
@@ -76,7 +76,7 @@ def test_chunk_attention_equals_the_reference(B, T, J, G, D, S, N, K, dtype, sca
 @pytest.mark.parametrize("segment", [1, 7])
 def test_gradients_over_several_tiles_launches_and_segments(monkeypatch, slots_bytes, segment):
     for name, value in dict(TILE=4, LONGEST_TILE=4, SEGMENT=segment, SLOTS_BYTES=slots_bytes).items():
-        monkeypatch.setattr(chunk_attention_backward, name, value)
+        monkeypatch.setattr(slots, name, value)
     inputs = attention_inputs(B=3, T=11, N=5, K=2)
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
 

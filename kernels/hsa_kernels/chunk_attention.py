@@ -1,110 +1,42 @@
-"""Attention inside each kept chunk, and the weighted sum of the results: Eq. (2), §2.2. A block of M neighbouring tokens
-passes once over the chunks that any of them chose.
+"""Attention inside each kept chunk, and the weighted sum of the results: Eq. (2), §2.2. The operator, and which way it goes.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP
-padded), N chunks, S chunk size (SP padded), K slots, M tokens a block, R = M*GP rows a tile, L = M*K list entries.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size, K slots.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
 from hsa_mini.reference.checks import check_chunk_attention
 
+from . import backward, by_chunk, by_token
 from .checks import check_indices, check_kernel
-from .chunk_attention_backward import backward
-from .merge import merge
-from .tiles import LOG2_E, chunk_tile, padded, precision, softmax_inside
+from .slots import CHOICES
+from .tiles import Sizes
+
+CACHE_TO_MEMORY = 2  # how much faster a byte comes from the L2 cache than from memory
 
 
-@triton.jit
-def _rows(
-    i_block, i_j, i_b, T, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr
-):  # fmt: skip
-    """Offsets and mask of a tile [R, DP] of q: row m*GP + g is head g of the block's token m."""
-    o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
-    o_t, o_g = i_block * M + o_r // GP, o_r % GP
-    m_r = (o_t < T) & (o_g < G)  # tokens beyond the sequence, and rows that pad G to a power of 2
-    o_row = ((i_b * T + o_t).to(tl.int64) * J + i_j) * G + o_g
-    return o_row[:, None] * D + o_d[None, :], m_r[:, None] & (o_d < D)[None, :]
+def _is_by_chunk(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> bool:
+    """Whether results that are written and read again cost less than chunks that a block of tokens reads.
 
-
-@triton.jit
-def _forward(
-    q, k, v, counts, chunks, weights, out, stride_k, stride_v, scale_log2, T,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
-    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_q, m_q = _rows(i_block, i_j, i_b, T, J, G, D, M, GP, DP)
-    b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
-    list_row = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
-    k += i_b.to(tl.int64) * stride_k
-    v += i_b.to(tl.int64) * stride_v
-    count = tl.load(counts + list_row)
-    chunks += list_row * L
-    weights += list_row * L * M
-    o_m = tl.arange(0, M * GP) // GP
-    b_out = tl.zeros([M * GP, DP], tl.float32)
-    # a chunk's number is read one place ahead: its tiles can then be on their way in time
-    next_chunk = tl.load(chunks)
-    for place in range(count):
-        chunk = next_chunk
-        next_chunk = tl.load(chunks + tl.minimum(place + 1, count - 1))
-        b_w = tl.load(weights + place * M + o_m)  # [R]
-        o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
-        b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)  # [SP, DP]
-        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2, S, SP)
-        # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
-        b_p = b_p * (b_w / b_sum)[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-    tl.store(out + o_q, b_out.to(out.dtype.element_ty), mask=m_q)
-
-
-def _sizes(q: torch.Tensor, k: torch.Tensor, tokens: int) -> dict:
-    """The compile-time constants that all kernels share."""
-    (H, D), (S, J) = q.shape[2:], k.shape[2:4]
-    sizes = dict(J=J, G=H // J, D=D, S=S, M=tokens, GP=triton.next_power_of_2(H // J))
-    return sizes | dict(DP=padded(D), SP=padded(S), PRECISION=precision(q.dtype))
-
-
-def _tokens(q: torch.Tensor, J: int) -> int:
-    """M: enough tokens for a tile of 64 rows, which fills a tensor core; of 16 in float32, which no tensor core multiplies."""
-    rows = 16 if q.dtype == torch.float32 else 64
-    return max(rows // triton.next_power_of_2(q.shape[2] // J), 1)
-
-
-def _tokens_merged(q: torch.Tensor, indices: torch.Tensor) -> int:
-    """The same for merged lists, fewer where the list to sort would be long, but never below 16 rows."""
-    J, K = indices.shape[2:]
-    heads, tokens = triton.next_power_of_2(q.shape[2] // J), min(_tokens(q, J), 16)
-    while tokens * heads > 16 and tokens * K > 1024:
-        tokens //= 2
-    return tokens
-
-
-def _launch(q: torch.Tensor, sizes: dict, num_warps: int) -> dict:
-    """Warps and pipeline stages: two tiles of k and of v in flight where they fit into shared memory beside q and do."""
-    tile = sizes["SP"] * sizes["DP"] * q.element_size()
-    return dict(num_warps=num_warps if tile <= 1 << 14 else 8, num_stages=2 if tile <= 1 << 15 else 1)
+    The latter for choices that are independent of each other, by a token halfway.
+    """
+    (T, J, K), (N, S), D = indices.shape[1:], k.shape[1:3], q.shape[3]
+    if T * K < CHOICES * N:
+        return False
+    M, halfway = by_token.tokens_of_block(Sizes.of(q, k), K), max(N // 2, K)
+    merged = halfway * (1 - (1 - K / halfway) ** M) / M  # chunks that a block of M tokens reads, a token
+    return CACHE_TO_MEMORY * 3 * K * (q.shape[2] // J) * D < merged * 2 * S * D  # q, a result out and in; k and v
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention", mutates_args=())
 def _chunk_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    out = torch.empty_like(q)
     if 0 in (q.numel(), k.numel(), indices.numel()):
-        return out.zero_()
-    (B, T), K, tokens = q.shape[:2], indices.shape[3], _tokens_merged(q, indices)
-    lists = merge(indices, weights, k.shape[1], tokens)
-    sizes = _sizes(q, k, tokens)
-    _forward[triton.cdiv(T, tokens), sizes["J"], B](
-        q, k, v, lists.counts, lists.chunks, lists.weights, out, k.stride(0), v.stride(0), scale * LOG2_E, T,
-        L=tokens * K, **sizes, **_launch(q, sizes, 4),
-    )  # fmt: skip
-    return out
+        return torch.zeros_like(q)
+    way = by_chunk if _is_by_chunk(q, k, indices) else by_token
+    return way.forward(q, k, v, indices, weights, scale)
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())
@@ -114,8 +46,7 @@ def _chunk_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if 0 in (q.numel(), k.numel(), indices.numel()):
         return tuple(x.new_zeros(x.shape) for x in (q, k, v, weights))
-    sizes = _sizes(q, k, _tokens(q, k.shape[3]))
-    return backward(q, k, v, indices, weights, grad_out, scale, sizes, _launch(q, sizes, 8))
+    return backward.backward(q, k, v, indices, weights, grad_out, scale)
 
 
 @_chunk_attention.register_fake

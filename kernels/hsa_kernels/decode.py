@@ -19,9 +19,8 @@ import triton.language as tl
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
 from .checks import check_kernel
-from .chunk_attention import softmax_inside
 from .selection import NOTHING, keyed, largest, unkeyed
-from .tiles import LOG2_E, chunk_tile, padded, precision
+from .tiles import LOG2_E, chunk_tile, padded, precision, softmax_inside
 
 @triton.jit
 def _score(
@@ -54,7 +53,7 @@ def _attend(
 ):  # fmt: skip
     i_slot, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (i_b * J + i_j).to(tl.int64)
-    scratch += (row * K + i_slot) * 2 * KP
+    scratch += (row * K + i_slot) * KP
     scores += row * NT * BN
     o_k = tl.arange(0, KP)
 
@@ -64,31 +63,26 @@ def _attend(
     b_least = tl.min(tl.where(m_max, b_max, 2**32 - 1), 1)
     b_floor = tl.where(tl.sum(m_max.to(tl.int32), 1) >= K, b_least, NOTHING).to(tl.uint32)
     m_tile, b_floor = largest(b_max, b_floor, K)
-    b_count = m_tile.to(tl.int32)
-    tl.store(scratch + tl.cumsum(b_count, 1) - 1, o_tile, mask=m_tile)
-    tiles = tl.sum(b_count)
+    tl.store(scratch + tl.cumsum(m_tile.to(tl.int32), 1) - 1, o_tile, mask=m_tile)
+    tiles = tl.sum(m_tile.to(tl.int32))
     tl.debug_barrier()  # what other threads stored is read next
     b_tile = tl.load(scratch + o_k, mask=o_k < tiles, other=0)
     o_place = tl.reshape(b_tile[:, None] * BN + tl.arange(0, BN)[None, :], [1, KP * BN])
     m_place = tl.reshape(tl.broadcast_to((o_k < tiles)[:, None], [KP, BN]), [1, KP * BN])
     b_key = tl.load(scores + o_place, mask=m_place, other=NOTHING)
     m_kept, _ = largest(b_key, b_floor, K)
-    b_count = m_kept.to(tl.int32)
-    tl.store(scratch + KP + tl.cumsum(b_count, 1) - 1, o_place, mask=m_kept)
-    kept = tl.sum(b_count)
-    tl.debug_barrier()
-
-    o_place = tl.load(scratch + KP + o_k, mask=o_k < kept, other=0)
-    b_s = tl.where(o_k < kept, unkeyed(tl.load(scores + o_place, mask=o_k < kept, other=NOTHING)), -3.0e38)
-    b_w = tl.where(o_k < kept, tl.exp(b_s - tl.max(b_s, 0)), 0.0)
+    best = tl.max(tl.where(m_kept, b_key, NOTHING))
+    b_w = tl.where(m_kept, tl.exp(unkeyed(b_key) - unkeyed(best)), 0.0)
+    mine = m_kept & (tl.cumsum(m_kept.to(tl.int32), 1) == i_slot + 1)  # slots in the order of the tiles
+    place = tl.max(tl.where(mine, o_place, -1))
 
     o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
     o_q = o_g[:, None] * D + o_d[None, :]
     b_out = tl.zeros([GP, DP], tl.float32)
-    if i_slot < kept:
-        chunk = NT * BN - 1 - tl.sum(tl.where(o_k == i_slot, o_place, 0), 0)
-        weight = tl.sum(tl.where(o_k == i_slot, b_w, 0.0), 0) / tl.sum(b_w, 0)
+    if place >= 0:
+        chunk = NT * BN - 1 - place
+        weight = tl.sum(tl.where(mine, b_w, 0.0)) / tl.sum(b_w)
         b_q = tl.load(q + row * G * D + o_q, mask=m_q, other=0.0)  # [GP, DP]
         o_kv, m_kv = chunk_tile(chunk, i_j, J, S, D, SP, DP)
         b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_kv, mask=m_kv, other=0.0)  # [SP, DP]
@@ -122,10 +116,10 @@ def _decode(
     scores = torch.empty(B, J, NT * BN, dtype=torch.uint32, device=q.device)
     maxima = torch.empty(B, J, NT, dtype=torch.uint32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
-    scratch = torch.empty(B, J, K, 2, KP, dtype=torch.int32, device=q.device)
+    scratch = torch.empty(B, J, K, KP, dtype=torch.int32, device=q.device)
     _score[NT, J, B](
         retrieval_q, landmarks, offsets, scores, maxima, landmarks.stride(0), offset, N, S, R**-0.5, J=J, R=R, RP=padded(R), BN=BN,
-        OFFSETS=offsets is not None, num_warps=4,
+        OFFSETS=offsets is not None, num_warps=8,
     )  # fmt: skip
     _attend[K, J, B](
         q, k, v, scores, maxima, parts, scratch, k.stride(0), v.stride(0), scale * LOG2_E, J=J, G=G, D=D, S=S, K=K, NT=NT, BN=BN,

@@ -34,6 +34,9 @@ def largest(b_key, b_floor, K: tl.constexpr):
         reached = tl.sum((b_key >= middle[:, None]).to(tl.int32), 1)
         low = tl.where(reached >= K, middle, low)
         high = tl.where(reached > K, high, tl.where(reached == K, middle, middle - 1))
-    above, equal = b_key > low[:, None], (b_key == low[:, None]).to(tl.int32)
-    room = K - tl.sum(above.to(tl.int32), 1)
-    return (above | ((equal > 0) & (tl.cumsum(equal, 1) <= room[:, None]))) & (b_key > NOTHING), low
+    m_kept = b_key >= tl.maximum(low, 1)[:, None]
+    if tl.max(tl.sum(m_kept.to(tl.int32), 1), 0) > K:  # of equal keys there are more than have room
+        above, equal = b_key > low[:, None], (b_key == low[:, None]).to(tl.int32)
+        room = K - tl.sum(above.to(tl.int32), 1)
+        m_kept = (above | ((equal > 0) & (tl.cumsum(equal, 1) <= room[:, None]))) & (b_key > NOTHING)
+    return m_kept, low

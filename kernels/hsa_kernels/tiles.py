@@ -1,4 +1,6 @@
-"""What the tiles of all kernels share: padded sizes, the precision of products, a chunk's tile."""
+"""What the tiles of all kernels share: padded sizes, the precision of products, a chunk's tile and the softmax inside it."""
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +17,36 @@ def padded(size: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: float32 stays float32; in 16 bits nothing is left to choose."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+class Sizes(NamedTuple):
+    """The compile-time constants of chunk attention. M: how many tokens, or choices, are rows of one tile."""
+
+    J: int
+    G: int
+    D: int
+    S: int
+    M: int
+    GP: int
+    DP: int
+    SP: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor) -> "Sizes":
+        """64 rows, which fill a tensor core; in float32, which no tensor core multiplies, 16."""
+        (H, D), (S, J) = q.shape[2:], k.shape[2:4]
+        GP = triton.next_power_of_2(H // J)
+        return cls(J, H // J, D, S, max((16 if q.dtype == torch.float32 else 64) // GP, 1), GP, padded(D), padded(S), q.dtype)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a chunk's tile of k or v."""
+        return self.SP * self.DP * self.dtype.itemsize
+
+    def constants(self) -> dict:
+        sizes = self._asdict()
+        return sizes | {"PRECISION": precision(sizes.pop("dtype"))}
 
 
 @triton.jit
@@ -34,3 +66,16 @@ def softmax_inside(b_s, S: tl.constexpr, SP: tl.constexpr):
         b_s = tl.where((tl.arange(0, SP) < S)[None, :], b_s, float("-inf"))
     b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
     return b_p, tl.sum(b_p, 1)
+
+
+@triton.jit
+def add_product(b_a, b_b, b_total, b_lost, PRECISION: tl.constexpr):
+    """b_total + b_a @ b_b. In float32, what rounding loses is carried in b_lost: a long sum stays as precise as a short one."""
+    if PRECISION == "ieee":
+        b_term = tl.dot(b_a, b_b, input_precision=PRECISION) - b_lost
+        b_new = b_total + b_term
+        b_lost = (b_new - b_total) - b_term
+        b_total = b_new
+    else:
+        b_total = tl.dot(b_a, b_b, b_total)
+    return b_total, b_lost

@@ -1,0 +1,75 @@
+"""Chunk attention, token by token: a block of M neighbouring tokens passes once over the chunks that any of them chose.
+
+Nothing but the result is written. A chunk's tiles come from the L2 cache once a block.
+
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP
+padded), N chunks, S chunk size (SP padded), K slots, M tokens a block, R = M*GP rows a tile, L = M*K list entries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .merge import merge
+from .tiles import LOG2_E, Sizes, add_product, chunk_tile, softmax_inside
+
+MOST_MERGED = 1024  # choices of a block: their list is sorted by one program
+
+
+@triton.jit
+def _forward(
+    q, k, v, counts, chunks, weights, out, stride_k, stride_v, scale_log2, T,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
+    o_m, o_g = o_r // GP, o_r % GP  # row m*GP + g is head g of the block's token m
+    o_t = i_block * M + o_m
+    m_q = ((o_t < T) & (o_g < G))[:, None] & (o_d < D)[None, :]  # not beyond the sequence, nor what pads G to a power of 2
+    o_q = (((i_b * T + o_t).to(tl.int64) * J + i_j) * G + o_g)[:, None] * D + o_d[None, :]
+    b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
+    i_list = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
+    count = tl.load(counts + i_list)
+    chunks += i_list * L
+    weights += i_list * L * M
+    k += i_b.to(tl.int64) * stride_k
+    v += i_b.to(tl.int64) * stride_v
+    b_out = tl.zeros([M * GP, DP], tl.float32)
+    b_lost = tl.zeros([M * GP, DP], tl.float32)
+    # a chunk's number is read one place ahead: its tiles can then be on their way in time
+    next_chunk = tl.load(chunks)
+    for place in range(count):
+        chunk = next_chunk
+        next_chunk = tl.load(chunks + tl.minimum(place + 1, count - 1))
+        b_w = tl.load(weights + place * M + o_m)  # [R]
+        o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
+        b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)  # [SP, DP]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_p, b_sum = softmax_inside(b_s, S, SP)  # [R, SP], [R]
+        # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
+        b_p = b_p * (b_w / b_sum)[:, None]
+        b_out, b_lost = add_product(b_p.to(b_v.dtype), b_v, b_out, b_lost, PRECISION)
+    tl.store(out + o_q, b_out.to(out.dtype.element_ty), mask=m_q)
+
+
+def tokens_of_block(sizes: Sizes, K: int) -> int:
+    """M: as many as fill a tile, fewer where the list to sort would be long, but never below 16 rows."""
+    tokens = min(sizes.M, 16)
+    while tokens * sizes.GP > 16 and tokens * K > MOST_MERGED:
+        tokens //= 2
+    return tokens
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
+) -> torch.Tensor:
+    (B, T, J, K), sizes, out = indices.shape, Sizes.of(q, k), torch.empty_like(q)
+    sizes = sizes._replace(M=tokens_of_block(sizes, K))
+    lists = merge(indices, weights, k.shape[1], sizes.M)
+    # of 3 stages 2 pairs of tiles are under way; with 168 registers a thread leaves room for what else a processor can hold
+    options = dict(num_warps=4, num_stages=3, maxnreg=168) if sizes.tile_bytes <= 1 << 14 else dict(num_warps=8, num_stages=2)
+    _forward[triton.cdiv(T, sizes.M), J, B](
+        q, k, v, *lists, out, k.stride(0), v.stride(0), scale * LOG2_E, T, L=sizes.M * K, **sizes.constants(), **options
+    )  # fmt: skip
+    return out
