@@ -5,22 +5,20 @@ dimension, R retrieval dimension, W window.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from timing import measure
 from tqdm import tqdm
 
 from hsa_mini import ops, provenance
 from hsa_mini.arguments import Parser, choose_device
 from hsa_mini.paths import check_writable, write_whole
 
-WARMUP, SAMPLES = 2, 10
-LEAST_SAMPLES, SECONDS = 3, 1.5  # after this many seconds a measurement ends with fewer samples
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -45,23 +43,12 @@ class Case:
         return self.N * self.S == self.T
 
 
-LARGE = dict(H=16, D=128, K=64, R=128, W=4096, dtype="bfloat16")  # of the `ul_8b_a1b` preset
-CASES = {
-    "cpu": (Case(T=1024, N=16), Case(T=4096, N=64), Case(T=256, N=4096)),
-    "cuda": (
-        Case(T=1024, N=16, B=32, dtype="bfloat16"),
-        Case(T=16384, N=256, dtype="bfloat16"),
-        Case(T=512, N=16384, dtype="bfloat16"),
-        Case(T=512, N=262144, dtype="bfloat16"),
-        Case(T=16384, N=256, **LARGE),
-        Case(T=512, N=16384, **LARGE),
-    ),
-}
+CASES = (Case(T=1024, N=16), Case(T=4096, N=64), Case(T=256, N=4096))
 
 
 def inputs(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     """Random tensors for every operation; every token chooses K different chunks at random."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(SEED)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
@@ -108,31 +95,6 @@ def operations(case: Case, x: dict[str, torch.Tensor]) -> Iterator[tuple[str, Ca
     yield "decode", decode, ()
 
 
-def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
-    """Median milliseconds, and the most bytes that a call allocates on a GPU (None elsewhere)."""
-    gpu, times, began = device.type == "cuda", [], time.perf_counter()
-    for _ in range(WARMUP):
-        call()
-    before = 0
-    if gpu:
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    while len(times) < SAMPLES and (len(times) < LEAST_SAMPLES or time.perf_counter() - began < SECONDS):
-        if gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), torch.cuda.max_memory_allocated(device) - before if gpu else None
-
-
 def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> list[dict]:
     """One row for each operation, forward, and forward with backward where the sizes are those of training."""
     x, rows = inputs(case, device), []
@@ -148,44 +110,78 @@ def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> 
                 for leaf in leaves:
                     leaf.requires_grad_(False)
             sizes = asdict(case) | ({"T": 1} if name == "decode" else {})
-            rows.append({"op": name, "pass": passes, **sizes, "choices": "random", "ms": round(ms, 4), "peak_bytes": peak})
+            rows.append({"op": name, "pass": passes, **sizes, "choices": "random", "ms": ms, "peak_bytes": peak})
             advance()
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """The rows for people."""
-    sizes = "BTNHDK"
-    header = f"{'operation':<26}{'pass':<18}" + "".join(f"{letter:>8}" for letter in sizes)
-    lines = [f"{header}{'dtype':>10}{'ms':>11}{'peak MB':>10}"]
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """The rows for people; columns: key and format of each."""
+    cells = [[*columns]]
     for row in rows:
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.1f}"
-        numbers = "".join(f"{row[letter]:>8}" for letter in sizes)
-        lines.append(f"{row['op']:<26}{row['pass']:<18}{numbers}{row['dtype']:>10}{row['ms']:>11,.3f}{peak:>10}")
-    return "\n".join(lines)
+        values = {**row, "peak_bytes": None if row.get("peak_bytes") is None else row["peak_bytes"] / 1e6}
+        cells.append(["" if values.get(key) is None else format(values[key], how) for key, how in columns.items()])
+    cells[0] = ["peak MB" if key == "peak_bytes" else key.removesuffix("_ms") + " ms" * key.endswith("_ms") for key in columns]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+
+
+COLUMNS = {"op": "", "pass": "", **dict.fromkeys("BTNHDK", ","), "dtype": "", "ms": ",.3f", "peak_bytes": ",.1f"}
+COLUMNS_ON_GPU = {
+    "op": "", "choices": "", **dict.fromkeys("THJK", ","), "ms": ",.3f", "cudnn_ms": ",.3f", "fa2_ms": ",.3f",
+    "portable_ms": ",.3f", "floor_ms": ",.3f", "peak_bytes": ",.1f",
+}  # fmt: skip
+COLUMNS_OF_WINDOWS = {"op": "", **dict.fromkeys("TWHJD", ",")} | {
+    f"{which}{passes}_ms": ",.3f" for which in ("", "portable_") for passes in ("forward", "forward_backward")
+}
+
+
+def run_on_cpu(device: torch.device) -> tuple[dict, str]:
+    """The portable operations, on sizes that a processor takes seconds for."""
+    rows = []
+    with tqdm(total=sum(7 if case.trains else 4 for case in CASES), unit="measurement", desc=str(device)) as bar:
+        for case in CASES:
+            rows += rows_of(case, device, bar.update)
+    return {"rows": rows}, table(rows, COLUMNS)
+
+
+def run_on_gpu(device: torch.device) -> tuple[dict, str]:
+    """The kernels, and what stands beside them."""
+    import on_gpu
+
+    torch.manual_seed(SEED)
+    found = {}
+    steps, rows = list(on_gpu.steps(found)), []
+    with tqdm(steps, unit="step") as bar:
+        for name, measure_rows in bar:
+            bar.set_description(name)
+            rows += measure_rows()
+            torch.cuda.empty_cache()
+    windows = [row for row in rows if row["op"] == "sliding_window_attention"]
+    rows = [row for row in rows if row not in windows]
+    text = f"{table(rows, COLUMNS_ON_GPU)}\n\n{table(windows, COLUMNS_OF_WINDOWS)}"
+    return {**found, "rows": rows, "window_rows": windows}, text
 
 
 def main(words: list[str] | None = None) -> int:
     parser = Parser(prog="kernels/bench", description="Time the operations of hierarchical sparse attention.")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("out/bench.json"), metavar="FILE", help="default out/bench.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default out/bench.json, or data/results/kernels.json on a GPU")
     arguments = parser.parse_args(words)
     try:
         device = choose_device(arguments.device)
-        check_writable("--out", arguments.out)
+        out = arguments.out or Path("out/bench.json" if device.type == "cpu" else "data/results/kernels.json")
+        check_writable("--out", out)
     except ValueError as error:
         parser.error(str(error))
-    cases, rows = CASES[device.type], []
     try:
-        with tqdm(total=sum(7 if case.trains else 4 for case in cases), unit="measurement", desc=str(device)) as bar:
-            for case in cases:
-                rows += rows_of(case, device, bar.update)
+        result, text = (run_on_cpu if device.type == "cpu" else run_on_gpu)(device)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
-    print(table(rows))
-    write_whole(arguments.out, (json.dumps({**provenance.record(device), "rows": rows}, indent=1) + "\n").encode())
-    print(f"written to {arguments.out}")
+    print(text)
+    write_whole(out, (json.dumps({**provenance.record(device), "seed": SEED, **result}, indent=1) + "\n").encode())
+    print(f"written to {out}")
     return 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_helpers import draw, relative_error
 
-from hsa_mini import PRESETS, HSAModel, blockwise, reference
+from hsa_mini import PRESETS, HSAModel, ops, reference
 from hsa_mini.checkpoint import load_model
 from hsa_mini.generate import prefill
 from hsa_mini.paths import data_dir
@@ -21,11 +21,19 @@ def gradients(operation, tensors, dtype, *fixed, **options):
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.fixture(params=["portable", "auto"])
+def implementation(request):
+    with ops.implementation(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("T", "P", "W"), [(300, 50, 128), (1024, 0, 128), (1, 127, 128), (777, 900, 512)])
-def test_sliding_window_equals_the_reference(T, P, W, dtype):
+@pytest.mark.parametrize(
+    ("T", "P", "W"), [(300, 50, 128), (1024, 0, 128), (1, 127, 128), (777, 900, 512), (2000, 63, 64), (1500, 700, 1000), (1280, 0, 1)]
+)
+def test_sliding_window_equals_the_reference(implementation, T, P, W, dtype):
     tensors = draw(2, T, 4, 64), draw(2, P + T, 2, 64, seed=1), draw(2, P + T, 2, 64, seed=2)
-    ours = gradients(blockwise.sliding_window_attention, tensors, dtype, window=W)
+    ours = gradients(ops.sliding_window_attention, tensors, dtype, window=W)
     exact = gradients(reference.sliding_window_attention, tensors, torch.float64, window=W)
     for part, expected in zip(ours, exact):
         assert relative_error(part, expected) < TOLERANCE[dtype]
@@ -33,11 +41,11 @@ def test_sliding_window_equals_the_reference(T, P, W, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("N", [15, 200])  # attend to all, gather
-def test_chunk_attention_equals_the_reference(N, dtype):
+def test_chunk_attention_equals_the_reference(implementation, N, dtype):
     tensors = draw(2, 500, 16, 64), draw(2, N, 64, 1, 64, seed=1), draw(2, N, 64, 1, 64, seed=2)
     queries, landmarks = draw(2, 500, 1, 128, seed=3), draw(2, N, 1, 128, seed=4)
     indices, weights = reference.retrieve(queries, landmarks, chunk_size=64, top_k=8, offset=64 * N)
-    ours = gradients(blockwise.chunk_attention, tensors, dtype, indices, weights)
+    ours = gradients(ops.chunk_attention, tensors, dtype, indices, weights)
     exact = gradients(reference.chunk_attention, tensors, torch.float64, indices, weights.double())
     for part, expected in zip(ours, exact):
         assert relative_error(part, expected) < TOLERANCE[dtype]
@@ -58,6 +66,20 @@ def test_early_exit_equals_the_full_model():
     with torch.no_grad():
         full = model(ids).logits[:, -1]
     assert (prefill(model, ids, segment=777).logits[:, 0] - full).abs().max() < 1e-3
+
+
+def test_a_block_of_the_model_compiles_whole():
+    torch.manual_seed(0)
+    model = HSAModel(PRESETS["mini"], device="cuda", dtype=torch.bfloat16)
+    chunks = [draw(1, 16, *shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((64, 1, 64), (64, 1, 64), (1, 256)))]
+    rope = model._rope(0, 4096, "cuda")
+
+    def block(x):
+        return model.upper[0](x, rope, None, lambda hsa, x: hsa(x, *chunks, position=4096)[0])[0]
+
+    x = draw(1, 4096, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert relative_error(torch.compile(block, fullgraph=True)(x), block(x).double()) < 2e-2
 
 
 def test_the_shipped_model_answers_alike_in_bfloat16():
