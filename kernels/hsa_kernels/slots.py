@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .inverted_index import cut, invert
 
-SEGMENT = 512  # choices that one program meets
+SEGMENT = 256  # choices that one program meets
 TILE = 2048  # tokens, at least: their rows of q and of a gradient, 16 heads of 128 numbers each, fit the L2 cache of a H200
 LONGEST_TILE = 32768
 CHOICES = 128  # of a chunk in a tile, on average, at least: they have to be worth loading its k and v
