@@ -44,11 +44,11 @@ def block_mask(tokens: int, cached: int, window: int, device: torch.device) -> B
 
 @lru_cache(maxsize=1)
 def _compiled():
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=True)  # segments and their tails differ in length
 
 
 def sliding_window_attention(q, k, v, *, window):
-    """`reference.sliding_window_attention`; compiled once for each shape."""
+    """`reference.sliding_window_attention`; compiled when first called, some seconds."""
     check_sliding_window(q, k, v, window)
     tokens = q.shape[1]
     cached = min(k.shape[1] - tokens, window - 1)

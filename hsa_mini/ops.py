@@ -6,19 +6,20 @@ work; everywhere else the portable operations of `blockwise`. `implementation("p
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
 from . import blockwise, reference
+from .reference.checks import check_chunk_attention, check_decode, check_retrieve, check_sliding_window
 
 __all__ = ["chunk_attention", "decode", "implementation", "retrieve", "sliding_window_attention"]
 
 CHOICES = ("auto", "kernels", "portable")
 LEAST_TOKENS = 4096  # choosing tokens that fill a GPU with programs of `retrieve`; with fewer, a matrix product is faster
+MOST_KEPT = 256  # chunks a token: beyond, its candidates are too many for one program
 LEAST_WINDOW_TOKENS = 1024  # worth compiling FlexAttention for
 
-_choice: ContextVar[str] = ContextVar("implementation", default="auto")
+_choice = "auto"
 
 
 @contextmanager
@@ -27,13 +28,14 @@ def implementation(name: str) -> Iterator[None]:
 
     "kernels" raises ValueError for what they do not take; without a GPU they need Triton's interpreter.
     """
+    global _choice
     if name not in CHOICES:
         raise ValueError(f"name: got {name!r}, accepted are {', '.join(CHOICES)}")
-    token = _choice.set(name)
+    before, _choice = _choice, name
     try:
         yield
     finally:
-        _choice.reset(token)
+        _choice = before
 
 
 def _kernels():
@@ -41,16 +43,22 @@ def _kernels():
     try:
         import hsa_kernels
     except ImportError:
-        if _choice.get() == "kernels":
+        if _choice == "kernels":
             raise
         return None
     return hsa_kernels
 
 
 def _suits(tensor: torch.Tensor, sizes_fit: bool) -> bool:
-    if _choice.get() != "auto":
-        return _choice.get() == "kernels"
+    if _choice != "auto":
+        return _choice == "kernels"
     return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) and sizes_fit and _kernels() is not None
+
+
+def _takes(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the kernels are made for such heads and chunks."""
+    (H, D), (S, J) = q.shape[2:], k.shape[2:4]
+    return _suits(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J)
 
 
 def _rows(memory: torch.Tensor) -> torch.Tensor:
@@ -58,35 +66,52 @@ def _rows(memory: torch.Tensor) -> torch.Tensor:
     return memory if memory[:1].is_contiguous() else memory.contiguous()
 
 
-def retrieve(retrieval_q, landmarks, *, query_block=1, **options):
+def retrieve(
+    retrieval_q,
+    landmarks,
+    *,
+    chunk_size,
+    top_k,
+    offset=0,
+    weighting="softmax",
+    gumbel_seed=None,
+    exclude_window=0,
+    query_block=1,
+):
     """`reference.retrieve`: same arguments, same numbers."""
+    check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window, query_block)
+    options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, weighting=weighting, gumbel_seed=gumbel_seed)
+    options |= dict(exclude_window=exclude_window, query_block=query_block)
     tokens = retrieval_q.shape[:-1].numel() // query_block
-    if _suits(retrieval_q, tokens >= LEAST_TOKENS and options["top_k"] <= 256):
-        return _kernels().retrieve(retrieval_q.contiguous(), _rows(landmarks), query_block=query_block, **options)
-    return blockwise.retrieve(retrieval_q, landmarks, query_block=query_block, **options)
+    if _suits(retrieval_q, tokens >= LEAST_TOKENS and top_k <= MOST_KEPT):
+        return _kernels().retrieve(retrieval_q.contiguous(), _rows(landmarks), **options)
+    return blockwise.retrieve(retrieval_q, landmarks, **options)
 
 
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
     """`reference.chunk_attention`: same arguments, same numbers."""
-    (H, D), (S, J) = q.shape[2:], k.shape[2:4]
-    if _suits(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J):
+    check_chunk_attention(q, k, v, indices, weights)
+    if _takes(q, k):
         tensors = q.contiguous(), _rows(k), _rows(v), indices.contiguous(), weights.contiguous()
         return _kernels().chunk_attention(*tensors, scale=scale)
     return blockwise.chunk_attention(q, k, v, indices, weights, scale=scale)
 
 
-def decode(retrieval_q, landmarks, q, k, v, **options):
-    """`reference.decode`: same arguments, same numbers."""
-    (H, D), (S, J) = q.shape[2:], k.shape[2:4]
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (retrieval_q, landmarks, q, k, v))
-    if not needs_gradient and _suits(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J):
+def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=None):
+    """`reference.decode`: same arguments, same numbers; the kernel has no gradient."""
+    check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
+    options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, scale=scale)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (retrieval_q, landmarks, q, k, v))
+    if not learns and _takes(q, k):
         return _kernels().decode(retrieval_q.contiguous(), _rows(landmarks), q.contiguous(), _rows(k), _rows(v), **options)
     return reference.decode(retrieval_q, landmarks, q, k, v, **options)
 
 
 def sliding_window_attention(q, k, v, *, window):
     """`reference.sliding_window_attention`: same arguments, same numbers."""
-    if _suits(q, q.shape[1] >= LEAST_WINDOW_TOKENS and q.shape[3] in (16, 32, 64, 128)) and q.is_cuda:
+    check_sliding_window(q, k, v, window)
+    flexible = q.is_cuda and _choice == "auto" and q.shape[1] >= LEAST_WINDOW_TOKENS and q.shape[3] in (16, 32, 64, 128)
+    if flexible and q.dtype in (torch.float16, torch.bfloat16):
         from .flex_window import sliding_window_attention
 
         return sliding_window_attention(q, k, v, window=window)
