@@ -1,14 +1,16 @@
-"""What README tells in numbers is what files say. `python tests/test_readme.py` writes those parts anew."""
+"""What the READMEs tell in numbers is what files say. `python tests/test_readme.py` writes those parts anew."""
 
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 from hsa_mini.evaluate import Row, by_length
 from hsa_mini.viz.plots import length_name
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, KERNELS = ROOT / "README.md", ROOT / "kernels" / "README.md"
 
 
 def demo() -> str:
@@ -48,17 +50,81 @@ def measured() -> str:
     return "\n".join(lines)
 
 
-def rewritten(text: str) -> str:
-    for name, make in (("demo", demo), ("course", course), ("measured", measured)):
+def bench() -> dict:
+    return json.loads((ROOT / "data/results/kernels.json").read_text())
+
+
+def source(result: dict) -> str:
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
+    return f"Measured on {result['hardware']} ({versions}; commit {result['commit'][:7]}) by `{result['command']}`."
+
+
+def by_length_of(rows: list[dict]) -> list[str]:
+    """Milliseconds of chunk attention beside full attention, a line for each length."""
+    lines = ["| tokens | forward | cuDNN | FA2 | forward + backward | cuDNN | FA2 | memory |", "|" + "---|" * 8]
+    of = {(row["op"], row["T"]): row for row in rows}
+    for T in sorted({T for _, T in of}):
+        cells = [length_name(T)]
+        for op in ("forward", "forward_backward"):
+            cells += ["" if (ms := of[op, T][key]) is None else f"{ms:,.2f}" for key in ("ms", "cudnn_ms", "fa2_ms")]
+        lines.append(f"| {' | '.join(cells)} | {of['forward_backward', T]['peak_bytes'] / 1e9:.1f} GB |")
+    return lines
+
+
+def kernels() -> str:
+    """For everyone: chunk attention beside full attention."""
+    result = bench()
+    rows = [row for row in result["rows"] if row["op"].startswith("forward") and row["choices"] == "random" and row["J"] == 1]
+    return "\n".join([*by_length_of(rows), "", source(result)])
+
+
+def floors() -> str:
+    """What no kernel can be faster than: FLOP that have to be done, bytes read and written once; and where ours stand."""
+    result = bench()
+    flops, rate = (result["ceilings"][name] for name in ("flops_per_second", "bytes_per_second"))
+    lines = ["| kernel | arithmetic | traffic | measured | over the larger |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        T, H, J, D, S, K, N = *(row[key] for key in "THJDSK"), row["T"] // row["S"]
+        if row["op"].startswith("forward") and (J, row["choices"]) == (1, "random") and T in (16384, 65536, 131072, 1 << 20):
+            products, passes = (2, 1) if row["op"] == "forward" else (7, 3)
+            work, moved = products * 2 * row["chosen"] * H * S * D, passes * 2 * (2 * T * H * D + 2 * T * J * D + 4 * row["chosen"])
+        elif row["op"] == "retrieve":
+            work, moved = T * N * J * row["R"], 2 * (T + N) * J * row["R"] + 8 * T * J * K
+        elif row["op"] == "decode":
+            work, moved = 2 * (N * row["R"] + 2 * K * S * D * H), 2 * (N * row["R"] + 2 * K * S * D)
+        else:
+            continue
+        arithmetic, traffic = work / flops * 1e3, moved / rate * 1e3
+        name = f"{row['op'].replace('_', ' + ')}, {length_name(T)}"
+        ratio = row["ms"] / max(arithmetic, traffic)
+        lines.append(f"| {name} | {arithmetic:.3f} ms | {traffic:.3f} ms | {row['ms']:.3f} ms | {ratio:.1f} |")
+    ceilings = f"{flops / 1e12:.0f} TFLOP/s of matrix products, {rate / 1e12:.2f} TB/s copied, both measured in the same run"
+    return "\n".join([*lines, "", f"{source(result)} Ceilings: {ceilings}."])
+
+
+def ratios() -> str:
+    """Other ratios of heads, and choices of the trained model."""
+    result = bench()
+    lines = ["| choices | H | J | tokens | forward | forward + backward |", "|---|---|---|---|---|---|"]
+    of = {(row["choices"], row["H"], row["J"], row["T"], row["op"]): row["ms"] for row in result["rows"]}
+    for (choices, H, J, T, op), ms in of.items():
+        if op == "forward" and T in (16384, 32768, 65536, 131072) and (choices == "trained" or J > 1):
+            lines.append(f"| {choices} | {H} | {J} | {length_name(T)} | {ms:.2f} | {of[choices, H, J, T, 'forward_backward']:.2f} |")
+    return "\n".join(lines)
+
+
+def rewritten(path: Path) -> str:
+    text = path.read_text()
+    for name in re.findall(r"<!-- /(\w+) -->", text):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        assert re.search(pattern, text, re.DOTALL), name
-        text = re.sub(pattern, lambda found: f"{found[1]}{make()}\n{found[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, lambda found: f"{found[1]}{globals()[name]()}\n{found[2]}", text, flags=re.DOTALL)
     return text
 
 
-def test_readme_says_what_the_files_say():
-    text = README.read_text()
-    assert rewritten(text) == text
+@pytest.mark.parametrize(("path", "parts"), [(README, {"demo", "course", "measured", "kernels"}), (KERNELS, {"floors", "ratios"})])
+def test_readme_says_what_the_files_say(path, parts):
+    assert set(re.findall(r"<!-- /(\w+) -->", path.read_text())) == parts
+    assert rewritten(path) == path.read_text()
 
 
 def test_the_python_of_readme_runs(capsys, monkeypatch):
@@ -69,4 +135,5 @@ def test_the_python_of_readme_runs(capsys, monkeypatch):
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    for path in (README, KERNELS):
+        path.write_text(rewritten(path))

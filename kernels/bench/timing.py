@@ -7,29 +7,44 @@ from collections.abc import Callable
 import torch
 
 WARMUP, SAMPLES = 2, 10
-LEAST_SAMPLES, SECONDS = 3, 1.5  # after this many seconds a measurement ends with fewer samples
+LEAST_SAMPLES, SECONDS = 3, 1.5  # calls that would take longer than this are timed fewer times
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
     """Median milliseconds, and the most bytes that a call allocates on a GPU (None elsewhere)."""
-    gpu, times, began = device.type == "cuda", [], time.perf_counter()
-    for _ in range(WARMUP):
+    return (_measure_gpu if device.type == "cuda" else _measure_cpu)(call)
+
+
+def _samples(seconds: float) -> int:
+    return min(SAMPLES, max(LEAST_SAMPLES, int(SECONDS / max(seconds, 1e-9))))
+
+
+def _measure_cpu(call: Callable[[], object]) -> tuple[float, None]:
+    def timed() -> float:
+        start = time.perf_counter()
         call()
-    before = 0
-    if gpu:
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    while len(times) < SAMPLES and (len(times) < LEAST_SAMPLES or time.perf_counter() - began < SECONDS):
-        if gpu:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), torch.cuda.max_memory_allocated(device) - before if gpu else None
+        return time.perf_counter() - start
+
+    for _ in range(WARMUP):
+        seconds = timed()
+    return statistics.median(timed() for _ in range(_samples(seconds))) * 1e3, None
+
+
+def _measure_gpu(call: Callable[[], object]) -> tuple[float, int]:
+    """Calls follow each other without waiting, as in a model: what the processor does between launches stays hidden."""
+    for _ in range(WARMUP):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_samples(seconds) + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in zip(marks, marks[1:])]
+    return statistics.median(times), torch.cuda.max_memory_allocated() - before
