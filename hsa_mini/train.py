@@ -24,10 +24,11 @@ from .checkpoint import load_progress, save_model, save_progress
 from .config import PRESETS
 from .data.mixture import ANSWER, COPY, TEXT, Mixture, TrainingBatches
 from .model import HSAModel
+from .nn.moe import MoE
 from .paths import write_whole
 
 LOG = "log.csv"
-COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "learning_rate", "seconds")
+COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance", "learning_rate", "seconds")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Recipe:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    balance_rate: float = 1e-3  # of the experts' bias, a step
     text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
     # Past this share of the steps there is no exploration noise, and chunks of `neighbours` other sequences are in memory:
     # a sequence of 1,024 tokens then has to find its own chunks among many more, as in a long text.
@@ -59,6 +61,7 @@ class Recipe:
 RECIPES = {
     "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
     "mini": Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7),
+    "mini_moe": Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7),
 }
 
 
@@ -143,7 +146,8 @@ def make_optimizer(model: HSAModel, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: int) -> tuple[torch.Tensor, ...]:
-    """One step on ids and parts [B, T+1]; returns loss, its three parts, answer accuracy and gradient norm, undetached from the device."""
+    """One step on ids and parts [B, T+1]; returns loss, its three parts, answer accuracy, gradient norm and the largest
+    imbalance of an MoE layer (1 without one), still on the device."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.rate(step)
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
@@ -155,7 +159,9 @@ def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: in
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), *shares, accuracy, norm
+    found = [layer.balance(recipe.balance_rate).imbalance for layer in model.modules() if isinstance(layer, MoE)]
+    imbalance = torch.stack(found).max() if found else torch.ones(())
+    return loss.detach(), *shares, accuracy, norm, imbalance
 
 
 def mixture_loss(
@@ -175,9 +181,15 @@ def mixture_loss(
     return loss, tuple(mean.detach() for mean in means), accuracy
 
 
+def _state(model: HSAModel) -> dict[str, torch.Tensor]:
+    """What the model's `state_dict` holds, a tied head once."""
+    kept = model.state_dict()
+    return {**dict(model.named_parameters()), **{name: x for name, x in model.named_buffers() if name in kept}}
+
+
 def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Parameters, optimizer state and torch's generator as a flat dictionary of tensors."""
-    tensors = {f"model.{name}": value for name, value in model.named_parameters()}
+    """Parameters, buffers, optimizer state and torch's generator as a flat dictionary of tensors."""
+    tensors = {f"model.{name}": value for name, value in _state(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     return {**tensors, "rng": torch.get_rng_state()}
@@ -186,8 +198,8 @@ def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer) -> dict[str, tor
 @torch.no_grad()
 def restore(tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.optim.Optimizer) -> None:
     """The inverse of `snapshot`."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[f"model.{name}"])
+    for name, value in _state(model).items():
+        value.copy_(tensors[f"model.{name}"])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

@@ -80,3 +80,36 @@ def test_tokens_do_not_depend_on_their_neighbours():
     assert_close(torch.cat([layer(x[:, t : t + 1]) for t in range(20)], dim=1), whole, 1e-6)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert_close(layer(x[:, order]), whole[:, order], 1e-6)
+
+
+def test_statistics_count_what_was_chosen_in_training_alone():
+    layer, x = build(2), random(3, 5, C, dtype=torch.float32)
+    layer.eval()(x)
+    assert layer.asked is None and layer.statistics().load.isnan().all()
+    layer.train()
+    for _ in range(2):
+        layer(x)
+    chosen = torch.bincount(layer.route(x.flatten(0, 1))[0].flatten(), minlength=E)
+    found = layer.statistics()
+    assert torch.equal(layer.asked, 2 * chosen)
+    assert_close(found.load, chosen / chosen.sum(), 1e-6)
+    assert found.imbalance == pytest.approx((chosen.max() / chosen.float().mean()).item())
+    assert found.entropy == pytest.approx(torch.distributions.Categorical(probs=found.load).entropy().item(), abs=1e-5)
+
+
+def test_balance_moves_the_bias_by_the_sign_of_the_error():
+    layer = build(2)
+    layer.asked = torch.tensor([9, 0, 3, 3, 1, 2])
+    found = layer.balance(0.5)
+    assert layer.bias.tolist() == [-0.5, 0.5, 0.0, 0.0, 0.5, 0.5] and layer.asked is None
+    assert found.imbalance == 3 and not found.bias.any()
+
+
+def test_balance_evens_the_load_of_a_lopsided_router():
+    layer, x = build(2), random(1, 512, C, dtype=torch.float32) + 0.5
+    layer.train().router.weight.data[:2] += 0.2  # what tokens have in common makes two experts dear to all
+    imbalances = []
+    for _ in range(150):
+        layer(x)
+        imbalances.append(layer.balance(0.01).imbalance.item())
+    assert imbalances[0] > 1.8 and max(imbalances[-20:]) < 1.3
