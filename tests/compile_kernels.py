@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import hsa_kernels  # noqa: E402
+from hsa_kernels import by_chunk  # noqa: E402
 
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
 
@@ -71,4 +72,5 @@ for case, sizes in {
     weights = torch.randn(1, T, J, K, requires_grad=True)
     hsa_kernels.chunk_attention(q, k, v, indices, weights).backward(torch.ones_like(q))
     with torch.no_grad():
+        by_chunk.forward(q, k, v, indices, weights, 1.0)
         hsa_kernels.decode(asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S)

@@ -33,13 +33,17 @@ def test_shared_memory_fits(compiled):
         assert row["shared"] <= SHARED_MEMORY, row
 
 
-def test_nothing_spills_at_usual_sizes(compiled):
+# bytes a thread: where measured faster, with more programs on a processor, than without
+SPILLS = {"_retrieve": 256, "_backward": 128}
+
+
+def test_nothing_else_spills_at_usual_sizes(compiled):
     for row in compiled:
         if row["case"] in USUAL:
-            assert row["spilled"] == 0, row
+            assert row["spilled"] <= SPILLS.get(row["kernel"], 0), row
 
 
 def test_tensor_cores_by_warpgroup_where_a_tile_has_64_rows(compiled):
     for row in compiled:
-        if row["kernel"] in ("_forward", "_backward") and row["case"] in ("8B", "mini"):
+        if row["kernel"] in ("_forward", "_forward_by_chunk", "_backward") and row["case"] in ("8B", "mini"):
             assert row["wgmma"] > 0, row
