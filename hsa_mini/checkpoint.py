@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with a sha256 manifest, written whole or not at all, never unpickled.
+"""Weights and memories on disk: safetensors with a sha256 manifest, written whole or not at all, never unpickled.
 
 A folder is written beside its place under a temporary name, synced, and renamed: whoever kills the writer leaves the
 folder as it was. Reading checks every file against the manifest first: a flipped bit would load without a sound.
@@ -18,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .config import HSAConfig
+from .memory import ChunkMemory
 from .model import HSAModel
+from .nn.swa import WindowCache
 
 MANIFEST = "manifest.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "config.json"
 STATE, PROGRESS = "state.safetensors", "progress.json"
+MEMORY, POSITION = "memory.safetensors", "position.json"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -186,6 +189,45 @@ def _entries(folder: Path, name: str, key: str | None = None) -> dict:
         return dict((content if key is None else content[key]).items())
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise ValueError(f"path: {folder} has no readable {name}; accepted is the folder of a checkpoint") from None
+
+
+def save_memory(memory: ChunkMemory, path: Path) -> None:
+    """Write what a model keeps of a text as a folder, so that it need not be read again. Raises ValueError if it is empty."""
+    if memory.batch is None:
+        raise ValueError("memory: got an empty one, accepted is one that has read a token")
+    tensors = {name: getattr(memory, name) for name in ("k", "v", "landmarks", "partial")}
+    for blocks in ("lower", "upper"):
+        for i, cache in enumerate(getattr(memory, blocks)):
+            if cache is not None:
+                tensors |= {f"{blocks}.{i}.k": cache.k, f"{blocks}.{i}.v": cache.v}
+    tensors |= {f"block_queries.{i}": query for i, query in enumerate(memory.block_queries) if query is not None}
+    texts = {CONFIG: memory.config.to_json(), POSITION: json.dumps({"position": memory.position}) + "\n"}
+    write_folder(path, {MEMORY: tensors}, texts)
+
+
+def load_memory(path: Path, *, device: torch.device | str = "cpu") -> ChunkMemory:
+    """The memory of a folder that `save_memory` wrote, for the model that made it.
+
+    On the CPU its tensors are mapped from the file, and read when they are needed. Raises ValueError for a folder that is
+    missing, incomplete or altered.
+    """
+    folder = verified_folder(path, MEMORY, CONFIG, POSITION)
+    try:
+        memory = ChunkMemory(HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")))
+        memory.position = int(json.loads((folder / POSITION).read_text(encoding="utf-8"))["position"])
+        with safe_open(folder / MEMORY, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        memory.append(*(tensors.pop(name) for name in ("k", "v", "landmarks")))
+        memory.partial = tensors.pop("partial")
+        for name in sorted(tensors):
+            blocks, i, *part = name.split(".")
+            if blocks == "block_queries":
+                memory.block_queries[int(i)] = tensors[name]
+            elif part == ["k"]:
+                getattr(memory, blocks)[int(i)] = WindowCache(tensors[name], tensors[f"{blocks}.{i}.v"])
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"path: {folder} cannot be read ({error})") from None
+    return memory
 
 
 def save_progress(run: Path, step: int, tensors: dict[str, torch.Tensor], progress: dict) -> None:

@@ -57,7 +57,7 @@ def build_parser() -> Parser:
     generate.set_defaults(command=run_generate)
 
     train = commands.add_parser("train", help="train a model from nothing, or go on where a run was cut off")
-    train.add_argument("preset", help="which model: nano or mini")
+    train.add_argument("preset", help="which model: nano, mini or mini_moe")
     train.add_argument("--run", type=Path, metavar="DIR", help="states, log and final model (default runs/PRESET)")
     train.add_argument("--steps", type=integer, help="instead of the recipe's")
     train.add_argument("--seed", type=integer, default=0)

@@ -4,6 +4,7 @@ Dimensions: B batch, N chunks, S chunk size, J key/value heads, D head dimension
 """
 
 import copy
+from pathlib import Path
 
 import torch
 
@@ -76,6 +77,29 @@ class ChunkMemory:
         twin = copy.copy(self)
         twin.lower, twin.upper, twin.block_queries = list(self.lower), list(self.upper), list(self.block_queries)
         return twin
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these sequences of the batch, in this order: rows int64 [B'], repeats allowed, as beam search needs."""
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not 0 <= int(rows.min()) <= int(rows.max()) < (self.batch or 0):
+            raise ValueError(f"rows: got {rows.tolist()} {rows.dtype}, accepted are int64 [B'] of 0 to {(self.batch or 0) - 1}")
+        self._stores = tuple(store[rows] for store in self._stores)
+        self.partial = self.partial[rows]
+        for caches in (self.lower, self.upper):
+            caches[:] = [cache and WindowCache(cache.k[rows], cache.v[rows]) for cache in caches]
+        self.block_queries = [query if query is None else query[rows] for query in self.block_queries]
+
+    def save(self, path: Path | str) -> None:
+        """Write this memory as a folder; see `hsa_mini.checkpoint.save_memory`."""
+        from .checkpoint import save_memory
+
+        save_memory(self, Path(path))
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: torch.device | str = "cpu") -> "ChunkMemory":
+        """A memory that was saved, mapped from the file; see `hsa_mini.checkpoint.load_memory`."""
+        from .checkpoint import load_memory
+
+        return load_memory(Path(path), device=device)
 
     def _grow(self, capacity: int) -> None:
         grown = []

@@ -1,0 +1,95 @@
+"""The chunk memory: on disk and back, and its sequences in another order.
+
+Dimensions: T tokens.
+"""
+
+import json
+
+import pytest
+import torch
+from material import tiny
+
+from hsa_mini import ChunkMemory
+
+T = 37  # 9 chunks of 4 tokens, and one token that waits
+
+
+def read(model, rows: int = 2, tokens: int = T) -> tuple[torch.Tensor, ChunkMemory]:
+    """Ids int64 [rows, tokens + 10], and the memory of the first `tokens`."""
+    ids = torch.randint(4096, (rows, tokens + 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return ids, model(ids[:, :tokens]).memory
+
+
+@torch.no_grad()
+def rest(model, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
+    """Logits of the ten tokens that follow."""
+    return model(ids[:, -10:], memory).logits
+
+
+@pytest.mark.parametrize("changes", [{}, dict(query_block=4), dict(tied=False)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 36, T])
+def test_a_memory_from_disk_goes_on_like_the_one_that_was_saved(tmp_path, changes, tokens):
+    model = tiny(**changes)
+    ids, memory = read(model, tokens=tokens)
+    memory.save(tmp_path / "memory")
+    loaded = ChunkMemory.load(tmp_path / "memory")
+    assert (loaded.position, loaded.chunks, loaded.batch) == (memory.position, memory.chunks, memory.batch)
+    assert torch.equal(rest(model, ids, loaded), rest(model, ids, memory))
+
+
+def test_what_is_written_into_a_mapped_memory_stays_out_of_the_file(tmp_path):
+    model = tiny()
+    ids, memory = read(model)
+    memory.save(tmp_path / "memory")
+    before = (tmp_path / "memory" / "memory.safetensors").read_bytes()
+    loaded = ChunkMemory.load(tmp_path / "memory")
+    loaded.replace(0, *(torch.zeros_like(store[:, :2]) for store in (loaded.k, loaded.v, loaded.landmarks)))
+    rest(model, ids, loaded)
+    assert not loaded.k[:, :2].any()
+    assert (tmp_path / "memory" / "memory.safetensors").read_bytes() == before
+
+
+def test_room_behind_the_chunks_is_not_written(tmp_path):
+    model = tiny()
+    roomy = ChunkMemory(model.config, reserve_tokens=100_000)
+    with torch.no_grad():
+        model(torch.randint(4096, (1, T)), roomy)
+    roomy.save(tmp_path / "memory")
+    assert (tmp_path / "memory" / "memory.safetensors").stat().st_size < 100_000
+
+
+def test_an_empty_or_altered_memory_is_refused(tmp_path):
+    model = tiny()
+    with pytest.raises(ValueError, match="^memory: got an empty one"):
+        ChunkMemory(model.config).save(tmp_path / "memory")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="^path: got .*memory, accepted is the folder of a checkpoint"):
+        ChunkMemory.load(tmp_path / "memory")
+    read(model)[1].save(tmp_path / "memory")
+    (tmp_path / "memory" / "position.json").write_text(json.dumps({"position": T + 4}))
+    with pytest.raises(ValueError, match="position.json does not match its manifest.json"):
+        ChunkMemory.load(tmp_path / "memory")
+
+
+def test_a_memory_of_another_configuration_is_refused_by_the_model(tmp_path):
+    read(tiny())[1].save(tmp_path / "memory")
+    with pytest.raises(ValueError, match="^memory: got one of another configuration"):
+        tiny(top_k=3)(torch.zeros(2, 1, dtype=torch.int64), ChunkMemory.load(tmp_path / "memory"))
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2], [0, 1, 2, 0, 1]])
+@pytest.mark.parametrize("changes", [{}, dict(query_block=4)], ids=str)
+def test_selected_sequences_go_on_as_themselves(rows, changes):
+    model = tiny(**changes)
+    ids, memory = read(model, rows=3)
+    _, alone = read(model, rows=3)
+    want = rest(model, ids, alone)[rows]
+    memory.select(torch.tensor(rows))
+    assert (rest(model, ids[rows], memory) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]])])
+def test_sequences_that_are_not_there_cannot_be_selected(rows):
+    with pytest.raises(ValueError, match="^rows: got .*, accepted are int64 .B'. of 0 to 2$"):
+        read(tiny(), rows=3)[1].select(rows)
