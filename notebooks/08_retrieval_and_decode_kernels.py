@@ -48,7 +48,8 @@ MEASURED = json.loads((data_dir() / "results" / "kernels.json").read_text())  # 
 # %% [markdown]
 # ## The table that must not exist
 #
-# The equation is that of notebook 03, Eq. (1), §2.2. Token $t$ scores all complete chunks, keeps the best $K$ and weighs them:
+# The equation is that of notebook 03, Eq. (1), §2.2. Token $t$ scores all complete chunks, keeps the best $K$ and weighs
+# them:
 #
 # $$s_{t,i} = \frac{Q^{slc}_t \cdot K^{slc}_i}{\sqrt{R}}, \qquad I_t = \text{the } K \text{ best}, \qquad
 # w_{t,i} = \mathrm{softmax}_{i \in I_t}(s_{t,i})$$
@@ -99,7 +100,8 @@ speed = MEASURED["ceilings"]
 compute, traffic = 2 * WIDTH / speed["flops_per_second"], 8 / speed["bytes_per_second"]
 scores_of_16M = (1 << 24) * ((1 << 24) // CHUNK)
 print("measured on:", MEASURED["hardware"])
-print(f"16M tokens: {scores_of_16M * compute:.1f} s to compute the scores, {scores_of_16M * traffic:.1f} s to write and read them")
+seconds = [f"{scores_of_16M * each:.1f} s" for each in (compute, traffic)]
+print(f"16M tokens: {seconds[0]} to compute the scores, {seconds[1]} to write and read them")
 print(f"the table costs {traffic / compute:.1f} times the arithmetic, at any length")
 
 # %%
@@ -201,8 +203,8 @@ print("of equals the newest   :", all(agrees((2 * x).round(), K=8, room=20) for 
 
 # %%
 def choices(log):
-    """How many chunks had been read at each choice: there the room became emptier."""
-    return [now[0] for before, now in zip(log, log[1:]) if now[1] < before[1]]
+    """How many chunks had been read at each choice: one came in, and the room is no fuller."""
+    return [now[0] for before, now in zip(log, log[1:]) if now[1] <= before[1]]
 
 
 # %%
@@ -243,7 +245,7 @@ def draw_stairs(axes, scores, log, shown=2500):
     axes.scatter(blue, scores[N - blue], s=7, color=BLUE, linewidths=0, label="came in")
     axes.step([x for x, _, _ in log] + [N], [y for *_, y in log] + [log[-1][2]], where="post", color=RED, lw=2, label="floor")
     axes.set(ylabel="score")
-    axes.legend(frameon=False, fontsize=10, ncols=3, loc="lower right")
+    axes.figure.legend(frameon=False, fontsize=10, ncols=3, loc="outside upper center")
 
 
 def draw_stream(figure, T, K, order):
@@ -262,7 +264,7 @@ def draw_stream(figure, T, K, order):
 
 explore(
     draw_stream,
-    alt="Above: scores as dots in the order of reading, a floor that rises in stairs. Below: the number of candidates, a sawtooth.",
+    alt="Above: scores as dots in the order of reading, and a floor that rises in stairs. Below: candidates, a sawtooth.",
     size=(8.5, 4.4),
     T=Control([(length_name(1 << n), 1 << n) for n in range(16, 25)], start=1 << 24, label="tokens T"),
     K=Control([4, 8, 16, 32, 64], start=64, label="chunks kept K"),
@@ -343,14 +345,23 @@ def largest(keys, K, known=0):
 # `cumsum` counts along the row, so `equal.cumsum(1) <= space` admits equals from the left until the space is used up.
 # They stand in the order in which they came: newest first.
 #
-# The six chunks by hand, newest first: 2, 2, 0, 0, 1, 2. **You should see** the first two kept. Then `True`: 1,000 rows
-# of 256 candidates, `largest` against `torch.topk`. Then the number of steps, and what the floor of an earlier choice
-# saves (here: the 64th of the first 192 candidates, known before the others came).
+# The six chunks by hand, newest first: 2, 2, 0, 0, 1, 2. **You should see** the first two kept, and the steps for $K = 2$
+# and for $K = 3$. For three of them some threshold is reached by exactly three, and the search stops early. For two there is
+# none, because three are equal: the search goes on to the last bit and finds the 2 itself.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 by_hand = torch.tensor([in_common[::-1]], dtype=torch.float32)
 print("kept of", by_hand[0].int().tolist(), "->", largest(keyed(by_hand), 2)[0][0].int().tolist())
+print("steps for K = 2 and K = 3:", [find_floor(keyed(by_hand), K)[1].item() for K in (2, 3)])
+
+# %% [markdown]
+# Now 1,000 rows of 256 candidates, `largest` against `torch.topk`. **You should see** `True`, and a number of steps well below
+# 32. The floor of an earlier choice saves half of them (here: the 64th of the first 192 candidates, known before the others
+# came).
+
+# %%
+# NBVAL_CHECK_OUTPUT
 rows = torch.randn(1000, 256, generator=random)
 kept, floor = largest(keyed(rows), KEPT)
 theirs = torch.zeros_like(kept).scatter_(1, rows.topk(KEPT).indices, True)
@@ -363,7 +374,8 @@ rounds = sum(range(1, 256 .bit_length()))
 print(f"rounds of a sorting network for 256 numbers: {rounds}")
 
 # %% [markdown]
-# Each step is a comparison and a sum. Each round of a sorting network moves half of the numbers to another place.
+# Each step is a comparison and a sum. Each round of a sorting network compares all numbers in pairs and lets those that stand
+# wrong change places: more rounds, and more to do in each.
 #
 # ### Move it
 #
@@ -402,7 +414,7 @@ def draw_steps(figure, K, candidates, known):
 
 explore(
     draw_steps,
-    alt="Bars over the steps of the search: the number of candidates whose key still lies between the bounds, with the bits left.",
+    alt="Bars over the steps of the search: how many candidates lie between the bounds, with the bits that are left.",
     size=(8.5, 3),
     K=Control((1, 64), start=64, label="chunks kept K"),
     candidates=Control([128, 192, 256, 512], start=256),
@@ -420,6 +432,12 @@ explore(
 
 
 # %%
+def empty_rooms(T, places):
+    """A room a token, [T, places]: keys, scores, and chunks counted from 1, so that 0 means nothing everywhere."""
+    whole = {name: torch.zeros(T, places, dtype=torch.int64) for name in ("key", "chunk")}
+    return whole | {"score": torch.zeros(T, places)}
+
+
 def put(room, count, mask, values):
     """Values [T, n], where the mask says so, into the next free places of their rows of the room [T, CAP]."""
     place = count[:, None] + mask.cumsum(1) - 1
@@ -447,8 +465,8 @@ def no_noise(position, chunk):
 
 
 def stream_tiles(queries, landmarks, chunk_size, K, position, tile=32, noise=no_noise):
-    """Rooms [T, 4K + tile] whose first K places hold key, score and chunk (counted from 1) of the K best; 0 for nothing."""
-    rooms = {name: torch.zeros(len(queries), 4 * K + tile).to(dtype) for name, dtype in ROOMS.items()}
+    """Rooms whose first K places hold the K best of every token."""
+    rooms = empty_rooms(len(queries), 4 * K + tile)
     count = floor = torch.zeros(len(queries), dtype=torch.int64)
     for n in torch.arange(len(landmarks)).flip(0).split(tile):  # the newest first
         scores = queries @ landmarks[n].T / queries.shape[1] ** 0.5  # [T, tile], forgotten at the end of the round
@@ -469,9 +487,6 @@ def retrieve_by_tiles(queries, landmarks, chunk_size, K, position, **options):
     indices, scores = rooms["chunk"][:, :K] - 1, rooms["score"][:, :K]
     empty = indices < 0
     return indices, scores.masked_fill(empty, -1e30).softmax(1).masked_fill(empty, 0.0)
-
-
-ROOMS = {"key": torch.int64, "score": torch.float32, "chunk": torch.int64}
 
 # %% [markdown]
 # ## The equality of this notebook
@@ -531,7 +546,8 @@ indices, weights = ask_kernel(*twelve, 4, 2, torch.arange(12))
 found = {chunk: round(weight, 2) for chunk, weight in zip(indices[11].tolist(), weights[11].tolist())}
 print("token 11 keeps", dict(sorted(found.items())))
 print("chunks kept by token 0 ... 11:", (indices >= 0).sum(1).tolist())
-print("kernel == our tiles (chunks, weights):", compare((indices, weights), retrieve_by_tiles(*twelve, 4, 2, torch.arange(12)), 3))
+ours = retrieve_by_tiles(*twelve, 4, 2, torch.arange(12))
+print("kernel == our tiles (chunks, weights):", compare((indices, weights), ours, 3))
 
 # %% [markdown]
 # Then a random text, long enough that rooms are sorted out on the way: 20 tokens at the end of 2,400, with 600 chunks to
@@ -550,7 +566,7 @@ print("kernel    == torch.topk (chunks, weights):", compare(kernel, table, 600))
 # %% [markdown]
 # The kernel is `_retrieve` in `kernels/hsa_kernels/retrieval.py`, and now you can read it. A program owns 16 tokens and
 # one head. `_put` is our `put`, `_choose` our `sort_out`, and `selection.py` holds `keyed` and `largest`. What is left to
-# say is for the machine: rooms lie in global memory but are small enough to stay in the cache, and a program is a single
+# say is for the machine: a room is a few hundred numbers in global memory, which caches hold well, and a program is a single
 # warp, so that nobody waits for anybody.
 #
 # Training needs gradients too. They flow through the weights alone: a query receives its $K$ kept landmarks, a landmark the
@@ -588,9 +604,10 @@ whole = noise_at(7, torch.arange(60), torch.arange(90))
 print("== reference       :", torch.equal(whole, gumbel_noise(7, torch.arange(60)[None], 1, 90)[0, :, 0]))
 for shape in ((16, 32), (7, 5), (60, 1)):
     print(f"tiles of {shape!s:8} :", torch.equal(whole, in_tiles(lambda t, n: noise_at(7, t, n), *shape)))
-ordinary = [torch.Generator().manual_seed(7) for _ in range(2)]
-in_order = torch.rand(60, 90, generator=ordinary[0])
-print("ordinary generator :", torch.equal(in_order, in_tiles(lambda t, n: torch.rand(len(t), len(n), generator=ordinary[1]), 16, 32)))
+in_order = torch.rand(60, 90, generator=torch.Generator().manual_seed(7))
+ordinary = torch.Generator().manual_seed(7)
+by_tiles = in_tiles(lambda t, n: torch.rand(len(t), len(n), generator=ordinary), 16, 32)
+print("ordinary generator :", torch.equal(in_order, by_tiles))
 
 # %% [markdown]
 # So the kernel makes the noise of a tile where the tile is, and no table of noise exists. Same seed, same choice:
@@ -668,9 +685,8 @@ sizes = [tuple(int(torch.randint(1, high, (), generator=random)) for high in (40
 rows = [(torch.randn(N + K, generator=random), K, tile) for N, K, tile in sizes]
 same = [set(best_by_tiles(x, K, tile).tolist()) == set(x.topk(K).indices.tolist()) for x, K, tile in rows]
 print("two rounds == torch.topk:", all(same))
-same = [
-    set(best_by_tiles(x.round(), K, tile).tolist()) == set(newest_top_k(x.round(), K).tolist()) for x, K, tile in rows
-]
+rounded = [(x.round(), K, tile) for x, K, tile in rows]
+same = [set(best_by_tiles(x, K, tile).tolist()) == set(newest_top_k(x, K).tolist()) for x, K, tile in rounded]
 print("of equals the newest    :", all(same))
 N, tile = (1 << 24) // CHUNK, 64
 print(f"looked at: {N // tile:,} maxima and {KEPT * tile:,} scores, of {N:,}")
@@ -680,8 +696,9 @@ print(f"looked at: {N // tile:,} maxima and {KEPT * tile:,} scores, of {N:,}")
 # ### Move it
 #
 # The proof as a picture. Dots: the scores of 1,024 chunks. Pale columns: the $K$ tiles of the best maxima, and rings: the
-# $K$ best chunks. The line is the least of the chosen maxima. **Outside the columns no dot lies above the line.** Move `K`
-# and the tile. Which tile leaves the fewest numbers to look at?
+# $K$ best chunks. The line is the least of the chosen maxima. **Outside the columns no dot lies above the line.** A column may
+# hold two rings, and then another holds none: it was chosen in vain, but nobody could know. Move `K` and the tile. Which
+# tile leaves the fewest numbers to look at?
 
 
 # %%
@@ -696,6 +713,7 @@ def draw_tiles(figure, K, tile, seed):
     axes.scatter(range(1024), scores, s=6, color=GREY, linewidths=0, label="a chunk")
     axes.scatter(kept, scores[kept], s=55, facecolors="none", edgecolors=BLUE, linewidths=1.8, label="kept")
     axes.set(xlabel="chunk", ylabel="score", xlim=(0, 1023))
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     looked = f"{1024 // tile} maxima and {K * tile} scores"
     return f"K = {K}, tiles of {tile}: looks at {looked}, {1024 // tile + K * tile} numbers in all."
@@ -703,11 +721,11 @@ def draw_tiles(figure, K, tile, seed):
 
 explore(
     draw_tiles,
-    alt="Scores of 1,024 chunks as dots, the chosen tiles as columns, the kept chunks in rings; no dot outside is above the line.",
+    alt="Scores of 1,024 chunks as dots, chosen tiles as columns, kept chunks in rings; outside no dot is above the line.",
     size=(8.5, 3.6),
-    K=Control((1, 16), start=6, label="chunks kept K"),
+    K=Control((1, 16), start=8, label="chunks kept K"),
     tile=Control([1, 2, 4, 8, 16, 32, 64], start=16, label="chunks a tile"),
-    seed=Control((0, 20), label="other scores"),
+    seed=Control((0, 20), start=12, label="other scores"),
 )
 
 # %% [markdown]
@@ -750,10 +768,18 @@ def behind_nan(x):
 
 
 options = {"chunk_size": 16, "top_k": 8, "offset": 16 * complete + 5}
-expected = reference.decode(asked[None, None, None], landmarks[None, :, None], q[None, None], k[None, :, :, None], v[None, :, :, None], **options)
+ask = asked[None, None, None], q[None, None]  # [B, T, J, R] and [B, T, H, D]
+plain = landmarks[None, :, None], k[None, :, :, None], v[None, :, :, None]  # [B, N, J, R] and [B, N, S, J, D]
+roomy = behind_nan(landmarks).unsqueeze(2), behind_nan(k).unsqueeze(3), behind_nan(v).unsqueeze(3)
+
+
+def ask_memory(operation, marks, keys, values, device):
+    return operation(*(x.to(device) for x in (ask[0], marks, ask[1], keys, values)), **options).cpu()
+
+
+expected = ask_memory(reference.decode, *plain, "cpu")
+kernel = ask_memory(hsa_kernels.decode, *roomy, DEVICE)
 ours = decode_in_phases(asked, landmarks, q, k, v, K=8)
-memory = [behind_nan(landmarks).unsqueeze(2), q[None, None], behind_nan(k).unsqueeze(3), behind_nan(v).unsqueeze(3)]
-kernel = hsa_kernels.decode(*(x.to(DEVICE) for x in (asked[None, None, None], *memory)), **options).cpu()
 print("two phases == reference:", torch.allclose(ours, expected[0, 0], atol=1e-5))
 print("kernel     == reference:", torch.allclose(kernel, expected, atol=1e-5))
 print("no NaN was touched     :", bool(kernel.isfinite().all()))
@@ -779,45 +805,54 @@ def floor_ms(row):
     return 2 * row["R"] * row["T"] // row["S"] / MEASURED["ceilings"]["bytes_per_second"] * 1e3
 
 
-sizes = {name: retrieve_rows[0][name] for name in ("S", "K", "R", "dtype", "choices")}
+sizes = {name: retrieve_rows[0][name] for name in ("S", "K", "R", "dtype")}
 print("stored, measured on:", MEASURED["hardware"], "with", ", ".join(f"{name} = {value}" for name, value in sizes.items()))
-print("\nretrieve, all tokens     kernel ms   portable ms   times    kernel's memory   the table")
+print("\nretrieve, all tokens   kernel, ms   portable, ms   times   kernel's memory    the table")
 for row in retrieve_rows:
     ms, portable, T = row["ms"], row["portable_ms"], row["T"]
-    table_bytes = size_name(bytes_of(T)["scores"])
-    print(f"{length_name(T):>14} tokens {ms:12.2f} {portable:13.2f} {portable / ms:7.1f} {size_name(row['peak_bytes']):>18} {table_bytes:>11}")
-print("\ndecode, one new token    kernel ms      floor ms   times")
+    memory = f"{size_name(row['peak_bytes']):>17} {size_name(bytes_of(T)['scores']):>12}"
+    print(f"{length_name(T):>14} tokens {ms:11.2f} {portable:14.2f} {portable / ms:7.1f} {memory}")
+print("\ndecode, one new token  kernel, us      floor, us   times")
 for row in decode_rows:
-    print(f"{length_name(row['T']):>14} tokens {row['ms']:12.4f} {row['floor_ms']:13.4f} {row['ms'] / row['floor_ms']:7.1f}")
-print("\nfloor by formula == stored floor:", all(abs(floor_ms(row) / row["floor_ms"] - 1) < 1e-6 for row in decode_rows))
+    us, floor = row["ms"] * 1e3, row["floor_ms"] * 1e3
+    print(f"{length_name(row['T']):>14} tokens {us:11.1f} {floor:14.2f} {us / floor:7.1f}")
+largest_rooms = size_name(hsa_kernels.retrieval.ROOMS_BYTES)
+print("\nrooms in the kernel's memory, at most:", largest_rooms)
+print("floor by formula == stored floor:", all(abs(floor_ms(row) / row["floor_ms"] - 1) < 1e-6 for row in decode_rows))
 
 # %% [markdown]
+# (1 us, a microsecond, is a thousandth of 1 ms. The kernel's memory is what it hands on, and the rooms. For short texts the
+# rooms are no smaller than the table would be, and the kernel is faster all the same.)
+#
 # "Portable" is the package's version in plain PyTorch, `hsa_mini.blockwise`: it never holds the whole table either, but it
 # writes the scores of a block of tokens and calls `topk` on them.
 
 
 # %%
-def draw_pairs(axes, rows, other, names, title):
+def draw_pairs(axes, rows, other, name, unit=1, ylabel="milliseconds"):
     """Two bars for each length, with a logarithmic axis: the kernel and what it is compared with."""
-    for shift, key, color, name in ((-0.2, "ms", BLUE, names[0]), (0.2, other, ORANGE, names[1])):
-        bars = axes.bar([i + shift for i in range(len(rows))], [row[key] for row in rows], 0.38, color=color, label=name)
-        axes.bar_label(bars, [f"{row[key]:.2g}" for row in rows], fontsize=10, padding=2)
+    for shift, key, color, label in ((-0.2, "ms", BLUE, "kernel"), (0.2, other, ORANGE, name)):
+        heights = [row[key] * unit for row in rows]
+        bars = axes.bar([i + shift for i in range(len(rows))], heights, 0.38, color=color, label=label)
+        axes.bar_label(bars, [f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in heights], fontsize=10, padding=2)
     axes.set_xticks(range(len(rows)), [f"{length_name(row['T'])} tokens" for row in rows])
-    axes.set(yscale="log", ylabel="milliseconds", title=title)
+    axes.set(yscale="log", ylabel=ylabel)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=10, loc="upper left")
+    axes.legend(frameon=False, fontsize=10, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 # %%
 figure = make_figure(10, 3.8)
 left, right = figure.subplots(1, 2)
-draw_pairs(left, retrieve_rows, "portable_ms", ("kernel", "plain PyTorch"), "retrieve, every token")
-draw_pairs(right, decode_rows, "floor_ms", ("kernel", "floor: landmarks read once"), "decode, one new token")
+draw_pairs(left, retrieve_rows, "portable_ms", "plain PyTorch")
+draw_pairs(right, decode_rows, "floor_ms", "floor: landmarks read once", unit=1e3, ylabel="microseconds")
+left.set_xlabel("retrieve, every token")
+right.set_xlabel("decode, one new token")
 figure.suptitle(f"stored measurements: {MEASURED['hardware']}", fontsize=11, color=GREY)
 show(
     figure,
-    "Stored measurements on the hardware in the title, milliseconds on a logarithmic axis. Left: the retrieval kernel stays "
+    "Stored measurements on the hardware in the title, time on a logarithmic axis. Left: the retrieval kernel stays "
     "far below plain PyTorch at every length. Right: decode takes nearly constant time until the floor comes close to it.",
 )
 
