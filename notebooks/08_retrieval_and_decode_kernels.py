@@ -258,8 +258,8 @@ def draw_stream(figure, T, K, order):
     bottom.set(xscale="log", xlim=(1, len(scores)), ylim=(0, 4.3 * K), xlabel="chunks read", ylabel="in the room")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    said = f"{len(log):,} of {len(scores):,} chunks came in, and the room was sorted out"
-    return f"T = {length_name(T)}, K = {K}: {said} {len(choices(log))} times."
+    said = f"{len(log):,} of {len(scores):,} chunks came in"
+    return f"T = {length_name(T)}, K = {K}: {said}; times that the room was sorted out: {len(choices(log)):,}."
 
 
 explore(
@@ -279,8 +279,8 @@ explore(
 # one sum. So we search for the threshold, and halve the range in which it lies. For halving, floats are awkward: half
 # of the range from $-3 \cdot 10^{38}$ to $3 \cdot 10^{38}$ is of no use for scores near 1.
 #
-# But look at the *bits* of a float32: sign, exponent, fraction. Among positive floats, more bits read as a whole number
-# mean a larger float. Among negative ones it is the other way round. So: **positive: set the first bit. Negative: flip all
+# But look at the *bits* of a float32: sign, exponent, fraction. Read the bits as a whole number: among positive
+# floats, the larger number is the larger float. Among negative ones it is the other way round. So: **positive: set the first bit. Negative: flip all
 # bits.** The outcome is a whole number, its **key**, in the same order as the float.
 
 
@@ -298,14 +298,14 @@ def unkeyed(key):
 
 
 # %% [markdown]
-# **You should see** keys that rise as the floats do, the same key for both zeros, and `True` three times. No float has
+# **You should see** keys that rise as the floats do, the same key for both zeros, and `True` three times. No number has
 # the key 0, not even $-\infty$: so 0 is free to mean "nothing here".
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for value in (-float("inf"), -1.0, -0.0, 0.0, 1 / 3, 2 / 3, 1.0, float("inf")):
     print(f"{value:6.2f} -> {keyed(torch.tensor(value)).item():08X}")
-x = torch.randn(100_000, generator=random) * 10 ** torch.randint(-30, 30, (100_000,), generator=random)
+x = torch.randn(100_000, generator=random) * 10.0 ** torch.randint(-30, 30, (100_000,), generator=random)
 print("sorted by key == sorted:", torch.equal(x[keyed(x).sort().indices], x.sort().values))
 print("there and back:", torch.equal(unkeyed(keyed(x)), x))
 print("nothing is below every float:", bool(keyed(torch.tensor(-float("inf"))) > 0))
@@ -313,14 +313,14 @@ print("nothing is below every float:", bool(keyed(torch.tensor(-float("inf"))) >
 # %% [markdown]
 # ## The K largest, by counting
 #
-# Two bounds for the floor: at least $K$ keys reach `low`, and fewer than $K$ exceed `high`. Ask for the middle, move one of
-# the bounds. The range is below $2^{32}$, so **32 steps are always enough**. And if exactly $K$ keys reach the middle, we
+# Two bounds for the floor: at least $K$ keys reach `low`, and fewer than $K$ reach any number above `high`. Ask for the
+# middle, move one of the bounds. The range is below $2^{32}$, so **32 steps are always enough**. And if exactly $K$ keys reach the middle, we
 # are done at once: it does not matter *where* between two keys the floor lies.
 
 
 # %%
 def find_floor(keys, K, known=0):
-    """A number [rows] that K keys of [rows, n] reach, 0 if there are fewer, and that fewer than K exceed; and the steps."""
+    """A number [rows] that K keys of [rows, n] reach and no other exceeds, 0 if there are fewer than K; and the steps."""
     low = torch.zeros_like(keys[:, 0]) + known  # what K keys are known to reach
     high, steps = torch.maximum(keys.amax(1), low), torch.zeros_like(low)
     while (high > low).any():
@@ -416,7 +416,7 @@ explore(
     draw_steps,
     alt="Bars over the steps of the search: how many candidates lie between the bounds, with the bits that are left.",
     size=(8.5, 3),
-    K=Control((1, 64), start=64, label="chunks kept K"),
+    K=Control((2, 64), start=64, label="chunks kept K"),
     candidates=Control([128, 192, 256, 512], start=256),
     known=Control(bool, label="known floor"),
 )
@@ -566,8 +566,8 @@ print("kernel    == torch.topk (chunks, weights):", compare(kernel, table, 600))
 # %% [markdown]
 # The kernel is `_retrieve` in `kernels/hsa_kernels/retrieval.py`, and now you can read it. A program owns 16 tokens and
 # one head. `_put` is our `put`, `_choose` our `sort_out`, and `selection.py` holds `keyed` and `largest`. What is left to
-# say is for the machine: a room is a few hundred numbers in global memory, which caches hold well, and a program is a single
-# warp, so that nobody waits for anybody.
+# say is for the machine: a room is a few hundred numbers in global memory, and a program is a single warp (32 threads that
+# go in step), so that nobody waits for anybody.
 #
 # Training needs gradients too. They flow through the weights alone: a query receives its $K$ kept landmarks, a landmark the
 # queries of all tokens that kept it. No table there either.
@@ -658,8 +658,9 @@ for dtype in (torch.float32, torch.float64):
 #
 # **Claim: nothing is missed.** Take a chunk outside the $K$ chosen tiles. Its score is at most the maximum of its own tile,
 # which was not chosen, so it is at most each of the $K$ chosen maxima. Those maxima are scores of $K$ different chunks, all
-# inside the chosen tiles. There are $K$ at least as good, so the $K$ best can be had without it. (And equals? Tiles
-# and chunks both stand newest first, and `largest` takes the first of equals, so the newest win in both rounds.)
+# inside the chosen tiles. There are $K$ at least as good, so the $K$ best can be had without it. (Fewer than $K$ tiles in
+# all? Then all are chosen. And equals? Tiles and chunks both stand newest first, and `largest` takes the first of equals, so
+# the newest win in both rounds.)
 
 
 # %%
@@ -787,9 +788,9 @@ print("no NaN was touched     :", bool(kernel.isfinite().all()))
 # %% [markdown]
 # ## How fast could it be?
 #
-# To know the best chunk, every landmark has to be looked at. So decode can never be faster than **reading the landmarks
-# once**: $2NR$ bytes in 16 bits, divided by the speed of memory. That is its *floor*. (The $K$ chunks themselves are next to
-# nothing for a long text.)
+# To know the best chunk, every landmark has to be looked at. If they come from memory and not from a cache, decode can never
+# be faster than **reading the landmarks once**: $2NR$ bytes in 16 bits, divided by the speed of memory. That is its *floor*.
+# (The $K$ chunks themselves are next to nothing for a long text.)
 #
 # What follows was **measured elsewhere and stored** with the repository, in `data/results/kernels.json`. The first
 # line says on what. **You should see** that our formula gives the stored floors, and two things about decode: for short
