@@ -279,9 +279,9 @@ explore(
 # one sum. So we search for the threshold, and halve the range in which it lies. For halving, floats are awkward: half
 # of the range from $-3 \cdot 10^{38}$ to $3 \cdot 10^{38}$ is of no use for scores near 1.
 #
-# But look at the *bits* of a float32: sign, exponent, fraction. Read the bits as a whole number: among positive
-# floats, the larger number is the larger float. Among negative ones it is the other way round. So: **positive: set the first bit. Negative: flip all
-# bits.** The outcome is a whole number, its **key**, in the same order as the float.
+# But look at the *bits* of a float32: sign, exponent, fraction. Read the bits as a whole number: among positive floats, the
+# larger number is the larger float. Among negative ones it is the other way round. So: **positive: set the first bit.
+# Negative: flip all bits.** The outcome is a whole number, its **key**, in the same order as the float.
 
 
 # %%
@@ -314,8 +314,8 @@ print("nothing is below every float:", bool(keyed(torch.tensor(-float("inf"))) >
 # ## The K largest, by counting
 #
 # Two bounds for the floor: at least $K$ keys reach `low`, and fewer than $K$ reach any number above `high`. Ask for the
-# middle, move one of the bounds. The range is below $2^{32}$, so **32 steps are always enough**. And if exactly $K$ keys reach the middle, we
-# are done at once: it does not matter *where* between two keys the floor lies.
+# middle, move one of the bounds. The range is below $2^{32}$, so **32 steps are always enough**. And if exactly $K$ keys
+# reach the middle, we are done at once: it does not matter *where* between two keys the floor lies.
 
 
 # %%
