@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import assert_close, random
 
+from hsa_kernels import selection
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.nn.rope import apply_rope, rope_table
 
@@ -167,6 +170,93 @@ def _layer(ours):
 def _by_chunk(indices, weights):
     """Slots [T, K] -> weight of each of 8 chunks [T, 8]; the order of slots is free."""
     return torch.zeros(len(indices), 9, dtype=weights.dtype).scatter_add(1, indices % 9, weights)
+
+
+@triton.jit
+def _select(x, keys, back, kept, floors, known, K: tl.constexpr, n: tl.constexpr):
+    row = tl.program_id(0)
+    o = row * n + tl.arange(0, n)[None, :]
+    b_key = selection.keyed(tl.load(x + o))
+    m_kept, b_floor = selection.largest(b_key, tl.load(known + row + tl.arange(0, 1)).to(tl.uint32), K)
+    tl.store(keys + o, b_key.to(tl.int64))
+    tl.store(back + o, selection.unkeyed(b_key))
+    tl.store(kept + o, m_kept.to(tl.int32))
+    tl.store(floors + row + tl.arange(0, 1), b_floor.to(tl.int64))
+
+
+def selected(x, K, known=None) -> tuple:
+    """What the kernels' `selection` makes of x [rows, n]: keys, floats again, which are the K largest, and the floor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = torch.zeros(len(x), dtype=torch.int64) if known is None else known
+    results = [torch.empty(x.shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.int32)]
+    floors = torch.empty(len(x), dtype=torch.int64, device=device)
+    _select[(len(x),)](x.to(device), *results, floors, known.to(device), K=K, n=x.shape[1])
+    return tuple(y.cpu() for y in (*results, floors))
+
+
+def _scores(rows=20, n=32):
+    """With equal ones, zeros of either sign, infinities and very small ones."""
+    x = random(rows, n).float()
+    x[:10] = x[:10].mul(2).round().div(2)
+    x[0, :8] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-42, -1e-42, 3e38, -3e38])
+    return x
+
+
+@twin("08_retrieval_and_decode_kernels", "keyed")
+def _keyed(ours):
+    assert torch.equal(ours(_scores()), selected(_scores(), 4)[0])
+
+
+@twin("08_retrieval_and_decode_kernels", "unkeyed")
+def _unkeyed(ours):
+    keys, back, *_ = selected(_scores(), 4)
+    assert torch.equal(ours(keys), back)
+
+
+@twin("08_retrieval_and_decode_kernels", "largest")
+def _largest(ours):
+    for K in (1, 5, 32):
+        keys, _, kept, floors = selected(_scores(), K)
+        got, floor = ours(keys, K)
+        assert torch.equal(got.int(), kept) and torch.equal(floor, floors)
+        *_, kept, higher = selected(_scores(), K, floors)
+        got, floor = ours(keys, K, floors)
+        assert torch.equal(got.int(), kept) and torch.equal(floor, higher)
+
+
+@twin("08_retrieval_and_decode_kernels", "stream_top_k")
+def _stream_top_k(ours):
+    for x in _scores():
+        for K, room in ((1, 2), (5, 9), (40, 50)):
+            kept = reference.retrieval.newest_top_k(x, min(K, len(x)))
+            assert sorted(ours(x.tolist(), K, room)[0]) == sorted(n for n in kept.tolist() if n >= 0 and x[n] > -float("inf"))
+
+
+@twin("08_retrieval_and_decode_kernels", "noise_at")
+def _noise_at(ours):
+    tokens, chunks = torch.tensor([3, 70_000, 2**24]), torch.tensor([8, 0, 5])
+    theirs = reference.noise.gumbel_noise(2**40 + 9, tokens[None], 1, 9)[0, :, 0, chunks]
+    assert torch.equal(ours(2**40 + 9, tokens, chunks), theirs)
+
+
+@twin("08_retrieval_and_decode_kernels", "retrieve_by_tiles")
+def _retrieve_by_tiles(ours):
+    queries, landmarks = random(30, 6).float(), random(8, 6, seed=1).float()
+    for top_k, tile, offset in ((1, 3, 0), (3, 8, 2), (10, 5, 9)):
+        indices, weights = ours(queries, landmarks, 4, top_k, offset + torch.arange(30), tile=tile)
+        options = dict(chunk_size=4, top_k=top_k, offset=offset)
+        theirs = reference.retrieve(queries[None, :, None], landmarks[None, :, None], **options)
+        assert_close(_by_chunk(indices, weights), _by_chunk(theirs[0][0, :, 0].long(), theirs[1][0, :, 0]), 1e-6)
+
+
+@twin("08_retrieval_and_decode_kernels", "decode_in_phases")
+def _decode_in_phases(ours):
+    asked, landmarks, q = random(6).float(), random(50, 6, seed=1).float(), random(4, 16, seed=2).float()
+    k, v = random(50, 4, 16, seed=3).float(), random(50, 4, 16, seed=4).float()
+    there = asked[None, None, None], landmarks[None, :, None], q[None, None], k[None, :, :, None], v[None, :, :, None]
+    for K, tile in ((1, 8), (7, 8), (50, 3)):
+        theirs = reference.decode(*there, chunk_size=4, top_k=K, offset=200)
+        assert_close(ours(asked, landmarks, q, k, v, K, tile), theirs[0, 0], 1e-6)
 
 
 @pytest.mark.parametrize("notebook, name, check", TWINS)
