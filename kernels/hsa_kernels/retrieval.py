@@ -2,7 +2,7 @@
 
 The chunks stream by, a tile at a time, the newest first. Every token puts those that may belong to its K best into a room of
 its own; when rooms are full the K best stay, of equal scores the first and so the newest, and the least of them is what later
-ones have to beat. Fewer and fewer do: on random scores the time between two choices grows threefold each time.
+ones have to exceed. Fewer and fewer do: on random scores rooms fill after ever longer stretches.
 
 Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a power of 2), N chunks, K
 chunks kept (KP padded), BT tokens a tile, BN chunks a tile, CAP candidates a room, ROWS rows at once.
