@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import assert_close, random, random_choice
 
-from hsa_kernels import by_chunk, by_token
+from hsa_kernels import backward, by_chunk, by_token, inverted_index
 from hsa_kernels.chunk_attention import _is_by_chunk
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.nn.rope import apply_rope, rope_table
@@ -217,6 +217,33 @@ def _takes_chunk_order(ours):
         seen.add(takes := _is_by_chunk(q, k, indices))
         assert ours(dict(T=T, H=16, J=J, D=128, S=64, K=K)) == takes, (T, J, K)
     assert seen == {False, True}
+
+
+@twin("07_backward_kernel", "gradients")
+def _gradients(ours):
+    q, k, v, indices, weights = _one_head(G=1)
+    grad_out = random(*q.shape, seed=9).float().to(DEVICE)
+    theirs = backward.backward(*_with_heads(q, k, v, indices, weights), grad_out[None], 0.3)
+    plain = ours(q[:, 0], k, v, indices, weights, grad_out[:, 0], 0.3)
+    for got, want in zip(plain, (theirs[0][0, :, 0], theirs[1][0, :, :, 0], theirs[2][0, :, :, 0], theirs[3][0, :, 0])):
+        assert_close(got, want, 2e-6)
+
+
+@twin("07_backward_kernel", "gradient_of_landmarks")
+def _gradient_of_landmarks(ours):
+    queries, landmarks = random(30, 6), random(8, 6, seed=1).requires_grad_()
+    indices, weights = reference.retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=3)
+    dweights = random(30, 3, seed=2)
+    (theirs,) = torch.autograd.grad(weights[0, :, 0], landmarks, dweights)
+    assert_close(ours(dweights, indices[0, :, 0], weights[0, :, 0].detach(), queries, 8), theirs, 1e-12)
+
+
+@twin("07_backward_kernel", "invert_by_hand")
+def _invert_by_hand(ours):
+    indices, _ = random_choice(1, 40, 1, 3, 7)
+    theirs = inverted_index.invert(indices, 7)
+    entries, starts = ours(indices[0, :, 0], 7)
+    assert torch.equal(entries, theirs.entries) and torch.equal(starts, theirs.starts)
 
 
 def _by_chunk(indices, weights):
