@@ -387,8 +387,8 @@ def draw_jobs(axes, order, indices, program):
     if not now:  # it adds up the slots of a token
         t = program - len(indices[indices >= 0].unique())
         axes.add_patch(Rectangle((t - 0.48, -0.5), 0.96, 8, fill=False, edgecolor=RED, linewidth=2))
-    axes.set(xlim=(-0.7, len(indices)), ylim=(7.6, -0.6), xlabel="token", ylabel="chunk", yticks=range(8), title=f"{order}: the jobs")
-    axes.spines[:].set_visible(False)
+    axes.set(xlim=(-0.7, len(indices)), ylim=(7.6, -0.6), yticks=range(8), xlabel="token", ylabel="chunk", frame_on=False)
+    axes.set_title(f"{order}: the jobs", fontsize=11)
 
 
 def draw_meter(axes, meters, what, order, program, unit):
@@ -636,8 +636,8 @@ for row in stored["rows"]:
 # ## Against full attention
 #
 # Full attention reads all earlier tokens. Its bill grows with T², ours with T·K. But its kernels are the best-tuned ones
-# there are, they use every byte so often that multiplying is their limit, and for a short text T² is small. So there must be a crossing. Here it is,
-# against two kernels of PyTorch: cuDNN's and FlashAttention-2, causal, 16 heads.
+# there are, they use every byte so often that multiplying is their limit, and for a short text T² is small. So there must
+# be a crossing. Here it is, against two kernels of PyTorch: cuDNN's and FlashAttention-2, causal, 16 heads.
 
 # %%
 figure = make_figure(9.5, 3.8)
@@ -665,8 +665,8 @@ print(f"full attention by cuDNN at {length_name(longest['T'])} runs at {share:.0
 
 # %% [markdown]
 # A dotted line stands at the first measured length from which on HSA is faster. Below it, HSA is *slower* than full
-# attention, and no kernel of this kind can change much about it: at 8K tokens half of all tokens keep every chunk they see.
-# Above, the gap doubles with every doubling of the text. Choosing the chunks costs time too, and is not in this picture.
+# attention: at 8K tokens half of all tokens keep every chunk they see, so there is little to save. Above, the gap about
+# doubles with every doubling of the text. Choosing the chunks costs time too, and is not in this picture.
 # [Notebook 08](08_retrieval_and_decode_kernels.ipynb) adds it.
 #
 # ### On your own GPU

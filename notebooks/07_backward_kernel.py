@@ -33,7 +33,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # has to be said before any kernel is imported
 
-from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.patches import Rectangle
 from torch.nn.functional import pad, rms_norm
 
 import hsa_kernels
@@ -300,7 +300,10 @@ def draw_learning(figure, history):
 history = teach()
 figure = make_figure(7.5, 2.8)
 draw_learning(figure, history)
-show(figure, "Two curves over forty steps: the weight of the chunk with the code rises from 0.82 towards 1, the share of 7 with it.")
+show(
+    figure,
+    "Two curves over forty steps: the weight of the chunk with the code rises from 0.82 towards 1, and with it the share of 7.",
+)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -520,7 +523,8 @@ def with_slots(q, k, v, indices, weights, g, arrival, size=4):
 # NBVAL_CHECK_OUTPUT
 exact = by_autograd(*example)
 single = [x.float() if x.is_floating_point() else x for x in example]
-arrivals = [lambda jobs, seed=seed: torch.randperm(jobs, generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(5)]
+seeded = [torch.Generator().manual_seed(seed) for seed in range(5)]
+arrivals = [lambda jobs, generator=generator: torch.randperm(jobs, generator=generator).tolist() for generator in seeded]
 for way in (with_atomics, with_slots):
     runs = [way(*single, arrival) for arrival in arrivals]
     right = all(torch.allclose(got.double(), want, atol=1e-4) for run in runs for got, want in zip(run, exact))
@@ -614,8 +618,8 @@ print(f"slots for all pairs of {length_name(both['T'])} tokens at once: {room:.0
 #
 # Every program loads its chunk's k and v once and hands over one part of dk and dv. So programs and loads are the same
 # number: with segments of 1 as many as there are entries, with segments of 32 one for each chunk that somebody chose. But
-# then all wait for the program of chunk 0. Short segments share the work evenly, long ones save bytes. With thousands of chunks there
-# is enough to do for all processors, and a segment may be long.
+# then all wait for the program of chunk 0. Short segments share the work evenly, long ones save bytes. With thousands of
+# chunks there is enough to do for all processors, and a segment may be long.
 #
 # ```python
 # for size in (1, 2, 4, 8, 32):

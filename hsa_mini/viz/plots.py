@@ -158,12 +158,12 @@ def roofline(ax: Axes, ceilings: dict, points: dict) -> None:
     ridge = flops / moved
     ends = np.array([min(*intensities, ridge) / 4, ridge, max(*intensities, ridge) * 4])
     ax.plot(ends, np.minimum(flops, ends * moved) / 1e12, color=INK, linewidth=2)
-    ax.axvline(ridge, color=GREY, linewidth=1, linestyle=":", zorder=0)
+    ax.axvline(ridge, ymax=0.83, color=GREY, linewidth=1, linestyle=":", zorder=0)
     looks = ((RED, "o"), (ORANGE, "s"), (BLUE, "^"), (GREEN, "D"), (PURPLE, "v"), (SKY, "P"))
     for (name, (flop, size, ms)), (color, mark) in zip(points.items(), looks):
         rate = min(flops, flop / size * moved) if ms is None else flop / ms * 1e3
-        face = "white" if ms is None else color
-        ax.plot(flop / size, rate / 1e12, mark, markersize=11, markerfacecolor=face, markeredgecolor=color, markeredgewidth=2, label=name)
+        look = dict(markersize=11, markerfacecolor="white" if ms is None else color, markeredgecolor=color, markeredgewidth=2)
+        ax.plot(flop / size, rate / 1e12, mark, label=name, **look)
     ax.text(ends[2], flops * 1.12 / 1e12, f"flat: multiplying, {flops / 1e12:.0f} TFLOP/s", ha="right", fontsize=10, color=INK)
     ax.text(0.02, 0.5, f"slope: memory, {moved / 1e12:.2f} TB/s", fontsize=10, color=INK, transform=ax.transAxes)
     ax.set_xscale("log", base=2)
