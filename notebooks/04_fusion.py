@@ -626,5 +626,5 @@ show(
 # 05](05_layer.ipynb) joins the two: a sliding window *with* positions, HSA *without* any, and shows why it has to be
 # this way round. About 25 minutes.
 #
-# How the loops above become a GPU kernel, and where the gradient formula returns, is for notebooks 06 and 07 (in
-# preparation).
+# How the loops above become a GPU kernel, and where the gradient formula returns, is for notebooks
+# [06](06_forward_kernel.ipynb) and [07](07_backward_kernel.ipynb).

@@ -618,5 +618,5 @@ explore(
 # This was the last notebook on the mechanism. You have every part, and the twelve tokens work. What is missing is speed:
 # our loops are slow, and so is plain PyTorch.
 #
-# Comes next: 06, *Where do the milliseconds go?* (in preparation). It turns chunk attention into a GPU kernel, line by
-# line, in about 30 minutes. Until then, `make demo` asks the same model for a needle in a million tokens.
+# [Notebook 06](06_forward_kernel.ipynb), *Where do the milliseconds go?*, turns chunk attention into a GPU kernel, line by
+# line, in about 30 minutes. Or see the same model find a needle in a million tokens: `make demo`.

@@ -3,17 +3,20 @@
 import ast
 import functools
 import io
+import linecache
 import re
 import tokenize
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import assert_close, random
+from helpers import assert_close, random, random_choice
 
-from hsa_kernels import selection
+from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
+from hsa_kernels.chunk_attention import _is_by_chunk
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.nn.rope import apply_rope, rope_table
 
@@ -51,8 +54,16 @@ def definitions(notebook: str) -> dict:
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     tree.body = [node for node in tree.body if isinstance(node, kept)]
     names: dict = {"__name__": notebook}
-    exec(compile(tree, f"{notebook}.py", "exec"), names)
+    with_source = traceable((FOLDER / f"{notebook}.py").read_text(encoding="utf-8"), notebook)
+    exec(compile(tree, with_source, "exec"), names)
     return names
+
+
+def traceable(text: str, name: str) -> str:
+    """A file name under which Python finds `text` again: on a GPU, Triton compiles a kernel from its source."""
+    name = f"<{name} {hash(text)}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    return name
 
 
 @twin("01_why", "full_attention")
@@ -165,6 +176,76 @@ def _layer(ours):
     for block in (block for block in model.upper if block.hsa is not None):
         theirs, _ = block(x, rope, None, lambda hsa, x: hsa(x, *chunks, position=0)[0])
         assert_close(ours(block, x, memory), theirs, 1e-12)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _one_head(T=24, K=3, N=5, S=16, G=3, D=16):
+    """One sequence with one key/value head in float32: q [T, G, D], k and v [N, S, D], indices and weights [T, K]."""
+    indices, weights = random_choice(1, T, 1, K, N, dtype=torch.float32)
+    q, k, v = random(T, G, D), random(N, S, D, seed=1), random(N, S, D, seed=2)
+    return [x.to(DEVICE) for x in (q.float(), k.float(), v.float(), indices[0, :, 0], weights[0, :, 0])]
+
+
+def _with_heads(q, k, v, indices, weights):
+    return q[None], k[None, :, :, None], v[None, :, :, None], indices[None, :, None], weights[None, :, None]
+
+
+@twin("06_forward_kernel", "run_token_kernel")
+def _run_token_kernel(ours):
+    q, k, v, indices, weights = _one_head(G=1)
+    theirs = by_token.forward(*_with_heads(q, k, v, indices, weights), 0.3)
+    assert_close(ours(q[:, 0].contiguous(), k, v, indices, weights, 0.3), theirs[0, :, 0], 2e-6)
+
+
+def _order(ours):
+    inputs = _one_head()
+    theirs = by_chunk.forward(*_with_heads(*inputs), inputs[0].shape[-1] ** -0.5)
+    assert_close(ours(definitions("06_forward_kernel")["Meter"](), *inputs), theirs[0], 2e-6)
+
+
+for _name in ("token_order", "block_order", "chunk_order"):
+    twin("06_forward_kernel", _name)(_order)
+
+
+@twin("06_forward_kernel", "takes_chunk_order")
+def _takes_chunk_order(ours):
+    seen = set()
+    for T, J, K in product((1024, 8192, 32768, 49152, 1 << 17, 1 << 20), (1, 2, 8, 16), (4, 64, 256)):
+        q, k, indices = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (
+            (1, T, 16, 128), (1, T // 64, 64, J, 128), (1, T, J, K)
+        ))  # fmt: skip
+        seen.add(takes := _is_by_chunk(q, k, indices))
+        assert ours(dict(T=T, H=16, J=J, D=128, S=64, K=K)) == takes, (T, J, K)
+    assert seen == {False, True}
+
+
+@twin("07_backward_kernel", "gradients")
+def _gradients(ours):
+    q, k, v, indices, weights = _one_head(G=1)
+    grad_out = random(*q.shape, seed=9).float().to(DEVICE)
+    theirs = backward.backward(*_with_heads(q, k, v, indices, weights), grad_out[None], 0.3)
+    plain = ours(q[:, 0], k, v, indices, weights, grad_out[:, 0], 0.3)
+    for got, want in zip(plain, (theirs[0][0, :, 0], theirs[1][0, :, :, 0], theirs[2][0, :, :, 0], theirs[3][0, :, 0])):
+        assert_close(got, want, 2e-6)
+
+
+@twin("07_backward_kernel", "gradient_of_landmarks")
+def _gradient_of_landmarks(ours):
+    queries, landmarks = random(30, 6), random(8, 6, seed=1).requires_grad_()
+    indices, weights = reference.retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=3)
+    dweights = random(30, 3, seed=2)
+    (theirs,) = torch.autograd.grad(weights[0, :, 0], landmarks, dweights)
+    assert_close(ours(dweights, indices[0, :, 0], weights[0, :, 0].detach(), queries, 8), theirs, 1e-12)
+
+
+@twin("07_backward_kernel", "invert_by_hand")
+def _invert_by_hand(ours):
+    indices, _ = random_choice(1, 40, 1, 3, 7)
+    theirs = inverted_index.invert(indices, 7)
+    entries, starts = ours(indices[0, :, 0], 7)
+    assert torch.equal(entries, theirs.entries) and torch.equal(starts, theirs.starts)
 
 
 def _by_chunk(indices, weights):
@@ -370,4 +451,4 @@ def test_two_exercises_with_folded_solutions_and_a_way_on(source):
 def test_solutions_run(source, capsys):
     names: dict = {"__name__": source.stem}
     for text in (code(source), *solutions(source)):
-        exec(compile(text, source.name, "exec"), names)
+        exec(compile(text, traceable(text, source.stem), "exec"), names)

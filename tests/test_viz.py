@@ -264,6 +264,34 @@ def test_cost_curves_draw_the_given_costs():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1K", "4K"]
 
 
+CEILINGS = {"flops_per_second": 8e14, "bytes_per_second": 4e12}
+
+
+def test_roofline_puts_work_where_it_was_measured_or_on_the_roof():
+    ax = axes()
+    plots.roofline(ax, CEILINGS, {"measured": (4e12, 1e11, 20.0), "slope": (1e12, 1e11, None), "flat": (1e15, 1e12, None)})
+    roof, _, measured, slope, flat = ax.lines
+    assert measured.get_xydata().tolist() == [[40, 200]]  # FLOP a byte; TFLOP a second
+    assert slope.get_xydata().tolist() == [[10, 40]] and flat.get_xydata().tolist() == [[1000, 800]]
+    assert (measured.get_markerfacecolor(), slope.get_markerfacecolor()) == (plots.RED, "white")
+    assert roof.get_xydata().tolist() == [[2.5, 10], [200, 800], [4000, 800]]
+    assert texts(ax) == ["flat: multiplying, 800 TFLOP/s", "slope: memory, 4.00 TB/s"]
+
+
+def test_crossover_draws_what_was_measured_and_says_from_where_on_hsa_is_faster():
+    rows = [
+        dict(T=T << 10, ms=ms, cudnn_ms=cudnn, fa2_ms=fa2)
+        for T, ms, cudnn, fa2 in ((16, 4.0, 3.0, 5.0), (4, 1.0, 0.1, 0.2), (8, 2.0, 1.0, 2.5), (64, 16.0, None, None))
+    ]
+    ax = axes()
+    plots.crossover(ax, rows, title="forward")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines["HSA"] == [[4096, 1], [8192, 2], [16384, 4], [65536, 16]]
+    assert lines["cuDNN (full)"] == [[4096, 0.1], [8192, 1], [16384, 3]]
+    assert texts(ax) == [" 8K"]  # than FlashAttention-2; cuDNN is faster wherever it was measured
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "16K"]
+
+
 @pytest.mark.parametrize("tokens, name", [(512, "512"), (4096, "4K"), (1 << 20, "1M"), (3 << 19, "1.5M"), (16 << 20, "16M")])
 def test_length_name(tokens, name):
     assert plots.length_name(tokens) == name

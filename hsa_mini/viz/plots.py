@@ -147,6 +147,64 @@ def cost_curves(ax: Axes, lengths, curves: dict, *, at: int | None = None, ylabe
     _plain(ax)
 
 
+def roofline(ax: Axes, ceilings: dict, points: dict) -> None:
+    """What a card can do at best, and where work stands: FLOP a second against FLOP for each byte moved.
+
+    ceilings: flops_per_second and bytes_per_second. points: name -> (FLOP, bytes, milliseconds); without milliseconds
+    (None) a hollow mark stands on the roof, where the ceilings would let it be.
+    """
+    flops, moved = ceilings["flops_per_second"], ceilings["bytes_per_second"]
+    intensities = [flop / size for flop, size, _ in points.values()]
+    ridge = flops / moved
+    ends = np.array([min(*intensities, ridge) / 4, ridge, max(*intensities, ridge) * 4])
+    ax.plot(ends, np.minimum(flops, ends * moved) / 1e12, color=INK, linewidth=2)
+    ax.axvline(ridge, ymax=0.83, color=GREY, linewidth=1, linestyle=":", zorder=0)
+    looks = ((RED, "o"), (ORANGE, "s"), (BLUE, "^"), (GREEN, "D"), (PURPLE, "v"), (SKY, "P"))
+    for (name, (flop, size, ms)), (color, mark) in zip(points.items(), looks):
+        rate = min(flops, flop / size * moved) if ms is None else flop / ms * 1e3
+        look = dict(markersize=11, markerfacecolor="white" if ms is None else color, markeredgecolor=color, markeredgewidth=2)
+        ax.plot(flop / size, rate / 1e12, mark, label=name, **look)
+    ax.text(ends[2], flops * 1.12 / 1e12, f"flat: multiplying, {flops / 1e12:.0f} TFLOP/s", ha="right", fontsize=10, color=INK)
+    ax.text(0.02, 0.5, f"slope: memory, {moved / 1e12:.2f} TB/s", fontsize=10, color=INK, transform=ax.transAxes)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    ax.set(xlabel="FLOP for each byte moved", ylabel="TFLOP a second", ylim=(None, flops * 2 / 1e12))
+    ax.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=10, loc="lower right")
+    _plain(ax)
+
+
+def crossover(ax: Axes, rows: list[dict], *, title: str = "") -> None:
+    """Milliseconds against tokens: HSA beside full attention, rows of one `op` with T, ms, cudnn_ms and fa2_ms (or None).
+
+    A dotted line stands at the first measured length from which on HSA is faster.
+    """
+    rows = sorted(rows, key=lambda row: row["T"])
+    for key, name, color, line, mark in (
+        ("fa2_ms", "FlashAttention-2 (full)", ORANGE, "--", "s"),
+        ("cudnn_ms", "cuDNN (full)", RED, "-.", "^"),
+        ("ms", "HSA", BLUE, "-", "o"),
+    ):
+        measured = [row for row in rows if row[key] is not None]
+        xs, ys = [row["T"] for row in measured], [row[key] for row in measured]
+        ax.plot(xs, ys, color=color, linestyle=line, marker=mark, markersize=5, linewidth=2, label=name)
+        slower = [row["T"] for row in measured if row["ms"] >= row[key]]
+        faster = [T for T in xs if T > max(slower, default=0)]
+        if key != "ms" and faster:
+            ax.axvline(faster[0], ymax=0.72, color=color, linewidth=1.2, linestyle=":", zorder=0)  # the legend is above
+            ax.text(faster[0], 0.02, f" {length_name(faster[0])}", color=INK, fontsize=10, transform=ax.get_xaxis_transform())
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    doubled = [row["T"] for row in rows if row["T"] & (row["T"] - 1) == 0][::2]
+    ax.set_xticks(doubled, [length_name(T) for T in doubled])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    ax.set(xlabel="tokens", ylabel="milliseconds", title=title)
+    ax.legend(frameon=False, fontsize=10, loc="upper left")
+    _plain(ax)
+
+
 def length_name(tokens: int) -> str:
     """4096 -> 4K, 16777216 -> 16M."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
