@@ -23,7 +23,7 @@
 #
 # **Time:** 35 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 03](03_retrieval.ipynb), and
 # Triton, which on Linux comes with the rest. No GPU: Triton's interpreter runs the same kernels on the processor, slowly.
-# Notebook 06 says more about kernels, but nothing here depends on it.
+# [Notebook 06](06_forward_kernel.ipynb) says more about kernels, but nothing here depends on it.
 
 # %%
 import json

@@ -44,6 +44,14 @@ def test_every_token_chooses_different_chunks(bench):
     assert all(len(set(row)) == 8 for row in indices[0, :, 0].tolist())
 
 
+def test_pictures_are_drawn_from_the_stored_measurements(bench, tmp_path):
+    stored = json.loads((ROOT / "data/results/kernels.json").read_text())
+    paths = bench.draw(stored, tmp_path)
+    assert [path.name for path in paths] == ["kernels_crossover.png", "kernels_roofline.png"]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG") and (ROOT / "data/results" / path.name).exists()
+
+
 @pytest.mark.parametrize("words, message", [(["--device", "x"], "--device: got 'x'"), (["--out", "."], "--out: got .")])
 def test_wrong_input_is_one_line(bench, capfd, words, message):
     with pytest.raises(SystemExit) as stop:

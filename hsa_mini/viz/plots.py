@@ -160,17 +160,18 @@ def roofline(ax: Axes, ceilings: dict, points: dict) -> None:
     ax.plot(ends, np.minimum(flops, ends * moved) / 1e12, color=INK, linewidth=2)
     ax.axvline(ridge, ymax=0.83, color=GREY, linewidth=1, linestyle=":", zorder=0)
     looks = ((RED, "o"), (ORANGE, "s"), (BLUE, "^"), (GREEN, "D"), (PURPLE, "v"), (SKY, "P"))
-    for (name, (flop, size, ms)), (color, mark) in zip(points.items(), looks):
-        rate = min(flops, flop / size * moved) if ms is None else flop / ms * 1e3
+    rates = [min(flops, flop / size * moved) if ms is None else flop / ms * 1e3 for flop, size, ms in points.values()]
+    for (name, (flop, size, ms)), rate, (color, mark) in zip(points.items(), rates, looks):
         look = dict(markersize=11, markerfacecolor="white" if ms is None else color, markeredgecolor=color, markeredgewidth=2)
         ax.plot(flop / size, rate / 1e12, mark, label=name, **look)
     ax.text(ends[2], flops * 1.12 / 1e12, f"flat: multiplying, {flops / 1e12:.0f} TFLOP/s", ha="right", fontsize=10, color=INK)
-    ax.text(0.02, 0.5, f"slope: memory, {moved / 1e12:.2f} TB/s", fontsize=10, color=INK, transform=ax.transAxes)
+    low = ends[0] * moved / 1e12
+    ax.text(ends[0] * 1.2, low, f"slope: memory, {moved / 1e12:.2f} TB/s", va="top", fontsize=10, color=INK)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
     ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    ax.set(xlabel="FLOP for each byte moved", ylabel="TFLOP a second", ylim=(None, flops * 2 / 1e12))
+    ax.set(xlabel="FLOP for each byte moved", ylabel="TFLOP a second", ylim=(min(low, *(rate / 1e12 for rate in rates)) / 3, flops * 2 / 1e12))
     ax.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=10, loc="lower right")
     _plain(ax)
 
@@ -259,6 +260,11 @@ def save_needle_strip(path: Path, finding, title: str) -> None:
     figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
     needle_strip(figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size)
     figure.suptitle(title, fontsize=13, parse_math=False)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """A figure as PNG; the file appears whole or not at all."""
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     write_whole(path, image.getvalue())

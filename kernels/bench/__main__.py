@@ -163,6 +163,28 @@ def run_on_gpu(device: torch.device) -> tuple[dict, str]:
     return {**found, "rows": rows, "window_rows": windows}, text
 
 
+def draw(result: dict, folder: Path) -> list[Path]:
+    """The crossover with full attention, and the roofline, as pictures in `folder`."""
+    from floors import needed
+    from matplotlib.figure import Figure
+
+    from hsa_mini.viz.plots import crossover, length_name, roofline, save_figure
+
+    shown = [row for row in result["rows"] if row["op"].startswith("forward") and (row["choices"], row["J"]) == ("random", 1)]
+    both = Figure(figsize=(10, 3.8), layout="constrained")
+    for ax, op in zip(both.subplots(1, 2), ("forward", "forward_backward")):
+        crossover(ax, [row for row in shown if row["op"] == op], title=op.replace("_", " + "))
+    one = Figure(figsize=(8, 4.2), layout="constrained")
+    some = [row for row in shown if row["T"] in (16384, 131072)]
+    points = {f"{row['op'].replace('_', ' + ')}, {length_name(row['T'])}": (*needed(row), row["ms"]) for row in some}
+    roofline(one.subplots(), result["ceilings"], points)
+    paths = []
+    for name, figure in (("kernels_crossover", both), ("kernels_roofline", one)):
+        paths.append(folder / f"{name}.png")
+        save_figure(paths[-1], figure)
+    return paths
+
+
 def main(words: list[str] | None = None) -> int:
     parser = Parser(prog="kernels/bench", description="Time the operations of hierarchical sparse attention.")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -181,7 +203,8 @@ def main(words: list[str] | None = None) -> int:
         return 130
     print(text)
     write_whole(out, (json.dumps({**provenance.record(device), "seed": SEED, **result}, indent=1) + "\n").encode())
-    print(f"written to {out}")
+    pictures = draw(result, out.parent) if device.type == "cuda" else []
+    print(f"written to {', '.join(map(str, [out, *pictures]))}")
     return 0
 
 
