@@ -266,7 +266,7 @@ explore(
     draw_stream,
     alt="Above: scores as dots in the order of reading, and a floor that rises in stairs. Below: candidates, a sawtooth.",
     size=(8.5, 4.4),
-    T=Control([(length_name(1 << n), 1 << n) for n in range(16, 25)], start=1 << 24, label="tokens T"),
+    T=Control([(length_name(1 << n), 1 << n) for n in range(16, 25)], start=1 << 22, label="tokens T"),
     K=Control([4, 8, 16, 32, 64], start=64, label="chunks kept K"),
     order=Control(["random", "fall with age", "rise with age"], label="scores"),
 )
