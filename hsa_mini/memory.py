@@ -80,7 +80,7 @@ class ChunkMemory:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these sequences of the batch, in this order: rows int64 [B'], repeats allowed, as beam search needs."""
-        if rows.dtype != torch.int64 or rows.dim() != 1 or not 0 <= int(rows.min()) <= int(rows.max()) < (self.batch or 0):
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < (self.batch or 0):
             raise ValueError(f"rows: got {rows.tolist()} {rows.dtype}, accepted are int64 [B'] of 0 to {(self.batch or 0) - 1}")
         self._stores = tuple(store[rows] for store in self._stores)
         self.partial = self.partial[rows]

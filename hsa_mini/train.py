@@ -58,10 +58,11 @@ class Recipe:
         return self.learning_rate * min((step + 1) / self.warmup, left, 1.0)
 
 
+_MINI = Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7)
 RECIPES = {
     "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
-    "mini": Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7),
-    "mini_moe": Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7),
+    "mini": _MINI,
+    "mini_moe": _MINI,
 }
 
 

@@ -41,7 +41,7 @@ from hsa_mini.paths import data_dir
 from hsa_mini.reference.noise import gumbel_noise, philox
 from hsa_mini.reference.retrieval import newest_top_k
 from hsa_mini.viz import Control, explore, make_figure, plots, show
-from hsa_mini.viz.plots import BLUE, GREY, INK, ORANGE, PALE, RED, length_name
+from hsa_mini.viz.plots import BLUE, GREY, INK, ORANGE, RED, length_name
 
 MEASURED = json.loads((data_dir() / "results" / "kernels.json").read_text())  # stored: see the end of this notebook
 

@@ -81,6 +81,15 @@ def test_gradients_over_several_tiles_launches_and_segments(monkeypatch, slots_b
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("way", [by_chunk, by_token])
+def test_both_ways_equal_the_reference(monkeypatch, way):
+    for name, value in dict(TILE=4, LONGEST_TILE=4, SEGMENT=3, SLOTS_BYTES=4000).items():
+        monkeypatch.setattr(slots, name, value)
+    inputs = attention_inputs(B=2, T=11, J=2, G=3, D=24, N=5, S=24, K=3)
+    got = way.forward(*inputs.values(), 24**-0.5)
+    assert error(got, reference.chunk_attention(**exact(inputs))) < 2e-6
+
+
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])
 def test_nothing_to_attend_to(T, N, K):
     inputs = attention_inputs(T=T, N=N, K=K)
@@ -180,7 +189,8 @@ def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
     for row in range(rows):
         (b, p, j), n = (row // N // 2 // tiles, row // N // 2 % tiles, row // N % 2), row % N
         first, last = index.starts[row], index.starts[row + 1]
-        want = [e for e, chunk in enumerate(flat) if chunk == n and (e // K // 2 // T, e // K // 2 % T // tile, e // K % 2) == (b, p, j)]
+        own = [(e // K // 2 // T, e // K // 2 % T // tile, e // K % 2, chunk) for e, chunk in enumerate(flat)]
+        want = [e for e, place in enumerate(own) if place == (b, p, j, n)]
         assert index.entries[first:last].tolist() == want  # by token: always in the same order
         mine = slice(segments.starts[row], segments.starts[row + 1])
         assert segments.owners[mine].tolist() == [row] * -(-len(want) // size)

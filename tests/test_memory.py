@@ -89,7 +89,7 @@ def test_selected_sequences_go_on_as_themselves(rows, changes):
     assert (rest(model, ids[rows], memory) - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("rows", [torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]])])
+@pytest.mark.parametrize("rows", [torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([]).long()])
 def test_sequences_that_are_not_there_cannot_be_selected(rows):
     with pytest.raises(ValueError, match="^rows: got .*, accepted are int64 .B'. of 0 to 2$"):
         read(tiny(), rows=3)[1].select(rows)

@@ -51,7 +51,10 @@ def test_the_override_ends_with_its_block():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("T", "P", "W"), [(1, 0, 1), (300, 0, 128), (300, 63, 64), (512, 0, 512), (129, 399, 400), (700, 37, 129), (128, 5, 1000)])
+@pytest.mark.parametrize(
+    ("T", "P", "W"),
+    [(1, 0, 1), (300, 0, 128), (300, 63, 64), (512, 0, 512), (129, 399, 400), (700, 37, 129), (128, 5, 1000)],
+)
 def test_the_mask_of_blocks_is_the_window(T, P, W):
     mask = flex_window.block_mask(T, P, W, torch.device("cpu"))
     side, rows, columns = flex_window.BLOCK, -(-T // flex_window.BLOCK), -(-(P + T) // flex_window.BLOCK)

@@ -171,7 +171,8 @@ def roofline(ax: Axes, ceilings: dict, points: dict) -> None:
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
     ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    ax.set(xlabel="FLOP for each byte moved", ylabel="TFLOP a second", ylim=(min(low, *(rate / 1e12 for rate in rates)) / 3, flops * 2 / 1e12))
+    lowest = min(low, *(rate / 1e12 for rate in rates))
+    ax.set(xlabel="FLOP for each byte moved", ylabel="TFLOP a second", ylim=(lowest / 3, flops * 2 / 1e12))
     ax.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=10, loc="lower right")
     _plain(ax)
 

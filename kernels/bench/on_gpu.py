@@ -133,7 +133,7 @@ def captured(call: Callable[[int], object]) -> float:
     return measure(graph.replay, DEVICE)[0] / REPLAYS
 
 
-def decode_row(tokens: int, copy_bytes_per_ms: float, R: int = 128) -> dict:
+def decode_row(tokens: int, bytes_per_second: float, R: int = 128) -> dict:
     """One new token behind so many; `floor_ms` is the time of reading the landmarks once at the measured copy speed."""
     shape = Shape(T=tokens)
     asked, q = normal(1, 1, 1, R), normal(1, 1, shape.H, shape.D)
@@ -144,7 +144,7 @@ def decode_row(tokens: int, copy_bytes_per_ms: float, R: int = 128) -> dict:
     options = dict(chunk_size=shape.S, top_k=shape.K, offset=offset)
     ms = captured(lambda i: hsa_kernels.decode(asked, landmarks[i % copies], q, k, v, **options))
     row = {"op": "decode", **asdict(shape), "R": R, "dtype": "bfloat16", "choices": "random", "ms": ms}
-    return row | {"cudnn_ms": None, "fa2_ms": None, "floor_ms": shape.N * R * 2 / copy_bytes_per_ms, "peak_bytes": None}
+    return row | {"cudnn_ms": None, "fa2_ms": None, "floor_ms": shape.N * R * 2 / bytes_per_second * 1e3, "peak_bytes": None}
 
 
 def window_rows() -> Iterator[dict]:
@@ -169,14 +169,8 @@ def ceilings() -> dict:
     return {"flops_per_second": 2 * 8192**3 / product * 1e3, "bytes_per_second": 2 * source.nbytes / copy * 1e3}
 
 
-def steps(found: dict) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """What is measured, in order: a name for people, and what yields its rows. `found["ceilings"]` comes first."""
-
-    def measured_ceilings():
-        found["ceilings"] = ceilings()
-        return iter(())
-
-    yield "ceilings", measured_ceilings
+def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
+    """What is measured, in order: a name for people, and what yields its rows; `bytes_per_second` is a copy's, of `ceilings`."""
     for T in LENGTHS:
         shape = Shape(T)
         yield f"random choices, {T:,} tokens", lambda shape=shape: attention_rows(
@@ -197,5 +191,5 @@ def steps(found: dict) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
     for T in RETRIEVED:
         yield f"retrieve, {T:,} tokens", lambda T=T: iter([retrieve_row(Shape(T))])
     for T in REMEMBERED:
-        yield f"decode behind {T:,} tokens", lambda T=T: iter([decode_row(T, found["ceilings"]["bytes_per_second"] / 1e3)])
+        yield f"decode behind {T:,} tokens", lambda T=T: iter([decode_row(T, bytes_per_second)])
     yield "windows", window_rows

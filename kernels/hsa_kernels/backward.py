@@ -119,12 +119,11 @@ def backward(
     parts = q.new_empty(choices.together * choices.segments_of_tile, 2, S, D, dtype=torch.float32)
     grad_q, grad_kv = torch.empty_like(q), q.new_zeros(2, *k.shape, dtype=torch.float32)
     sorted_grad_weights = torch.zeros_like(choices.weights)
-    options = dict(num_warps=4 if sizes.tile_bytes <= 1 << 14 else 8, num_stages=2 if sizes.tile_bytes <= 1 << 15 else 1)
     for launch in choices:
         _backward[launch.grid](
             q, k, v, grad_out, choices.rows, choices.weights, *choices.arguments, choices.slots, parts, sorted_grad_weights,
             k.stride(0), v.stride(0), scale * LOG2_E, *launch.lists, choices.tiles, N, SIZE=slots.SEGMENT,
-            HP=max(sizes.DP // 2, 16), **sizes.constants(), **options,
+            HP=max(sizes.DP // 2, 16), **sizes.constants(), **sizes.options(),
         )  # fmt: skip
         choices.sum_slots(launch, grad_q, scale)
         _sum_segments[B * J * N, 2](
@@ -132,4 +131,4 @@ def backward(
             J=J, D=D, S=S, DP=sizes.DP, SP=sizes.SP,
         )  # fmt: skip
     grad_k, grad_v = (grad.to(q.dtype, copy=True) for grad in grad_kv)  # results of an operator share no memory
-    return grad_q, grad_k, grad_v, sorted_grad_weights[choices.index.places].view_as(weights)
+    return grad_q, grad_k, grad_v, sorted_grad_weights[choices.places].view_as(weights)

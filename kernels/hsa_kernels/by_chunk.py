@@ -55,11 +55,10 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
     choices, sizes, out = Choices(q, k, indices, weights), Sizes.of(q, k), torch.empty_like(q)
-    options = dict(num_warps=4 if sizes.tile_bytes <= 1 << 14 else 8, num_stages=2 if sizes.tile_bytes <= 1 << 15 else 1)
     for launch in choices:
         _forward_by_chunk[launch.grid](
             q, k, v, choices.rows, choices.weights, *choices.arguments, choices.slots, k.stride(0), v.stride(0), scale * LOG2_E,
-            *launch.lists, choices.tiles, choices.N, SIZE=slots.SEGMENT, **sizes.constants(), **options,
+            *launch.lists, choices.tiles, choices.N, SIZE=slots.SEGMENT, **sizes.constants(), **sizes.options(),
         )  # fmt: skip
         choices.sum_slots(launch, out)
     return out

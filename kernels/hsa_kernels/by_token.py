@@ -68,9 +68,7 @@ def forward(
     sizes = sizes._replace(M=tokens_of_block(sizes, K))
     lists = merge(indices, weights, k.shape[1], sizes.M)
     # of 3 stages 2 pairs of tiles are under way; with 168 registers a thread leaves room for what else a processor can hold
-    options = dict(num_warps=4, num_stages=3, maxnreg=168)
-    if sizes.tile_bytes > 1 << 14:
-        options = dict(num_warps=8, num_stages=2 if sizes.tile_bytes <= 1 << 15 else 1)
+    options = sizes.options() | (dict(num_stages=3, maxnreg=168) if sizes.is_small else {})
     _forward[triton.cdiv(T, sizes.M), J, B](
         q, k, v, *lists, out, k.stride(0), v.stride(0), scale * LOG2_E, T, L=sizes.M * K, **sizes.constants(), **options
     )  # fmt: skip

@@ -12,12 +12,18 @@ class InvertedIndex(NamedTuple):
     """One list for every chunk and tile: list (p*J + j)*N + n is chunk n of head j, as the tokens of tile p chose it.
 
     entries int64 [E]: ((b*T + t)*J + j)*K + slot, by list, then by token; empty slots last. starts int64 [P*J*N + 1]: where a
-    list begins. places int64 [E]: where an entry stands in `entries`.
+    list begins.
     """
 
     entries: torch.Tensor
     starts: torch.Tensor
-    places: torch.Tensor
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where an entry stands in `entries`: int64 [E]."""
+        places = torch.empty_like(self.entries)
+        places[self.entries] = torch.arange(len(places), device=places.device)
+        return places
 
 
 def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> InvertedIndex:
@@ -35,9 +41,7 @@ def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> Inver
     first = (tile_of[:, :, None, None] * J + torch.arange(J, **count)[:, None]) * chunks  # [B, T, J, 1]
     keys = torch.where((indices >= 0) & (indices < chunks), first + indices, lists)
     keys, entries = keys.flatten().sort(stable=True)
-    places = torch.empty_like(entries)
-    places[entries] = torch.arange(len(entries), device=indices.device)
-    return InvertedIndex(entries, torch.searchsorted(keys, torch.arange(lists + 1, **count)), places)
+    return InvertedIndex(entries, torch.searchsorted(keys, torch.arange(lists + 1, **count)))
 
 
 class Segments(NamedTuple):

@@ -63,7 +63,8 @@ def _put(room, o_row, b_place, mask, b_key, b_n, b_s, BT: tl.constexpr, CAP: tl.
 def _retrieve(
     retrieval_q, landmarks, offsets, indices, scores, rooms, stride_l, offset, step, seed, first, T, N, chunk_size,
     exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
+    OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_t, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_t, o_r, o_k = first + i_t * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, KP)

@@ -62,8 +62,8 @@ class Launch(NamedTuple):
 class Choices:
     """All choices, sorted by tile of tokens and chunk, and the launches that work through them.
 
-    rows int32 [E]: which row of [B*T*J] made a choice; weights fp32 [E]: its weight; slots: room for the results of a launch;
-    arguments: what a kernel needs to find its segment.
+    rows int32 [E]: which row of [B*T*J] made a choice; weights fp32 [E]: its weight; places int64 [E]: where the choice of a slot
+    stands among them; slots: room for the results of a launch; arguments: what a kernel needs to find its segment.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
@@ -72,15 +72,15 @@ class Choices:
         self.B, self.T, self.J, self.K, self.N, self.GD = B, T, J, K, N, q.shape[2] // J * D
         self.tile = min(max(TILE, triton.next_power_of_2(CHOICES * N // K)), LONGEST_TILE, T)
         self.tiles = triton.cdiv(T, self.tile)
-        self.index = invert(indices, N, self.tile)
-        self.segments = cut(self.index, SEGMENT)
-        self.rows, self.weights = (self.index.entries // K).int(), weights.flatten()[self.index.entries]
+        index = invert(indices, N, self.tile)
+        self.starts, self.places, self.segments = index.starts, index.places, cut(index, SEGMENT)
+        self.rows, self.weights = (index.entries // K).int(), weights.flatten()[index.entries]
         choices = self.tile * J * K
         self.segments_of_tile = min(J * N, choices) + choices // SEGMENT
         room = max(choices * self.GD * q.element_size(), self.segments_of_tile * 2 * S * D * 4)  # of slots; of dk and dv
         self.together = min(max(SLOTS_BYTES // room, 1), B * self.tiles)
         self.slots = q.new_empty(min(self.together * choices, B * T * J * K) * self.GD)
-        self.arguments = (self.index.starts, *self.segments)
+        self.arguments = (self.starts, *self.segments)
 
     def __iter__(self) -> Iterator[Launch]:
         for first in range(0, self.B * self.tiles, self.together):
@@ -95,6 +95,6 @@ class Choices:
 
         first, BD = token(launch.first), min(1024, triton.next_power_of_2(self.GD))
         _sum_slots[(token(launch.last) - first) * self.J, triton.cdiv(self.GD, BD)](
-            self.index.places, self.index.starts, self.slots, out, scale, first * self.J, *launch.lists,
+            self.places, self.starts, self.slots, out, scale, first * self.J, *launch.lists,
             GD=self.GD, K=self.K, BK=8, BD=BD,
         )  # fmt: skip

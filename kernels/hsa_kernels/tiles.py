@@ -44,6 +44,15 @@ class Sizes(NamedTuple):
         """Of a chunk's tile of k or v."""
         return self.SP * self.DP * self.dtype.itemsize
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a tile is at most one of 64 tokens of 128 numbers in 16 bits."""
+        return self.tile_bytes <= 1 << 14
+
+    def options(self) -> dict:
+        """Warps, and stages of the pipeline: two where the tiles of two steps fit into shared memory."""
+        return dict(num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1)
+
     def constants(self) -> dict:
         sizes = self._asdict()
         return sizes | {"PRECISION": precision(sizes.pop("dtype"))}
