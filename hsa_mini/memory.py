@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import ops
 from .config import HSAConfig
 from .nn.swa import WindowCache
 
@@ -47,6 +48,10 @@ class ChunkMemory:
     def batch(self) -> int | None:
         """Sequences held; None before the first token."""
         return None if self._stores is None else self._stores[0].shape[0]
+
+    def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`ops.chunk_attention` with the chunks held."""
+        return ops.chunk_attention(q, self.k, self.v, indices, weights)
 
     def append(self, *fresh: torch.Tensor) -> None:
         """Add complete chunks: k, v [B, n, S, J, D] and landmarks [B, n, J_r, R]."""

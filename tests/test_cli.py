@@ -264,10 +264,10 @@ def answering(text: str):
 def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
     from hsa_mini import PRESETS
     from hsa_mini.data.mixture import Mixture
-    from hsa_mini.train import RECIPES, Recipe
+    from hsa_mini.recipes import RECIPES, Recipe, Stage
 
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setitem(RECIPES, "tiny", Recipe(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)))
+    monkeypatch.setitem(RECIPES, "tiny", Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)),)))
     status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--workers", "0", "--device", "cpu")
     assert status == 0 and "runs/tiny/final" in out and "runs/tiny/log.csv" in out
     status, out, _ = call(capfd, "eval", "runs/tiny/final", "--lengths", "300", "400", "--samples", "1", "--out", "r.json")
