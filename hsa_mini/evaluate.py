@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from . import provenance
 from .data.corpus import load_corpus
-from .data.tasks import NeedleTask, Sample, tile
-from .data.tokenizer import load_tokenizer
+from .data.sentences import EVALUATION
+from .data.tasks import Sample, place, s_niah, tile
 from .generate import SEGMENT, Generation, continue_from, tail_start
 from .memory import ChunkMemory
 from .model import Aux, HSAModel, Output
@@ -128,10 +128,10 @@ def evaluate_s_niah(
     and question always.
     """
     device = next(model.parameters()).device
-    corpus, task = load_corpus("validation").tokens, NeedleTask(load_tokenizer())
+    corpus = load_corpus("validation").tokens
     rows, controls = [], []
     for tokens in lengths:
-        rng = np.random.default_rng((seed, tokens))
+        rng = np.random.default_rng((EVALUATION, seed, tokens))
         plan = [(depth, False) for depth in depths for _ in range(samples(tokens))]
         plan += [(0.5, True)] * samples(tokens)
         counts = {key: [0, 0, 0] for key in plan}
@@ -141,7 +141,7 @@ def evaluate_s_niah(
                 if haystack is None or tokens < SHARED_FROM:
                     text = tile(corpus, tokens, int(rng.integers(len(corpus)))).astype(np.int64)
                     haystack = Haystack(model, torch.from_numpy(text).to(device))
-                right, retrieved = ask_one(haystack, task, rng, *key)
+                right, retrieved = ask_one(haystack, rng, *key)
                 counts[key] = [x + y for x, y in zip(counts[key], (1, right, retrieved))]
         for (depth, control), (asked, correct, retrieved) in counts.items():
             row = Row(tokens, depth, asked, correct, retrieved, min(tokens, len(corpus)), seed)
@@ -151,15 +151,16 @@ def evaluate_s_niah(
     return rows, controls
 
 
-def ask_one(haystack: Haystack, task: NeedleTask, rng: np.random.Generator, depth: float, control: bool) -> tuple[bool, bool]:
+def ask_one(haystack: Haystack, rng: np.random.Generator, depth: float, control: bool) -> tuple[bool, bool]:
     """One question: was the greedy answer right, and was a needle chunk among those retrieved for its first token?"""
     config = haystack.model.config
-    sample = task.sample(
-        rng, tokens=len(haystack.text), depth=depth, chunk_size=config.chunk_size, window=config.window, control=control
-    )
+    sample = place(
+        rng, s_niah(rng), tokens=len(haystack.text), depth=depth, chunk_size=config.chunk_size, window=config.window,
+        control=control,
+    )  # fmt: skip
     generation = haystack.ask(sample, answer_tokens=len(sample.answer))
     right = generation.ids[0].tolist() == sample.answer.tolist()
-    wanted = set(sample.needle_chunks(config.chunk_size, task.sentence_tokens))
+    wanted = set(sample.first_chunks(config.chunk_size))
     return right, any(wanted & chunks for chunks in chunks_retrieved(generation.first))
 
 

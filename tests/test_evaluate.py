@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
 from hsa_mini import evaluate
-from hsa_mini.data.tasks import NeedleTask, Sample, tile
-from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.data.needles import ask, draw_needles
+from hsa_mini.data.sentences import encode
+from hsa_mini.data.tasks import Problem, Sample, place, s_niah, tile
 from hsa_mini.evaluate import (
     Haystack, Row, ask_one, by_length, chunks_retrieved, evaluate_s_niah, wilson_interval, write_results,
 )  # fmt: skip
 from hsa_mini.generate import generate
 
 S = TINY.chunk_size
-TASK = NeedleTask(load_tokenizer())
-LEAST = TASK.least_tokens(TINY.chunk_size, TINY.window)
+PROBLEM = s_niah(np.random.default_rng(0))
+LEAST = PROBLEM.least_tokens(TINY.chunk_size, TINY.window)
+SENTENCE, QUESTION = len(encode(PROBLEM.sentences[0])), len(encode(PROBLEM.question.text))
 MODEL = tiny(torch.float64)
 
 
@@ -31,15 +33,17 @@ def haystack(model, tokens: int) -> Haystack:
 
 
 def draw(seed: int, tokens: int, depth: float, **options) -> Sample:
-    return TASK.sample(np.random.default_rng(seed), tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
+    rng = np.random.default_rng(seed)
+    return place(rng, s_niah(rng), tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
 
 
 def placed(tokens: int, places: list[int]) -> Sample:
     """Needles at `places`, then the question."""
-    needles = TASK.needles(np.random.default_rng(0), len(places))
-    patches = [(place, TASK.sentence(needle)) for place, needle in zip(places, needles)]
-    patches.append((tokens - TASK.question_tokens, TASK.question(needles[0])))
-    return Sample(needles[0], tokens, 0.0, places[0], tuple(patches), TASK.answer(needles[0]))
+    needles = draw_needles(np.random.default_rng(0), len(places), held_out=True)
+    problem = Problem(tuple(needle.sentence for needle in needles), ask(needles[:1]))
+    patches = [(place, encode(sentence)) for place, sentence in zip(places, problem.sentences)]
+    patches.append((tokens - QUESTION, encode(problem.question.text)))
+    return Sample(problem, tokens, 0.0, places[0], tuple(patches), encode(problem.question.answer))
 
 
 def contents(asked: Haystack) -> list[torch.Tensor]:
@@ -90,7 +94,7 @@ ALL = tiny(torch.float64, top_k=300)
 
 @pytest.mark.parametrize("tokens", [400, 402])
 def test_needles_near_each_other_and_at_the_borders(tokens):
-    n, body, asked = TASK.sentence_tokens, tokens - TASK.question_tokens, haystack(ALL, tokens)
+    n, body, asked = SENTENCE, tokens - QUESTION, haystack(ALL, tokens)
     for places in (
         [0, n, 2 * n],  # one after another from the first token on
         [S * 10, S * 10 + n],  # at the start of a chunk
@@ -108,9 +112,9 @@ SHARED = haystack(ALL, 333)
 
 
 @settings(max_examples=12)
-@given(st.lists(st.integers(0, 333 - TASK.question_tokens - TASK.sentence_tokens), min_size=1, max_size=5, unique=True))
+@given(st.lists(st.integers(0, 333 - QUESTION - SENTENCE), min_size=1, max_size=5, unique=True))
 def test_needles_anywhere(places):
-    apart = [p for i, p in enumerate(places) if all(abs(p - q) >= TASK.sentence_tokens for q in places[:i])]
+    apart = [p for i, p in enumerate(places) if all(abs(p - q) >= SENTENCE for q in places[:i])]
     assert_as_from_scratch(SHARED, placed(333, apart))
 
 
@@ -144,7 +148,7 @@ class Oracle:
     def ask(self, sample, *, answer_tokens):
         ids = torch.from_numpy(sample.answer.astype(np.int64))[None]
         assert answer_tokens == ids.shape[1] == 7
-        chunk = sample.needle_chunks(S, TASK.sentence_tokens)[-1] + self.retrieved
+        chunk = sample.first_chunks(S)[-1] + self.retrieved
         layers = [type("R", (), {"indices": torch.tensor(rows)[None, None]}) for rows in ([[-1, 0]], [[chunk, -1]])]
         ids = ids if self.right else torch.cat((ids[:, :-2], ids[:, -2:] + 1), dim=1)
         return type("G", (), {"ids": ids, "first": type("A", (), {"retrievals": layers})})
@@ -153,7 +157,7 @@ class Oracle:
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("away", [0, 1])
 def test_only_a_wholly_right_answer_and_a_chunk_of_the_needle_count(right, away):
-    got = ask_one(Oracle(right=right, retrieved=away), TASK, np.random.default_rng(0), 0.9, False)
+    got = ask_one(Oracle(right=right, retrieved=away), np.random.default_rng(0), 0.9, False)
     assert got == (right, away == 0)
 
 
