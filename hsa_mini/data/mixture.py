@@ -27,7 +27,7 @@ class Mixture:
     needles: float = 0.5
     chains: float = 0.0  # the rest is plain text
     two_codes: float = 0.25  # of the questions about needles: for two at once, if two are left to ask for
-    made_up: float = 0.2  # of the haystacks: random tokens, few symbols, repetition, instead of real text
+    made_up: float = 0.25  # of the haystacks: random tokens, few symbols, repetition, other needles, instead of real text
     needles_most: int = 20  # their number is drawn log-uniformly: mostly few, so that most chunks are text
     chains_most: int = 4  # of 2 to 3 names
     questions_most: int = 4
@@ -144,12 +144,15 @@ class TrainingBatches(Dataset):
         return np.asarray(self.text[first : first + tokens])
 
     def made_up(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
-        """Text such as no corpus holds: any tokens, a handful of symbols, or one passage over and over."""
-        kind = rng.integers(4)
+        """Text such as no corpus holds: any tokens, a handful of symbols, nothing but needles, or one passage over and over."""
+        kind = rng.integers(5)
         if kind == 0:
             return rng.integers(0, self.ordinary, tokens)
         if kind == 1:
             return self.few_symbols(rng, tokens)
+        if kind == 4:
+            needles = draw_needles(rng, tokens // len(encode(Needle("BBBB", "000000").sentence)) + 1, held_out=False)
+            return np.concatenate([encode(needle.sentence) for needle in needles])[:tokens]
         length = int(np.exp(rng.uniform(0, np.log(200))))
         passage = self.real_text(rng, length) if kind == 2 else self.few_symbols(rng, length)
         return np.resize(passage, tokens)
