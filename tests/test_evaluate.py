@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
 from hsa_mini import evaluate
+from hsa_mini.data.mixture import Mixture, TrainingBatches
 from hsa_mini.data.needles import ask, draw_needles
 from hsa_mini.data.sentences import encode
 from hsa_mini.data.tasks import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
+from hsa_mini.demo import find_needle
 from hsa_mini.evaluate import (
     CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval, write_results,
 )  # fmt: skip
@@ -36,7 +38,8 @@ def haystack(model, tokens: int) -> Haystack:
 
 def draw(seed: int, tokens: int, depth: float, task="s_niah", distractors=0, **options) -> Sample:
     rng = np.random.default_rng(seed)
-    return place(rng, TASKS[task](rng, distractors=distractors), tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
+    problem = TASKS[task](rng, distractors=distractors)
+    return place(rng, problem, tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
 
 
 def placed(tokens: int, places: list[int]) -> Sample:
@@ -246,6 +249,15 @@ def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
     evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=lambda _: 1, distractors=64, border=True)
     assert [(options["depth"], options["absent"]) for options in seen] == [(0.3, False), (0.5, True), (0.5, False), (0.5, False)]
     assert all(options["border"] and options["tokens"] == tokens for options in seen)
+
+
+def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
+    seeds, default_rng = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
+    TrainingBatches(Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[0]
+    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=lambda tokens: 1, seed=1)
+    find_needle(short[0], word_tokens(), tokens=1024, seed=1)
+    assert len({seed[0] for seed in seeds}) == len(seeds) == 3
 
 
 @pytest.mark.parametrize(
