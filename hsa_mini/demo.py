@@ -76,7 +76,8 @@ def find_needle(
     """Hide needles in `tokens` tokens of `haystack` (from token `first` on, repeated to length) and ask for one.
 
     depth: 0 puts the needle first, 1 last of what lies outside the window. seed: of keys (held-out ones, none of which
-    stands in the haystack), values and distractors. Raises ValueError for a haystack of fewer than 64 tokens, or tokens, depth or seed out of range.
+    stands in the haystack), values and distractors. Raises ValueError for a haystack of fewer than 64 tokens, or tokens,
+    depth or seed out of range.
     """
     if len(haystack) < LEAST_HAYSTACK:
         raise ValueError(f"haystack: got {len(haystack)} tokens of text, accepted are at least {LEAST_HAYSTACK}")

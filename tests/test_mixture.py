@@ -25,10 +25,10 @@ RECIPES = {"nano": (256, Mixture(copy_least=64)), "mini": (1024, Mixture())}
 SENTENCE = rf" The secret code of [{LETTERS}]{{4}} is [0-9]{{6}}\.| The number (?:of )?\w+ is given to [{LETTERS}]{{4}}\."
 QUESTION = re.compile(r"\n[^\n]*\?\n[^\n]* $")
 every_recipe = pytest.mark.parametrize("name", RECIPES)
-FEWEST_AND_MOST = {
+FEWEST_AND_MOST = {  # sentences
     ("nano", "needle_questions"): (1, 6), ("mini", "needle_questions"): (1, 20),
     ("nano", "chain_questions"): (2, 7), ("mini", "chain_questions"): (2, 12),
-}  # sentences  # fmt: skip
+}  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", ["needle_questions", "chain_questions"])
 
 
@@ -203,8 +203,8 @@ def test_the_kinds_come_in_the_stated_shares():
     kinds = []
     for _ in range(600):
         ids, parts = source.sequence(rng)
-        chains = " is given to " in TOKENIZER.decode(ids.tolist())
-        kinds.append("copy" if (parts == COPY).any() else "chains" if chains else "needles" if (parts == ANSWER).any() else "text")
+        about = "chains" if " is given to " in TOKENIZER.decode(ids.tolist()) else "needles"
+        kinds.append("copy" if (parts == COPY).any() else about if (parts == ANSWER).any() else "text")
     shares = [kinds.count(kind) / 600 for kind in ("copy", "needles", "chains", "text")]
     assert np.allclose(shares, (0.3, 0.4, 0.2, 0.1), atol=0.06)
 

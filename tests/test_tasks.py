@@ -34,8 +34,8 @@ def draw(task="s_niah", seed=0, *, tokens=1000, depth=0.5, sizes=(16, 32), distr
     return place(source, problem, tokens=tokens, depth=depth, chunk_size=sizes[0], window=sizes[1], **options)
 
 
-def least(task: str, sizes, distractors=0) -> int:
-    return TASKS[task](rng(), distractors=distractors).least_tokens(*sizes)
+def least(task: str, sizes, distractors=0, border=False) -> int:
+    return TASKS[task](rng(), distractors=distractors).least_tokens(*sizes, border=border)
 
 
 def read(text: str, question: str) -> str:
@@ -86,9 +86,9 @@ def test_a_sample_has_the_stated_length_and_its_answer_is_in_the_text(task, size
 
 
 @given(st.sampled_from(list(TASKS)), SIZES, DEPTHS, st.integers(0, 1000))
-def test_in_the_control_nothing_that_the_question_needs_is_in_the_text(task, sizes, depth, seed):
+def test_where_it_is_absent_nothing_that_the_question_needs_is_in_the_text(task, sizes, depth, seed):
     tokens = least(task, sizes) + 500
-    sample, control = (draw(task, seed, tokens=tokens, depth=depth, sizes=sizes, control=x) for x in (False, True))
+    sample, control = (draw(task, seed, tokens=tokens, depth=depth, sizes=sizes, absent=x) for x in (False, True))
     question = control.problem.question
     text = TOKENIZER.decode(control.apply(tile(word_tokens(), tokens)).tolist()).removesuffix(question.text)
     needed, others = control.problem.sentences[: len(question.needed)], control.problem.sentences[len(question.needed) :]
@@ -98,6 +98,22 @@ def test_in_the_control_nothing_that_the_question_needs_is_in_the_text(task, siz
         read(text, question.text)
     for kept, same in zip(control.patches, sample.patches[len(needed) :], strict=True):
         assert kept[0] == same[0] and np.array_equal(kept[1], same[1])
+
+
+@given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), DEPTHS, st.integers(0, 1000), st.integers(0, 40))
+def test_across_borders(task, sizes, more, depth, seed, distractors):
+    """Every sentence has tokens in two chunks, none is lost, and the first is near where it would be otherwise."""
+    (S, W), tokens = sizes, least(task, sizes, distractors, border=True) + more
+    options = dict(tokens=tokens, depth=depth, sizes=sizes, distractors=distractors)
+    plain, sample = (draw(task, seed, **options, border=border) for border in (False, True))
+    assert sample.problem == plain.problem
+    *hidden, question = sorted((first, first + len(patch)) for first, patch in sample.patches)
+    assert len(hidden) == 6 + distractors and question[1] == tokens and hidden[0][0] >= 0
+    assert all(first // S < (last - 1) // S for first, last in hidden)
+    assert all(last <= first for (_, last), (first, _) in itertools.pairwise([*hidden, question]))
+    n = len(encode(sample.problem.sentences[0]))
+    assert abs(sample.start - plain.start) <= S + n
+    assert sample.start + n <= (tokens - max(W, question[1] - question[0])) // S * S  # in complete chunks outside the window
 
 
 @given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), st.integers(0, 1000))

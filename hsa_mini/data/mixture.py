@@ -79,7 +79,7 @@ class TrainingBatches(Dataset):
     def needle_questions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Needles among text, and questions about some of them."""
         mixture = self.mixture
-        most = min(mixture.needles_most, self.most_tokens // len(encode(Needle("BBBB", "000000").sentence)))
+        most = min(mixture.needles_most, self.most_hidden // len(encode(Needle("BBBB", "000000").sentence)))
         needles = draw_needles(rng, int(np.exp(rng.uniform(0, np.log(most + 1)))), held_out=False)
         if rng.random() < 0.3:
             needles = self.alike(rng, needles)
@@ -95,15 +95,15 @@ class TrainingBatches(Dataset):
         """Chains among text, their links in any order, and questions about some of them."""
         lengths = rng.integers(2, 4, int(rng.integers(1, self.mixture.chains_most + 1))).tolist()
         chains = draw_chains(rng, lengths, held_out=False)
-        while len(chains) > 1 and sum(len(encode(s)) for chain in chains for s in chain.sentences) > self.most_tokens:
+        while len(chains) > 1 and sum(len(encode(s)) for chain in chains for s in chain.sentences) > self.most_hidden:
             chains.pop()
         sentences = [sentence for chain in chains for sentence in chain.sentences]
         asked = rng.permutation(len(chains))[: int(rng.integers(1, self.mixture.questions_most + 1))]
         return self.hide(rng, [sentences[i] for i in rng.permutation(len(sentences))], [chains[i].question for i in asked])
 
     @property
-    def most_tokens(self) -> int:
-        """Of hidden sentences: at least half of a sequence is text and questions."""
+    def most_hidden(self) -> int:
+        """Tokens of hidden sentences: at least half of a sequence is text and questions."""
         return (self.tokens + 1) // 2
 
     def hide(self, rng: np.random.Generator, sentences: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from .needles import ask, draw_needles
 from .sentences import Question, encode
 
 NEEDLES, CHAINS, CHAIN_NAMES = 6, 2, 3
+MOST_DISTRACTORS = 10_000  # some 16,000 keys are held out
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class Problem:
     sentences: tuple[str, ...]
     question: Question
 
-    def least_tokens(self, chunk_size: int, window: int) -> int:
-        """The shortest text in which the first sentence fits outside the window, and half the room is left to text."""
-        hidden = sum(len(encode(sentence)) for sentence in self.sentences)
-        return window + chunk_size + 2 * hidden + len(encode(self.question.text))
+    def least_tokens(self, chunk_size: int, window: int, *, border: bool = False) -> int:
+        """The shortest text in which the first sentence fits outside the window, and half the room (of the borders between
+        chunks too, if each sentence takes one) is left to text."""
+        taken = sum(max(len(encode(sentence)), chunk_size * border) for sentence in self.sentences)
+        return window + chunk_size + 2 * taken + len(encode(self.question.text))
 
 
 def s_niah(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "") -> Problem:
@@ -89,39 +91,53 @@ def place(
     depth: float,
     chunk_size: int,
     window: int,
-    control: bool = False,
+    border: bool = False,
+    absent: bool = False,
 ) -> Sample:
     """The problem in a text of exactly `tokens` tokens, its first sentence at `depth`, the others anywhere.
 
-    depth 0: it opens the text; 1: it ends the last complete chunk outside the window. `control`: what the question needs
-    is nowhere in the text. Raises ValueError for a depth outside 0..1 or too few tokens.
+    depth 0: it opens the text; 1: it ends the last complete chunk outside the window. `border`: every sentence is moved
+    so that it lies across the nearest border of two chunks. `absent`: what the question needs is nowhere in the text.
+    Raises ValueError for a depth outside 0..1 or too few tokens.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth: got {depth}, accepted is 0 to 1")
-    least = problem.least_tokens(chunk_size, window)
+    least = problem.least_tokens(chunk_size, window, border=border)
     if tokens < least:
         raise ValueError(f"tokens: got {tokens}, accepted are at least {least}")
     question = encode(problem.question.text)
     hidden = [encode(sentence) for sentence in problem.sentences]
     body, end = tokens - len(question), tokens - max(window, len(question))
-    start = round(depth * (end // chunk_size * chunk_size - len(hidden[0])))
-    patches = list(zip(scatter(rng, start, [len(ids) for ids in hidden], body), hidden))
-    if control:
+    last, step = end // chunk_size * chunk_size, chunk_size if border else None
+    start = to_border(rng, round(depth * (last - len(hidden[0]))), len(hidden[0]), last, step)
+    patches = list(zip(scatter(rng, start, [len(ids) for ids in hidden], body, step), hidden))
+    if absent:
         patches = patches[len(problem.question.needed) :]
     return Sample(problem, tokens, depth, start, (*patches, (body, question)), encode(problem.question.answer))
 
 
-def scatter(rng: np.random.Generator, first: int, lengths: list[int], room: int) -> list[int]:
-    """Places in `room` tokens for stretches of these lengths: `first` for the first, drawn for the others; none overlap."""
+def scatter(rng: np.random.Generator, first: int, lengths: list[int], room: int, step: int | None = None) -> list[int]:
+    """Places in `room` tokens for stretches of these lengths: `first` for the first, drawn for the others; none overlap.
+
+    step: each lies across a multiple of it.
+    """
     taken, places = [(first, first + lengths[0])], [first]
     for length in lengths[1:]:
         while len(places) == len(taken):
-            start = int(rng.integers(0, room - length + 1))
+            start = to_border(rng, int(rng.integers(0, room - length + 1)), length, room, step)
             i = bisect(taken, (start,))
             if (i == 0 or taken[i - 1][1] <= start) and (i == len(taken) or start + length <= taken[i][0]):
                 insort(taken, (start, start + length))
         places.append(start)
     return places
+
+
+def to_border(rng: np.random.Generator, start: int, length: int, room: int, step: int | None) -> int:
+    """A place near `start` where a stretch lies across a multiple of `step` within `room`; None: `start` itself."""
+    if step is None:
+        return start
+    border = min(max(round((start + length / 2) / step), 1), (room - length + 1) // step) * step
+    return border - int(rng.integers(1, min(length, border + 1)))
 
 
 def tile(text: np.ndarray, tokens: int, first: int = 0) -> np.ndarray:
