@@ -69,7 +69,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("checkpoint", help="a shipped model (mini) or a folder")
     evaluate.add_argument("--task", default="s_niah", choices=TASKS, help="default s_niah")
     evaluate.add_argument("--lengths", type=integer, nargs="+", metavar="TOKENS", help="default: those of the paper's Figure 4")
-    evaluate.add_argument("--samples", type=integer, help="questions a depth (default 10, and 5 from 4M tokens on)")
+    evaluate.add_argument("--samples", type=integer, help="questions a depth (default 10)")
     evaluate.add_argument("--distractors", type=integer, default=0, metavar="N", help="more sentences of the same form (default 0)")
     evaluate.add_argument("--border", action="store_true", help="every sentence lies across the border of two chunks")
     evaluate.add_argument("--seed", type=integer, default=1)
@@ -219,7 +219,7 @@ def run_eval(arguments) -> int:
         model,
         arguments.task,
         lengths=lengths,
-        samples=lambda tokens: arguments.samples or (10 if tokens < 1 << 22 else 5),
+        samples=lambda tokens: arguments.samples or 10,
         seed=arguments.seed,
         **options,
     )

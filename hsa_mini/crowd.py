@@ -25,9 +25,9 @@ class Past:
         self.size = size
         self.stores: tuple[torch.Tensor, ...] | None = None  # None before the first batch
 
-    def push(self, memory: ChunkMemory) -> None:
-        """Take the chunks of a batch in, and let go of the oldest. Until `size` have come, the missing ones are zeros."""
-        fresh = tuple(x.detach().flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
+    def push(self, memory: ChunkMemory, rows: torch.Tensor) -> None:
+        """Take in the chunks of some rows (int64) of a batch, and let go of the oldest; missing ones are zeros at first."""
+        fresh = tuple(x.detach()[rows].flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
         if self.stores is None:
             self.stores = tuple(x.new_zeros(self.size, *x.shape[1:]) for x in fresh)
         for store, x in zip(self.stores, fresh):  # in place: a recorded step finds them where they were

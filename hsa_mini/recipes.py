@@ -17,7 +17,7 @@ class Stage:
     window: int | None = None  # W, instead of the preset's
     top_k: int | None = None  # K, instead of the preset's
     explore: bool = True  # Gumbel noise on the choice
-    # Chunks of earlier batches that every sequence has in front of its own, with those of its whole batch; None: its own alone.
+    # Chunks of earlier batches that every sequence has in front of its own, with those of its whole batch (None: its own alone).
     crowd: int | None = None
     text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
     mixture: Mixture = field(default_factory=Mixture)
@@ -70,9 +70,11 @@ class Recipe:
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, steps=n) for s, n in zip(self.stages, shares)))
 
 
-_ALONE = Stage(steps=1200, batch=32, tokens=1024, text_weight=0.25)
-# First the needles are learnt, with noise, among 16 chunks; then they have to be found among thousands.
-_MINI = Recipe((_ALONE, dataclasses.replace(_ALONE, explore=False, crowd=4096)))
+# Needles are learnt among 16 chunks, with noise; then they have to be found among thousands. Plain text is content with soft
+# mixtures of chunks, in which an answer drowns among many: it counts for less and less.
+_ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
+_CROWD = dataclasses.replace(_ALONE, steps=3000, explore=False, crowd=4096, text_weight=0.1)
+_MINI = Recipe((_ALONE, _CROWD, dataclasses.replace(_CROWD, crowd=16384, text_weight=0.05)))
 RECIPES = {
     "nano": Recipe((Stage(steps=3000, batch=16, tokens=256, mixture=Mixture(copy_least=64)),), learning_rate=2e-3),
     "mini": _MINI,

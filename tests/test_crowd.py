@@ -7,14 +7,14 @@ from material import TINY, tiny
 from hsa_mini import ChunkMemory
 from hsa_mini.crowd import Past
 
-IDS = torch.randint(4096, (4, 50), generator=torch.Generator().manual_seed(1))
-EARLIER = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(2))
+IDS = torch.randint(4000, (4, 50), generator=torch.Generator().manual_seed(1))
+EARLIER = torch.randint(4000, (2, 40), generator=torch.Generator().manual_seed(2))
 
 
 def filled(model, size: int) -> Past:
     past = Past(size)
     with torch.no_grad():
-        past.push(model(EARLIER).memory)
+        past.push(model(EARLIER).memory, torch.arange(2))
     return past
 
 
@@ -66,16 +66,16 @@ def test_a_crowd_never_brings_a_sequence_its_own_future():
 def test_the_past_is_the_newest_chunks():
     model = tiny()
     with torch.no_grad():
-        memories = [model(torch.full((2, 40), token)).memory for token in (1, 2, 3)]
-    n = 2 * memories[0].chunks
-    past = Past(n + 3)
+        memories = [model(IDS + i).memory for i in range(3)]
+    rows = torch.tensor([3, 1])
+    past = Past(2 * memories[0].chunks + 3)
     for memory in memories:
-        past.push(memory)
+        past.push(memory, rows)
     for store, new, before in zip(past.stores, *((m.k, m.v, m.landmarks) for m in (memories[2], memories[1]))):
-        assert torch.equal(store, torch.cat((before.flatten(0, 1)[-3:], new.flatten(0, 1))))
+        assert torch.equal(store, torch.cat((before[1, -3:], new[3], new[1])))
     small = Past(3)
-    small.push(memories[2])
-    assert torch.equal(small.stores[0], memories[2].k.flatten(0, 1)[-3:])
+    small.push(memories[2], rows)
+    assert torch.equal(small.stores[0], memories[2].k[1, -3:])
     for size in (-1, 2.0, None):
         with pytest.raises(ValueError, match="^size: got .*, accepted is an integer of at least 0"):
             Past(size)
