@@ -154,7 +154,7 @@ def test_chunk_encoder_is_bidirectional_attention_with_cls_last():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_chunks_do_not_see_each_other(layers):
-    encoder = build(ChunkEncoder(dataclasses.replace(CONFIG, encoder_layers=layers)))
+    encoder = build(ChunkEncoder(dataclasses.replace(CONFIG, encoder_layers=layers))).eval()
     hidden = random(2, 3, 4, 24).requires_grad_()
     for part in encoder(hidden):
         for b, n in ((0, 1), (1, 2)):
@@ -179,6 +179,25 @@ def test_landmark_knows_the_order_of_its_tokens():
     turned = hidden.flip(2)
     assert error(encoder(turned)[2], encoder(hidden)[2]) > 0.01
     assert_close(turned.mean(2), hidden.mean(2), 1e-14)  # which a mean would not
+
+
+def test_the_centre_follows_the_mean_and_changes_no_weight():
+    """All scores of a token move alike, whatever is taken off every [CLS]."""
+    config = PRESETS["debug"]
+    encoder = ChunkEncoder(config).double()
+    torch.nn.init.normal_(encoder.cls)
+    hidden, q = random(2, 9, config.chunk_size, config.width), random(2, 5, 2, config.retrieval_dim)
+    weights = []
+    for step in range(2):
+        k, v, landmarks = encoder.eval()(hidden)
+        weights.append(reference.retrieve(q, landmarks, chunk_size=1, top_k=4, offset=9))
+        for _ in range(300):
+            encoder.train()(hidden)
+        encoder(hidden[:, :0])  # a step that completes no chunk
+    assert torch.equal(weights[0][0], weights[1][0])
+    assert_close(weights[0][1], weights[1][1], 1e-9)
+    assert_close(encoder.eval()(hidden)[2].mean((0, 1)), torch.zeros(2, config.retrieval_dim, dtype=torch.float64), 1e-6)
+    assert landmarks.abs().max() > 0.1 and encoder.centre.abs().max() > 0.1
 
 
 def test_keys_and_landmarks_are_normed_and_values_are_not():
