@@ -201,7 +201,7 @@ def test_the_centre_follows_the_mean_and_changes_no_weight():
 
 
 def test_keys_and_landmarks_are_normed_and_values_are_not():
-    encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))), random(2, 3, 4, 24)
+    encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))).eval(), random(2, 3, 4, 24)
     k, v, landmarks = encoder(hidden)
     assert_close(k, rms_norm(k / encoder.k_norm.weight, (CONFIG.hsa_head_dim,)) * encoder.k_norm.weight, 1e-5)
     gain = encoder.landmark_norm.weight
