@@ -154,7 +154,7 @@ def test_chunk_encoder_is_bidirectional_attention_with_cls_last():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_chunks_do_not_see_each_other(layers):
-    encoder = build(ChunkEncoder(dataclasses.replace(CONFIG, encoder_layers=layers))).eval()
+    encoder = build(ChunkEncoder(dataclasses.replace(CONFIG, encoder_layers=layers)))
     hidden = random(2, 3, 4, 24).requires_grad_()
     for part in encoder(hidden):
         for b, n in ((0, 1), (1, 2)):
@@ -181,7 +181,7 @@ def test_landmark_knows_the_order_of_its_tokens():
     assert_close(turned.mean(2), hidden.mean(2), 1e-14)  # which a mean would not
 
 
-def test_the_centre_follows_the_mean_and_changes_no_weight():
+def test_the_centre_is_the_mean_and_changes_no_weight():
     """All scores of a token move alike, whatever is taken off every [CLS]."""
     config = PRESETS["debug"]
     encoder = ChunkEncoder(config).double()
@@ -191,9 +191,11 @@ def test_the_centre_follows_the_mean_and_changes_no_weight():
     for step in range(2):
         k, v, landmarks = encoder.eval()(hidden)
         weights.append(reference.retrieve(q, landmarks, chunk_size=1, top_k=4, offset=9))
-        for _ in range(300):
+        for rate in (0.5, 0.9, 1.0):
             encoder.train()(hidden)
+            encoder.recentre(rate)
         encoder(hidden[:, :0])  # a step that completes no chunk
+        encoder.recentre(1.0)
     assert torch.equal(weights[0][0], weights[1][0])
     assert_close(weights[0][1], weights[1][1], 1e-9)
     assert_close(encoder.eval()(hidden)[2].mean((0, 1)), torch.zeros(2, config.retrieval_dim, dtype=torch.float64), 1e-6)
@@ -201,7 +203,7 @@ def test_the_centre_follows_the_mean_and_changes_no_weight():
 
 
 def test_keys_and_landmarks_are_normed_and_values_are_not():
-    encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))).eval(), random(2, 3, 4, 24)
+    encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))), random(2, 3, 4, 24)
     k, v, landmarks = encoder(hidden)
     assert_close(k, rms_norm(k / encoder.k_norm.weight, (CONFIG.hsa_head_dim,)) * encoder.k_norm.weight, 1e-5)
     gain = encoder.landmark_norm.weight

@@ -12,9 +12,6 @@ from .norm import RMSNorm
 from .qkv import QKV
 from .rope import rope_table
 
-CENTRE_RATE = 0.05  # of the running mean, a step
-
-
 class EncoderBlock(nn.Module):
     """A bidirectional block over the S tokens of a chunk and its [CLS]: x [M, S+1, C] -> [M, S+1, C]."""
 
@@ -48,6 +45,7 @@ class ChunkEncoder(nn.Module):
         self.config = config
         self.cls = nn.Parameter(torch.empty(config.width))
         self.register_buffer("centre", torch.zeros(config.width))
+        self.seen: torch.Tensor | None = None  # in training, the mean [CLS] of the last batch
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.k = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
@@ -68,6 +66,12 @@ class ChunkEncoder(nn.Module):
         k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
         landmarks = self.landmark(summary - self.centre.to(summary.dtype)).unflatten(-1, (-1, self.config.retrieval_dim))
         if self.training and N:
-            with torch.no_grad():
-                self.centre.lerp_(summary.mean(dim=(0, 1)).to(self.centre.dtype), CENTRE_RATE)
+            self.seen = summary.detach().mean(dim=(0, 1))
         return self.k_norm(k), v, self.landmark_norm(landmarks).to(v.dtype)
+
+    @torch.no_grad()
+    def recentre(self, rate: float) -> None:
+        """Move `centre` by this share of the way to what the last batch had in common. Nothing but rounding changes."""
+        if self.seen is not None:
+            self.centre.lerp_(self.seen.to(self.centre.dtype), rate)
+            self.seen = None
