@@ -3,19 +3,21 @@
 Retrieved chunks have no positions, so chunks of other texts in front of a sequence are its distant past. A sequence of 1,024
 tokens has 16 chunks; in a crowd of thousands it learns what it needs among the hundred thousands of a long text.
 
-Dimensions: B batch, N chunks a sequence, M chunks of the past, T tokens, H query heads, J key/value heads, K slots.
+Dimensions: B batch, N chunks a sequence, M chunks of the past, C width, T tokens, H query heads, J key/value heads, K slots.
 """
 
 import torch
 
 from . import ops
 from .memory import ChunkMemory
+from .nn.chunk_encoder import ChunkEncoder
 
 
 class Past:
-    """The newest `size` (M) chunks of earlier batches, as they were encoded then: k, v [M, S, J, D], landmarks [M, J_r, R].
+    """The newest `size` (M) chunks of earlier batches, as they were encoded then: k, v [M, S, J, D] and [CLS] [M, C].
 
-    They have no gradient: an encoder that moves slowly leaves them good enough to get in the way.
+    They have no gradient: an encoder that moves slowly leaves them good enough to get in the way. Only their landmarks are
+    made anew, by the projection of now: otherwise it grows without end, since what is larger than in the past stands out.
     """
 
     def __init__(self, size: int) -> None:
@@ -25,9 +27,12 @@ class Past:
         self.size = size
         self.stores: tuple[torch.Tensor, ...] | None = None  # None before the first batch
 
-    def push(self, memory: ChunkMemory, rows: torch.Tensor) -> None:
-        """Take in the chunks of some rows (int64) of a batch, and let go of the oldest; missing ones are zeros at first."""
-        fresh = tuple(x.detach()[rows].flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
+    def push(self, memory: ChunkMemory, encoder: ChunkEncoder, rows: torch.Tensor) -> None:
+        """Take in the chunks of some rows (int64) of the batch that was just read in training, and let go of the oldest.
+
+        Missing ones are zeros at first.
+        """
+        fresh = tuple(x.detach()[rows].flatten(0, 1) for x in (memory.k, memory.v, encoder.seen))
         if self.stores is None:
             self.stores = tuple(x.new_zeros(self.size, *x.shape[1:]) for x in fresh)
         for store, x in zip(self.stores, fresh):  # in place: a recorded step finds them where they were
@@ -41,20 +46,21 @@ class Crowd:
     `in_front` tokens come before these.
     """
 
-    def __init__(self, memory: ChunkMemory, past: Past) -> None:
+    def __init__(self, memory: ChunkMemory, encoder: ChunkEncoder, past: Past) -> None:
         B, N = memory.batch, memory.chunks
         self.batch_chunks = B * N
         self.first = torch.arange(1, B + 1, device=memory.k.device)[:, None, None, None] * N  # of sequence b + 1
         self.past = 0 if past.stores is None else past.size
         self.in_front = (self.past + (B - 1) * N) * memory.config.chunk_size
-        stores = [x.flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks)]
-        twice = torch.cat((stores[2], stores[2]))
-        # window b + 1 of N*B rows in a row: [B, J_r, R, B*N] -> [B, B*N, J_r, R]
-        self.landmarks = twice.unfold(0, B * N, N)[1:].movedim(-1, 1)
+        k, v, landmarks = (x.flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
+        # window b + 1 of B*N landmarks in a row, twice written down: [B, J_r, R, B*N] -> [B, B*N, J_r, R]
+        self.landmarks = torch.cat((landmarks, landmarks)).unfold(0, B * N, N)[1:].movedim(-1, 1)
         if self.past:
-            self.landmarks = torch.cat((past.stores[2].expand(B, -1, -1, -1), self.landmarks), dim=1)
-            stores[:2] = [torch.cat(pair) for pair in zip(past.stores, stores)]
-        self.k, self.v = (x[None] for x in stores[:2])  # [1, M + B*N, S, J, D]: one copy for all
+            old_k, old_v, summaries = past.stores
+            k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
+            old = encoder.landmarks(summaries[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
+            self.landmarks = torch.cat((old, self.landmarks), dim=1)
+        self.k, self.v = k[None], v[None]  # [1, M + B*N, S, J, D]: one copy for all
 
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`ops.chunk_attention` for q [B, T, H, D] and a choice among `landmarks`; the batch is one long sequence there."""

@@ -170,7 +170,7 @@ class HSAModel(nn.Module):
         retrievals: list[Retrieval] = []
         chunks, in_front = memory, 0
         if past is not None:
-            chunks = Crowd(memory, past)
+            chunks = Crowd(memory, self.encoder, past)
             in_front = chunks.in_front
 
         def ask(hsa: HSA, x: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,6 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     balance_rate: float = 1e-3  # of the experts' bias, a step
-    centre_rate: float = 0.05  # of the landmarks' running mean, a step
 
     @property
     def steps(self) -> int:

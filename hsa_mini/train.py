@@ -156,14 +156,13 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
         crowd = None if stage.crowd is None else past
         output = model(ids[:, :-1], past=crowd, explore=stage.explore, gumbel_seed=noise)
-    # Sequences without a question: theirs are chunks of text, and no needle that contradicts one to come.
-    past.push(output.memory, (parts == ANSWER).any(dim=1).int().argsort(stable=True)[: len(parts) // 3])
     loss, shares, accuracy = mixture_loss(output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.encoder.recentre(recipe.centre_rate)
+    # Sequences without a question: theirs are chunks of text, and no needle that contradicts one to come.
+    past.push(output.memory, model.encoder, (parts == ANSWER).any(dim=1).int().argsort(stable=True)[: len(parts) // 3])
     found = [layer.balance(recipe.balance_rate).imbalance for layer in model.modules() if isinstance(layer, MoE)]
     imbalance = torch.stack(found).max() if found else torch.ones((), device=ids.device)
     return loss.detach(), *shares, accuracy, norm, imbalance

@@ -5,7 +5,7 @@ import torch
 from material import TINY, tiny
 
 from hsa_mini import ChunkMemory
-from hsa_mini.crowd import Past
+from hsa_mini.crowd import Crowd, Past
 
 IDS = torch.randint(4000, (4, 50), generator=torch.Generator().manual_seed(1))
 EARLIER = torch.randint(4000, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -14,7 +14,8 @@ EARLIER = torch.randint(4000, (2, 40), generator=torch.Generator().manual_seed(2
 def filled(model, size: int) -> Past:
     past = Past(size)
     with torch.no_grad():
-        past.push(model(EARLIER).memory, torch.arange(2))
+        past.push(model.train()(EARLIER).memory, model.encoder, torch.arange(2))
+    model.eval()
     return past
 
 
@@ -29,7 +30,8 @@ def test_a_crowd_is_what_was_read_before(size, changes):
         own = model(IDS).memory
     for b in range(4):
         memory = ChunkMemory(model.config)
-        memory.append(*(store[None] for store in past.stores))
+        k, v, summaries = (store[None] for store in past.stores)
+        memory.append(k, v, model.encoder.landmarks(summaries))
         for i in (1, 2, 3):
             other = (b + i) % 4
             memory.append(*(part[other : other + 1] for part in (own.k, own.v, own.landmarks)))
@@ -43,7 +45,7 @@ def test_a_crowd_is_what_was_read_before(size, changes):
     assert got.memory.chunks == own.chunks  # what is kept is one's own
 
 
-def test_gradients_reach_the_batch_and_not_the_past():
+def test_gradients_reach_the_batch_and_not_what_was_encoded_before():
     model = tiny(torch.float64, top_k=100, tied=False)
     past = filled(model, 16)
     loss = model(IDS, past=past).logits[0].square().sum()
@@ -51,6 +53,16 @@ def test_gradients_reach_the_batch_and_not_the_past():
     neighbours, earlier = ([i for i in ids.flatten().tolist() if i not in IDS[0]] for ids in (IDS[1:], EARLIER))
     assert gradient[neighbours].any() and not gradient[[i for i in earlier if i not in neighbours]].any()
     assert not any(store.requires_grad for store in past.stores)
+
+
+def test_landmarks_of_the_past_are_those_of_the_projection_of_now():
+    """Made larger, it makes old and new ones larger alike."""
+    model = tiny(torch.float64)
+    past = filled(model, 16)
+    before = Crowd(model(IDS).memory, model.encoder, past).landmarks
+    with torch.no_grad():
+        model.encoder.landmark.weight *= 2
+    assert torch.equal(Crowd(model(IDS).memory, model.encoder, past).landmarks, 2 * before)
 
 
 def test_a_crowd_never_brings_a_sequence_its_own_future():
@@ -66,16 +78,17 @@ def test_a_crowd_never_brings_a_sequence_its_own_future():
 def test_the_past_is_the_newest_chunks():
     model = tiny()
     with torch.no_grad():
-        memories = [model(IDS + i).memory for i in range(3)]
-    rows = torch.tensor([3, 1])
-    past = Past(2 * memories[0].chunks + 3)
-    for memory in memories:
-        past.push(memory, rows)
-    for store, new, before in zip(past.stores, *((m.k, m.v, m.landmarks) for m in (memories[2], memories[1]))):
-        assert torch.equal(store, torch.cat((before[1, -3:], new[3], new[1])))
-    small = Past(3)
-    small.push(memories[2], rows)
-    assert torch.equal(small.stores[0], memories[2].k[1, -3:])
+        n = model(IDS).memory.chunks
+        past, small, rows = Past(2 * n + 3), Past(3), torch.tensor([3, 1])
+        seen = []
+        for i in range(3):
+            memory = model.train()(IDS + i).memory
+            seen.append((memory.k, memory.v, model.encoder.seen, memory.landmarks))
+            for kept in (past, small):
+                kept.push(memory, model.encoder, rows)
+        for store, tail, new, before in zip(past.stores, small.stores, seen[2], seen[1]):
+            assert torch.equal(store, torch.cat((before[1, -3:], new[3], new[1]))) and torch.equal(tail, new[1, -3:])
+        assert torch.equal(model.encoder.landmarks(past.stores[2][None])[0, 3 : n + 3], seen[2][3][3])
     for size in (-1, 2.0, None):
         with pytest.raises(ValueError, match="^size: got .*, accepted is an integer of at least 0"):
             Past(size)

@@ -181,27 +181,6 @@ def test_landmark_knows_the_order_of_its_tokens():
     assert_close(turned.mean(2), hidden.mean(2), 1e-14)  # which a mean would not
 
 
-def test_the_centre_is_the_mean_and_changes_no_weight():
-    """All scores of a token move alike, whatever is taken off every [CLS]."""
-    config = PRESETS["debug"]
-    encoder = ChunkEncoder(config).double()
-    torch.nn.init.normal_(encoder.cls)
-    hidden, q = random(2, 9, config.chunk_size, config.width), random(2, 5, 2, config.retrieval_dim)
-    weights = []
-    for step in range(2):
-        k, v, landmarks = encoder.eval()(hidden)
-        weights.append(reference.retrieve(q, landmarks, chunk_size=1, top_k=4, offset=9))
-        for rate in (0.5, 0.9, 1.0):
-            encoder.train()(hidden)
-            encoder.recentre(rate)
-        encoder(hidden[:, :0])  # a step that completes no chunk
-        encoder.recentre(1.0)
-    assert torch.equal(weights[0][0], weights[1][0])
-    assert_close(weights[0][1], weights[1][1], 1e-9)
-    assert_close(encoder.eval()(hidden)[2].mean((0, 1)), torch.zeros(2, config.retrieval_dim, dtype=torch.float64), 1e-6)
-    assert landmarks.abs().max() > 0.1 and encoder.centre.abs().max() > 0.1
-
-
 def test_keys_and_landmarks_are_normed_and_values_are_not():
     encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))), random(2, 3, 4, 24)
     k, v, landmarks = encoder(hidden)
