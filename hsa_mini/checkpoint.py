@@ -205,19 +205,20 @@ def save_memory(memory: ChunkMemory, path: Path) -> None:
     write_folder(path, {MEMORY: tensors}, texts)
 
 
-def load_memory(path: Path, *, device: torch.device | str = "cpu") -> ChunkMemory:
-    """The memory of a folder that `save_memory` wrote, for the model that made it.
+def load_memory(path: Path, *, device: torch.device | str = "cpu", offload: bool = False) -> ChunkMemory:
+    """The memory of a folder that `save_memory` wrote, for the model that made it; `offload`: see `ChunkMemory`.
 
     On the CPU its tensors are mapped from the file, and read when they are needed. Raises ValueError for a folder that is
     missing, incomplete or altered.
     """
     folder = verified_folder(path, MEMORY, CONFIG, POSITION)
     try:
-        memory = ChunkMemory(HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")))
-        memory.position = int(json.loads((folder / POSITION).read_text(encoding="utf-8"))["position"])
-        with safe_open(folder / MEMORY, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        memory = ChunkMemory(HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")), offload=offload)
+        with safe_open(folder / MEMORY, framework="pt") as file:
+            places = dict.fromkeys(("k", "v"), "cpu" if offload else device)
+            tensors = {name: file.get_tensor(name).to(places.get(name, device)) for name in file.keys()}
         memory.append(*(tensors.pop(name) for name in ("k", "v", "landmarks")))
+        memory.position = int(json.loads((folder / POSITION).read_text(encoding="utf-8"))["position"])
         memory.partial = tensors.pop("partial")
         for name in sorted(tensors):
             blocks, i, *part = name.split(".")

@@ -66,27 +66,34 @@ def prefill(
 
     The lower decoder reads everything, in segments; the upper decoder only the last `upper_tail` tokens, on which the
     last logits and every cache alone depend: exact, not an approximation. `progress(n)` is called as n tokens are read.
-    Raises ValueError as `HSAModel.forward` does, and for a segment below 1, before anything is read.
+    Raises ValueError as `HSAModel.forward` does, and for a segment below 1, before anything is read, and MemoryError that says
+    how many tokens fit, before anything is allocated. Whatever cuts it short, the memory is as it was.
     """
     if not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment: got {segment!r}, accepted is an integer of at least 1")
     model.check_ids(ids, memory)
     tokens = ids.shape[1]
-    memory = ChunkMemory(model.config, reserve_tokens=tokens + SEGMENT) if memory is None else memory
-    first = tail_start(model, memory.position + tokens)
-    if first > memory.position:  # the upper decoder starts afresh, behind what it has seen so far
-        memory.upper = [None] * len(memory.upper)
-        memory.block_queries = [None] * len(memory.block_queries)
-    first = max(first, memory.position)
+    memory = ChunkMemory(model.config) if memory is None else memory
+    room = dict(batch=len(ids), dtype=model.memory_dtype(ids.device), device=ids.device)
+    if memory.batch is not None:  # before the branch, which would keep what moves
+        memory.make_room(memory.position + tokens + SEGMENT, **room)
+    reader = memory.branch()
+    reader.make_room(memory.position + tokens + SEGMENT, **room)
+    first = tail_start(model, reader.position + tokens)
+    if first > reader.position:  # the upper decoder starts afresh, behind what it has seen so far
+        reader.upper = [None] * len(reader.upper)
+        reader.block_queries = [None] * len(reader.block_queries)
+    first = max(first, reader.position)
     kept = []
     for part in ids.split(segment, dim=1):
-        start = memory.position
-        hidden = model.read(part, memory)
-        if memory.position > first:
+        start = reader.position
+        hidden = model.read(part, reader)
+        if reader.position > first:
             kept.append(hidden[:, max(first - start, 0) :].clone())
         if progress:
             progress(part.shape[1])
-    hidden, retrievals = model.look_up(torch.cat(kept, dim=1), first, memory)
+    hidden, retrievals = model.look_up(torch.cat(kept, dim=1), first, reader)
+    memory.adopt(reader)
     return Output(model.predict(hidden[:, -1:]), memory, Aux(retrievals))
 
 

@@ -187,6 +187,7 @@ class HSAModel(nn.Module):
                 position=in_front + position,
                 block_query=memory.block_queries[group],
                 gumbel_seed=None if gumbel_seed is None else gumbel_seed * self.config.groups + group,
+                attention=memory.attention,
             )
             retrievals.append(retrieval)
             return out
@@ -217,8 +218,18 @@ class HSAModel(nn.Module):
             return
         if memory.config != self.config:
             raise ValueError("memory: got one of another configuration, accepted is one that this model made")
-        if memory.batch not in (None, ids.shape[0]):
+        if memory.batch is None:
+            return
+        if memory.batch != ids.shape[0]:
             raise ValueError(f"memory: got a batch of {memory.batch}, accepted is that of ids ({ids.shape[0]})")
+        got, accepted = (memory.landmarks.dtype, memory.landmarks.device), (self.memory_dtype(ids.device), ids.device)
+        if got != accepted:
+            raise ValueError(f"memory: got {got[0]} on {got[1]}, accepted is {accepted[0]} on {accepted[1]}, as this model makes it")
+
+    def memory_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the chunks that this model encodes: that of its weights, or of autocast."""
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self.norm.weight.dtype
 
     def generate(self, ids: torch.Tensor, **options):
         """Continue ids [B, T]; see `hsa_mini.generate.generate`."""

@@ -12,7 +12,7 @@ import torch
 from . import blockwise, reference
 from .reference.checks import check_chunk_attention, check_decode, check_retrieve, check_sliding_window
 
-__all__ = ["chunk_attention", "decode", "implementation", "retrieve", "sliding_window_attention"]
+__all__ = ["chunk_attention", "decode", "fetch", "implementation", "retrieve", "sliding_window_attention"]
 
 CHOICES = ("auto", "kernels", "portable")
 LEAST_TOKENS = 4096  # choosing tokens that fill a GPU with programs of `retrieve`; with fewer, a matrix product is faster
@@ -105,6 +105,13 @@ def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=
     if not learns and _takes(q, k):
         return _kernels().decode(retrieval_q.contiguous(), _rows(landmarks), q.contiguous(), _rows(k), _rows(v), **options)
     return reference.decode(retrieval_q, landmarks, q, k, v, **options)
+
+
+def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on the device of rows."""
+    if _choice == "kernels" or (_choice == "auto" and rows.is_cuda and store.is_pinned() and _kernels() is not None):
+        return _kernels().fetch(store, rows)
+    return store[rows.to(store.device)].to(rows.device)
 
 
 def sliding_window_attention(q, k, v, *, window):

@@ -34,12 +34,13 @@ class HSA(nn.Module):
         self.out = nn.Linear(config.hsa_heads * config.hsa_head_dim, config.width, bias=False)
 
     def forward(
-        self, x, k, v, landmarks, *, position: int, block_query=None, gumbel_seed=None
+        self, x, k, v, landmarks, *, position: int, block_query=None, gumbel_seed=None, attention=ops.chunk_attention
     ) -> tuple[torch.Tensor, Retrieval, torch.Tensor | None]:
         """k, v [B, N, S, J, D], landmarks [B, N, J_r, R]; `position` is that of x's first token.
 
         `block_query` [B, 1, J_r, R] is the query of the first token of a block of `query_block` tokens that x continues;
-        the third result is the one to pass on (None at the end of a block).
+        the third result is the one to pass on (None at the end of a block). `attention`: `chunk_attention` for where k and
+        v lie.
         """
         config, T = self.config, x.shape[1]
         q = self.q(x).unflatten(-1, (-1, config.hsa_head_dim))
@@ -62,7 +63,7 @@ class HSA(nn.Module):
             )
             # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
             indices, weights = (part[:, late:].expand(-1, -1, config.hsa_kv_heads, -1) for part in (indices, weights))
-            out = ops.chunk_attention(self.q_norm(q), k, v, indices, weights)
+            out = attention(self.q_norm(q), k, v, indices, weights)
         unfinished = (position + T) % config.query_block
         next_block = choosers[:, -unfinished : choosers.shape[1] - unfinished + 1] if unfinished else None
         return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), next_block
