@@ -136,6 +136,7 @@ class HSAModel(nn.Module):
 
     def read(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
         """The lower decoder over ids [B, T], and the chunks it completes into `memory` -> hidden [B, T, C]."""
+        memory.unroll()
         hidden = self.lower_decoder(ids, memory)
         self.remember(hidden, memory)
         memory.position += ids.shape[1]
@@ -187,7 +188,7 @@ class HSAModel(nn.Module):
                 position=in_front + position,
                 block_query=memory.block_queries[group],
                 gumbel_seed=None if gumbel_seed is None else gumbel_seed * self.config.groups + group,
-                attention=memory.attention,
+                operations=memory.operations,
             )
             retrievals.append(retrieval)
             return out

@@ -1,4 +1,4 @@
-"""Attention to chunks that lie in host memory: the chosen ones are fetched, a bounded number at a time.
+"""The operations of `ops` that read K and V, for chunks in host memory: only chosen ones cross the bus.
 
 Dimensions: B batch, T tokens, L tokens of a block, H query heads, J key/value heads, D head dimension, N chunks, S chunk size,
 K kept, M fetched.
@@ -44,6 +44,14 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
             for tensor in fetched:
                 tensor.record_stream(main)
     return torch.cat(out, dim=1)
+
+
+def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=None):
+    """`ops.decode` with k and v in host memory: where its kernel runs, it reads the chosen chunks there by itself."""
+    options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset)
+    if ops.in_kernel(q, k):
+        return ops.decode(retrieval_q, landmarks, q, k, v, **options, scale=scale)
+    return chunk_attention(q, k, v, *ops.retrieve(retrieval_q, landmarks, **options), scale=scale)
 
 
 def _fetch(k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

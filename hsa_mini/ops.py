@@ -55,7 +55,7 @@ def _suits(tensor: torch.Tensor, sizes_fit: bool) -> bool:
     return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) and sizes_fit and _kernels() is not None
 
 
-def _takes(q: torch.Tensor, k: torch.Tensor) -> bool:
+def in_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether the kernels are made for such heads and chunks."""
     (H, D), (S, J) = q.shape[2:], k.shape[2:4]
     return _suits(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J)
@@ -91,7 +91,7 @@ def retrieve(
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
     """`reference.chunk_attention`: same arguments, same numbers."""
     check_chunk_attention(q, k, v, indices, weights)
-    if _takes(q, k):
+    if in_kernel(q, k):
         tensors = q.contiguous(), _rows(k), _rows(v), indices.contiguous(), weights.contiguous()
         return _kernels().chunk_attention(*tensors, scale=scale)
     return blockwise.chunk_attention(q, k, v, indices, weights, scale=scale)
@@ -102,7 +102,7 @@ def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
     options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, scale=scale)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (retrieval_q, landmarks, q, k, v))
-    if not learns and _takes(q, k):
+    if not learns and in_kernel(q, k):
         return _kernels().decode(retrieval_q.contiguous(), _rows(landmarks), q.contiguous(), _rows(k), _rows(v), **options)
     return reference.decode(retrieval_q, landmarks, q, k, v, **options)
 

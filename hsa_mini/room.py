@@ -18,13 +18,15 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_room(tokens: int, needed: dict[torch.device, int]) -> None:
-    """Raise MemoryError that says how many tokens fit, if the bytes that so many need on each device are not free."""
-    for device, size in needed.items():
-        free = free_bytes(device)
-        if size > free:
-            fit = tokens * free // size
-            raise MemoryError(
-                f"memory: got {tokens:,} tokens, which need {size / 1e9:,.1f} GB on {device}, "
-                f"accepted are up to {fit:,}, for which the {free / 1e9:,.1f} GB that are free suffice"
-            )
+def check_room(device: torch.device, *, chunks: int, held: int, chunk_bytes: int, moved_bytes: int, chunk_size: int) -> None:
+    """Raise MemoryError that says how many tokens fit, if `chunks` chunks in all do not.
+
+    chunk_bytes: of one of them on this device; `held` are there already. moved_bytes: held twice while what is there moves.
+    """
+    needed, free = moved_bytes + (chunks - held) * chunk_bytes, free_bytes(device)
+    if needed > free:
+        fit = held + max(free - moved_bytes, 0) // chunk_bytes
+        raise MemoryError(
+            f"memory: got {chunks * chunk_size:,} tokens, for which {needed / 1e9:,.3f} GB more are needed on {device} and "
+            f"{free / 1e9:,.3f} GB are free, accepted are up to {fit * chunk_size:,} tokens"
+        )

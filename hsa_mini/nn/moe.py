@@ -52,11 +52,12 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)  # [M, C]
         chosen, gates = self.route(tokens)
-        order = chosen.flatten().argsort(stable=True)  # [M*A], the tokens of expert 0 first
-        counts = torch.bincount(chosen.flatten(), minlength=self.bias.numel())
+        experts, order = chosen.flatten().sort(stable=True)  # [M*A], the tokens of expert 0 first
+        # how many each has, without the wait for a GPU that counting costs: a CUDA graph cannot hold it
+        ends = torch.searchsorted(experts, torch.arange(self.bias.numel(), device=x.device), right=True, out_int32=True)
         if self.training:
+            counts = ends.long().diff(prepend=ends.new_zeros(1))
             self.asked = counts if self.asked is None else self.asked + counts
-        ends = counts.cumsum(0).int()
         rows = tokens[order // self.active]
         up, gate = grouped_mm(rows, self.up_and_gate.to(rows.dtype), offs=ends).chunk(2, dim=-1)
         results = grouped_mm(up * silu(gate), self.down.to(rows.dtype), offs=ends)

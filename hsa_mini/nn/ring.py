@@ -1,0 +1,61 @@
+"""The window of sequences that take one token at a time, in tensors of fixed size and place: what a CUDA graph can hold.
+
+Dimensions: B batch, W window, H query heads, J key/value heads, D head dimension.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from .swa import WindowCache
+
+
+class Clock:
+    """Where every sequence stands; all rings of a memory share it.
+
+    positions int64 [B] of the tokens to come, and what follows from them: their slot int64 [B], and seen bool [B, W], the
+    slots of a ring that hold a token of the sequence once this one is in its own.
+    """
+
+    def __init__(self, positions: torch.Tensor, window: int) -> None:
+        self.positions = positions
+        self.slot = positions % window
+        self._slots = torch.arange(window, device=positions.device)
+        self.seen = self._slots <= positions[:, None]
+
+    def set(self, positions: torch.Tensor) -> None:
+        self.positions.copy_(positions)
+        self.slot.copy_(positions % len(self._slots))
+        self.seen.copy_(self._slots <= positions[:, None])
+
+
+class WindowRing:
+    """k and v [B, W, J, D]: what stands at position p lies in slot p % W, so that a token writes one slot and moves none."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, clock: Clock) -> None:
+        self.k, self.v, self.clock = k, v, clock
+
+    @classmethod
+    def of(cls, cache: WindowCache, read: int, window: int, clock: Clock) -> "WindowRing":
+        """The keys and values of sequences that have all read so many tokens."""
+        slots = torch.arange(read - cache.k.shape[1], read, device=cache.k.device) % window
+        rings = []
+        for part in (cache.k, cache.v):
+            rings.append(part.new_zeros(len(part), window, *part.shape[2:]))
+            rings[-1][:, slots] = part
+        return cls(*rings, clock)
+
+    def ordered(self, read: int) -> WindowCache:
+        """A copy in order of time, for segments: what the next of `read` tokens sees."""
+        window = self.k.shape[1]
+        slots = torch.arange(read - min(read, window - 1), read, device=self.k.device) % window
+        return WindowCache(self.k[:, slots], self.v[:, slots])
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, 1, H, D], k and v [B, 1, J, D] of the token to come, which is written -> [B, 1, H, D]."""
+        slot = self.clock.slot[:, None, None, None].expand_as(k)
+        self.k.scatter_(1, slot, k)
+        self.v.scatter_(1, slot, v)
+        groups = q.unflatten(2, (k.shape[2], -1))[:, 0]  # [B, J, G, D]: to the G heads of a key it looks like G queries
+        keys, values = (ring.transpose(1, 2) for ring in (self.k, self.v))
+        out = scaled_dot_product_attention(groups, keys, values, attn_mask=self.clock.seen[:, None, None])
+        return out.flatten(1, 2)[:, None]
