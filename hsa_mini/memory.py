@@ -100,7 +100,8 @@ class ChunkMemory:
         """
         c, chunks = self.config, tokens // self.config.chunk_size
         made = () if self._stores is None else (len(self._stores[2]), self._stores[2].dtype, self._stores[2].device)
-        held = list(self._stores) if made == (batch, dtype, device) else []  # room for others, in which nothing stands, goes
+        # room that was made for others, and in which nothing stands, goes
+        held = list(self._stores) if self.batch is not None or made == (batch, dtype, device) else []
         capacity = min((store.shape[1] for store in held), default=0)
         if held and chunks <= capacity:
             return

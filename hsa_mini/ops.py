@@ -12,7 +12,7 @@ import torch
 from . import blockwise, reference
 from .reference.checks import check_chunk_attention, check_decode, check_retrieve, check_sliding_window
 
-__all__ = ["chunk_attention", "decode", "fetch", "implementation", "retrieve", "sliding_window_attention"]
+__all__ = ["chunk_attention", "decode", "fetch", "implementation", "retrieve", "ring_attention", "sliding_window_attention"]
 
 CHOICES = ("auto", "kernels", "portable")
 LEAST_TOKENS = 4096  # choosing tokens that fill a GPU with programs of `retrieve`; with fewer, a matrix product is faster
@@ -112,6 +112,13 @@ def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if _choice == "kernels" or (_choice == "auto" and rows.is_cuda and store.is_pinned() and _kernels() is not None):
         return _kernels().fetch(store, rows)
     return store[rows.to(store.device)].to(rows.device)
+
+
+def ring_attention(q, k, v, positions):
+    """`blockwise.ring_attention`: same arguments, same numbers; the kernel has no gradient."""
+    if _suits(q, 16 <= q.shape[3] <= 256 and q.shape[2] <= 64 * k.shape[2]):
+        return _kernels().ring_attention(q.contiguous(), k, v, positions)
+    return blockwise.ring_attention(q, k, v, positions)
 
 
 def sliding_window_attention(q, k, v, *, window):

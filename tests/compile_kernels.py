@@ -67,6 +67,7 @@ for case, sizes in {
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, H, D), (1, N, S, J, D), (1, N, S, J, D)))
     asked, landmarks = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, J, R), (1, N, J, R)))
     indices, weights = hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, offset=N * S)
+        hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
     weights.sum().backward()
     hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
     weights = torch.randn(1, T, J, K, requires_grad=True)
@@ -74,3 +75,5 @@ for case, sizes in {
     with torch.no_grad():
         by_chunk.forward(q, k, v, indices, weights, 1.0)
         hsa_kernels.decode(asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S)
+        hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
+        hsa_kernels.ring_attention(q[:, :1], k[:, 0], v[:, 0], torch.tensor([30]))

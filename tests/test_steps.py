@@ -46,7 +46,7 @@ def largest(got: torch.Tensor, want: torch.Tensor) -> float:
 def test_steps_equal_the_forward_pass_from_the_first_token_on(option, dtype, bound):
     model, ids = build(option, dtype), text(61)
     want = model(ids).logits
-    for start in (1, 7, 30):
+    for start in (1, 30):
         memory = prefill(model, ids[:, :start]).memory
         assert_close(spoken(model, memory, ids[:, start:]), want[:, start:], bound)
         assert memory.position == 61 and memory.chunks == 61 // DEBUG.chunk_size

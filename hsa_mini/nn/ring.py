@@ -4,28 +4,20 @@ Dimensions: B batch, W window, H query heads, J key/value heads, D head dimensio
 """
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from .. import ops
 from .swa import WindowCache
 
 
 class Clock:
-    """Where every sequence stands; all rings of a memory share it.
-
-    positions int64 [B] of the tokens to come, and what follows from them: their slot int64 [B], and seen bool [B, W], the
-    slots of a ring that hold a token of the sequence once this one is in its own.
-    """
+    """Where every sequence stands; all rings of a memory share it: positions int64 [B] of the tokens to come, and their slots."""
 
     def __init__(self, positions: torch.Tensor, window: int) -> None:
-        self.positions = positions
-        self.slot = positions % window
-        self._slots = torch.arange(window, device=positions.device)
-        self.seen = self._slots <= positions[:, None]
+        self.positions, self.slots, self.window = positions, positions % window, window
 
     def set(self, positions: torch.Tensor) -> None:
         self.positions.copy_(positions)
-        self.slot.copy_(positions % len(self._slots))
-        self.seen.copy_(self._slots <= positions[:, None])
+        self.slots.copy_(positions % self.window)
 
 
 class WindowRing:
@@ -52,10 +44,7 @@ class WindowRing:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [B, 1, H, D], k and v [B, 1, J, D] of the token to come, which is written -> [B, 1, H, D]."""
-        slot = self.clock.slot[:, None, None, None].expand_as(k)
+        slot = self.clock.slots[:, None, None, None].expand_as(k)
         self.k.scatter_(1, slot, k)
         self.v.scatter_(1, slot, v)
-        groups = q.unflatten(2, (k.shape[2], -1))[:, 0]  # [B, J, G, D]: to the G heads of a key it looks like G queries
-        keys, values = (ring.transpose(1, 2) for ring in (self.k, self.v))
-        out = scaled_dot_product_attention(groups, keys, values, attn_mask=self.clock.seen[:, None, None])
-        return out.flatten(1, 2)[:, None]
+        return ops.ring_attention(q, self.k, self.v, self.clock.positions)

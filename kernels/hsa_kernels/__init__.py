@@ -1,8 +1,9 @@
-"""Triton kernels: each the twin of a reference operation, and `fetch`, which reads host memory."""
+"""Triton kernels: each the twin of a portable operation, and `fetch`, which reads host memory."""
 
 from .chunk_attention import chunk_attention
 from .decode import decode
 from .fetch import fetch
 from .retrieval import retrieve
+from .ring_attention import ring_attention
 
-__all__ = ["chunk_attention", "decode", "fetch", "retrieve"]
+__all__ = ["chunk_attention", "decode", "fetch", "retrieve", "ring_attention"]
