@@ -190,8 +190,10 @@ class ChunkMemory:
         self.padding = tuple(self.position - row.position for row in rows)
         self.clock = Clock(torch.cat([row.clock.positions for row in rows]), self.config.window)
         self.partial = torch.cat([row.partial for row in rows])
-        for caches, parts in ((self.lower, zip(*(row.lower for row in rows))), (self.upper, zip(*(row.upper for row in rows)))):
-            caches[:] = [WindowRing(*(torch.cat(x) for x in zip(*((ring.k, ring.v) for ring in rings))), self.clock) for rings in parts]
+        for half in ("lower", "upper"):
+            layers = zip(*(getattr(row, half) for row in rows))
+            pairs = ((torch.cat([ring.k for ring in rings]), torch.cat([ring.v for ring in rings])) for rings in layers)
+            setattr(self, half, [WindowRing(k, v, self.clock) for k, v in pairs])
         if self.config.query_block > 1:
             self.block_queries = [torch.cat(queries) for queries in zip(*(row.block_queries for row in rows))]
         if not any(self.padding):
@@ -199,7 +201,8 @@ class ChunkMemory:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these sequences of the batch, in this order: rows int64 [B'], repeats allowed, as beam search needs."""
-        if rows.dtype != torch.int64 or rows.dim() != 1 or not len(rows) or not 0 <= int(rows.min()) <= int(rows.max()) < (self.batch or 0):
+        fits = rows.dtype == torch.int64 and rows.dim() == 1 and len(rows)
+        if not fits or not 0 <= int(rows.min()) <= int(rows.max()) < (self.batch or 0):
             raise ValueError(f"rows: got {rows.tolist()} {rows.dtype}, accepted are int64 [B'] of 0 to {(self.batch or 0) - 1}")
         self._stores = tuple(_selected(store, rows) for store in self._stores)
         self._keep(rows.tolist())

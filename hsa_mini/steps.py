@@ -47,7 +47,8 @@ class Steps:
     def _step(self, token: torch.Tensor) -> torch.Tensor:
         """The whole model; asks the host nothing."""
         model, memory, clock = self.model, self.memory, self.memory.clock
-        rope = rope_table(clock.positions[:, None], model.config.head_dim, model.config.rope_base)
+        table = rope_table(clock.positions[:, None], model.config.head_dim, model.config.rope_base)
+        rope = tuple(part.to(model.norm.weight.dtype) for part in table)  # once, not in every block
         x = model.embedding(token)
         for block, ring in zip(model.lower, memory.lower):
             x, _ = block(x, rope, ring)

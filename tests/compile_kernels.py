@@ -67,7 +67,6 @@ for case, sizes in {
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, H, D), (1, N, S, J, D), (1, N, S, J, D)))
     asked, landmarks = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, J, R), (1, N, J, R)))
     indices, weights = hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, offset=N * S)
-        hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
     weights.sum().backward()
     hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
     weights = torch.randn(1, T, J, K, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Decoding on a GPU: a captured step equals an eager one, K and V in host memory equal K and V on the device, bytes are bounded."""
+"""Decoding on a GPU: captured steps equal eager ones, K and V in host memory equal K and V on the device, bytes are bounded."""
 
 import dataclasses
 
@@ -124,7 +124,8 @@ def test_chunks_are_fetched_from_host_memory_beyond_31_bits():
 @pytest.mark.parametrize("T", [1, 700])
 def test_attention_over_fetched_chunks_equals_attention_over_all(T, monkeypatch):
     monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 20)
-    q, k, v = (draw(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((2, T, 16, 128), *((2, 90, 64, 1, 128),) * 2)))
+    q = draw(2, T, 16, 128, dtype=torch.bfloat16)
+    k, v = (draw(2, 90, 64, 1, 128, seed=i, dtype=torch.bfloat16) for i in (1, 2))
     indices = torch.rand(2, T, 1, 90, device="cuda").argsort(-1)[..., :16].int()
     indices[:, ::3, :, 5:] = -1
     weights = torch.rand(2, T, 1, 16, device="cuda").masked_fill(indices < 0, 0)
@@ -142,7 +143,8 @@ def test_ring_attention_is_as_precise_as_pytorch():
 
 
 def test_the_decode_kernel_reads_host_memory():
-    asked, landmarks, q = (draw(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((2, 1, 1, 128), (2, 90, 1, 128), (2, 1, 16, 128))))
+    asked, q = (draw(2, 1, heads, 128, seed=heads, dtype=torch.bfloat16) for heads in (1, 16))
+    landmarks = draw(2, 90, 1, 128, dtype=torch.bfloat16)
     k, v = (draw(2, 90, 64, 1, 128, seed=i, dtype=torch.bfloat16) for i in (3, 4))
     options = dict(chunk_size=64, top_k=16, offset=torch.tensor([5760, 900], device="cuda"))
     got = offload.decode(asked, landmarks, q, k.cpu().pin_memory(), v.cpu().pin_memory(), **options)
