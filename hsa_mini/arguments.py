@@ -63,9 +63,11 @@ def read_model(argument: str, given: str, device):
     return model
 
 
-def check_length(argument: str, tokens: int, config) -> None:
-    """Raise ValueError if needles and question do not fit into `tokens` tokens for a model of this window."""
-    from .data.tasks import NeedleTask
-    from .data.tokenizer import load_tokenizer
+def check_length(argument: str, tokens: int, config, task: str = "s_niah", *, distractors: int = 0, border: bool = False) -> None:
+    """Raise ValueError if sentences and question of `task` do not fit into `tokens` tokens for a model of this window."""
+    import numpy as np
 
-    check_range(argument, tokens, NeedleTask(load_tokenizer()).least_tokens(config.chunk_size, config.window), MOST_TOKENS)
+    from .data.tasks import TASKS
+
+    problem = TASKS[task](np.random.default_rng(0), distractors=distractors)  # any other is as long
+    check_range(argument, tokens, problem.least_tokens(config.chunk_size, config.window, border=border), MOST_TOKENS)

@@ -12,6 +12,7 @@ from .paths import check_writable, data_dir, write_whole
 from .report import printable, report
 
 MOST_SEED = (1 << 32) - 1
+TASKS = ("s_niah", "mq_niah", "vt")  # of data/tasks.py, which the parser need not load
 
 
 def main(words: list[str] | None = None) -> int:
@@ -64,13 +65,16 @@ def build_parser() -> Parser:
     train.add_argument("--workers", type=integer, help="processes that draw batches (default: by the cores at hand)")
     train.set_defaults(command=run_train)
 
-    evaluate = commands.add_parser("eval", help="ask many needle questions by length and depth")
+    evaluate = commands.add_parser("eval", help="ask many questions of a task by length and depth")
     evaluate.add_argument("checkpoint", help="a shipped model (mini) or a folder")
-    evaluate.add_argument("--task", default="s_niah", choices=["s_niah"])
+    evaluate.add_argument("--task", default="s_niah", choices=TASKS, help="default s_niah")
     evaluate.add_argument("--lengths", type=integer, nargs="+", metavar="TOKENS", help="default: those of the paper's Figure 4")
-    evaluate.add_argument("--samples", type=integer, help="questions a depth (default 10, and 5 from 4M tokens on)")
+    evaluate.add_argument("--samples", type=integer, help="questions a depth (default 10)")
+    evaluate.add_argument("--distractors", type=integer, default=0, metavar="N", help="more sentences of the same form (default 0)")
+    evaluate.add_argument("--border", action="store_true", help="every sentence lies across the border of two chunks")
     evaluate.add_argument("--seed", type=integer, default=1)
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help="default: data/results/CHECKPOINT_TASK.json")
+    results = "data/results/CHECKPOINT_TASK[_N_distractors][_border].json"
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help=f"default: {results}")
     evaluate.set_defaults(command=run_eval)
 
     plan = commands.add_parser("plan", help="what a model costs at a length: parameters, bytes, FLOP; makes nothing")
@@ -193,24 +197,31 @@ def run_train(arguments) -> int:
 
 
 def run_eval(arguments) -> int:
-    from .evaluate import LENGTHS, by_length, evaluate_s_niah, write_results
+    from .data.tasks import MOST_DISTRACTORS
+    from .evaluate import CONTROLS, LENGTHS, by_length, evaluate, write_results
 
-    for tokens in arguments.lengths or ():
+    lengths = arguments.lengths or LENGTHS
+    for tokens in lengths:
         check_range("--lengths", tokens, 1, MOST_TOKENS)
     check_range("--samples", 1 if arguments.samples is None else arguments.samples, 1, 10**6)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
-    name = f"{Path(arguments.checkpoint).name}_{arguments.task}.json"
-    path = data_dir() / "results" / name if arguments.out is None else arguments.out
+    check_range("--distractors", arguments.distractors, 0, MOST_DISTRACTORS)
+    options = {"distractors": arguments.distractors, "border": arguments.border}
+    name = f"{Path(arguments.checkpoint).name}_{arguments.task}"
+    name += f"_{arguments.distractors}_distractors" * (arguments.distractors > 0) + "_border" * arguments.border
+    path = data_dir() / "results" / f"{name}.json" if arguments.out is None else arguments.out
     check_writable("--out", path)
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
-    for tokens in arguments.lengths or ():
-        check_length("--lengths", tokens, model.config)
-    rows, controls = evaluate_s_niah(
+    for tokens in lengths:
+        check_length("--lengths", tokens, model.config, arguments.task, **options)
+    rows, controls = evaluate(
         model,
-        lengths=arguments.lengths or LENGTHS,
-        samples=lambda tokens: arguments.samples or (10 if tokens < 1 << 22 else 5),
+        arguments.task,
+        lengths=lengths,
+        samples=lambda tokens: arguments.samples or 10,
         seed=arguments.seed,
+        **options,
     )
     print(f"{'tokens':>12} {'right':>9} {'accuracy':>9} {'95% interval':>16} {'retrieved':>10}   wrong by depth")
     for entry in by_length(rows):
@@ -220,8 +231,9 @@ def run_eval(arguments) -> int:
             f"{entry['tokens']:>12,} {entry['correct']:>4}/{entry['samples']:<4} {entry['accuracy']:>9.1%} "
             f"{entry['low']:>7.1%} to {entry['high']:>6.1%} {entry['retrieved']:>5}/{entry['samples']:<4}  {', '.join(wrong) or 'none'}"
         )
-    right = sum(row.correct for row in controls)
-    print(f"control: {right} of {sum(row.samples for row in controls)} right where the key is nowhere in the text")
+    for control, what in CONTROLS.items():
+        same = [row for row in controls if row.control == control]
+        print(f"control: {sum(row.correct for row in same)} of {sum(row.samples for row in same)} right where {what}")
     write_results(path, rows, controls, device)
     print(f"written to {path}")
     return 0

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from .config import MOST_TOKENS
-from .data.tasks import NeedleTask, tile
+from .data.sentences import DEMO
+from .data.tasks import place, s_niah, tile
 from .data.tokenizer import load_tokenizer
 from .evaluate import chunks_retrieved
 from .generate import continue_from, prefill
@@ -74,8 +75,9 @@ def find_needle(
 ) -> Finding:
     """Hide needles in `tokens` tokens of `haystack` (from token `first` on, repeated to length) and ask for one.
 
-    depth: 0 puts the needle first, 1 last of what lies outside the window. seed: of keys, values and distractors. Raises
-    ValueError for a haystack of fewer than 64 tokens, or tokens, depth or seed out of range.
+    depth: 0 puts the needle first, 1 last of what lies outside the window. seed: of keys (held-out ones, none of which
+    stands in the haystack), values and distractors. Raises ValueError for a haystack of fewer than 64 tokens, or tokens,
+    depth or seed out of range.
     """
     if len(haystack) < LEAST_HAYSTACK:
         raise ValueError(f"haystack: got {len(haystack)} tokens of text, accepted are at least {LEAST_HAYSTACK}")
@@ -85,16 +87,10 @@ def find_needle(
         raise ValueError(f"seed: got {seed}, accepted is 0 or more")
     config, device = model.config, next(model.parameters()).device
     tokenizer = load_tokenizer()
-    task = NeedleTask(tokenizer)
     text = tile(haystack, tokens, first)
-    sample = task.sample(
-        np.random.default_rng(seed),
-        tokens=tokens,
-        depth=depth,
-        chunk_size=config.chunk_size,
-        window=config.window,
-        absent_from=tokenizer.decode(text[: len(haystack)].tolist()),
-    )
+    rng = np.random.default_rng((DEMO, seed))
+    problem = s_niah(rng, absent_from=tokenizer.decode(text[: len(haystack)].tolist()))
+    sample = place(rng, problem, tokens=tokens, depth=depth, chunk_size=config.chunk_size, window=config.window)
     ids = torch.from_numpy(sample.apply(text))
 
     if device.type == "cuda":
@@ -107,15 +103,15 @@ def find_needle(
     answer = generation.ids[0].tolist()
     decoded = time.perf_counter()
 
-    needle_chunks = sample.needle_chunks(config.chunk_size, task.sentence_tokens)
+    needle_chunks = sample.first_chunks(config.chunk_size)
     retrieved_chunks = [sorted(chunks) for chunks in chunks_retrieved(generation.first)]
     return Finding(
         tokens=tokens,
         depth=depth,
         seed=seed,
         device=str(device),
-        question=f"What is the secret code of {sample.needle.key}?",
-        expected=sample.needle.answer,
+        question=problem.question.text.split("\n")[1],
+        expected=problem.question.answer,
         answer=tokenizer.decode(answer),
         correct=answer == sample.answer.tolist(),
         needle_chunks=needle_chunks,
@@ -126,7 +122,7 @@ def find_needle(
         peak_memory_bytes=peak_memory_bytes(device),
         scores=scores,
         ids=ids.numpy(),
-        needle_text=sample.needle.sentence,
+        needle_text=problem.sentences[0],
         chunk_size=config.chunk_size,
     )
 

@@ -1,12 +1,13 @@
-"""Needle questions over haystacks of any length, scored by greedy generation.
+"""Questions of every task over haystacks of any length, scored by greedy generation.
 
-Samples may share a haystack: it is encoded once, and for each sample only the tokens that its needles and their
-lower-decoder reach touch are encoded again. Exact, not an approximation (tests compare with encoding from scratch).
+Samples may share a haystack: it is encoded once, and for each sample only the tokens that its sentences and
+their lower-decoder reach touch are encoded again. Exact, not an approximation (tests compare with encoding from scratch).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from . import provenance
 from .data.corpus import load_corpus
-from .data.tasks import NeedleTask, Sample, tile
-from .data.tokenizer import load_tokenizer
+from .data.sentences import EVALUATION
+from .data.tasks import MOST_DISTRACTORS, TASKS, Sample, place, tile
 from .generate import SEGMENT, Generation, continue_from, tail_start
 from .memory import ChunkMemory
 from .model import Aux, HSAModel, Output
@@ -26,6 +27,7 @@ from .paths import write_whole
 LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)  # of the paper's Figure 4
 DEPTHS = tuple(round(i / 9, 4) for i in range(10))
 SHARED_FROM = 1 << 20  # from this length on the samples of a length share one haystack
+CONTROLS = {"absent": "what is asked for is nowhere in the text", "shuffled": "the memory holds the sentences of another sample"}
 
 
 def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
@@ -43,7 +45,7 @@ class Haystack:
 
     def __init__(self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
         self.model, self.text = model, text
-        self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + model.config.chunk_size)
+        self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + SEGMENT)
         with torch.no_grad():
             for part in text[None].split(SEGMENT, dim=1):
                 model.read(part, self.memory)
@@ -51,19 +53,34 @@ class Haystack:
                     progress(part.shape[1])
 
     @torch.no_grad()
-    def ask(self, sample: Sample, *, answer_tokens: int) -> Generation:
-        """Put the sample's needles and question into the text, answer greedily, and take them out again."""
-        ids = self.text.clone()
-        for first, patch in sample.patches:
-            ids[first : first + len(patch)] = torch.from_numpy(patch.astype(np.int64)).to(ids.device)
-        undo = [self._encode_again(ids, first, last) for first, last in self._touched(sample)]
-        generation = continue_from(self.model, self._read_tail(ids), max_new_tokens=answer_tokens)
+    def ask(self, sample: Sample, *, answer_tokens: int, remembered: Sample | None = None) -> Generation:
+        """Put the sample's sentences and question into the text, answer greedily, and take them out again.
+
+        remembered: the memory holds this sample's sentences instead; the sample's own are read only in the last tokens.
+        """
+        remembered = remembered or sample
+        with self._written(remembered):
+            undo = [self._encode_again(first, last) for first, last in self._touched(remembered)]
+        with self._written(sample):
+            output = self._read_tail()
+        generation = continue_from(self.model, output, max_new_tokens=answer_tokens)
         for first, chunks in undo:
             self.memory.replace(first, *chunks)
         return generation
 
+    @contextmanager
+    def _written(self, sample: Sample) -> Iterator[None]:
+        """As long as this lasts the text is the sample's."""
+        places = np.concatenate([np.arange(first, first + len(patch)) for first, patch in sample.patches])
+        fresh = np.concatenate([patch.astype(np.int64) for _, patch in sample.patches])
+        places, fresh = (torch.from_numpy(x).to(self.text.device) for x in (places, fresh))
+        before = self.text[places]
+        self.text[places] = fresh
+        yield
+        self.text[places] = before
+
     def _touched(self, sample: Sample) -> Iterable[tuple[int, int]]:
-        """Ranges of complete chunks [first, last) that the patches reach, merged where they meet."""
+        """Ranges of complete chunks [first, last) that the patches reach, merged where they meet, cut where they are long."""
         S, reach = self.model.config.chunk_size, self.model.config.lower_reach
         ranges: list[list[int]] = []
         for start, patch in sorted(sample.patches, key=lambda patch: patch[0]):
@@ -72,37 +89,42 @@ class Haystack:
                 ranges[-1][1] = max(last, ranges[-1][1])
             elif first < last:
                 ranges.append([first, last])
-        return [(first, last) for first, last in ranges]
+        most = max(SEGMENT // S, 1)
+        return [(i, min(i + most, last)) for first, last in ranges for i in range(first, last, most)]
 
-    def _encode_again(self, ids: torch.Tensor, first: int, last: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+    def _encode_again(self, first: int, last: int) -> tuple[int, tuple[torch.Tensor, ...]]:
         S = self.model.config.chunk_size
-        hidden, _ = self._lower(ids, first * S, last * S)
+        hidden, _ = self._lower(first * S, last * S)
         return first, self.memory.replace(first, *self.model.encoder(hidden.unflatten(1, (last - first, S))))
 
-    def _read_tail(self, ids: torch.Tensor) -> Output:
+    def _read_tail(self) -> Output:
         """The upper decoder over the last tokens, with the caches that decoding needs."""
-        model, total = self.model, len(ids)
+        model, total = self.model, len(self.text)
         unfinished = total % model.config.chunk_size
         first = tail_start(model, total)
-        hidden, branch = self._lower(ids, min(first, total - unfinished), total)
+        hidden, branch = self._lower(min(first, total - unfinished), total)
         branch.partial = hidden[:, hidden.shape[1] - unfinished :]
         branch.position = total
         hidden, retrievals = model.look_up(hidden[:, -(total - first) :], first, branch)
         return Output(model.predict(hidden[:, -1:]), branch, Aux(retrievals))
 
-    def _lower(self, ids: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, ChunkMemory]:
+    def _lower(self, first: int, last: int) -> tuple[torch.Tensor, ChunkMemory]:
         """The lower decoder's output for tokens [first, last), from as far back as it depends on."""
         branch = self.memory.branch()
         branch.position = max(first - self.model.config.lower_reach, 0)
         branch.lower, branch.upper = [None] * len(branch.lower), [None] * len(branch.upper)
         branch.block_queries = [None] * len(branch.block_queries)
-        hidden = self.model.lower_decoder(ids[None, branch.position : last], branch)
+        hidden = self.model.lower_decoder(self.text[None, branch.position : last], branch)
         return hidden[:, first - branch.position :], branch
 
 
 @dataclass(frozen=True)
 class Row:
-    """The questions of one length and depth: correct and retrieved are counts."""
+    """The questions of one length and depth: correct and retrieved are counts.
+
+    depth: the place of the first sentence that the question needs (the asked needle, the first of two, or the head of the
+    chain); all others lie anywhere. retrieved: any HSA layer kept a chunk of that sentence for the first answer token.
+    """
 
     tokens: int
     depth: float
@@ -113,27 +135,41 @@ class Row:
     seed: int
 
 
-def evaluate_s_niah(
+@dataclass(frozen=True)
+class ControlRow(Row):
+    """Questions that cannot be answered; depth and retrieved are of the place where the sentence would stand."""
+
+    control: str  # one of CONTROLS
+
+
+def evaluate(
     model: HSAModel,
+    task: str,
     *,
     lengths: Iterable[int] = LENGTHS,
     depths: Iterable[float] = DEPTHS,
     samples: Callable[[int], int] = lambda tokens: 10,
     seed: int = 1,
+    distractors: int = 0,
+    border: bool = False,
     report: Callable[[Row], None] | None = None,
-) -> tuple[list[Row], list[Row]]:
-    """S-NIAH on held-out text: rows by length and depth, and by length the control whose key is nowhere in the text.
+) -> tuple[list[Row], list[ControlRow]]:
+    """One of TASKS on held-out text: rows by length and depth, and by length the controls.
 
-    samples: questions per depth of a length. Every sample has its own text below `SHARED_FROM` tokens, its own needles
-    and question always.
+    samples: questions per depth, and per control, of a length. Every sample has its own text below `SHARED_FROM` tokens,
+    its own sentences and question always. distractors: further sentences of the same form in every text. border: every
+    sentence lies across two chunks. Raises ValueError for an unknown task, distractors out of range, and as `place` does.
     """
-    device = next(model.parameters()).device
-    corpus, task = load_corpus("validation").tokens, NeedleTask(load_tokenizer())
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, accepted are {', '.join(TASKS)}")
+    if not 0 <= distractors <= MOST_DISTRACTORS:
+        raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MOST_DISTRACTORS}")
+    device, corpus = next(model.parameters()).device, load_corpus("validation").tokens
     rows, controls = [], []
     for tokens in lengths:
-        rng = np.random.default_rng((seed, tokens))
-        plan = [(depth, False) for depth in depths for _ in range(samples(tokens))]
-        plan += [(0.5, True)] * samples(tokens)
+        rng = np.random.default_rng((EVALUATION, seed, tokens))
+        plan = [(depth, None) for depth in depths for _ in range(samples(tokens))]
+        plan += [(0.5, control) for control in CONTROLS for _ in range(samples(tokens))]
         counts = {key: [0, 0, 0] for key in plan}
         haystack = None
         with tqdm(plan, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
@@ -141,25 +177,41 @@ def evaluate_s_niah(
                 if haystack is None or tokens < SHARED_FROM:
                     text = tile(corpus, tokens, int(rng.integers(len(corpus)))).astype(np.int64)
                     haystack = Haystack(model, torch.from_numpy(text).to(device))
-                right, retrieved = ask_one(haystack, task, rng, *key)
-                counts[key] = [x + y for x, y in zip(counts[key], (1, right, retrieved))]
+                scores = ask_one(haystack, rng, task, *key, distractors=distractors, border=border)
+                counts[key] = [x + y for x, y in zip(counts[key], (1, *scores))]
         for (depth, control), (asked, correct, retrieved) in counts.items():
-            row = Row(tokens, depth, asked, correct, retrieved, min(tokens, len(corpus)), seed)
-            (controls if control else rows).append(row)
+            values = (tokens, depth, asked, correct, retrieved, min(tokens, len(corpus)), seed)
+            row = Row(*values) if control is None else ControlRow(*values, control)
+            (rows if control is None else controls).append(row)
             if report:
                 report(row)
     return rows, controls
 
 
-def ask_one(haystack: Haystack, task: NeedleTask, rng: np.random.Generator, depth: float, control: bool) -> tuple[bool, bool]:
-    """One question: was the greedy answer right, and was a needle chunk among those retrieved for its first token?"""
+def ask_one(
+    haystack: Haystack,
+    rng: np.random.Generator,
+    task: str,
+    depth: float,
+    control: str | None = None,
+    *,
+    distractors: int = 0,
+    border: bool = False,
+) -> tuple[bool, bool]:
+    """One question: was the greedy answer wholly right, and was a chunk of the first sentence retrieved for its first token?"""
     config = haystack.model.config
-    sample = task.sample(
-        rng, tokens=len(haystack.text), depth=depth, chunk_size=config.chunk_size, window=config.window, control=control
-    )
-    generation = haystack.ask(sample, answer_tokens=len(sample.answer))
+
+    def draw() -> Sample:
+        return place(
+            rng, TASKS[task](rng, distractors=distractors), tokens=len(haystack.text), depth=depth,
+            chunk_size=config.chunk_size, window=config.window, border=border, absent=control == "absent",
+        )  # fmt: skip
+
+    sample = draw()
+    remembered = draw() if control == "shuffled" else sample
+    generation = haystack.ask(sample, answer_tokens=len(sample.answer), remembered=remembered)
     right = generation.ids[0].tolist() == sample.answer.tolist()
-    wanted = set(sample.needle_chunks(config.chunk_size, task.sentence_tokens))
+    wanted = set(sample.first_chunks(config.chunk_size))
     return right, any(wanted & chunks for chunks in chunks_retrieved(generation.first))
 
 
@@ -180,7 +232,7 @@ def by_length(rows: list[Row]) -> list[dict]:
     return table
 
 
-def write_results(path: Path, rows: list[Row], controls: list[Row], device: torch.device) -> None:
+def write_results(path: Path, rows: list[Row], controls: list[ControlRow], device: torch.device) -> None:
     """The rows, and where they come from, as JSON; the file appears whole or not at all."""
     result = {**provenance.record(device), "rows": [vars(row) for row in rows], "control_rows": [vars(row) for row in controls]}
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -131,6 +131,10 @@ class ChunkMemory:
             like = {name: getattr(self._stores[2], name) for name in ("dtype", "device")}
             self.make_room(max(tokens, chunks * self.config.chunk_size), batch=len(self._stores[2]), **like)
 
+    def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`ops.chunk_attention` with the chunks held."""
+        return self.operations.chunk_attention(q, self.k, self.v, indices, weights)
+
     def append(self, *fresh: torch.Tensor) -> None:
         """Add complete chunks: k, v [B, n, S, J, D] and landmarks [B, n, J_r, R]."""
         total = self.chunks + fresh[0].shape[1]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .config import HSAConfig
+from .crowd import Crowd, Past
 from .memory import ChunkMemory
 from .nn.chunk_encoder import ChunkEncoder
 from .nn.hsa import HSA, Retrieval
@@ -64,11 +65,6 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(seen)), cache
 
 
-def surround(store: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """[B, N, ...] -> [B, (neighbours+1) * N, ...]: the rows of the sequences that follow in the batch, then one's own."""
-    return torch.cat([store.roll(-i, dims=0) for i in range(neighbours, -1, -1)], dim=1) if neighbours else store
-
-
 class HSAModel(nn.Module):
     """A causal language model that reads nearby tokens through a window and all others through retrieved chunks."""
 
@@ -112,26 +108,22 @@ class HSAModel(nn.Module):
         ids: torch.Tensor,
         memory: ChunkMemory | None = None,
         *,
-        neighbours: int = 0,
+        past: Past | None = None,
         explore: bool = True,
-        gumbel_seed: int | None = None,
+        gumbel_seed: int | torch.Tensor | None = None,
     ) -> Output:
         """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place and returned.
 
-        neighbours: put the chunks of this many other sequences of the batch in front of each one's own. Without positions
-        they are its distant past: a training sequence of 1,024 tokens then has to find its chunks among many more.
-        explore: add the exploration noise, in training mode alone. gumbel_seed: drawn from torch's generator if None.
+        past: chunks of earlier batches; if given, each sequence looks for its chunks among these, those of the whole batch
+        and its own (`Crowd`). explore: add the exploration noise, in training mode alone. gumbel_seed: an int or an int64
+        tensor []; drawn from torch's generator if None.
         Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of another batch or model.
         """
         memory = ChunkMemory(self.config) if memory is None else memory
         self.check_ids(ids, memory, wait=False)
-        if not 0 <= neighbours < len(ids):  # one more, and a sequence would find its own future among its neighbours'
-            raise ValueError(f"neighbours: got {neighbours}, accepted are 0 to {len(ids) - 1}, one less than the batch")
         position = memory.position
         hidden = self.read(ids, memory)
-        hidden, retrievals = self.look_up(
-            hidden, position, memory, neighbours=neighbours, explore=explore, gumbel_seed=gumbel_seed
-        )
+        hidden, retrievals = self.look_up(hidden, position, memory, past=past, explore=explore, gumbel_seed=gumbel_seed)
         return Output(self.predict(hidden), memory, Aux(retrievals))
 
     def read(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
@@ -166,9 +158,9 @@ class HSAModel(nn.Module):
         position: int,
         memory: ChunkMemory,
         *,
-        neighbours: int = 0,
+        past: Past | None = None,
         explore: bool = True,
-        gumbel_seed: int | None = None,
+        gumbel_seed: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[Retrieval, ...]]:
         """The upper decoder over hidden [B, T, C], whose first token stands at `position` -> [B, T, C], retrievals."""
         if not (self.training and self.config.exploration and explore):
@@ -177,18 +169,20 @@ class HSAModel(nn.Module):
             gumbel_seed = int(torch.randint(1 << 31, ()))
         rope = self._rope(position, hidden.shape[1], hidden.device)
         retrievals: list[Retrieval] = []
-        chunks = [surround(store, neighbours) for store in (memory.k, memory.v, memory.landmarks)]
-        in_front = neighbours * memory.chunks * self.config.chunk_size
+        chunks, in_front = memory, 0
+        if past is not None:
+            chunks = Crowd(memory, past)
+            in_front = chunks.in_front
 
         def ask(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
             group = len(retrievals)
             out, retrieval, memory.block_queries[group] = hsa(
                 x,
-                *chunks,
+                chunks.landmarks,
+                chunks.attend,
                 position=in_front + position,
                 block_query=memory.block_queries[group],
                 gumbel_seed=None if gumbel_seed is None else gumbel_seed * self.config.groups + group,
-                operations=memory.operations,
             )
             retrievals.append(retrieval)
             return out

@@ -1,7 +1,7 @@
-"""Training: recipes, the loop, and a run that goes on exactly where it was cut off.
+"""Training: the loop, and a run that goes on exactly where it was cut off.
 
-A batch is a function of (seed, step) and the exploration noise of (seed, step) too, so parameters, optimizer state and
-step are all that a resumed run needs to equal an uninterrupted one to the last bit (on the same hardware).
+A batch is a function of (seed, step) and the exploration noise of (seed, step) too, so parameters, optimizer state, chunks of
+the past and step are all that a resumed run needs to equal an uninterrupted one to the last bit (on the same hardware).
 """
 
 import csv
@@ -11,59 +11,27 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import provenance
 from .checkpoint import load_progress, save_model, save_progress
-from .config import PRESETS
-from .data.mixture import ANSWER, COPY, TEXT, Mixture, TrainingBatches
+from .config import PRESETS, HSAConfig
+from .crowd import Past
+from .data.mixture import ANSWER, COPY, TEXT, TrainingBatches
 from .model import HSAModel
 from .nn.moe import MoE
 from .paths import write_whole
+from .recipes import RECIPES, Recipe, Stage
+from .replay import Replay
 
 LOG = "log.csv"
 COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance", "learning_rate", "seconds")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a preset is trained. Learning rate: linear warm-up, constant, then linear decay to 0."""
-
-    steps: int
-    batch: int
-    tokens: int
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    decay: float = 0.4  # share of the steps
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    balance_rate: float = 1e-3  # of the experts' bias, a step
-    text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
-    # Past this share of the steps there is no exploration noise, and chunks of `neighbours` other sequences are in memory:
-    # a sequence of 1,024 tokens then has to find its own chunks among many more, as in a long text.
-    explore: float = 1.0
-    neighbours: int = 0
-    mixture: Mixture = field(default_factory=Mixture)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
-        left = (self.steps - step) / max(self.decay * self.steps, 1)
-        return self.learning_rate * min((step + 1) / self.warmup, left, 1.0)
-
-
-_MINI = Recipe(steps=2400, batch=32, tokens=1024, text_weight=0.25, explore=0.5, neighbours=7)
-RECIPES = {
-    "nano": Recipe(steps=3000, batch=16, tokens=256, learning_rate=2e-3, mixture=Mixture(copy_least=64)),
-    "mini": _MINI,
-    "mini_moe": _MINI,
-}
 
 
 def train(
@@ -86,11 +54,10 @@ def train(
     """
     if name not in RECIPES:
         raise ValueError(f"preset: got {name!r}, accepted are {', '.join(RECIPES)}")
-    recipe = RECIPES[name] if steps is None else dataclasses.replace(RECIPES[name], steps=steps)
+    recipe = RECIPES[name] if steps is None else RECIPES[name].scaled(steps)
     torch.manual_seed(seed)
-    config = PRESETS[name]
-    model = HSAModel(config).to(device).train()
-    optimizer = make_optimizer(model, recipe)
+    model = HSAModel(PRESETS[name]).to(device).train()
+    optimizer, past = make_optimizer(model, recipe), Past(recipe.crowd)
     settings = {"preset": name, "seed": seed, "recipe": dataclasses.asdict(recipe)}
 
     start, seconds_before = 0, 0.0
@@ -99,13 +66,16 @@ def train(
         if progress["settings"] != json.loads(json.dumps(settings)):
             raise ValueError(f"run: {run} holds a run of other settings; accepted is an empty folder or one of the same")
         start, seconds_before = progress["step"], progress["seconds"]
-        restore(tensors, model, optimizer)
+        restore(tensors, model, optimizer, past)
     log = Log(run / LOG, start)
 
-    batches = TrainingBatches(recipe.mixture, batch=recipe.batch, tokens=recipe.tokens, steps=recipe.steps, seed=seed)
+    steps_of = {
+        stage: Replay(partial(train_step, shared(model, stage.config(model.config)), optimizer, recipe, stage, past))
+        for stage in set(recipe.stages)
+    }
     workers = min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers, pin_memory=device.type == "cuda",
+        StagedBatches(recipe, seed), batch_size=None, sampler=range(start, recipe.steps), num_workers=workers, pin_memory=device.type == "cuda",
         prefetch_factor=8 if workers else None,
     )  # fmt: skip
     began = saved = time.monotonic()
@@ -113,13 +83,15 @@ def train(
 
     def save() -> None:
         seconds = seconds_before + time.monotonic() - began
-        save_progress(run, step, snapshot(model, optimizer), {"step": step, "seconds": seconds, "settings": settings})
+        save_progress(run, step, snapshot(model, optimizer, past), {"step": step, "seconds": seconds, "settings": settings})
 
     with tqdm(total=recipe.steps, initial=start, desc=f"training {name}", unit="step", mininterval=0.5) as bar:
         for batch in loader:
             # not blocking: a copy that waited would leave the GPU without work at every step
             ids, parts = (part.to(device, non_blocking=True) for part in batch)
-            figures = train_step(model, optimizer, recipe, step, ids, parts, seed)
+            rate = torch.full((), recipe.rate(step), device=device)
+            noise = torch.full((), noise_seed(seed, step), device=device)
+            figures = steps_of[recipe.stage(step)](ids, parts, rate, noise)
             step += 1
             bar.update()
             if step % log_every == 0 or step == recipe.steps:
@@ -138,30 +110,61 @@ def train(
     return model
 
 
+class StagedBatches(Dataset):
+    """Item `step` is that of the `TrainingBatches` of its stage."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe = recipe
+        self.batches = {
+            stage: TrainingBatches(stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=recipe.steps, seed=seed)
+            for stage in set(recipe.stages)
+        }
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batches[self.recipe.stage(step)][step]
+
+
+def noise_seed(seed: int, step: int) -> int:
+    """Of the exploration noise, as a signed 64-bit integer."""
+    return (seed << 32 | step) - (seed >> 31 << 64)
+
+
+def shared(model: HSAModel, config: HSAConfig) -> HSAModel:
+    """A model of another window or K that has the same parameters: training one trains both."""
+    twin = HSAModel(config, device="meta").train(model.training)
+    twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return twin
+
+
 def make_optimizer(model: HSAModel, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices alone."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=next(model.parameters()).is_cuda)
+    device = matrices[0].device
+    groups = [
+        {"params": parameters, "weight_decay": decay, "lr": torch.full((), recipe.learning_rate, device=device)}
+        for parameters, decay in ((matrices, recipe.weight_decay), (vectors, 0.0))
+    ]
+    return torch.optim.AdamW(groups, betas=recipe.betas, fused=device.type == "cuda", capturable=device.type == "cuda")
 
 
-def train_step(model, optimizer, recipe: Recipe, step: int, ids, parts, seed: int) -> tuple[torch.Tensor, ...]:
-    """One step on ids and parts [B, T+1]; returns loss, its three parts, answer accuracy, gradient norm and the largest
-    imbalance of an MoE layer (1 without one), still on the device."""
+def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, parts, rate, noise) -> tuple[torch.Tensor, ...]:
+    """One step on ids and parts [B, T+1] with learning rate and noise seed as tensors []; returns loss, its three parts,
+    answer accuracy, gradient norm and the largest imbalance of an MoE layer (1 without one), still on the device."""
     for group in optimizer.param_groups:
-        group["lr"] = recipe.rate(step)
+        group["lr"].copy_(rate)
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
-        explore = step < recipe.explore * recipe.steps
-        neighbours = 0 if explore else recipe.neighbours
-        logits = model(ids[:, :-1], neighbours=neighbours, explore=explore, gumbel_seed=(seed << 32) + step).logits
-    loss, shares, accuracy = mixture_loss(logits, ids[:, 1:], parts[:, 1:], text_weight=recipe.text_weight)
+        crowd = None if stage.crowd is None else past
+        output = model(ids[:, :-1], past=crowd, explore=stage.explore, gumbel_seed=noise)
+    # Sequences without a question: theirs are chunks of text, and no needle that contradicts one to come.
+    past.push(output.memory, (parts == ANSWER).any(dim=1).int().argsort(stable=True)[: len(parts) // 3])
+    loss, shares, accuracy = mixture_loss(output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     found = [layer.balance(recipe.balance_rate).imbalance for layer in model.modules() if isinstance(layer, MoE)]
-    imbalance = torch.stack(found).max() if found else torch.ones(())
+    imbalance = torch.stack(found).max() if found else torch.ones((), device=ids.device)
     return loss.detach(), *shares, accuracy, norm, imbalance
 
 
@@ -188,16 +191,17 @@ def _state(model: HSAModel) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **{name: x for name, x in model.named_buffers() if name in kept}}
 
 
-def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Parameters, buffers, optimizer state and torch's generator as a flat dictionary of tensors."""
+def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer, past: Past) -> dict[str, torch.Tensor]:
+    """Parameters, buffers, optimizer state, chunks of the past and torch's generator as a flat dictionary of tensors."""
     tensors = {f"model.{name}": value for name, value in _state(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    tensors |= {f"past.{i}": store for i, store in enumerate(past.stores)}
     return {**tensors, "rng": torch.get_rng_state()}
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.optim.Optimizer) -> None:
+def restore(tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.optim.Optimizer, past: Past) -> None:
     """The inverse of `snapshot`."""
     for name, value in _state(model).items():
         value.copy_(tensors[f"model.{name}"])
@@ -207,6 +211,8 @@ def restore(tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    device = next(model.parameters()).device
+    past.stores = tuple(tensors[f"past.{i}"].to(device) for i in range(3))
     torch.set_rng_state(tensors["rng"])
 
 

@@ -440,7 +440,7 @@ memory = ChunkMemory(tiny.config)
 with torch.no_grad():
     x = tiny.read(torch.randint(512, (2, 50)), memory)  # lower decoder and chunk encoder
     table = rope_table(torch.arange(50), tiny.config.head_dim, tiny.config.rope_base)
-    expected, _ = tiny.upper[0](x, table, None, lambda hsa, x: hsa(x, memory.k, memory.v, memory.landmarks, position=0)[0])
+    expected, _ = tiny.upper[0](x, table, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0])
     ours = layer(tiny.upper[0], x, memory)
 print("tokens, width:", list(ours.shape[1:]), " chunks in memory:", memory.chunks)
 print("our layer == the package's:", torch.allclose(ours, expected, atol=1e-5))

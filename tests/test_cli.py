@@ -20,6 +20,7 @@ from test_demo import KEYS
 
 from hsa_mini import cli
 from hsa_mini.data import corpus
+from hsa_mini.data.tasks import TASKS
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.paths import data_dir
 from hsa_mini.report import printable
@@ -124,7 +125,11 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--lengths", "4k"], "--lengths: got '4k', accepted is an integer"),
     (["eval", "model", "--samples", "0"], "--samples: got 0, accepted is 1"),
     (["eval", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
-    (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah"),
+    (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah'?, '?mq_niah'?, '?vt"),
+    (["eval", "model", "--distractors", "-1"], "--distractors: got -1, accepted is 0 to 10000"),
+    (["eval", "model", "--distractors", "10001"], "--distractors: got 10001, accepted is 0 to 10000"),
+    (["eval", "model", "--distractors", "few"], "--distractors: got 'few', accepted is an integer"),
+    (["eval", "model", "--border", "4"], "unrecognized arguments: 4"),
     (["eval", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
     (["eval"], "the following arguments are required: checkpoint"),
     (["plan", "huge"], "preset: got 'huge', accepted are debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b"),
@@ -264,14 +269,14 @@ def answering(text: str):
 def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
     from hsa_mini import PRESETS
     from hsa_mini.data.mixture import Mixture
-    from hsa_mini.train import RECIPES, Recipe
+    from hsa_mini.recipes import RECIPES, Recipe, Stage
 
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setitem(RECIPES, "tiny", Recipe(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)))
+    monkeypatch.setitem(RECIPES, "tiny", Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)),)))
     status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--workers", "0", "--device", "cpu")
     assert status == 0 and "runs/tiny/final" in out and "runs/tiny/log.csv" in out
     status, out, _ = call(capfd, "eval", "runs/tiny/final", "--lengths", "300", "400", "--samples", "1", "--out", "r.json")
-    assert status == 0 and "control:" in out and "written to r.json" in out
+    assert status == 0 and out.count("control:") == 2 and "written to r.json" in out
     rows = json.loads(Path("r.json").read_text())["rows"]
     assert len(rows) == 20 and {row["tokens"] for row in rows} == {300, 400}
     assert re.search(r"^ +300 +\d+/10 ", out, re.MULTILINE) and re.search(r"^ +400 +\d+/10 ", out, re.MULTILINE)
@@ -285,6 +290,11 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
     monkeypatch.setenv("HSA_MINI_DATA", str(data))
     status, out, _ = call(capfd, "eval", "own", "--lengths", "300", "--samples", "1")
     assert status == 0 and (data / "results" / "own_s_niah.json").is_file()
+    for task in cli.TASKS:
+        options = ("--task", task, "--distractors", "3", "--border", "--lengths", "500", "--samples", "1")
+        status, out, _ = call(capfd, "eval", "own", *options)
+        result = json.loads((data / "results" / f"own_{task}_3_distractors_border.json").read_text())
+        assert status == 0 and [row["control"] for row in result["control_rows"]] == ["absent", "shuffled"]
     monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))
     status, out, err = call(capfd, "eval", "own")
     assert (status, out, err.count("\n")) == (2, "", 1) and "HSA_MINI_DATA" in err
@@ -422,3 +432,7 @@ def test_printable_keeps_every_script_and_drops_what_moves_the_cursor():
     assert printable("中文 é\n\tx") == "中文 é\n\tx"
     assert printable("a\0\x1b\r\x7f\x9b\u202e") == "a" + "·" * 6
     assert np.all([len(printable(chr(i))) == 1 for i in range(0x3000)])
+
+
+def test_the_tasks_are_those_of_the_package():
+    assert cli.TASKS == tuple(TASKS)

@@ -11,13 +11,13 @@ import torch
 from material import TINY, tiny, word_tokens, words
 
 from hsa_mini.checkpoint import load_model
-from hsa_mini.data.tasks import NeedleTask
+from hsa_mini.data.needles import draw_needles
+from hsa_mini.data.sentences import DEMO, encode, is_held_out
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.demo import find_needle
 from hsa_mini.paths import data_dir
 
 TOKENIZER = load_tokenizer()
-TASK = NeedleTask(TOKENIZER)
 S = TINY.chunk_size
 MODEL = tiny()
 KEYS = (
@@ -88,9 +88,11 @@ def test_text_needles_and_question_are_where_they_are_said_to_be(finding):
     sentence = f" The secret code of {key} is {finding.expected}"
     assert text.count(sentence) == 1 and finding.needle_text == sentence
     start = len(TOKENIZER.encode_ordinary(text[: text.index(sentence)]))
-    assert finding.needle_chunks == list(range(start // S, (start + TASK.sentence_tokens - 1) // S + 1))
+    assert finding.needle_chunks == list(range(start // S, (start + len(encode(sentence)) - 1) // S + 1))
     untouched = finding.ids == np.resize(np.roll(word_tokens(), -700), 1501)
-    assert untouched.sum() >= 1501 - 6 * TASK.sentence_tokens - TASK.question_tokens
+    question = text[text.rindex("\nWhat is") :]
+    assert untouched.sum() >= 1501 - 6 * len(encode(sentence)) - len(encode(question))
+    assert is_held_out(key)
 
 
 def test_a_chunk_shows_the_part_of_the_needle_that_it_holds(finding):
@@ -133,7 +135,7 @@ def test_a_finding_is_a_function_of_its_arguments(finding):
 
 def test_no_key_stands_in_the_haystack():
     """Also where the haystack is repeated, and where it has sentences of the needle's own form."""
-    needles = TASK.needles(np.random.default_rng(5), 60)
+    needles = draw_needles(np.random.default_rng((DEMO, 5)), 60, held_out=True)
     text = "".join(needle.sentence for needle in needles) + words(200)
     finding = find_needle(MODEL, tokens_of(text), tokens=6000, seed=5)
     assert finding.question not in {f"What is the secret code of {needle.key}?" for needle in needles}

@@ -3,6 +3,7 @@
 Dimensions: T tokens, S=4 chunk size, W=8 window: TINY, whose lower decoder reaches 14 tokens back.
 """
 
+import itertools
 import json
 
 import numpy as np
@@ -13,16 +14,21 @@ from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
 from hsa_mini import evaluate
-from hsa_mini.data.tasks import NeedleTask, Sample, tile
-from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.data.mixture import Mixture, TrainingBatches
+from hsa_mini.data.needles import ask, draw_needles
+from hsa_mini.data.sentences import encode
+from hsa_mini.data.tasks import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
+from hsa_mini.demo import find_needle
 from hsa_mini.evaluate import (
-    Haystack, Row, ask_one, by_length, chunks_retrieved, evaluate_s_niah, wilson_interval, write_results,
+    CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval, write_results,
 )  # fmt: skip
 from hsa_mini.generate import generate
 
 S = TINY.chunk_size
-TASK = NeedleTask(load_tokenizer())
-LEAST = TASK.least_tokens(TINY.chunk_size, TINY.window)
+PROBLEMS = {task: draw(np.random.default_rng(0)) for task, draw in TASKS.items()}
+LEAST = max(problem.least_tokens(TINY.chunk_size, TINY.window) for problem in PROBLEMS.values())
+SENTENCE, QUESTION = len(encode(PROBLEMS["s_niah"].sentences[0])), len(encode(PROBLEMS["s_niah"].question.text))
+every_task = pytest.mark.parametrize("task", TASKS)
 MODEL = tiny(torch.float64)
 
 
@@ -30,16 +36,19 @@ def haystack(model, tokens: int) -> Haystack:
     return Haystack(model, torch.from_numpy(tile(word_tokens(), tokens).astype(np.int64)))
 
 
-def draw(seed: int, tokens: int, depth: float, **options) -> Sample:
-    return TASK.sample(np.random.default_rng(seed), tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
+def draw(seed: int, tokens: int, depth: float, task="s_niah", distractors=0, **options) -> Sample:
+    rng = np.random.default_rng(seed)
+    problem = TASKS[task](rng, distractors=distractors)
+    return place(rng, problem, tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
 
 
 def placed(tokens: int, places: list[int]) -> Sample:
     """Needles at `places`, then the question."""
-    needles = TASK.needles(np.random.default_rng(0), len(places))
-    patches = [(place, TASK.sentence(needle)) for place, needle in zip(places, needles)]
-    patches.append((tokens - TASK.question_tokens, TASK.question(needles[0])))
-    return Sample(needles[0], tokens, 0.0, places[0], tuple(patches), TASK.answer(needles[0]))
+    needles = draw_needles(np.random.default_rng(0), len(places), held_out=True)
+    problem = Problem(tuple(needle.sentence for needle in needles), ask(needles[:1]))
+    patches = [(place, encode(sentence)) for place, sentence in zip(places, problem.sentences)]
+    patches.append((tokens - QUESTION, encode(problem.question.text)))
+    return Sample(problem, tokens, 0.0, places[0], tuple(patches), encode(problem.question.answer))
 
 
 def contents(asked: Haystack) -> list[torch.Tensor]:
@@ -81,8 +90,8 @@ def test_asking_equals_encoding_from_scratch(changes):
     model = tiny(torch.float64, **changes)
     for tokens in (LEAST + 300, LEAST + 303):
         asked = haystack(model, tokens)
-        for seed, depth in enumerate((0.0, 0.37, 1.0)):
-            assert_as_from_scratch(asked, draw(seed, tokens, depth, control=depth == 0.37))
+        for seed, (task, depth) in enumerate(itertools.product(TASKS, (0.0, 0.37, 1.0))):
+            assert_as_from_scratch(asked, draw(seed, tokens, depth, task, absent=depth == 0.37))
 
 
 ALL = tiny(torch.float64, top_k=300)
@@ -90,7 +99,7 @@ ALL = tiny(torch.float64, top_k=300)
 
 @pytest.mark.parametrize("tokens", [400, 402])
 def test_needles_near_each_other_and_at_the_borders(tokens):
-    n, body, asked = TASK.sentence_tokens, tokens - TASK.question_tokens, haystack(ALL, tokens)
+    n, body, asked = SENTENCE, tokens - QUESTION, haystack(ALL, tokens)
     for places in (
         [0, n, 2 * n],  # one after another from the first token on
         [S * 10, S * 10 + n],  # at the start of a chunk
@@ -108,9 +117,9 @@ SHARED = haystack(ALL, 333)
 
 
 @settings(max_examples=12)
-@given(st.lists(st.integers(0, 333 - TASK.question_tokens - TASK.sentence_tokens), min_size=1, max_size=5, unique=True))
+@given(st.lists(st.integers(0, 333 - QUESTION - SENTENCE), min_size=1, max_size=5, unique=True))
 def test_needles_anywhere(places):
-    apart = [p for i, p in enumerate(places) if all(abs(p - q) >= TASK.sentence_tokens for q in places[:i])]
+    apart = [p for i, p in enumerate(places) if all(abs(p - q) >= SENTENCE for q in places[:i])]
     assert_as_from_scratch(SHARED, placed(333, apart))
 
 
@@ -129,32 +138,78 @@ def test_the_needle_is_what_the_model_reads():
     tokens = LEAST + 200
     asked, sample = haystack(MODEL, tokens), draw(0, tokens, 0.5)
     with_needle = asked.ask(sample, answer_tokens=1).first
-    without = asked.ask(draw(0, tokens, 0.5, control=True), answer_tokens=1).first
+    without = asked.ask(draw(0, tokens, 0.5, absent=True), answer_tokens=1).first
     assert torch.equal(with_needle.retrievals[0].queries[:, -1], without.retrievals[0].queries[:, -1])
     assert not torch.equal(with_needle.retrievals[0].weights, without.retrievals[0].weights)
 
 
+@every_task
+@pytest.mark.parametrize("options", [dict(distractors=64), dict(border=True)], ids=str)
+def test_harder_samples_equal_encoding_from_scratch(task, options):
+    tokens = LEAST + 64 * 2 * 22
+    asked, sample = haystack(ALL, tokens), draw(0, tokens, 0.6, task, **options)
+    assert len(sample.patches) == 7 + options.get("distractors", 0)
+    assert_as_from_scratch(asked, sample)
+
+
+@pytest.mark.parametrize("segment", [4, 20])
+def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
+    asked, sample = haystack(ALL, LEAST), draw(0, LEAST, 0.5)
+    whole = asked._touched(sample)
+    monkeypatch.setattr(evaluate, "SEGMENT", segment)
+    parts = asked._touched(sample)
+    assert [i for part in parts for i in range(*part)] == [i for part in whole for i in range(*part)]
+    assert len(parts) > len(whole) and all((last - first) * S <= segment for first, last in parts)
+    assert_as_from_scratch(asked, sample)
+
+
+@every_task
+def test_a_shuffled_memory_is_that_of_the_other_sample(task):
+    """Every chunk is as the other sample's text has it, but the answer begins from the sample's own last tokens."""
+    tokens = LEAST + 200
+    asked, sample, other = haystack(ALL, tokens), draw(0, tokens, 0.5, task), draw(1, tokens, 0.5, task)
+    before = contents(asked)
+    got = asked.ask(sample, answer_tokens=1, remembered=other)
+    assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
+    with torch.no_grad():
+        memory = ALL(torch.from_numpy(other.apply(asked.text.numpy()))[None]).memory
+        want = Haystack(ALL, asked.text.clone())
+        want.memory.replace(0, memory.k, memory.v, memory.landmarks)
+        with want._written(sample):
+            tail = want._read_tail()
+    for a, b in zip(got.first.retrievals, tail.aux.retrievals, strict=True):
+        assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
+        assert torch.allclose(a.weights.sort(-1).values, b.weights.sort(-1).values, rtol=0, atol=1e-9)
+    own = asked.ask(sample, answer_tokens=1).first
+    assert torch.equal(own.retrievals[0].queries[:, -1], got.first.retrievals[0].queries[:, -1])
+    assert not torch.equal(own.retrievals[0].weights[:, -1], got.first.retrievals[0].weights[:, -1])
+
+
 class Oracle:
-    """Answers right, or wrong, and retrieves what it is told to."""
+    """Reads the answer in the text that is remembered, if it is told to be right, and retrieves what it is told to."""
 
     def __init__(self, *, right: bool, retrieved: int) -> None:
         self.right, self.retrieved = right, retrieved
         self.text, self.model = torch.zeros(LEAST + 100, dtype=torch.int64), MODEL
 
-    def ask(self, sample, *, answer_tokens):
+    def ask(self, sample, *, answer_tokens, remembered):
         ids = torch.from_numpy(sample.answer.astype(np.int64))[None]
-        assert answer_tokens == ids.shape[1] == 7
-        chunk = sample.needle_chunks(S, TASK.sentence_tokens)[-1] + self.retrieved
+        assert answer_tokens == ids.shape[1] and remembered.start == sample.start
+        hidden = [patch.tolist() for _, patch in remembered.patches]
+        there = all(encode(sentence).tolist() in hidden for sentence in sample.problem.question.needed)
+        chunk = sample.first_chunks(S)[-1] + self.retrieved
         layers = [type("R", (), {"indices": torch.tensor(rows)[None, None]}) for rows in ([[-1, 0]], [[chunk, -1]])]
-        ids = ids if self.right else torch.cat((ids[:, :-2], ids[:, -2:] + 1), dim=1)
+        ids = ids if self.right and there else torch.cat((ids[:, :-2], ids[:, -2:] + 1), dim=1)
         return type("G", (), {"ids": ids, "first": type("A", (), {"retrievals": layers})})
 
 
+@every_task
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("away", [0, 1])
-def test_only_a_wholly_right_answer_and_a_chunk_of_the_needle_count(right, away):
-    got = ask_one(Oracle(right=right, retrieved=away), TASK, np.random.default_rng(0), 0.9, False)
-    assert got == (right, away == 0)
+@pytest.mark.parametrize("control", [None, *CONTROLS])
+def test_only_a_wholly_right_answer_and_a_chunk_of_the_first_sentence_count(task, right, away, control):
+    got = ask_one(Oracle(right=right, retrieved=away), np.random.default_rng(0), task, 0.9, control)
+    assert got == (right and control is None, away == 0)
 
 
 @pytest.fixture
@@ -166,27 +221,64 @@ def short(monkeypatch):
     return model, encoded
 
 
-def test_every_length_and_depth_is_asked_and_the_control_apart(short, monkeypatch):
+@every_task
+def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypatch, task):
     model, encoded = short
     monkeypatch.setattr(evaluate, "SHARED_FROM", LEAST + 300)
     seen = []
     options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=lambda tokens: 3 if tokens == LEAST else 2)
-    rows, controls = evaluate_s_niah(model, **options, report=seen.append)
+    rows, controls = evaluate.evaluate(model, task, **options, report=seen.append)
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
         (LEAST, 0.0, 3), (LEAST, 1.0, 3), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
     ]  # fmt: skip
-    assert [(row.tokens, row.samples) for row in controls] == [(LEAST, 3), (LEAST + 300, 2)]
-    assert len(seen) == 6 and {id(row) for row in seen} == {id(row) for row in rows + controls}
-    assert encoded == [LEAST] * 9 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
+    assert [(row.tokens, row.control, row.samples) for row in controls] == [
+        (LEAST, "absent", 3), (LEAST, "shuffled", 3), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
+    ]  # fmt: skip
+    assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
+    assert encoded == [LEAST] * 12 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
     assert all(0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples for row in rows + controls)
-    assert (rows, controls) == evaluate_s_niah(model, **options)
+    assert (rows, controls) == evaluate.evaluate(model, task, **options)
+
+
+@every_task
+def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
+    model, seen = short[0], []
+    monkeypatch.setattr(evaluate, "place", lambda *args, **options: seen.append(options) or place(*args, **options))
+    tokens = LEAST + 70 * 2 * 22
+    evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=lambda _: 1, distractors=64, border=True)
+    assert [(options["depth"], options["absent"]) for options in seen] == [(0.3, False), (0.5, True), (0.5, False), (0.5, False)]
+    assert all(options["border"] and options["tokens"] == tokens for options in seen)
+
+
+def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
+    seeds, default_rng = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
+    TrainingBatches(Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[0]
+    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=lambda tokens: 1, seed=1)
+    find_needle(short[0], word_tokens(), tokens=1024, seed=1)
+    assert len({seed[0] for seed in seeds}) == len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(task="poetry"), "task: got 'poetry', accepted are s_niah, mq_niah, vt"),
+        (dict(distractors=-1), f"distractors: got -1, accepted is 0 to {MOST_DISTRACTORS}"),
+        (dict(distractors=MOST_DISTRACTORS + 1), f"distractors: got {MOST_DISTRACTORS + 1}, accepted is 0"),
+        (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
+        (dict(depths=(2.0,)), "depth: got 2.0, accepted is 0 to 1"),
+    ],
+)
+def test_wrong_arguments(short, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        evaluate.evaluate(short[0], **{"task": "vt", "lengths": (LEAST,), **options})
 
 
 def test_text_that_is_repeated_is_said_to_be(short):
     model, _ = short
     tokens = len(word_tokens(seed="validation")) + 500
-    rows, _ = evaluate_s_niah(model, lengths=(tokens,), depths=(0.5,), samples=lambda tokens: 1)
+    rows, _ = evaluate.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=lambda tokens: 1)
     assert [(row.tokens, row.distinct_tokens) for row in rows] == [(tokens, tokens - 500)]
 
 
@@ -227,14 +319,14 @@ def test_wilson_interval_solves_its_equation(samples, data):
         assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / samples, abs=1e-12)
 
 
-ROWS = [Row(4096, 0.5, 10, 9, 10, 4096, 1)], [Row(4096, 0.5, 10, 0, 2, 4096, 1)]
+ROWS = [Row(4096, 0.5, 10, 9, 10, 4096, 1)], [ControlRow(4096, 0.5, 10, 0, 2, 4096, 1, "absent")]
 
 
 def test_results_say_where_they_come_from(tmp_path):
     write_results(tmp_path / "new" / "results.json", *ROWS, torch.device("cpu"))
     result = json.loads((tmp_path / "new" / "results.json").read_text())
     assert {"hardware", "versions", "commit", "command", "rows", "control_rows"} == result.keys()
-    assert [Row(**row) for row in result["rows"]] == ROWS[0] and [Row(**row) for row in result["control_rows"]] == ROWS[1]
+    assert [Row(**row) for row in result["rows"]] == ROWS[0] and [ControlRow(**row) for row in result["control_rows"]] == ROWS[1]
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

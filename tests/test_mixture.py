@@ -3,6 +3,7 @@
 Dimensions: B batch, T tokens; a sequence has T+1.
 """
 
+import itertools
 import pickle
 import re
 
@@ -10,19 +11,25 @@ import numpy as np
 import pytest
 import torch
 from material import word_corpus, word_tokens
+from test_tasks import read
 from torch.utils.data import DataLoader
 
 from hsa_mini.data import mixture as module
 from hsa_mini.data.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
-from hsa_mini.data.tasks import LETTERS, NeedleTask
+from hsa_mini.data.sentences import LETTERS, encode, is_held_out
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 TOKENIZER = load_tokenizer()
-TASK = NeedleTask(TOKENIZER)
 ORDINARY = TOKENIZER.n_vocab - len(SPECIAL_TOKENS)
-ANSWER_TOKENS = 7
 RECIPES = {"nano": (256, Mixture(copy_least=64)), "mini": (1024, Mixture())}
+SENTENCE = rf" The secret code of [{LETTERS}]{{4}} is [0-9]{{6}}\.| The number (?:of )?\w+ is given to [{LETTERS}]{{4}}\."
+QUESTION = re.compile(r"\n[^\n]*\?\n[^\n]* $")
 every_recipe = pytest.mark.parametrize("name", RECIPES)
+FEWEST_AND_MOST = {  # sentences
+    ("nano", "needle_questions"): (1, 6), ("mini", "needle_questions"): (1, 20),
+    ("nano", "chain_questions"): (2, 7), ("mini", "chain_questions"): (2, 12),
+}  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", ["needle_questions", "chain_questions"])
 
 
 def batches(name: str, *, seed=0, batch=4, **changes) -> TrainingBatches:
@@ -84,47 +91,79 @@ def test_without_a_text_the_training_corpus_is_drawn_from(monkeypatch):
     assert np.array_equal(source.text, word_tokens(seed="train")) and len(source) == 7
 
 
-@every_recipe
-def test_an_answer_is_the_value_of_the_key_asked_and_stood_before(name):
-    form = re.compile(rf" The secret code of ([{LETTERS}]{{4}}) is ([0-9]{{6}})\.")
-    asked = re.compile(rf"\nWhat is the secret code of ([{LETTERS}]{{4}})\?\nThe secret code of \1 is $")
-    questions, needles = [], []
-    for ids, parts in sequences(name, "needle_questions"):
-        total = RECIPES[name][0] + 1
-        assert len(ids) == len(parts) == total
-        answers = [(first, last) for part, first, last in runs(parts) if part == ANSWER]
-        assert answers[-1][1] == total and 1 <= len(answers) <= 4
-        for first, last in answers:
-            assert last - first == ANSWER_TOKENS
-            question = TOKENIZER.decode(ids[first - TASK.question_tokens : first].tolist())
-            key = asked.search(question).group(1)
-            told = form.findall(TOKENIZER.decode(ids[: first - TASK.question_tokens].tolist()))
-            assert [value for k, value in told if k == key] == [TOKENIZER.decode(ids[first : last - 1].tolist())]
-            assert TOKENIZER.decode(ids[last - 1 : last].tolist()) == "."
-        questions.append(len(answers))
-        needles.append(len(form.findall(TOKENIZER.decode(ids.tolist()))))
-    most = min(20, (RECIPES[name][0] + 1) // 2 // TASK.sentence_tokens)
-    assert min(needles) == 1 and 0.9 * most < max(needles) <= most and sorted(needles)[len(needles) // 2] < 6  # mostly few
-    assert len(set(questions)) > 1
+def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
+    """What stood before each question, the question, and its answer."""
+    found = []
+    for part, first, last in runs(parts):
+        if part == ANSWER:
+            text = TOKENIZER.decode(ids[:first].tolist())
+            question = QUESTION.search(text)[0]
+            found.append((text.removesuffix(question), question, TOKENIZER.decode(ids[first:last].tolist())))
+    return found
 
 
+@every_kind
 @every_recipe
-def test_neither_needles_nor_questions_count_as_text(name):
-    for ids, parts in sequences(name, "needle_questions", made_up=0.0):
-        spent = 0
-        for part, first, last in runs(parts):
+def test_an_answer_can_be_read_in_what_stood_before(name, kind):
+    counts, hidden, total = [], [], RECIPES[name][0] + 1
+    for ids, parts in sequences(name, kind, 300):
+        assert len(ids) == len(parts) == total and parts[-1] == ANSWER
+        questions = asked(ids, parts)
+        for before, question, answer in questions:
+            assert read(before, question) == answer
+            keys = re.findall(rf"[{LETTERS}]{{4}}", before + question + answer)
+            assert keys and not any(map(is_held_out, keys))
+        assert len({question for _, question, _ in questions}) == len(questions) <= 4
+        counts.append(len(questions))
+        told = questions[-1][0]
+        for _, question, answer in questions[:-1]:  # an answer about two needles repeats a sentence
+            told = told.replace(question + answer, "")
+        hidden.append(re.findall(SENTENCE, told))
+        assert sum(len(encode(sentence)) for sentence in hidden[-1]) <= total // 2
+    assert min(counts) == 1 and len(set(counts)) > 1
+    numbers = sorted(map(len, hidden))
+    assert (numbers[0], numbers[-1]) == FEWEST_AND_MOST[name, kind]
+    assert kind == "chain_questions" or numbers[150] < 6  # mostly few
+
+
+def test_a_quarter_of_the_questions_asks_for_two_codes():
+    questions = [q for ids, parts in sequences("mini", "needle_questions", 200) for _, q, _ in asked(ids, parts)]
+    pairs = sum(" and " in question for question in questions)
+    assert 0.12 * len(questions) < pairs < 0.3 * len(questions)  # a quarter where two needles are left
+    for share, accepted in ((0.0, {False}), (1.0, {False, True})):
+        drawn = [asked(*row) for row in sequences("mini", "needle_questions", two_codes=share)]
+        assert {" and " in question for questions in drawn for _, question, _ in questions} == accepted
+    for questions in drawn:  # one code alone is asked for only where there is no second needle
+        needles = len(re.findall(SENTENCE, questions[0][0]))
+        assert " and " in questions[0][1] or len(questions) > 1 or needles == 1
+
+
+def test_links_of_a_chain_come_in_any_order():
+    orders = set()
+    for ids, parts in sequences("mini", "chain_questions"):
+        for before, question, answer in asked(ids, parts):
+            places = [before.index(f" is given to {name}.") for name in answer.removesuffix(".").split(", ")]
+            orders.add(tuple(np.argsort(places).tolist()))
+    assert orders == {(0, 1), (1, 0), *itertools.permutations(range(3))}
+
+
+@every_kind
+@every_recipe
+def test_neither_sentences_nor_questions_count_as_text(name, kind):
+    for ids, parts in sequences(name, kind, made_up=0.0):
+        stretches = runs(parts)
+        for part, first, last in stretches:
             if part == TEXT:
                 assert is_real_text(ids[first:last])
-            elif part == NONE:
-                spent += last - first
-        answers = (parts == ANSWER).sum() // ANSWER_TOKENS
-        needles = TOKENIZER.decode(ids.tolist()).count(" The secret code of ")
-        assert spent == needles * TASK.sentence_tokens + answers * TASK.question_tokens
-        assert (parts == TEXT).sum() >= 0.25 * len(parts)
+            elif part == NONE:  # sentences that follow each other, or a question with nothing in between
+                text = TOKENIZER.decode(ids[first:last].tolist())
+                assert re.fullmatch(rf"(?:{SENTENCE})*(?:\n.*\?\n.* )?", text), text
+        assert (parts == TEXT).sum() >= 0.2 * len(parts)
 
 
-def test_made_up_text_is_never_a_target():
-    for ids, parts in sequences("nano", "needle_questions", made_up=1.0):
+@every_kind
+def test_made_up_text_is_never_a_target(kind):
+    for ids, parts in sequences("nano", kind, made_up=1.0):
         assert set(parts.tolist()) == {NONE, ANSWER}
 
 
@@ -133,7 +172,7 @@ def test_keys_that_differ_in_one_letter_are_among_the_needles():
         return sum(x != y for x, y in zip(a, b))
 
     near = 0
-    for ids, _ in sequences("mini", "needle_questions"):
+    for ids, _ in sequences("mini", "needle_questions", two_codes=0.0):  # an answer about two repeats a sentence
         keys = re.findall(rf" The secret code of ([{LETTERS}]{{4}}) is", TOKENIZER.decode(ids.tolist()))
         assert len(set(keys)) == len(keys)
         near += any(distance(a, b) == 1 for i, a in enumerate(keys) for b in keys[:i])
@@ -159,14 +198,15 @@ def test_a_self_copy_is_the_passage_again(name):
     assert max(lengths) - min(lengths) > 0.5 * ((tokens + 1) // 2 - mixture.copy_least)
 
 
-def test_the_three_kinds_come_in_the_stated_shares():
-    source, rng = batches("nano", self_copy=0.3, needles=0.5), np.random.default_rng(0)
+def test_the_kinds_come_in_the_stated_shares():
+    source, rng = batches("nano", self_copy=0.3, needles=0.4, chains=0.2), np.random.default_rng(0)
     kinds = []
     for _ in range(600):
-        _, parts = source.sequence(rng)
-        kinds.append("copy" if (parts == COPY).any() else "needles" if (parts == ANSWER).any() else "text")
-    shares = [kinds.count(kind) / 600 for kind in ("copy", "needles", "text")]
-    assert np.allclose(shares, (0.3, 0.5, 0.2), atol=0.06)
+        ids, parts = source.sequence(rng)
+        about = "chains" if " is given to " in TOKENIZER.decode(ids.tolist()) else "needles"
+        kinds.append("copy" if (parts == COPY).any() else about if (parts == ANSWER).any() else "text")
+    shares = [kinds.count(kind) / 600 for kind in ("copy", "needles", "chains", "text")]
+    assert np.allclose(shares, (0.3, 0.4, 0.2, 0.1), atol=0.06)
 
 
 @every_recipe

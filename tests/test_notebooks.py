@@ -172,9 +172,8 @@ def _layer(ours):
     memory = ChunkMemory(config)
     x = model.read(torch.randint(config.vocab_size, (2, 21)), memory)
     rope = rope_table(torch.arange(21), config.head_dim, config.rope_base)
-    chunks = memory.k, memory.v, memory.landmarks
     for block in (block for block in model.upper if block.hsa is not None):
-        theirs, _ = block(x, rope, None, lambda hsa, x: hsa(x, *chunks, position=0)[0])
+        theirs, _ = block(x, rope, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0])
         assert_close(ours(block, x, memory), theirs, 1e-12)
 
 

@@ -45,10 +45,16 @@ def measured() -> str:
             f"({entry['low']:.1%} to {entry['high']:.1%}) | {entry['retrieved']} of {entry['samples']} | {distinct:,} |"
         )
     training = json.loads((ROOT / "data/checkpoints/mini/training.json").read_text())
-    controls = [row["correct"] for row in result["control_rows"]], [row["samples"] for row in result["control_rows"]]
+    controls = {"absent": "a key that is nowhere in the text", "shuffled": "a memory that holds another sample's needles"}
+    counted = []
+    for control, what in controls.items():
+        same = [row for row in result["control_rows"] if row.get("control", "absent") == control]
+        if same:
+            right, asked = (sum(row[name] for row in same) for name in ("correct", "samples"))
+            counted.append(f"Control, {what}: {right} of {asked} right.")
     lines += [
         "",
-        f"Control, a key that is nowhere in the text: {sum(controls[0])} of {sum(controls[1])} right. Asked on {result['hardware']}; "
+        f"{' '.join(counted)} Asked on {result['hardware']}; "
         f"trained on {training['hardware']} in {training['seconds']:.0f} s, on sequences of {training['recipe']['tokens']:,} tokens.",
     ]
     return "\n".join(lines)

@@ -10,18 +10,21 @@ from hypothesis import strategies as st
 from material import real_archives, words
 
 from hsa_mini.data.corpus import read_documents
-from hsa_mini.data.tasks import LETTERS, Needle, NeedleTask
+from hsa_mini.data.chains import Chain
+from hsa_mini.data.needles import Needle, ask
+from hsa_mini.data.sentences import LETTERS
 from hsa_mini.data.tokenizer import (
     RANKS_FILE, SPECIAL_TOKENS, VOCAB_SIZE, decode_stream, end_of_text, load_tokenizer, pad, save_ranks, train_ranks,
 )  # fmt: skip
 from hsa_mini.paths import data_dir
 
 TOKENIZER = load_tokenizer()
-TASK = NeedleTask(TOKENIZER)
 encode, decode = TOKENIZER.encode_ordinary, TOKENIZER.decode
 LATIN = st.text(st.characters(max_codepoint=255))
 KEYS = st.text(LETTERS, min_size=4, max_size=4)
-VALUES = st.text("0123456789", min_size=6, max_size=6)
+NEEDLES = st.builds(Needle, KEYS, st.text("0123456789", min_size=6, max_size=6))
+CHAINS = st.builds(Chain, st.text("0123456789", min_size=8, max_size=8), st.lists(KEYS, min_size=2, max_size=3))
+QUESTIONS = st.one_of(st.lists(NEEDLES, min_size=1, max_size=2).map(ask), CHAINS.map(lambda chain: chain.question))
 
 
 def pieces(text: str) -> list[bytes]:
@@ -69,27 +72,24 @@ def test_every_digit_is_a_token_whatever_stands_beside_it(before, digits, after)
     ]
 
 
-@given(KEYS, VALUES)
-def test_needles_are_what_the_text_of_their_sentences_encodes_to(key, value):
-    needle = Needle(key, value)
-    for name in ("sentence", "question", "answer"):
-        assert getattr(TASK, name)(needle).tolist() == encode(getattr(needle, name))
-    for text in (needle.sentence, needle.question):
-        assert [p.decode() for p in pieces(text) if p.decode() in LETTERS] == list(key) * text.count(key)
-    assert [p.decode() for p in pieces(needle.answer)] == [*value, "."]
+@given(QUESTIONS)
+def test_keys_and_numbers_of_the_tasks_are_read_symbol_by_symbol(question):
+    for text in (*question.needed, question.text, question.answer):
+        symbols = "".join(re.findall(r"[A-Z]{4}|[0-9]{6,}", text))
+        assert symbols and [p.decode() for p in pieces(text) if re.fullmatch(rb"[A-Z0-9]", p)] == list(symbols)
 
 
-@given(st.text(), KEYS, VALUES, st.text())
-def test_a_needle_in_a_text_encodes_as_it_does_alone(before, key, value, after):
+@given(st.text(), QUESTIONS, st.text())
+def test_a_sentence_in_a_text_encodes_as_it_does_alone(before, question, after):
     """A sentence put between ids is what the same sentence typed into the text would be.
 
     Only white space in front of it, or punctuation behind its full stop, could join with it.
     """
-    needle, before, after = Needle(key, value), before + "x", " " + after
-    joined = encode(before + needle.sentence + after)
-    assert joined == [*encode(before), *TASK.sentence(needle).tolist(), *encode(after)]
-    question = needle.question + needle.answer
-    assert encode(before + question) == [*encode(before), *TASK.question(needle).tolist(), *TASK.answer(needle).tolist()]
+    before, after = before + "x", " " + after
+    for sentence in question.needed:
+        assert encode(before + sentence + after) == [*encode(before), *encode(sentence), *encode(after)]
+    joined = encode(before + question.text + question.answer)
+    assert joined == [*encode(before), *encode(question.text), *encode(question.answer)]
 
 
 @given(st.one_of(st.text().map(lambda text: list(text.encode())), st.lists(st.integers(0, VOCAB_SIZE - 1))))

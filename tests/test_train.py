@@ -22,13 +22,17 @@ from hsa_mini.checkpoint import load_progress
 from hsa_mini.data.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 from hsa_mini.nn.moe import MoE
 from hsa_mini.paths import data_dir, write_whole
-from hsa_mini.train import COLUMNS, RECIPES, Recipe, make_optimizer, mixture_loss, train, train_step
+from hsa_mini.crowd import Past
+from hsa_mini.recipes import RECIPES, Recipe, Stage
+from hsa_mini.train import COLUMNS, make_optimizer, mixture_loss, noise_seed, shared, train, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-RECIPE = Recipe(steps=12, batch=2, tokens=96, warmup=3, mixture=Mixture(copy_least=16), explore=0.5, neighbours=1)
+ALONE = Stage(steps=6, batch=2, tokens=96, mixture=Mixture(copy_least=16))
+RECIPE = Recipe((ALONE, dataclasses.replace(ALONE, explore=False, crowd=16, top_k=3)), warmup=3)
 GOLDEN = data_dir() / "golden" / "nano_losses.json"
-GOLDEN_RECIPE = Recipe(steps=50, batch=4, tokens=256, learning_rate=2e-3, warmup=10, mixture=Mixture(copy_least=64))
+GOLDEN_STAGE = Stage(steps=50, batch=4, tokens=256, mixture=Mixture(copy_least=64))
+GOLDEN_RECIPE = Recipe((GOLDEN_STAGE,), learning_rate=2e-3, warmup=10)
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_learning_rate_warms_up_stays_and_decays_to_nothing():
-    recipe = Recipe(steps=100, batch=1, tokens=1, learning_rate=0.5, warmup=10, decay=0.4)
+    recipe = Recipe((Stage(steps=100, batch=1, tokens=1),), learning_rate=0.5, warmup=10, decay=0.4)
     rates = [recipe.rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     assert rates[10:60] == [0.5] * 50
@@ -227,7 +231,7 @@ def test_loss_is_the_sum_of_the_mean_of_every_part():
 
 
 def test_a_step_clips_the_gradient_and_reports_its_norm_before():
-    batches = TrainingBatches(RECIPE.mixture, batch=2, tokens=96, steps=1, seed=0, text=word_tokens())
+    batches = TrainingBatches(ALONE.mixture, batch=2, tokens=96, steps=1, seed=0, text=word_tokens())
     ids, parts = batches[0]
     model = tiny().train()
     loss, _, _ = mixture_loss(model(ids[:, :-1], gumbel_seed=3 << 32).logits, ids[:, 1:], parts[:, 1:])
@@ -237,73 +241,63 @@ def test_a_step_clips_the_gradient_and_reports_its_norm_before():
     optimizer = make_optimizer(model, recipe)
     used = []
     optimizer.register_step_pre_hook(lambda *_: used.extend(p.grad.clone() for p in model.parameters()))
-    figures = train_step(model, optimizer, recipe, 0, ids, parts, 3)
+    figures = train_step(model, optimizer, recipe, ALONE, Past(0), ids, parts, torch.tensor(0.0), torch.tensor(3 << 32))
     assert figures[0] == pytest.approx(loss.item(), rel=1e-6) and figures[5] == pytest.approx(norm.item(), rel=1e-5)
     assert torch.stack([g.norm() for g in used]).norm() == pytest.approx(norm.item() / 4, rel=1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(figure.requires_grad for figure in figures)
 
 
-def test_noise_follows_seed_and_step_and_ends_where_neighbours_come(monkeypatch, tmp_path):
+def test_a_stage_has_its_own_noise_crowd_and_choice(monkeypatch, tmp_path):
     seen, forward = [], HSAModel.forward
 
     def watched(self, ids, **options):
-        seen.append((options["explore"], options["neighbours"], options["gumbel_seed"]))
+        past = options["past"]
+        seen.append((self.config.top_k, options["explore"], past and past.size, int(options["gumbel_seed"])))
         return forward(self, ids, **options)
 
     monkeypatch.setattr(HSAModel, "forward", watched)
     run_tiny(tmp_path, seed=2)
-    assert [(explore, neighbours) for explore, neighbours, _ in seen] == [(True, 0)] * 6 + [(False, 1)] * 6
+    assert [what[:3] for what in seen] == [(TINY.top_k, True, None)] * 6 + [(3, False, 16)] * 6
     assert [noise for *_, noise in seen] == [(2 << 32) + step for step in range(12)]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(query_block=2), dict(exclude_window=True), dict(top_k=100)], ids=str)
-@pytest.mark.parametrize("neighbours", [1, 3])
-def test_neighbours_are_chunks_that_were_read_before(neighbours, changes):
-    """The same as a memory that holds the others' chunks already; only RoPE's float32 table differs by the shift."""
-    model = tiny(torch.float64, **changes)
-    ids = torch.randint(4096, (4, 50), generator=torch.Generator().manual_seed(1))
-    got = model(ids, neighbours=neighbours)
-    with torch.no_grad():
-        own = model(ids).memory
-    for b in range(4):
-        memory = ChunkMemory(model.config)
-        for i in range(neighbours, 0, -1):
-            other = (b + i) % 4
-            memory.append(*(part[other : other + 1] for part in (own.k, own.v, own.landmarks)))
-        memory.position = memory.chunks * TINY.chunk_size
-        want = model(ids[b : b + 1], memory).logits
-        assert (got.logits[b] - want[0]).abs().max() < 1e-6
-    assert (got.logits - model(ids).logits).abs().max() > 1e-3
-    assert got.memory.chunks == own.chunks  # what is kept is one's own
-
-    (gradient,) = torch.autograd.grad(got.logits[0].square().sum(), model.embedding.weight)
-    only_there = [i for i in ids[1].tolist() if i not in ids[0]]
-    assert gradient[only_there].any()
+@pytest.mark.parametrize("seed", [0, 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+def test_the_noise_seed_of_any_run_fits_a_signed_number(seed):
+    assert torch.full((), noise_seed(seed, 77)).item() % (1 << 64) == (seed << 32) + 77
 
 
-def test_neighbours_never_bring_a_sequence_its_own_future():
-    model = tiny(torch.float64, top_k=100)
-    ids = torch.randint(4096, (3, 50), generator=torch.Generator().manual_seed(1))
-    changed = ids.clone()
-    changed[0, 30:] = (changed[0, 30:] + 1) % 4096
-    with torch.no_grad():
-        got, want = (model(x, neighbours=2).logits for x in (changed, ids))
-    assert torch.equal(got[0, :30], want[0, :30]) and not torch.equal(got[1], want[1])
-    for neighbours in (-1, 3):
-        with pytest.raises(ValueError, match=f"^neighbours: got {neighbours}, accepted are 0 to 2"):
-            model(ids, neighbours=neighbours)
+def test_a_recipe_scaled_keeps_the_shares_of_its_stages():
+    recipe = Recipe(tuple(Stage(steps=n, batch=1, tokens=8, top_k=n) for n in (10, 30, 60)))
+    assert [stage.steps for stage in recipe.scaled(13).stages] == [1, 4, 8] and recipe.scaled(100) == recipe
+    assert [recipe.stage(step).top_k for step in (0, 9, 10, 39, 40, 99)] == [10, 10, 30, 30, 60, 60]
+    with pytest.raises(ValueError, match="^step: got one beyond the recipe's 100, accepted is 0 to 99"):
+        recipe.stage(100)
+
+
+def test_a_stage_of_another_window_trains_the_same_parameters():
+    model = tiny()
+    twin = shared(model, dataclasses.replace(model.config, window=5))
+    ids = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(twin(ids).logits, model(ids).logits)
+    twin(ids).logits.sum().backward()
+    assert all(a is b and a.grad is not None for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def golden_losses() -> list[list[float]]:
     """Loss and its three parts at each of 50 steps of `nano`, on made-up words: no corpus, no clock, one seed."""
     torch.manual_seed(0)
     model = HSAModel(PRESETS["nano"]).train()
-    recipe, optimizer = GOLDEN_RECIPE, make_optimizer(model, GOLDEN_RECIPE)
+    recipe, stage, optimizer = GOLDEN_RECIPE, GOLDEN_STAGE, make_optimizer(model, GOLDEN_RECIPE)
     batches = TrainingBatches(
-        recipe.mixture, batch=recipe.batch, tokens=recipe.tokens, steps=recipe.steps, seed=0, text=word_tokens()
+        stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=stage.steps, seed=0, text=word_tokens()
     )
-    return [[float(x) for x in train_step(model, optimizer, recipe, i, *batches[i], 0)[:4]] for i in range(recipe.steps)]
+    past = Past(0)
+
+    def step(i: int) -> tuple[torch.Tensor, ...]:
+        return train_step(model, optimizer, recipe, stage, past, *batches[i], torch.tensor(recipe.rate(i)), torch.tensor(i))
+
+    return [[float(x) for x in step(i)[:4]] for i in range(recipe.steps)]
 
 
 def test_losses_are_the_golden_ones():

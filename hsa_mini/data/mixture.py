@@ -1,4 +1,4 @@
-"""Training batches: plain text, self-copy and needle questions, each a function of (seed, step) alone.
+"""Training batches: plain text, self-copy, questions about needles and about chains; a function of (seed, step) alone.
 
 Every token has a part in the loss: none, text, copy (the second half of a self-copy) or answer.
 """
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .chains import draw_chains
 from .corpus import load_corpus
-from .tasks import Needle, NeedleTask
+from .needles import Needle, ask, draw_needles
+from .sentences import TRAINING, Question, encode, is_held_out
 from .tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 NONE, TEXT, COPY, ANSWER = range(4)
@@ -19,12 +21,15 @@ PARTS = ("none", "text", "copy", "answer")
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the three kinds of sequence, and of the text that needles are hidden in."""
+    """Shares of the four kinds of sequence, of questions, and of the text that sentences are hidden in."""
 
     self_copy: float = 0.35
-    needles: float = 0.5  # the rest is plain text
-    made_up: float = 0.2  # of the haystacks: random tokens, few symbols, repetition, instead of real text
+    needles: float = 0.5
+    chains: float = 0.0  # the rest is plain text
+    two_codes: float = 0.25  # of the questions about needles: for two at once, if two are left to ask for
+    made_up: float = 0.25  # of the haystacks: random tokens, few symbols, repetition, other needles, instead of real text
     needles_most: int = 20  # their number is drawn log-uniformly: mostly few, so that most chunks are text
+    chains_most: int = 4  # of 2 to 3 names
     questions_most: int = 4
     copy_least: int = 256  # tokens copied; above the window, or the window would do it
 
@@ -38,26 +43,26 @@ class TrainingBatches(Dataset):
         """`text`: tokens to draw real text from, instead of the training corpus."""
         self.mixture, self.batch, self.tokens, self.steps, self.seed = mixture, batch, tokens, steps, seed
         self.text = load_corpus("train").tokens if text is None else text
-        tokenizer = load_tokenizer()
-        self.task = NeedleTask(tokenizer)
-        self.ordinary = tokenizer.n_vocab - len(SPECIAL_TOKENS)
+        self.ordinary = load_tokenizer().n_vocab - len(SPECIAL_TOKENS)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = np.random.default_rng((self.seed, step))
+        rng = np.random.default_rng((TRAINING, self.seed, step))
         rows = [self.sequence(rng) for _ in range(self.batch)]
         ids, parts = (np.stack(column) for column in zip(*rows))
         return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(parts.astype(np.int8))
 
     def sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One sequence: ids [T+1] and the part of each token."""
-        kind = rng.random()
-        if kind < self.mixture.self_copy:
+        mixture, kind = self.mixture, rng.random()
+        if kind < mixture.self_copy:
             return self.self_copy(rng)
-        if kind < self.mixture.self_copy + self.mixture.needles:
+        if kind < mixture.self_copy + mixture.needles:
             return self.needle_questions(rng)
+        if kind < mixture.self_copy + mixture.needles + mixture.chains:
+            return self.chain_questions(rng)
         return self.real_text(rng, self.tokens + 1), np.full(self.tokens + 1, TEXT)
 
     def self_copy(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -72,37 +77,56 @@ class TrainingBatches(Dataset):
         return ids, np.repeat((TEXT, first, COPY), (before, length, length))
 
     def needle_questions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Needles among text, and questions about some of them, each after its needle, the last at the end."""
-        mixture, task, total = self.mixture, self.task, self.tokens + 1
-        pair = task.question_tokens + len(task.answer(Needle("BBBB", "000000")))
-        most = min(mixture.needles_most, total // 2 // task.sentence_tokens)  # at least half is text
-        needles = task.needles(rng, int(np.exp(rng.uniform(0, np.log(most + 1)))))
+        """Needles among text, and questions about some of them."""
+        mixture = self.mixture
+        most = min(mixture.needles_most, self.most_hidden // len(encode(Needle("BBBB", "000000").sentence)))
+        needles = draw_needles(rng, int(np.exp(rng.uniform(0, np.log(most + 1)))), held_out=False)
         if rng.random() < 0.3:
             needles = self.alike(rng, needles)
-        room = (total - len(needles) * task.sentence_tokens) // (2 * pair)
-        asked = rng.permutation(len(needles))[: int(rng.integers(1, max(min(mixture.questions_most, room), 1) + 1))]
-        order = [("needle", needle) for needle in needles]
-        for i in asked[1:]:
-            after = order.index(("needle", needles[i])) + 1
-            order.insert(int(rng.integers(after, len(order) + 1)), ("question", needles[i]))
-        order.append(("question", needles[asked[0]]))
+        wanted, questions = int(rng.integers(1, mixture.questions_most + 1)), []
+        left = [needles[i] for i in rng.permutation(len(needles))]
+        while left and len(questions) < wanted:
+            asked = 2 if len(left) > 1 and rng.random() < mixture.two_codes else 1
+            questions.append(ask(left[:asked]))
+            left = left[asked:]
+        return self.hide(rng, [needle.sentence for needle in needles], questions)
 
-        made_up = rng.random() < mixture.made_up
-        spare = total - sum(task.sentence_tokens if kind == "needle" else pair for kind, _ in order)
+    def chain_questions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Chains among text, their links in any order, and questions about some of them."""
+        lengths = rng.integers(2, 4, int(rng.integers(1, self.mixture.chains_most + 1))).tolist()
+        chains = draw_chains(rng, lengths, held_out=False)
+        while len(chains) > 1 and sum(len(encode(s)) for chain in chains for s in chain.sentences) > self.most_hidden:
+            chains.pop()
+        sentences = [sentence for chain in chains for sentence in chain.sentences]
+        asked = rng.permutation(len(chains))[: int(rng.integers(1, self.mixture.questions_most + 1))]
+        return self.hide(rng, [sentences[i] for i in rng.permutation(len(sentences))], [chains[i].question for i in asked])
+
+    @property
+    def most_hidden(self) -> int:
+        """Tokens of hidden sentences: at least half of a sequence is text and questions."""
+        return (self.tokens + 1) // 2
+
+    def hide(self, rng: np.random.Generator, sentences: list[str], questions: list[Question]) -> tuple[np.ndarray, np.ndarray]:
+        """The sentences, in this order, among text; every question after all that it needs, the first one at the end.
+
+        The others are left out where questions would take more than half of the room that the sentences leave.
+        """
+        total, (last, *others) = self.tokens + 1, questions
+        room = (total - sum(len(encode(sentence)) for sentence in sentences)) // 2 - tokens_of(last)
+        order: list[str | Question] = list(sentences)
+        for question in others:
+            if (room := room - tokens_of(question)) < 0:
+                break
+            after = max(order.index(sentence) for sentence in question.needed) + 1
+            order.insert(int(rng.integers(after, len(order) + 1)), question)
+        pieces = [pieces_of(item) for item in [*order, last]]
+
+        made_up = rng.random() < self.mixture.made_up
+        spare = total - sum(len(ids) for piece in pieces for ids, _ in piece)
         text = self.made_up(rng, spare) if made_up else self.real_text(rng, spare)
-        gaps = np.diff(np.sort(rng.integers(0, spare + 1, len(order) - 1)), prepend=0, append=spare)
-        ids, parts, used = [], [], 0
-        for gap, (kind, needle) in zip(gaps, order):
-            ids.append(text[used : used + gap])
-            parts.append(np.full(gap, NONE if made_up else TEXT))
-            used += gap
-            if kind == "needle":
-                ids.append(task.sentence(needle))
-                parts.append(np.full(task.sentence_tokens, NONE))
-            else:
-                ids += [task.question(needle), task.answer(needle)]
-                parts.append(np.repeat((NONE, ANSWER), (task.question_tokens, pair - task.question_tokens)))
-        return np.concatenate(ids), np.concatenate(parts)
+        gaps = np.split(text, np.sort(rng.integers(0, spare + 1, len(pieces) - 1)))
+        row = [pair for gap, piece in zip(gaps, pieces) for pair in ((gap, NONE if made_up else TEXT), *piece)]
+        return np.concatenate([ids for ids, _ in row]), np.repeat([part for _, part in row], [len(ids) for ids, _ in row])
 
     def alike(self, rng: np.random.Generator, needles: list[Needle]) -> list[Needle]:
         """Half of the needles get a key that differs from another's in one letter: the whole key must count."""
@@ -110,7 +134,7 @@ class TrainingBatches(Dataset):
         for donor, needle in zip(needles[::2], needles[1::2]):
             place = int(rng.integers(len(donor.key)))
             key = donor.key[:place] + needle.key[place] + donor.key[place + 1 :]
-            if key not in keys:
+            if key not in keys and not is_held_out(key):
                 del keys[needle.key]
                 keys[key] = needle.value
         return [Needle(key, value) for key, value in keys.items()]
@@ -120,18 +144,32 @@ class TrainingBatches(Dataset):
         return np.asarray(self.text[first : first + tokens])
 
     def made_up(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
-        """Text such as no corpus holds: any tokens, a handful of symbols, or one passage over and over."""
-        kind = rng.integers(4)
+        """Text such as no corpus holds: any tokens, a handful of symbols, nothing but needles, or one passage over and over."""
+        kind = rng.integers(5)
         if kind == 0:
             return rng.integers(0, self.ordinary, tokens)
         if kind == 1:
             return self.few_symbols(rng, tokens)
+        if kind == 4:
+            needles = draw_needles(rng, tokens // len(encode(Needle("BBBB", "000000").sentence)) + 1, held_out=False)
+            return np.concatenate([encode(needle.sentence) for needle in needles])[:tokens]
         length = int(np.exp(rng.uniform(0, np.log(200))))
         passage = self.real_text(rng, length) if kind == 2 else self.few_symbols(rng, length)
         return np.resize(passage, tokens)
 
     def few_symbols(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
         """Independent draws from 2 to 64 symbols: digits, single bytes (any script is made of them) or any tokens."""
-        pools = (np.array(self.task.tokenizer.encode_ordinary("0123456789,. \n")), np.arange(256), np.arange(self.ordinary))
+        pools = (encode("0123456789,. \n"), np.arange(256), np.arange(self.ordinary))
         pool = pools[rng.integers(3)]
         return rng.choice(rng.choice(pool, int(rng.integers(2, 65))), tokens)
+
+
+def pieces_of(item: str | Question) -> list[tuple[np.ndarray, int]]:
+    """Ids of a sentence, or of a question and of its answer, and the part that they have in the loss."""
+    if isinstance(item, str):
+        return [(encode(item), NONE)]
+    return [(encode(item.text), NONE), (encode(item.answer), ANSWER)]
+
+
+def tokens_of(question: Question) -> int:
+    return sum(len(ids) for ids, _ in pieces_of(question))

@@ -1,161 +1,143 @@
-"""Needles in haystacks: the retrieval task S-NIAH (RULER style), in plain English sentences.
+"""Retrieval tasks in the style of RULER: sentences hidden in real text, and a question about some of them at its end.
 
-    needle    " The secret code of QXZB is 482913."          a sentence somewhere in real text
-    question  "\\nWhat is the secret code of QXZB?\\nThe secret code of QXZB is "
-    answer    "482913."
+    s_niah    one needle is asked for; five others of the same form are in the text: finding any needle is not enough
+    mq_niah   two needles are asked for in one question; four others are in the text
+    vt        all names in one chain of three are asked for; another chain of three is in the text
 
-Needles of the same form with other keys stand in the text too: finding any needle is not enough.
+Keys and names are held-out ones (see `sentences`).
 """
 
+from bisect import bisect, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import tiktoken
 
-LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # consonants: no key is a word
-KEY_LETTERS, VALUE_DIGITS = 4, 6
-DISTRACTORS = 5
-TRIES = 500  # keys drawn for each that is wanted
+from .chains import draw_chains
+from .needles import ask, draw_needles
+from .sentences import Question, encode
+
+NEEDLES, CHAINS, CHAIN_NAMES = 6, 2, 3
+MOST_DISTRACTORS = 10_000  # some 16,000 keys are held out
 
 
 @dataclass(frozen=True)
-class Needle:
-    """One key and its value, and the three sentences made of them."""
+class Problem:
+    """Sentences to hide, those that the question needs first."""
 
-    key: str
-    value: str
+    sentences: tuple[str, ...]
+    question: Question
 
-    @property
-    def sentence(self) -> str:
-        return f" The secret code of {self.key} is {self.value}."
+    def least_tokens(self, chunk_size: int, window: int, *, border: bool = False) -> int:
+        """The shortest text in which the first sentence fits outside the window, and half the room (of the borders between
+        chunks too, if each sentence takes one) is left to text."""
+        taken = sum(max(len(encode(sentence)), chunk_size * border) for sentence in self.sentences)
+        return window + chunk_size + 2 * taken + len(encode(self.question.text))
 
-    @property
-    def question(self) -> str:
-        """What is asked; ends where the first digit of the answer belongs."""
-        return f"\nWhat is the secret code of {self.key}?\nThe secret code of {self.key} is "
 
-    @property
-    def answer(self) -> str:
-        return f"{self.value}."
+def s_niah(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "") -> Problem:
+    """`distractors`: further sentences of the same form; no key stands in the text `absent_from`. So for every task."""
+    return _needles(rng, 1, distractors, absent_from)
+
+
+def mq_niah(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "") -> Problem:
+    return _needles(rng, 2, distractors, absent_from)
+
+
+def vt(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "") -> Problem:
+    whole, rest = divmod(distractors, CHAIN_NAMES)
+    lengths = [CHAIN_NAMES] * (CHAINS + whole) + [rest] * (rest > 0)
+    chains = draw_chains(rng, lengths, held_out=True, absent_from=absent_from)
+    return Problem(tuple(sentence for chain in chains for sentence in chain.sentences), chains[0].question)
+
+
+def _needles(rng: np.random.Generator, asked: int, distractors: int, absent_from: str) -> Problem:
+    needles = draw_needles(rng, NEEDLES + distractors, held_out=True, absent_from=absent_from)
+    return Problem(tuple(needle.sentence for needle in needles), ask(needles[:asked]))
+
+
+TASKS: dict[str, Callable[..., Problem]] = {"s_niah": s_niah, "mq_niah": mq_niah, "vt": vt}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question over a haystack: `patches` (first token, ids) are written over its text, the question last."""
+    """A problem over a haystack: `patches` (first token, ids) are written over its text, the question last."""
 
-    needle: Needle
-    tokens: int  # text, needles and question together
+    problem: Problem
+    tokens: int  # text, sentences and question together
     depth: float
-    start: int  # the needle's first token
+    start: int  # first token of the first sentence
     patches: tuple[tuple[int, np.ndarray], ...]
     answer: np.ndarray
 
     def apply(self, haystack: np.ndarray) -> np.ndarray:
-        """`haystack` [tokens] -> int64 ids [tokens] with needles and question in place."""
+        """`haystack` [tokens] -> int64 ids [tokens] with sentences and question in place."""
         ids = haystack.astype(np.int64)
         for first, patch in self.patches:
             ids[first : first + len(patch)] = patch
         return ids
 
-    def needle_chunks(self, chunk_size: int, needle_tokens: int) -> list[int]:
-        return list(range(self.start // chunk_size, (self.start + needle_tokens - 1) // chunk_size + 1))
+    def first_chunks(self, chunk_size: int) -> list[int]:
+        """The chunks that hold a token of the first sentence: the asked needle, or the head of the chain."""
+        last = self.start + len(encode(self.problem.sentences[0])) - 1
+        return list(range(self.start // chunk_size, last // chunk_size + 1))
 
 
-class NeedleTask:
-    """Draws needles and questions as token ids; pieces are encoded once, since no token spans a symbol."""
+def place(
+    rng: np.random.Generator,
+    problem: Problem,
+    *,
+    tokens: int,
+    depth: float,
+    chunk_size: int,
+    window: int,
+    border: bool = False,
+    absent: bool = False,
+) -> Sample:
+    """The problem in a text of exactly `tokens` tokens, its first sentence at `depth`, the others anywhere.
 
-    def __init__(self, tokenizer: tiktoken.Encoding) -> None:
-        self.tokenizer = tokenizer
-        # Symbol by symbol: the sentence of one needle with its symbols exchanged is the sentence of another.
-        key, value = LETTERS[:KEY_LETTERS], "0123456789"[:VALUE_DIGITS]
-        model = Needle(key, value)
-        self._symbols = np.zeros(128, dtype=np.uint16)
-        for symbol in LETTERS + "0123456789":
-            self._symbols[ord(symbol)] = tokenizer.encode_single_token(symbol)
-        self._sentence, self._question, self._answer = (
-            self._template(text, model) for text in (model.sentence, model.question, model.answer)
-        )
+    depth 0: it opens the text; 1: it ends the last complete chunk outside the window. `border`: every sentence is moved
+    so that it lies across the nearest border of two chunks. `absent`: what the question needs is nowhere in the text.
+    Raises ValueError for a depth outside 0..1 or too few tokens.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth: got {depth}, accepted is 0 to 1")
+    least = problem.least_tokens(chunk_size, window, border=border)
+    if tokens < least:
+        raise ValueError(f"tokens: got {tokens}, accepted are at least {least}")
+    question = encode(problem.question.text)
+    hidden = [encode(sentence) for sentence in problem.sentences]
+    body, end = tokens - len(question), tokens - max(window, len(question))
+    last, step = end // chunk_size * chunk_size, chunk_size if border else None
+    start = to_border(rng, round(depth * (last - len(hidden[0]))), len(hidden[0]), last, step)
+    patches = list(zip(scatter(rng, start, [len(ids) for ids in hidden], body, step), hidden))
+    if absent:
+        patches = patches[len(problem.question.needed) :]
+    return Sample(problem, tokens, depth, start, (*patches, (body, question)), encode(problem.question.answer))
 
-    def _template(self, text: str, model: Needle) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of `text`, and for every token the index of the symbol of key + value that it is (-1: none)."""
-        ids = np.array(self.tokenizer.encode_ordinary(text), dtype=np.uint16)
-        symbols = list(self._symbols[[ord(c) for c in model.key + model.value]])
-        return ids, np.array([symbols.index(i) if i in symbols else -1 for i in ids])
 
-    def _fill(self, template: tuple[np.ndarray, np.ndarray], needle: Needle) -> np.ndarray:
-        ids, places = template
-        symbols = self._symbols[[ord(c) for c in needle.key + needle.value]]
-        return np.where(places < 0, ids, symbols[places])
+def scatter(rng: np.random.Generator, first: int, lengths: list[int], room: int, step: int | None = None) -> list[int]:
+    """Places in `room` tokens for stretches of these lengths: `first` for the first, drawn for the others; none overlap.
 
-    def sentence(self, needle: Needle) -> np.ndarray:
-        """uint16 ids of the needle's sentence; all sentences have `sentence_tokens` of them."""
-        return self._fill(self._sentence, needle)
+    step: each lies across a multiple of it.
+    """
+    taken, places = [(first, first + lengths[0])], [first]
+    for length in lengths[1:]:
+        while len(places) == len(taken):
+            start = to_border(rng, int(rng.integers(0, room - length + 1)), length, room, step)
+            i = bisect(taken, (start,))
+            if (i == 0 or taken[i - 1][1] <= start) and (i == len(taken) or start + length <= taken[i][0]):
+                insort(taken, (start, start + length))
+        places.append(start)
+    return places
 
-    def question(self, needle: Needle) -> np.ndarray:
-        return self._fill(self._question, needle)
 
-    def answer(self, needle: Needle) -> np.ndarray:
-        return self._fill(self._answer, needle)
-
-    @property
-    def sentence_tokens(self) -> int:
-        return len(self._sentence[0])
-
-    @property
-    def question_tokens(self) -> int:
-        return len(self._question[0])
-
-    def needles(self, rng: np.random.Generator, count: int, *, absent_from: str = "") -> list[Needle]:
-        """`count` needles of different keys, none of which stands in the text `absent_from`."""
-        keys: dict[str, None] = {}
-        tries = 0
-        while len(keys) < count:
-            if (tries := tries + 1) > TRIES * count:
-                raise ValueError("absent_from: got a text that holds every key tried, accepted is one without most of them")
-            key = "".join(rng.choice(list(LETTERS), KEY_LETTERS))
-            if key not in absent_from:
-                keys[key] = None
-        return [Needle(key, f"{rng.integers(10**VALUE_DIGITS):0{VALUE_DIGITS}d}") for key in keys]
-
-    def least_tokens(self, chunk_size: int, window: int) -> int:
-        """The shortest sample in which needles fit outside the window."""
-        return window + chunk_size + (DISTRACTORS + 1) * 2 * self.sentence_tokens + self.question_tokens
-
-    def sample(
-        self,
-        rng: np.random.Generator,
-        *,
-        tokens: int,
-        depth: float,
-        chunk_size: int,
-        window: int,
-        absent_from: str = "",
-        control: bool = False,
-    ) -> Sample:
-        """One S-NIAH question of exactly `tokens` tokens.
-
-        depth 0: the needle opens the text; 1: it ends the last complete chunk outside the window. `control`: the asked
-        key is nowhere in the text. Raises ValueError for a depth outside 0..1 or too few tokens.
-        """
-        if not 0 <= depth <= 1:
-            raise ValueError(f"depth: got {depth}, accepted is 0 to 1")
-        least = self.least_tokens(chunk_size, window)
-        if tokens < least:
-            raise ValueError(f"tokens: got {tokens}, accepted are at least {least}")
-        needle, *others = self.needles(rng, DISTRACTORS + 1, absent_from=absent_from)
-        n, body = self.sentence_tokens, tokens - self.question_tokens
-        end = tokens - max(window, self.question_tokens)
-        start = round(depth * (end // chunk_size * chunk_size - n))
-        taken = [start]
-        while len(taken) <= len(others):
-            place = int(rng.integers(0, body - n + 1))
-            if all(abs(place - other) >= n for other in taken):
-                taken.append(place)
-        patches = [(place, self.sentence(other)) for place, other in zip(taken[1:], others)]
-        if not control:
-            patches.append((start, self.sentence(needle)))
-        patches.append((body, self.question(needle)))
-        return Sample(needle, tokens, depth, start, tuple(patches), self.answer(needle))
+def to_border(rng: np.random.Generator, start: int, length: int, room: int, step: int | None) -> int:
+    """A place near `start` where a stretch lies across a multiple of `step` within `room`; None: `start` itself."""
+    if step is None:
+        return start
+    border = min(max(round((start + length / 2) / step), 1), (room - length + 1) // step) * step
+    return border - int(rng.integers(1, min(length, border + 1)))
 
 
 def tile(text: np.ndarray, tokens: int, first: int = 0) -> np.ndarray:

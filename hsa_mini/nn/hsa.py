@@ -34,13 +34,13 @@ class HSA(nn.Module):
         self.out = nn.Linear(config.hsa_heads * config.hsa_head_dim, config.width, bias=False)
 
     def forward(
-        self, x, k, v, landmarks, *, position: int, block_query=None, gumbel_seed=None, operations=ops
+        self, x, landmarks, attend, *, position: int, block_query=None, gumbel_seed=None
     ) -> tuple[torch.Tensor, Retrieval, torch.Tensor | None]:
-        """k, v [B, N, S, J, D], landmarks [B, N, J_r, R]; `position` is that of x's first token.
+        """landmarks [B, N, J_r, R] to choose among; `attend(q, indices, weights)` reads the chunks chosen; `position` is
+        that of x's first token.
 
         `block_query` [B, 1, J_r, R] is the query of the first token of a block of `query_block` tokens that x continues;
-        the third result is the one to pass on (None at the end of a block). `operations`: `ops`, or `offload`
-        for k and v in host memory.
+        the third result is the one to pass on (None at the end of a block).
         """
         config, T = self.config, x.shape[1]
         q, queries = self._queries(x, landmarks.dtype)
@@ -61,7 +61,7 @@ class HSA(nn.Module):
             )
             # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
             indices, weights = (part[:, late:].expand(-1, -1, config.hsa_kv_heads, -1) for part in (indices, weights))
-            out = operations.chunk_attention(self.q_norm(q), k, v, indices, weights)
+            out = attend(self.q_norm(q), indices, weights)
         unfinished = (position + T) % config.query_block
         next_block = choosers[:, -unfinished : choosers.shape[1] - unfinished + 1] if unfinished else None
         return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), next_block
@@ -72,7 +72,8 @@ class HSA(nn.Module):
         """One token of every sequence, x [B, 1, C] at positions int64 [B] -> [B, 1, C]; asks the host nothing.
 
         k, v and landmarks with whatever room they have: a token sees what is complete at its position. `block_query`
-        [B, 1, J_r, R], not None if tokens choose in blocks, is brought up to date.
+        [B, 1, J_r, R], not None if tokens choose in blocks, is brought up to date. `operations`: `ops`, or `offload` for k
+        and v in host memory.
         """
         config = self.config
         q, choosers = self._queries(x, landmarks.dtype)

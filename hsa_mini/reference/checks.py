@@ -52,7 +52,10 @@ def check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting,
         check_integer("offset", offset, 0)
     if weighting not in ("softmax", "stick_breaking"):
         raise ValueError(f"weighting: got {weighting!r}, accepted are softmax and stick_breaking")
-    if gumbel_seed is not None:
+    if isinstance(gumbel_seed, torch.Tensor):
+        check_tensor("gumbel_seed", gumbel_seed, "", sizes, (torch.int64,))
+        check_same("gumbel_seed", gumbel_seed, "retrieval_q", retrieval_q, dtype=False)
+    elif gumbel_seed is not None:
         check_integer("gumbel_seed", gumbel_seed, 0)
 
 

@@ -5,8 +5,9 @@ import torch
 _MASK = 0xFFFFFFFF
 
 
-def philox(seed: int, counter: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32); `counter`: four int64 tensors."""
+def philox(seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32). Of the seed,
+    an int or an int64 tensor [], the low 64 bits count; `counter`: four int64 tensors."""
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
@@ -24,7 +25,7 @@ def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tenso
     return total & _MASK, (total >> 32) + (high >> 16)
 
 
-def gumbel_noise(seed: int, positions: torch.Tensor, heads: int, chunks: int) -> torch.Tensor:
+def gumbel_noise(seed: int | torch.Tensor, positions: torch.Tensor, heads: int, chunks: int) -> torch.Tensor:
     """Gumbel(0, 1) noise [B, T, J, N] fp32 for tokens at `positions` [B, T] (int64, counted from the sequence's start)."""
     device = positions.device
     b = torch.arange(positions.shape[0], device=device)[:, None, None, None]

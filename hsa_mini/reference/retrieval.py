@@ -17,7 +17,7 @@ def retrieve(
     top_k: int,
     offset: int | torch.Tensor = 0,
     weighting: str = "softmax",
-    gumbel_seed: int | None = None,
+    gumbel_seed: int | torch.Tensor | None = None,
     exclude_window: int = 0,
     query_block: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,9 +27,9 @@ def retrieve(
     [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry the gradient).
 
     offset: position of token 0, an int or an int tensor [B]. weighting: "softmax" over the kept scores, or
-    "stick_breaking" (slots then go from the newest chunk to the oldest). gumbel_seed: noise on the choice alone.
-    exclude_window: chunks that lie wholly inside this many last tokens are not visible. query_block: this many
-    tokens share the choice and the weights of the first of them. Of equal scores the newest chunk is kept.
+    "stick_breaking" (slots then go from the newest chunk to the oldest). gumbel_seed: noise on the choice alone; an int or
+    an int64 tensor []. exclude_window: chunks that lie wholly inside this many last tokens are not visible. query_block: this
+    many tokens share the choice and the weights of the first of them. Of equal scores the newest chunk is kept.
 
     Raises ValueError for wrong shapes, dtypes, devices or ranges.
     NOTE: differs from the paper, which prints `i <= floor(t/S)`: read with indices from 0 that shows a token the chunk

@@ -61,7 +61,7 @@ def _put(room, o_row, b_place, mask, b_key, b_n, b_s, BT: tl.constexpr, CAP: tl.
 
 @triton.jit
 def _retrieve(
-    retrieval_q, landmarks, offsets, indices, scores, rooms, stride_l, offset, step, seed, first, T, N, chunk_size,
+    retrieval_q, landmarks, offsets, seeds, indices, scores, rooms, stride_l, offset, step, first, T, N, chunk_size,
     exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,6 +70,8 @@ def _retrieve(
     o_t, o_r, o_k = first + i_t * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, KP)
     if OFFSETS:
         offset = tl.load(offsets + i_b)
+    if NOISE:
+        seed = tl.load(seeds)
     position = offset + o_t * step  # [BT]
     o_row = (i_b.to(tl.int64) * T + o_t) * J + i_j
     m_q = (o_t < T)[:, None] & (o_r < R)[None, :]
@@ -165,7 +167,7 @@ def _sum_queries(
 @torch.library.custom_op("hsa_kernels::retrieve", mutates_args=())
 def _retrieve_scores(
     retrieval_q: torch.Tensor, landmarks: torch.Tensor, offsets: torch.Tensor | None, offset: int, step: int, chunk_size: int,
-    top_k: int, exclude_window: int, seed: int | None,
+    top_k: int, exclude_window: int, seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty slots."""
     (B, T, J, R), N = retrieval_q.shape, landmarks.shape[1]
@@ -185,7 +187,7 @@ def _retrieve_scores(
         options = dict(num_warps=4, num_stages=2, ROWS=4)
     for first in range(0, T, together):
         _retrieve[triton.cdiv(min(together, T - first), BT), J, B](
-            retrieval_q, landmarks, offsets, indices, scores, rooms, landmarks.stride(0), offset, step, seed or 0, first, T, N,
+            retrieval_q, landmarks, offsets, seed, indices, scores, rooms, landmarks.stride(0), offset, step, first, T, N,
             chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP,
             OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype),
             **options,
@@ -255,7 +257,7 @@ def retrieve(
     top_k: int,
     offset: int | torch.Tensor = 0,
     weighting: str = "softmax",
-    gumbel_seed: int | None = None,
+    gumbel_seed: int | torch.Tensor | None = None,
     exclude_window: int = 0,
     query_block: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,6 +273,9 @@ def retrieve(
     T = retrieval_q.shape[1]
     chooser = retrieval_q if query_block == 1 else retrieval_q[:, ::query_block].contiguous()
     offsets, first = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)
+    if isinstance(gumbel_seed, int):
+        signed = (gumbel_seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the low 64 bits
+        gumbel_seed = torch.full((), signed, dtype=torch.int64, device=retrieval_q.device)
     indices, scores = _retrieve_scores(
         chooser, landmarks, offsets, first, query_block, chunk_size, top_k, exclude_window, gumbel_seed
     )

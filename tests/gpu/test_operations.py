@@ -71,11 +71,15 @@ def test_early_exit_equals_the_full_model():
 def test_a_block_of_the_model_compiles_whole():
     torch.manual_seed(0)
     model = HSAModel(PRESETS["mini"], device="cuda", dtype=torch.bfloat16)
-    chunks = [draw(1, 16, *shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((64, 1, 64), (64, 1, 64), (1, 256)))]
+    k, v, landmarks = (draw(1, 16, *shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((64, 1, 64), (64, 1, 64), (1, 256))))
+
+    def attend(q, indices, weights):
+        return ops.chunk_attention(q, k, v, indices, weights)
+
     rope = model._rope(0, 4096, "cuda")
 
     def block(x):
-        return model.upper[0](x, rope, None, lambda hsa, x: hsa(x, *chunks, position=4096)[0])[0]
+        return model.upper[0](x, rope, None, lambda hsa, x: hsa(x, landmarks, attend, position=4096)[0])[0]
 
     x = draw(1, 4096, 256, dtype=torch.bfloat16)
     with torch.no_grad():

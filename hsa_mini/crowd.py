@@ -1,0 +1,65 @@
+"""Training in a crowd: a sequence has to find its chunks among those of its whole batch, and of batches before it.
+
+Retrieved chunks have no positions, so chunks of other texts in front of a sequence are its distant past. A sequence of 1,024
+tokens has 16 chunks; in a crowd of thousands it learns what it needs among the hundred thousands of a long text.
+
+Dimensions: B batch, N chunks a sequence, M chunks of the past, T tokens, H query heads, J key/value heads, K slots.
+"""
+
+import torch
+
+from . import ops
+from .memory import ChunkMemory
+
+
+class Past:
+    """The newest `size` (M) chunks of earlier batches, as they were encoded then: k, v [M, S, J, D], landmarks [M, J_r, R].
+
+    They have no gradient: an encoder that moves slowly leaves them good enough to get in the way.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Raises ValueError for a size below 0."""
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"size: got {size!r}, accepted is an integer of at least 0")
+        self.size = size
+        self.stores: tuple[torch.Tensor, ...] | None = None  # None before the first batch
+
+    def push(self, memory: ChunkMemory, rows: torch.Tensor) -> None:
+        """Take in the chunks of some rows (int64) of a batch, and let go of the oldest; missing ones are zeros at first."""
+        fresh = tuple(x.detach()[rows].flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
+        if self.stores is None:
+            self.stores = tuple(x.new_zeros(self.size, *x.shape[1:]) for x in fresh)
+        for store, x in zip(self.stores, fresh):  # in place: a recorded step finds them where they were
+            store.copy_(torch.cat((store, x))[len(x) :])
+
+
+class Crowd:
+    """What the HSA layers of a batch look into: `landmarks` [B, M + B*N, J_r, R].
+
+    Sequence b meets the past first, then the sequences that follow it in the batch, going round, and last its own chunks:
+    `in_front` tokens come before these.
+    """
+
+    def __init__(self, memory: ChunkMemory, past: Past) -> None:
+        B, N = memory.batch, memory.chunks
+        self.batch_chunks = B * N
+        self.first = torch.arange(1, B + 1, device=memory.k.device)[:, None, None, None] * N  # of sequence b + 1
+        self.past = 0 if past.stores is None else past.size
+        self.in_front = (self.past + (B - 1) * N) * memory.config.chunk_size
+        stores = [x.flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks)]
+        twice = torch.cat((stores[2], stores[2]))
+        # window b + 1 of N*B rows in a row: [B, J_r, R, B*N] -> [B, B*N, J_r, R]
+        self.landmarks = twice.unfold(0, B * N, N)[1:].movedim(-1, 1)
+        if self.past:
+            self.landmarks = torch.cat((past.stores[2].expand(B, -1, -1, -1), self.landmarks), dim=1)
+            stores[:2] = [torch.cat(pair) for pair in zip(past.stores, stores)]
+        self.k, self.v = (x[None] for x in stores[:2])  # [1, M + B*N, S, J, D]: one copy for all
+
+    def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`ops.chunk_attention` for q [B, T, H, D] and a choice among `landmarks`; the batch is one long sequence there."""
+        among = self.past + (self.first + indices - self.past) % self.batch_chunks
+        places = torch.where(indices < self.past, indices, among.int())  # an empty slot stays -1
+        rows = (x.flatten(0, 1)[None] for x in (q, places, weights))
+        q, places, weights = rows
+        return ops.chunk_attention(q, self.k, self.v, places, weights)[0].view(*indices.shape[:2], *q.shape[2:])

@@ -1,0 +1,82 @@
+"""How the presets are trained: a recipe is a list of stages, and all of it is declared here."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from .config import HSAConfig
+from .data.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps in a row that see the same: data, window, chunks kept, context."""
+
+    steps: int
+    batch: int
+    tokens: int  # of a sequence
+    window: int | None = None  # W, instead of the preset's
+    top_k: int | None = None  # K, instead of the preset's
+    explore: bool = True  # Gumbel noise on the choice
+    # Chunks of earlier batches that every sequence has in front of its own, with those of its whole batch (None: its own alone).
+    crowd: int | None = None
+    text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
+    mixture: Mixture = field(default_factory=Mixture)
+
+    def config(self, preset: HSAConfig) -> HSAConfig:
+        """The preset as this stage has it."""
+        changes = {name: value for name in ("window", "top_k") if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(preset, **changes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages, and one optimizer for all. Learning rate: linear warm-up, constant, then linear decay to 0."""
+
+    stages: tuple[Stage, ...]
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.4  # share of the steps
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    balance_rate: float = 1e-3  # of the experts' bias, a step
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def crowd(self) -> int:
+        """Chunks of earlier batches to keep."""
+        return max(stage.crowd or 0 for stage in self.stages)
+
+    def stage(self, step: int) -> Stage:
+        """The stage of `step`, counted from 0."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise ValueError(f"step: got one beyond the recipe's {self.steps}, accepted is 0 to {self.steps - 1}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0."""
+        left = (self.steps - step) / max(self.decay * self.steps, 1)
+        return self.learning_rate * min((step + 1) / self.warmup, left, 1.0)
+
+    def scaled(self, steps: int) -> "Recipe":
+        """The same recipe in `steps` steps: every stage keeps its share."""
+        ends = [round(steps * sum(s.steps for s in self.stages[: i + 1]) / self.steps) for i in range(len(self.stages))]
+        shares = (last - first for first, last in zip([0, *ends], ends))
+        return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, steps=n) for s, n in zip(self.stages, shares)))
+
+
+# Needles are learnt among 16 chunks, with noise; then they have to be found among thousands. Plain text is content with soft
+# mixtures of chunks, in which an answer drowns among many: it counts for less and less.
+_ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
+_CROWD = dataclasses.replace(_ALONE, steps=3000, explore=False, crowd=4096, text_weight=0.1)
+_MINI = Recipe((_ALONE, _CROWD, dataclasses.replace(_CROWD, crowd=16384, text_weight=0.05)))
+RECIPES = {
+    "nano": Recipe((Stage(steps=3000, batch=16, tokens=256, mixture=Mixture(copy_least=64)),), learning_rate=2e-3),
+    "mini": _MINI,
+    "mini_moe": _MINI,
+}
