@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_model import DEBUG, DENSE, OPTIONS, build, every_option, text
 
-from hsa_mini import ChunkMemory, HSAConfig, HSAModel
+from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel, ops
 from hsa_mini.generate import generate, prefill, stream
 from hsa_mini.replay import Replay
 from hsa_mini.room import free_bytes
@@ -79,6 +79,22 @@ def test_texts_of_different_lengths_are_read_as_if_each_were_alone(option, offlo
         want = model(torch.cat((words, after[b]))[None]).logits[:, len(words) - 1 :]
         assert largest(got[b : b + 1], want) <= 1e-5
         assert torch.equal(output.memory.landmarks[b, : (len(words) + 30) // 4].isfinite().all(), torch.tensor(True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
+@torch.no_grad()
+def test_steps_in_kernels_equal_the_forward_pass(offload):
+    """All that a step does on a GPU, in Triton's interpreter."""
+    torch.manual_seed(0)
+    model = HSAModel(dataclasses.replace(PRESETS["nano"], experts=6, experts_active=2, expert_width=16)).eval()
+    texts = [text(n, seed=n)[0] for n in (7, 60)]
+    ids, lengths = padded(texts)
+    output, after = prefill(model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths), text(12, seed=1)
+    with ops.implementation("kernels"):
+        got = spoken(model, output.memory, after)
+    for b, words in enumerate(texts):
+        assert largest(got[b : b + 1], model(torch.cat((words, after[b]))[None]).logits[:, len(words) :]) <= 1e-5
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """The window of sequences that take one token at a time, in tensors of fixed size and place: what a CUDA graph can hold.
 
-Dimensions: B batch, W window, H query heads, J key/value heads, D head dimension.
+Dimensions: B batch, W window, H query heads, J key/value heads, D head dimension, C width.
 """
 
 import torch
 
 from .. import ops
+from .qkv import QKV
 from .swa import WindowCache
 
 
@@ -42,9 +43,8 @@ class WindowRing:
         slots = torch.arange(read - min(read, window - 1), read, device=self.k.device) % window
         return WindowCache(self.k[:, slots], self.v[:, slots])
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [B, 1, H, D], k and v [B, 1, J, D] of the token to come, which is written -> [B, 1, H, D]."""
-        slot = self.clock.slots[:, None, None, None].expand_as(k)
-        self.k.scatter_(1, slot, k)
-        self.v.scatter_(1, slot, v)
-        return ops.ring_attention(q, self.k, self.v, self.clock.positions)
+    def attend(self, qkv: QKV, x: torch.Tensor, rope) -> torch.Tensor:
+        """x [B, 1, C], the token to come, which enters the ring -> [B, 1, H, D]."""
+        clock, gains = self.clock, (qkv.q_norm.weight, qkv.k_norm.weight)
+        q = ops.enter_ring(*qkv.project(x), self.k, self.v, clock.slots, *gains, rope, eps=qkv.q_norm.eps)
+        return ops.ring_attention(q, self.k, self.v, clock.positions)

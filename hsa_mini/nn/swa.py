@@ -32,9 +32,9 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x, rope, cache=None) -> tuple[torch.Tensor, "WindowCache | WindowRing"]:
         """`rope`: the table of x's positions; `cache`: what the tokens in front left behind, a ring if x is one token."""
-        q, k, v = self.qkv(x, rope)
         if cache is not None and not isinstance(cache, WindowCache):
-            return self.out(cache.attend(q, k, v).flatten(-2)), cache
+            return self.out(cache.attend(self.qkv, x, rope).flatten(-2)), cache
+        q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
         out = ops.sliding_window_attention(q, k, v, window=self.window)

@@ -2,8 +2,10 @@
 
 from .chunk_attention import chunk_attention
 from .decode import decode
+from .dispatch import dispatch
+from .enter_ring import enter_ring
 from .fetch import fetch
 from .retrieval import retrieve
 from .ring_attention import ring_attention
 
-__all__ = ["chunk_attention", "decode", "fetch", "retrieve", "ring_attention"]
+__all__ = ["chunk_attention", "decode", "dispatch", "enter_ring", "fetch", "retrieve", "ring_attention"]
