@@ -175,7 +175,9 @@ class ChunkMemory:
     def branch(self) -> "ChunkMemory":
         """A memory that goes on from here. It shares the chunks' storage: let one branch at a time grow."""
         twin = copy.copy(self)
-        twin._keep(list(range(self.batch or 0)))
+        twin.lower, twin.upper, twin.block_queries = list(self.lower), list(self.upper), list(self.block_queries)
+        if self.clock is not None:  # what steps change in place
+            twin._keep(list(range(self.batch)))
         return twin
 
     def row(self, b: int) -> "ChunkMemory":

@@ -162,6 +162,24 @@ def test_a_prefill_that_is_cut_short_leaves_the_memory_as_it_was():
     assert torch.equal(rest(model, ids, memory), rest(model, ids, twin))
 
 
+@pytest.mark.parametrize("part", ["predict", "look_up", "remember", "lower_decoder"])
+@torch.no_grad()
+def test_a_segment_that_is_cut_short_leaves_the_memory_as_it_was(monkeypatch, part):
+    model = tiny()
+    ids, memory = read(model)
+    plain = getattr(model, part)
+
+    def fails(*arguments, **options):
+        plain(*arguments, **options)
+        raise torch.OutOfMemoryError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, part, fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(torch.randint(4096, (2, 50)), memory)
+    assert memory.position == T and torch.equal(rest(model, ids, memory), rest(model, ids, read(model)[1]))
+
+
 def test_a_memory_of_another_dtype_is_refused_and_stays_usable():
     model = tiny()
     ids, memory = read(model)
