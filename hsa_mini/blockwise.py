@@ -138,9 +138,7 @@ def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps):
     into slots int64 [B] of the rings [B, W, J, D], in place. Returns q. Raises ValueError for wrong shapes or dtypes.
     """
     check_enter_ring(q, k, v, ring_k, ring_v, slots)
-    q, k = (
-        apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table) for x, gain in ((q, q_gain), (k, k_gain))
-    )
+    q, k = (apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table) for x, gain in ((q, q_gain), (k, k_gain)))
     slot = slots[:, None, None, None].expand_as(k)
     ring_k.scatter_(1, slot, k)
     ring_v.scatter_(1, slot, v)

@@ -15,7 +15,7 @@ from .nn.hsa import Retrieval
 from .steps import Steps
 
 SEGMENT = 8192  # tokens of the lower decoder at once: what bounds the memory of a prefill
-LEAST_CAPTURED = 32  # new tokens that are worth capturing a CUDA graph
+LEAST_RECORDED = 32  # new tokens that are worth recording a step for
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ def _decode(model: HSAModel, output: Output, decoding: Decoding) -> Iterator[tor
     logits, memory = output.logits, output.memory
     generator = torch.Generator(logits.device).manual_seed(decoding.seed)
     ends = torch.tensor(decoding.stop, dtype=torch.int64, device=logits.device)
-    memory.grow(memory.position + min(decoding.max_new_tokens, SEGMENT))  # a memory that moves is captured anew
+    memory.grow(memory.position + min(decoding.max_new_tokens, SEGMENT))  # when it moves, a step is recorded anew
     in_kernels = logits.is_cuda and logits.dtype in (torch.float16, torch.bfloat16)
-    steps = Steps(model, memory, graph=in_kernels and decoding.max_new_tokens >= LEAST_CAPTURED)
+    steps = Steps(model, memory, graph=in_kernels and decoding.max_new_tokens >= LEAST_RECORDED)
     token = choose(logits[:, -1], decoding, generator)
     for _ in range(decoding.max_new_tokens - 1):
         yield token

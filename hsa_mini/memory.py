@@ -99,7 +99,7 @@ class ChunkMemory:
         that never more than one of them is held twice.
         """
         c, chunks = self.config, tokens // self.config.chunk_size
-        made = () if self._stores is None else (len(self._stores[2]), self._stores[2].dtype, self._stores[2].device)
+        made = self._stores and (len(self._stores[2]), self._stores[2].dtype, self._stores[2].device)
         # room that was made for others, and in which nothing stands, goes
         held = list(self._stores) if self.batch is not None or made == (batch, dtype, device) else []
         capacity = min((store.shape[1] for store in held), default=0)
@@ -275,5 +275,5 @@ class ChunkMemory:
 
 def _selected(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """store[rows], pinned if the store is."""
-    out = torch.empty(len(rows), *store.shape[1:], dtype=store.dtype, device=store.device, pin_memory=store.is_pinned())
-    return torch.index_select(store, 0, rows.to(store.device), out=out)
+    selected = store[rows.to(store.device)]
+    return selected.pin_memory() if store.is_pinned() else selected
