@@ -40,6 +40,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     balance_rate: float = 1e-3  # of the experts' bias, a step
+    centre_rate: float = 0.05  # of the landmarks' running mean, a step
 
     @property
     def steps(self) -> int:
@@ -71,10 +72,9 @@ class Recipe:
 
 
 # Needles are learnt among 16 chunks, with noise; then they have to be found among thousands. Plain text is content with soft
-# mixtures of chunks, in which an answer drowns among many: it counts for less and less.
+# mixtures of chunks, in which an answer drowns among many: then it counts for less.
 _ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
-_CROWD = dataclasses.replace(_ALONE, steps=3000, explore=False, crowd=4096, text_weight=0.1)
-_MINI = Recipe((_ALONE, _CROWD, dataclasses.replace(_CROWD, crowd=16384, text_weight=0.05)))
+_MINI = Recipe((_ALONE, dataclasses.replace(_ALONE, steps=3500, explore=False, crowd=4096, text_weight=0.1)))
 RECIPES = {
     "nano": Recipe((Stage(steps=3000, batch=16, tokens=256, mixture=Mixture(copy_least=64)),), learning_rate=2e-3),
     "mini": _MINI,

@@ -163,6 +163,7 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    model.encoder.recentre(recipe.centre_rate)
     found = [layer.balance(recipe.balance_rate).imbalance for layer in model.modules() if isinstance(layer, MoE)]
     imbalance = torch.stack(found).max() if found else torch.ones((), device=ids.device)
     return loss.detach(), *shares, accuracy, norm, imbalance

@@ -181,6 +181,27 @@ def test_landmark_knows_the_order_of_its_tokens():
     assert_close(turned.mean(2), hidden.mean(2), 1e-14)  # which a mean would not
 
 
+def test_the_centre_is_the_mean_and_changes_no_weight():
+    """All scores of a token move alike, whatever is taken off every [CLS]."""
+    config = PRESETS["debug"]
+    encoder = ChunkEncoder(config).double()
+    torch.nn.init.normal_(encoder.cls)
+    hidden, q = random(2, 9, config.chunk_size, config.width), random(2, 5, 2, config.retrieval_dim)
+    weights = []
+    for step in range(2):
+        k, v, landmarks = encoder.eval()(hidden)
+        weights.append(reference.retrieve(q, landmarks, chunk_size=1, top_k=4, offset=9))
+        for rate in (0.5, 0.9, 1.0):
+            encoder.train()(hidden)
+            encoder.recentre(rate)
+        encoder(hidden[:, :0])  # a step that completes no chunk
+        encoder.recentre(1.0)
+    assert torch.equal(weights[0][0], weights[1][0])
+    assert_close(weights[0][1], weights[1][1], 1e-9)
+    assert_close(encoder.eval()(hidden)[2].mean((0, 1)), torch.zeros(2, config.retrieval_dim, dtype=torch.float64), 1e-6)
+    assert landmarks.abs().max() > 0.1 and encoder.centre.abs().max() > 0.1
+
+
 def test_keys_and_landmarks_are_normed_and_values_are_not():
     encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))), random(2, 3, 4, 24)
     k, v, landmarks = encoder(hidden)
@@ -192,6 +213,10 @@ def test_keys_and_landmarks_are_normed_and_values_are_not():
             projection.weight *= 3
     for got, want, factor in zip(encoder(hidden), (k, v, landmarks), (1, 3, 1)):
         assert_close(got, factor * want, 1e-5)
+
+
+def reading(k: torch.Tensor, v: torch.Tensor):
+    return lambda q, *choice: reference.chunk_attention(q, k, v, *choice)
 
 
 @pytest.mark.parametrize("options", [{}, dict(retrieval_heads=1), dict(retrieval_norm=True), dict(weighting="stick_breaking")])
@@ -213,7 +238,7 @@ def test_hsa_layer_is_its_projections_around_the_reference(options):
         return reference.chunk_attention(q, k, v, *choice).flatten(2) @ layer.out.weight.T
 
     def computed(x, k, v, landmarks):
-        return layer(x, k, v, landmarks, position=position)[0]
+        return layer(x, landmarks, reading(k, v), position=position)[0]
 
     inputs = dict(zip(("x", "k", "v", "landmarks"), (x, *memory)))
     got, want = results(computed, inputs), results(formula, inputs)
@@ -226,5 +251,6 @@ def test_hsa_layer_does_not_know_where_its_chunks_lie():
     config = dataclasses.replace(CONFIG, top_k=5)
     layer, x, order = build(HSA(config)), random(1, 3, 24), [3, 0, 4, 2, 1]
     k, v, landmarks = random(1, 5, 4, 2, 8, seed=1), random(1, 5, 4, 2, 8, seed=2), random(1, 5, 2, 16, seed=3)
-    near = layer(x, k, v, landmarks, position=20)[0]
-    assert_close(layer(x, k[:, order], v[:, order], landmarks[:, order], position=16_777_216)[0], near, 1e-12)
+    near = layer(x, landmarks, reading(k, v), position=20)[0]
+    far = layer(x, landmarks[:, order], reading(k[:, order], v[:, order]), position=16_777_216)[0]
+    assert_close(far, near, 1e-12)

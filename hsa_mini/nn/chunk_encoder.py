@@ -12,7 +12,6 @@ from .norm import RMSNorm
 from .qkv import QKV
 from .rope import rope_table
 
-
 class EncoderBlock(nn.Module):
     """A bidirectional block over the S tokens of a chunk and its [CLS]: x [M, S+1, C] -> [M, S+1, C]."""
 
@@ -33,12 +32,20 @@ class EncoderBlock(nn.Module):
 
 
 class ChunkEncoder(nn.Module):
-    """hidden [B, N, S, C] -> k (normed) and v [B, N, S, J, D], landmarks [B, N, J_r, R]."""
+    """hidden [B, N, S, C] -> k (normed) and v [B, N, S, J, D], landmarks [B, N, J_r, R].
+
+    NOTE: differs from the paper because a landmark is made of what distinguishes a chunk's [CLS] from `centre` [C], their
+    running mean. What all landmarks share moves all scores of a token alike, which softmax does not see: the weights are the
+    same. But trained among chunks of earlier batches (`Crowd`) it tells old from new, grows to thousands of times the
+    differences between chunks, and leaves 16 bits no room for these.
+    """
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
         self.config = config
         self.cls = nn.Parameter(torch.empty(config.width))
+        self.register_buffer("centre", torch.zeros(config.width))
+        self.seen: torch.Tensor | None = None  # in training, the mean [CLS] of the last batch
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.k = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
@@ -57,5 +64,14 @@ class ChunkEncoder(nn.Module):
         x = self.norm(x).unflatten(0, (B, N))
         tokens, summary = x[:, :, :S], x[:, :, S]
         k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
-        landmarks = self.landmark(summary).unflatten(-1, (-1, self.config.retrieval_dim))
+        landmarks = self.landmark(summary - self.centre.to(summary.dtype)).unflatten(-1, (-1, self.config.retrieval_dim))
+        if self.training and N:
+            self.seen = summary.detach().mean(dim=(0, 1))
         return self.k_norm(k), v, self.landmark_norm(landmarks).to(v.dtype)
+
+    @torch.no_grad()
+    def recentre(self, rate: float) -> None:
+        """Move `centre` by this share of the way to what the last batch had in common. Nothing but rounding changes."""
+        if self.seen is not None:
+            self.centre.lerp_(self.seen.to(self.centre.dtype), rate)
+            self.seen = None
