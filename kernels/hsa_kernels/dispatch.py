@@ -13,7 +13,7 @@ def _dispatch(
     scores, bias, ends, tokens, places, gates, M,
     E: tl.constexpr, A: tl.constexpr, MP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    o_m, o_e = tl.program_id(0) + tl.arange(0, MP), tl.arange(0, EP)
+    o_m, o_e = tl.program_id(0) * MP + tl.arange(0, MP), tl.arange(0, EP)  # there is one program
     m = (o_m < M)[:, None] & (o_e < E)[None, :]
     b_s = tl.load(scores + o_m[:, None] * E + o_e[None, :], mask=m, other=0.0).to(tl.float32)  # [MP, EP]
     b_affinity = 1.0 / (1.0 + tl.exp(-b_s))
