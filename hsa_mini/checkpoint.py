@@ -205,8 +205,8 @@ def save_memory(memory: ChunkMemory, path: Path) -> None:
             if cache is not None:
                 tensors |= {f"{blocks}.{i}.k": cache.k, f"{blocks}.{i}.v": cache.v}
     tensors |= {f"block_queries.{i}": query for i, query in enumerate(memory.block_queries) if query is not None}
-    texts = {CONFIG: memory.config.to_json(), POSITION: json.dumps({"position": memory.position, "padding": memory.padding}) + "\n"}
-    write_folder(path, {MEMORY: tensors}, texts)
+    read = {"position": memory.position, "padding": memory.padding}
+    write_folder(path, {MEMORY: tensors}, {CONFIG: memory.config.to_json(), POSITION: json.dumps(read) + "\n"})
 
 
 def load_memory(path: Path, *, device: torch.device | str = "cpu", offload: bool = False) -> ChunkMemory:

@@ -223,9 +223,9 @@ class HSAModel(nn.Module):
             return
         if memory.batch != ids.shape[0]:
             raise ValueError(f"memory: got a batch of {memory.batch}, accepted is that of ids ({ids.shape[0]})")
-        got, accepted = (memory.landmarks.dtype, memory.landmarks.device), (self.memory_dtype(ids.device), ids.device)
-        if got != accepted:
-            raise ValueError(f"memory: got {got[0]} on {got[1]}, accepted is {accepted[0]} on {accepted[1]}, as this model makes it")
+        got, dtype = memory.landmarks, self.memory_dtype(ids.device)
+        if (got.dtype, got.device) != (dtype, ids.device):
+            raise ValueError(f"memory: got {got.dtype} on {got.device}, accepted is {dtype} on {ids.device}")
 
     def memory_dtype(self, device: torch.device) -> torch.dtype:
         """Of the chunks that this model encodes: that of its weights, or of autocast."""

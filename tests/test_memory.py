@@ -102,7 +102,8 @@ def test_growing_holds_no_more_than_one_store_twice(monkeypatch):
     """Of K, V and landmarks: the largest of the three beside all that is held."""
     config = tiny().config
     memory = ChunkMemory(config)
-    shapes = ((config.chunk_size, config.hsa_kv_heads, config.hsa_head_dim),) * 2 + ((config.retrieval_heads, config.retrieval_dim),)
+    kv, landmark = (config.chunk_size, config.hsa_kv_heads, config.hsa_head_dim), (config.retrieval_heads, config.retrieval_dim)
+    shapes = (kv, kv, landmark)
     fresh = [torch.randn(1, 4096, *shape) for shape in shapes]
     want = [part.clone() for part in fresh]
     memory.append(*fresh)

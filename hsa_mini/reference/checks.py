@@ -121,7 +121,8 @@ def check_enter_ring(q, k, v, ring_k, ring_v, slots) -> None:
     """The arguments of `enter_ring` that are not a layer's own."""
     sizes: dict[str, int] = {"1": 1}
     for name, tensor, shape in (
-        ("q", q, "B 1 H D"), ("k", k, "B 1 J D"), ("v", v, "B 1 J D"), ("ring_k", ring_k, "B W J D"), ("ring_v", ring_v, "B W J D"),
+        ("q", q, "B 1 H D"), ("k", k, "B 1 J D"), ("v", v, "B 1 J D"),
+        ("ring_k", ring_k, "B W J D"), ("ring_v", ring_v, "B W J D"),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, sizes)
         check_same(name, tensor, "q", q)
