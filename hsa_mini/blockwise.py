@@ -5,11 +5,12 @@ K chunks kept, P cached keys, L block of queries.
 """
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .reference.checks import check_chunk_attention, check_retrieve, check_sliding_window
+from .nn.rope import apply_rope
+from .reference.checks import check_chunk_attention, check_enter_ring, check_retrieve, check_ring, check_sliding_window
 
 BLOCK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # numbers that a block of tokens may hold at once
 
@@ -128,3 +129,30 @@ def _without_padding(band, j, padding, blocks, length):
     """One band a block [blocks, L, W+L]: keys made up in front of the sequence are masked wherever a block sees them."""
     start = torch.arange(blocks, device=j.device)[:, None, None] * length
     return band & (j + start >= padding)
+
+
+def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps):
+    """One new token of every sequence enters its window: q [B, 1, H, D], k and v [B, 1, J, D] as they were projected.
+
+    q and k are normed (`q_gain`, `k_gain` [D], `eps`) and turned by the table of their positions (`nn.rope`); k and v are put
+    into slots int64 [B] of the rings [B, W, J, D], in place. Returns q. Raises ValueError for wrong shapes or dtypes.
+    """
+    check_enter_ring(q, k, v, ring_k, ring_v, slots)
+    q, k = (apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table) for x, gain in ((q, q_gain), (k, k_gain)))
+    slot = slots[:, None, None, None].expand_as(k)
+    ring_k.scatter_(1, slot, k)
+    ring_v.scatter_(1, slot, v)
+    return q
+
+
+def ring_attention(q, k, v, positions):
+    """One new token of every sequence against its window, whose keys lie in a ring: position p in slot p % W.
+
+    q [B, 1, H, D], k and v [B, W, J, D] which hold the new token too, positions int64 [B] of it -> [B, 1, H, D]: what
+    `sliding_window_attention` gives over the same keys in order. Raises ValueError for wrong shapes, dtypes or devices.
+    """
+    check_ring(q, k, v, positions)
+    seen = torch.arange(k.shape[1], device=q.device) <= positions[:, None]  # until it has come round, later slots hold nothing
+    groups = q[:, 0].unflatten(1, (k.shape[2], -1))  # [B, J, G, D]: to a key's head its G heads are like G queries
+    out = scaled_dot_product_attention(groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None])
+    return out.flatten(1, 2)[:, None]

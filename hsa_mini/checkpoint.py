@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from .config import HSAConfig
 from .memory import ChunkMemory
 from .model import HSAModel
+from .nn.ring import Clock, WindowRing
 from .nn.swa import WindowCache
 
 MANIFEST = "manifest.json"
@@ -195,36 +196,44 @@ def save_memory(memory: ChunkMemory, path: Path) -> None:
     """Write what a model keeps of a text as a folder, so that it need not be read again. Raises ValueError if it is empty."""
     if memory.batch is None:
         raise ValueError("memory: got an empty one, accepted is one that has read a token")
+    if memory.clock is not None and not any(memory.padding):
+        memory = memory.branch()
+        memory.unroll()
     tensors = {name: getattr(memory, name) for name in ("k", "v", "landmarks", "partial")}
     for blocks in ("lower", "upper"):
         for i, cache in enumerate(getattr(memory, blocks)):
             if cache is not None:
                 tensors |= {f"{blocks}.{i}.k": cache.k, f"{blocks}.{i}.v": cache.v}
     tensors |= {f"block_queries.{i}": query for i, query in enumerate(memory.block_queries) if query is not None}
-    texts = {CONFIG: memory.config.to_json(), POSITION: json.dumps({"position": memory.position}) + "\n"}
-    write_folder(path, {MEMORY: tensors}, texts)
+    read = {"position": memory.position, "padding": memory.padding}
+    write_folder(path, {MEMORY: tensors}, {CONFIG: memory.config.to_json(), POSITION: json.dumps(read) + "\n"})
 
 
-def load_memory(path: Path, *, device: torch.device | str = "cpu") -> ChunkMemory:
-    """The memory of a folder that `save_memory` wrote, for the model that made it.
+def load_memory(path: Path, *, device: torch.device | str = "cpu", offload: bool = False) -> ChunkMemory:
+    """The memory of a folder that `save_memory` wrote, for the model that made it; `offload`: see `ChunkMemory`.
 
     On the CPU its tensors are mapped from the file, and read when they are needed. Raises ValueError for a folder that is
     missing, incomplete or altered.
     """
     folder = verified_folder(path, MEMORY, CONFIG, POSITION)
     try:
-        memory = ChunkMemory(HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")))
-        memory.position = int(json.loads((folder / POSITION).read_text(encoding="utf-8"))["position"])
-        with safe_open(folder / MEMORY, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        memory = ChunkMemory(HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8")), offload=offload)
+        with safe_open(folder / MEMORY, framework="pt") as file:
+            places = dict.fromkeys(("k", "v"), "cpu" if offload else device)
+            tensors = {name: file.get_tensor(name).to(places.get(name, device)) for name in file.keys()}
         memory.append(*(tensors.pop(name) for name in ("k", "v", "landmarks")))
+        read = json.loads((folder / POSITION).read_text(encoding="utf-8"))
+        memory.position, memory.padding = int(read["position"]), tuple(read["padding"])
+        if memory.padding:
+            memory.clock = Clock(torch.tensor(memory.positions, device=device), memory.config.window)
         memory.partial = tensors.pop("partial")
         for name in sorted(tensors):
             blocks, i, *part = name.split(".")
             if blocks == "block_queries":
                 memory.block_queries[int(i)] = tensors[name]
             elif part == ["k"]:
-                getattr(memory, blocks)[int(i)] = WindowCache(tensors[name], tensors[f"{blocks}.{i}.v"])
+                pair = tensors[name], tensors[f"{blocks}.{i}.v"]
+                getattr(memory, blocks)[int(i)] = WindowRing(*pair, memory.clock) if memory.clock else WindowCache(*pair)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"path: {folder} cannot be read ({error})") from None
     return memory

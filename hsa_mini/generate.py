@@ -11,8 +11,11 @@ import torch
 
 from .memory import ChunkMemory
 from .model import Aux, HSAModel, Output
+from .nn.hsa import Retrieval
+from .steps import Steps
 
 SEGMENT = 8192  # tokens of the lower decoder at once: what bounds the memory of a prefill
+LEAST_RECORDED = 32  # new tokens that are worth recording a step for
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def prefill(
     ids: torch.Tensor,
     memory: ChunkMemory | None = None,
     *,
+    lengths: torch.Tensor | None = None,
     segment: int = SEGMENT,
     progress: Callable[[int], None] | None = None,
 ) -> Output:
@@ -66,14 +70,57 @@ def prefill(
 
     The lower decoder reads everything, in segments; the upper decoder only the last `upper_tail` tokens, on which the
     last logits and every cache alone depend: exact, not an approximation. `progress(n)` is called as n tokens are read.
-    Raises ValueError as `HSAModel.forward` does, and for a segment below 1, before anything is read.
+
+    `lengths` int64 [B]: texts of different lengths are padded in front with any ids, and this many of each row are its text.
+    Chunks are counted from a text's own first token, so each is read by itself: nothing of it depends on the others. The
+    retrievals returned are then those of the last tokens alone.
+
+    Raises ValueError as `HSAModel.forward` does, and for lengths or a segment out of range, before anything is read, and
+    MemoryError that says how many tokens fit, before anything is allocated. Whatever cuts it short, the memory is as it was.
     """
     if not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment: got {segment!r}, accepted is an integer of at least 1")
     model.check_ids(ids, memory)
-    tokens = ids.shape[1]
-    memory = ChunkMemory(model.config, reserve_tokens=tokens + SEGMENT) if memory is None else memory
-    first = tail_start(model, memory.position + tokens)
+    texts = [row[-n:] for row, n in zip(ids, _counted(lengths, ids))]
+    memory = ChunkMemory(model.config) if memory is None else memory
+    starts = memory.positions or [0] * len(ids)
+    total = max(start + len(text) for start, text in zip(starts, texts)) + SEGMENT
+    room = dict(batch=len(ids), dtype=model.memory_dtype(ids.device), device=ids.device)
+    if memory.batch is not None:  # before the branch, which would keep what moves
+        memory.make_room(total, **room)
+    reader = memory.branch()
+    reader.make_room(total, **room)
+    if len(set(starts)) == len(set(map(len, texts))) == 1:
+        output = _read(model, ids[:, -len(texts[0]) :], reader, segment, progress)
+    else:
+        rows = [reader.row(b) for b in range(len(ids))]
+        outputs = [_read(model, text[None], row, segment, progress) for text, row in zip(texts, rows)]
+        reader.gather(rows)
+        last = [[Retrieval(*(part[:, -1:] for part in retrieval)) for retrieval in output.aux.retrievals] for output in outputs]
+        together = tuple(Retrieval(*map(torch.cat, zip(*retrievals))) for retrievals in zip(*last))
+        output = Output(torch.cat([output.logits for output in outputs]), reader, Aux(together))
+    memory.adopt(reader)
+    return output._replace(memory=memory)
+
+
+def _counted(lengths: torch.Tensor | None, ids: torch.Tensor) -> list[int]:
+    """Tokens of every text in ids [B, T]."""
+    B, T = ids.shape
+    if lengths is None:
+        return [T] * B
+    fits = isinstance(lengths, torch.Tensor) and lengths.dtype == torch.int64 and lengths.shape == (B,)
+    if not fits or not 1 <= int(lengths.min()) <= int(lengths.max()) <= T:
+        got = f"{lengths.tolist()} {lengths.dtype}" if isinstance(lengths, torch.Tensor) else repr(lengths)
+        raise ValueError(f"lengths: got {got}, accepted is an int64 tensor [{B}] of 1 to {T}")
+    return lengths.tolist()
+
+
+def _read(
+    model: HSAModel, ids: torch.Tensor, memory: ChunkMemory, segment: int, progress: Callable[[int], None] | None
+) -> Output:
+    """`prefill` of texts of one length, into the memory given."""
+    memory.unroll()
+    first = tail_start(model, memory.position + ids.shape[1])
     if first > memory.position:  # the upper decoder starts afresh, behind what it has seen so far
         memory.upper = [None] * len(memory.upper)
         memory.block_queries = [None] * len(memory.block_queries)
@@ -101,16 +148,18 @@ def generate(
     ids: torch.Tensor,
     *,
     memory: ChunkMemory | None = None,
+    lengths: torch.Tensor | None = None,
     segment: int = SEGMENT,
     progress: Callable[[int], None] | None = None,
     **options,
 ) -> Generation:
-    """Continue ids [B, T] (on top of `memory`) by up to `max_new_tokens` tokens; for the options see `Decoding`.
+    """Continue ids [B, T] (on top of `memory`) by up to `max_new_tokens` tokens; for the options see `Decoding` and `prefill`.
 
     Raises ValueError for whatever is out of range, before anything is read: the memory is as it was.
     """
     Decoding(**options)  # refuses what is out of range before the prefill
-    return continue_from(model, prefill(model, ids, memory, segment=segment, progress=progress), **options)
+    output = prefill(model, ids, memory, lengths=lengths, segment=segment, progress=progress)
+    return continue_from(model, output, **options)
 
 
 def stream(
@@ -118,6 +167,7 @@ def stream(
     ids: torch.Tensor,
     *,
     memory: ChunkMemory | None = None,
+    lengths: torch.Tensor | None = None,
     segment: int = SEGMENT,
     progress: Callable[[int], None] | None = None,
     **options,
@@ -128,7 +178,8 @@ def stream(
     call goes on from there, with that token first.
     """
     decoding = Decoding(**options)
-    return _decode(model, prefill(model, ids, memory, segment=segment, progress=progress), decoding)
+    output = prefill(model, ids, memory, lengths=lengths, segment=segment, progress=progress)
+    return _decode(model, output, decoding)
 
 
 def continue_from(model: HSAModel, output: Output, **options) -> Generation:
@@ -143,13 +194,16 @@ def _decode(model: HSAModel, output: Output, decoding: Decoding) -> Iterator[tor
     logits, memory = output.logits, output.memory
     generator = torch.Generator(logits.device).manual_seed(decoding.seed)
     ends = torch.tensor(decoding.stop, dtype=torch.int64, device=logits.device)
+    memory.grow(memory.position + min(decoding.max_new_tokens, SEGMENT))  # when it moves, a step is recorded anew
+    in_kernels = logits.is_cuda and logits.dtype in (torch.float16, torch.bfloat16)
+    steps = Steps(model, memory, graph=in_kernels and decoding.max_new_tokens >= LEAST_RECORDED)
     token = choose(logits[:, -1], decoding, generator)
     for _ in range(decoding.max_new_tokens - 1):
         yield token
         ended = torch.isin(token, ends)  # who ended earlier has its stop token here again
         if decoding.stop and ended.all():
             return
-        token = torch.where(ended, token, choose(model(token, memory).logits[:, -1], decoding, generator))
+        token = torch.where(ended, token, choose(steps(token), decoding, generator))
     yield token
 
 

@@ -112,22 +112,29 @@ class HSAModel(nn.Module):
         explore: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
     ) -> Output:
-        """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place and returned.
+        """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place, or not at all, and returned.
 
         past: chunks of earlier batches; if given, each sequence looks for its chunks among these, those of the whole batch
         and its own (`Crowd`). explore: add the exploration noise, in training mode alone. gumbel_seed: an int or an int64
         tensor []; drawn from torch's generator if None.
         Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of another batch or model.
         """
-        memory = ChunkMemory(self.config) if memory is None else memory
         self.check_ids(ids, memory, wait=False)
-        position = memory.position
-        hidden = self.read(ids, memory)
-        hidden, retrievals = self.look_up(hidden, position, memory, past=past, explore=explore, gumbel_seed=gumbel_seed)
-        return Output(self.predict(hidden), memory, Aux(retrievals))
+        if memory is not None and memory.batch is not None and not torch.is_grad_enabled():
+            memory.grow(memory.position + ids.shape[1])  # before the branch, which would keep what moves
+        reader = ChunkMemory(self.config) if memory is None else memory.branch()
+        position = reader.position
+        hidden = self.read(ids, reader)
+        hidden, retrievals = self.look_up(hidden, position, reader, past=past, explore=explore, gumbel_seed=gumbel_seed)
+        logits = self.predict(hidden)
+        if memory is None:
+            return Output(logits, reader, Aux(retrievals))
+        memory.adopt(reader)
+        return Output(logits, memory, Aux(retrievals))
 
     def read(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
         """The lower decoder over ids [B, T], and the chunks it completes into `memory` -> hidden [B, T, C]."""
+        memory.unroll()
         hidden = self.lower_decoder(ids, memory)
         self.remember(hidden, memory)
         memory.position += ids.shape[1]
@@ -212,8 +219,18 @@ class HSAModel(nn.Module):
             return
         if memory.config != self.config:
             raise ValueError("memory: got one of another configuration, accepted is one that this model made")
-        if memory.batch not in (None, ids.shape[0]):
+        if memory.batch is None:
+            return
+        if memory.batch != ids.shape[0]:
             raise ValueError(f"memory: got a batch of {memory.batch}, accepted is that of ids ({ids.shape[0]})")
+        got, dtype = memory.landmarks, self.memory_dtype(ids.device)
+        if (got.dtype, got.device) != (dtype, ids.device):
+            raise ValueError(f"memory: got {got.dtype} on {got.device}, accepted is {dtype} on {ids.device}")
+
+    def memory_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the chunks that this model encodes: that of its weights, or of autocast."""
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self.norm.weight.dtype
 
     def generate(self, ids: torch.Tensor, **options):
         """Continue ids [B, T]; see `hsa_mini.generate.generate`."""

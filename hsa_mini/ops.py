@@ -12,11 +12,15 @@ import torch
 from . import blockwise, reference
 from .reference.checks import check_chunk_attention, check_decode, check_retrieve, check_sliding_window
 
-__all__ = ["chunk_attention", "decode", "implementation", "retrieve", "sliding_window_attention"]
+__all__ = [
+    "chunk_attention", "decode", "dispatch", "enter_ring", "fetch", "implementation", "retrieve", "ring_attention",
+    "sliding_window_attention",
+]  # fmt: skip
 
 CHOICES = ("auto", "kernels", "portable")
 LEAST_TOKENS = 4096  # choosing tokens that fill a GPU with programs of `retrieve`; with fewer, a matrix product is faster
 MOST_KEPT = 256  # chunks a token: beyond, its candidates are too many for one program
+MOST_DISPATCHED = 64  # tokens: their choices are one tile of one program
 LEAST_WINDOW_TOKENS = 1024  # worth compiling FlexAttention for
 
 _choice = "auto"
@@ -55,7 +59,7 @@ def _suits(tensor: torch.Tensor, sizes_fit: bool) -> bool:
     return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) and sizes_fit and _kernels() is not None
 
 
-def _takes(q: torch.Tensor, k: torch.Tensor) -> bool:
+def in_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether the kernels are made for such heads and chunks."""
     (H, D), (S, J) = q.shape[2:], k.shape[2:4]
     return _suits(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J)
@@ -91,7 +95,7 @@ def retrieve(
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
     """`reference.chunk_attention`: same arguments, same numbers."""
     check_chunk_attention(q, k, v, indices, weights)
-    if _takes(q, k):
+    if in_kernel(q, k):
         tensors = q.contiguous(), _rows(k), _rows(v), indices.contiguous(), weights.contiguous()
         return _kernels().chunk_attention(*tensors, scale=scale)
     return blockwise.chunk_attention(q, k, v, indices, weights, scale=scale)
@@ -102,9 +106,37 @@ def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
     options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, scale=scale)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (retrieval_q, landmarks, q, k, v))
-    if not learns and _takes(q, k):
+    if not learns and in_kernel(q, k):
         return _kernels().decode(retrieval_q.contiguous(), _rows(landmarks), q.contiguous(), _rows(k), _rows(v), **options)
     return reference.decode(retrieval_q, landmarks, q, k, v, **options)
+
+
+def dispatch(scores, bias, active):
+    """`reference.dispatch`: same arguments, same numbers, a token's experts in any order; the kernel has no gradient."""
+    learns = torch.is_grad_enabled() and scores.requires_grad
+    if not learns and len(scores) <= MOST_DISPATCHED and len(bias) <= 256 and _suits(scores, True):
+        return _kernels().dispatch(scores, bias, active)
+    return reference.dispatch(scores, bias, active)
+
+
+def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on the device of rows."""
+    if _choice == "kernels" or (_choice == "auto" and rows.is_cuda and store.is_pinned() and _kernels() is not None):
+        return _kernels().fetch(store, rows)
+    return store[rows.to(store.device)].to(rows.device)
+
+
+def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps):
+    """`blockwise.enter_ring`: same arguments, same numbers; the kernel has no gradient."""
+    suits = _suits(q, q.shape[3] <= 256)
+    return (_kernels() if suits else blockwise).enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, eps=eps)
+
+
+def ring_attention(q, k, v, positions):
+    """`blockwise.ring_attention`: same arguments, same numbers; the kernel has no gradient."""
+    if _suits(q, 16 <= q.shape[3] <= 256 and q.shape[2] <= 64 * k.shape[2]):
+        return _kernels().ring_attention(q.contiguous(), k, v, positions)
+    return blockwise.ring_attention(q, k, v, positions)
 
 
 def sliding_window_attention(q, k, v, *, window):

@@ -74,3 +74,9 @@ for case, sizes in {
     with torch.no_grad():
         by_chunk.forward(q, k, v, indices, weights, 1.0)
         hsa_kernels.decode(asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S)
+        hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
+        hsa_kernels.ring_attention(q[:, :1], k[:, 0], v[:, 0], torch.tensor([30]))
+        ring_k, ring_v, gain, angles = k[:, 0], v[:, 0], torch.ones(D, dtype=dtype), (torch.ones(1, 1, D // 2),) * 2
+        fresh = q[:, :1], ring_k[:, :1].contiguous(), ring_v[:, :1].contiguous()
+        hsa_kernels.enter_ring(*fresh, ring_k, ring_v, torch.tensor([3]), gain, gain, angles, eps=1e-6)
+        hsa_kernels.dispatch(torch.randn(2, 64, dtype=dtype), torch.zeros(64), 4)

@@ -1,4 +1,6 @@
-"""Random tensors, results with every gradient by name, and comparison by error ratio."""
+"""Random tensors, results with every gradient by name, comparison by error ratio, and what is alive."""
+
+import gc
 
 import torch
 
@@ -53,3 +55,9 @@ def assert_close(got, want, tolerance: float) -> None:
             continue
         assert actual.isfinite().all(), f"{name}: not finite"
         assert error(actual, expected) <= tolerance, f"{name}: error {error(actual, expected):.2e} above {tolerance:.0e}"
+
+
+def living_bytes() -> int:
+    """Bytes of every tensor that is alive, storages counted once; those on the meta device have none."""
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
+    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())

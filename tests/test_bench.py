@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hsa_mini import PRESETS, HSAModel
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -38,6 +40,38 @@ def test_rows_are_measured_and_say_what_was_measured(bench, tmp_path, monkeypatc
     assert out.count("float32") == 11 and "written to out/bench.json" in out
 
 
+def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
+    """The sizes of a processor; near, long and longest differ, so that what is divided by what shows."""
+    for name, value in dict(NEAR=300, LONG=900, LONGEST=1500, WARM=2, DECODED=6).items():
+        monkeypatch.setattr(f"of_model.{name}", value)
+    seconds = iter(range(1, 1000))
+    monkeypatch.setattr("of_model.waited", lambda device: next(seconds) ** 2)  # every stretch takes two seconds more
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["--device", "cpu", "--model", "debug"]) == 0
+    result = json.loads(Path("out/bench.json").read_text())
+    assert {"hardware", "versions", "commit", "command", "seed", "preset", "tokens"} < result.keys()
+    # stretches: 64k twice, each read and decoded; 1m; 16m and decoding; 16m and decoding with K and V in host memory
+    lasted = [(2 * i + 2) ** 2 - (2 * i + 1) ** 2 for i in range(9)]
+    assert (result["prefill_1m_seconds"], result["prefill_16m_seconds"]) == (lasted[4], lasted[5])
+    assert result["prefill_16m_over_1m_per_token"] == pytest.approx(lasted[5] / 1500 / (lasted[4] / 900))
+    assert result["decode_64k_tokens_per_second"] == pytest.approx(6 / lasted[3])
+    assert result["decode_16m_over_64k"] == pytest.approx(lasted[6] / lasted[3])
+    assert result["offload_slowdown"] == pytest.approx(lasted[8] / lasted[6])
+    bound = result["decode_64k_roofline_share"] * result["copy_bytes_per_second"] * lasted[3] / 6
+    assert bound == pytest.approx(decode_bytes("debug", 300), rel=1e-9)
+    assert result["offload_16m_device_bytes"] is None and "decode_16m_over_64k" in capfd.readouterr().out
+
+
+def decode_bytes(preset: str, tokens: int) -> int:
+    """By hand, in float32: all weights but the encoder's, four windows of 7, and landmarks and 2 chunks for each of 2 layers."""
+    model, c = HSAModel(PRESETS[preset]), PRESETS[preset]
+    weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("encoder"))
+    windows = (c.lower_layers + c.upper_layers) * (c.window - 1) * 2 * c.kv_heads * c.head_dim
+    landmarks = tokens // c.chunk_size * c.retrieval_heads * c.retrieval_dim
+    chosen = c.top_k * c.chunk_size * 2 * c.hsa_kv_heads * c.hsa_head_dim
+    return 4 * (weights + windows + c.groups * (landmarks + chosen))
+
+
 def test_every_token_chooses_different_chunks(bench):
     indices = bench.inputs(bench.Case(T=300, N=20, K=8), torch.device("cpu"))["indices"]
     assert indices.shape == (1, 300, 1, 8) and 0 <= indices.min() and indices.max() < 20
@@ -52,7 +86,14 @@ def test_pictures_are_drawn_from_the_stored_measurements(bench, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and (ROOT / "data/results" / path.name).exists()
 
 
-@pytest.mark.parametrize("words, message", [(["--device", "x"], "--device: got 'x'"), (["--out", "."], "--out: got .")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--device", "x"], "--device: got 'x'"),
+        (["--out", "."], "--out: got ."),
+        (["--model", "big"], "--model: got 'big', accepted are debug"),
+    ],
+)
 def test_wrong_input_is_one_line(bench, capfd, words, message):
     with pytest.raises(SystemExit) as stop:
         bench.main(words)

@@ -4,11 +4,9 @@ Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window: the `debug` preset 
 needs the last 29 tokens, and up to 6 more where tokens choose in blocks.
 """
 
-import gc
-
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, living_bytes
 from test_model import DENSE, build, every_dense_option, every_option, in_segments, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
@@ -98,12 +96,6 @@ def test_a_conversation_equals_the_text_that_it_makes():
     second = generate(model, torch.cat((first.ids[:, -1:], ids[:, 40:]), dim=1), max_new_tokens=5, memory=first.memory)
     whole = torch.cat((ids[:, :40], first.ids, ids[:, 40:]), dim=1)
     assert torch.equal(second.ids, generate(model, whole, max_new_tokens=5).ids)
-
-
-def living_bytes() -> int:
-    """Bytes of every tensor that is alive, storages counted once; those on the meta device have none."""
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
-    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ import hsa_kernels
 from hsa_kernels import by_chunk, by_token, retrieval, slots
 from hsa_kernels.inverted_index import cut, invert
 from hsa_kernels.merge import merge
-from hsa_mini import reference
+from hsa_mini import blockwise, reference
+from hsa_mini.nn.rope import rope_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's bfloat16 is wrong, so it is tested on a GPU alone
@@ -313,6 +314,61 @@ def test_decode_at_different_positions_and_before_the_first_chunk():
     options = dict(chunk_size=16, top_k=3, offset=torch.tensor([7, 140], device=DEVICE))
     got, want = hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)
     assert error(got, want) < 2e-6 and not got[0].any()
+
+
+@grid
+@given(
+    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]), W=st.integers(1, 200),
+    positions=st.lists(st.integers(0, 500), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_ring_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
+    """Over the same keys in order of time. Slots in which nothing stands yet may hold anything."""
+    B = len(positions)
+    q, *rings = (random(B, n, heads, D, seed=i).to(DEVICE, dtype) for i, (n, heads) in enumerate(((1, J * G), (W, J), (W, J))))
+    for b, position in enumerate(positions):
+        for ring in rings:
+            ring[b, position + 1 :] = float("nan")
+    got = hsa_kernels.ring_attention(q, *rings, torch.tensor(positions, device=DEVICE))
+    assert got.isfinite().all()
+    for b, position in enumerate(positions):
+        slots = torch.arange(max(position - W + 1, 0), position + 1) % W
+        k, v = (ring[b : b + 1, slots].double() for ring in rings)
+        want = reference.sliding_window_attention(q[b : b + 1].double(), k, v, window=W)
+        assert error(got[b : b + 1], want) < TOLERANCE[dtype]
+        tidy = [ring.nan_to_num(0.0).double() for ring in rings]
+        assert error(blockwise.ring_attention(q.double(), *tidy, torch.tensor(positions, device=DEVICE))[b : b + 1], want) < 1e-12
+
+
+@grid
+@given(
+    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]), W=st.integers(1, 20),
+    slots=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_entering_a_ring_equals_the_portable_operation(J, G, D, W, slots, dtype):
+    B = len(slots)
+    shapes = dict(q=(B, 1, J * G, D), k=(B, 1, J, D), v=(B, 1, J, D), ring_k=(B, W, J, D), ring_v=(B, W, J, D))
+    inputs = there({name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype)
+    gains = {name: random(D, seed=i).to(DEVICE, dtype) for i, name in enumerate(("q_gain", "k_gain"))}
+    table = tuple(part.to(DEVICE) for part in rope_table(torch.tensor(slots)[:, None], D, 100.0))
+    options = dict(slots=torch.tensor(slots, device=DEVICE) % W, eps=1e-6)
+    twin = {name: x.double() for name, x in (inputs | gains).items()}
+    got = hsa_kernels.enter_ring(**inputs, **gains, **options, table=table)
+    want = blockwise.enter_ring(**twin, **options, table=table)
+    for a, b in ((got, want), (inputs["ring_k"], twin["ring_k"]), (inputs["ring_v"], twin["ring_v"])):
+        assert error(a, b) < TOLERANCE[dtype]
+
+
+@grid
+@given(M=st.integers(1, 64), E=st.integers(1, 70), A=st.integers(1, 6), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
+def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
+    A = min(A, E)
+    scores, bias = random(M, E, seed=seed).to(DEVICE, dtype), random(E, seed=seed + 1).to(DEVICE, torch.float32)
+    ends, tokens, places, gates = hsa_kernels.dispatch(scores, bias, A)
+    want = reference.dispatch(scores, bias, A)
+    assert torch.equal(ends, want[0]) and torch.equal(tokens, want[1])
+    order, twin = places.argsort(-1), want[2].argsort(-1)  # a token's experts come in any order
+    assert torch.equal(places.gather(-1, order), want[2].gather(-1, twin))
+    assert error(gates.gather(-1, order), want[3].gather(-1, twin)) < 2e-6
 
 
 def test_decode_keeps_the_newest_of_equal_scores():

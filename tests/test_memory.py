@@ -1,4 +1,4 @@
-"""The chunk memory: on disk and back, and its sequences in another order.
+"""The chunk memory: on disk and back, its sequences in another order, its growth, and what does not fit.
 
 Dimensions: T tokens.
 """
@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
+from helpers import living_bytes
 from material import tiny
 
 from hsa_mini import ChunkMemory
+from hsa_mini.generate import prefill
 
 T = 37  # 9 chunks of 4 tokens, and one token that waits
 
@@ -93,3 +95,95 @@ def test_selected_sequences_go_on_as_themselves(rows, changes):
 def test_sequences_that_are_not_there_cannot_be_selected(rows):
     with pytest.raises(ValueError, match="^rows: got .*, accepted are int64 .B'. of 0 to 2$"):
         read(tiny(), rows=3)[1].select(rows)
+
+
+@torch.no_grad()
+def test_growing_holds_no_more_than_one_store_twice(monkeypatch):
+    """Of K, V and landmarks: the largest of the three beside all that is held."""
+    config = tiny().config
+    memory = ChunkMemory(config)
+    kv, landmark = (config.chunk_size, config.hsa_kv_heads, config.hsa_head_dim), (config.retrieval_heads, config.retrieval_dim)
+    shapes = (kv, kv, landmark)
+    fresh = [torch.randn(1, 4096, *shape) for shape in shapes]
+    want = [part.clone() for part in fresh]
+    memory.append(*fresh)
+    del fresh
+    alive, zeros = [], torch.zeros
+
+    def watched(*arguments, **options):
+        made = zeros(*arguments, **options)
+        alive.append(living_bytes())
+        return made
+
+    before = living_bytes()
+    monkeypatch.setattr(torch, "zeros", watched)
+    memory.append(*(part[:, :1] for part in want))
+    sizes = [part.nbytes * 9 // 8 for part in want]
+    assert len(alive) == 3 and max(alive) - before <= sizes[0] + sum(sizes) // 9 + 10_000
+    for store, part in zip((memory.k, memory.v, memory.landmarks), want):
+        assert torch.equal(store, torch.cat((part, part[:, :1]), dim=1))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@torch.no_grad()
+def test_a_text_that_does_not_fit_is_refused_before_it_is_read(monkeypatch, offload):
+    model, free = tiny(), 1 << 40
+    monkeypatch.setattr("hsa_mini.room.free_bytes", lambda device: free)
+    ids = torch.randint(4096, (2, 300))
+    memory = ChunkMemory(model.config, offload=offload)
+    prefill(model, ids[:, :50], memory)
+    copy = rest(model, ids[:, 50:60], memory.branch())
+    free, stores = 1_000_000, [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)]
+    long = torch.randint(4096, (2, 40_000))
+    with pytest.raises(MemoryError, match=r"^memory: got 48,240 tokens, .* GB more .* on cpu .* up to [\d,]+ tokens$") as caught:
+        prefill(model, long, memory)
+    assert memory.position == 50 and [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)] == stores
+    fits = int(str(caught.value).split("up to ")[1].split(" tokens")[0].replace(",", ""))
+    room = dict(batch=2, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(MemoryError, match=f"up to {fits:,} tokens"):
+        memory.make_room(fits + 4, **room)
+    memory.make_room(fits, **room)
+    assert memory.stores[0].shape[1] * 4 == fits
+    assert torch.equal(rest(model, ids[:, 50:60], memory), copy)
+
+
+@torch.no_grad()
+def test_a_prefill_that_is_cut_short_leaves_the_memory_as_it_was():
+    model = tiny()
+    ids, memory = read(model)
+    twin = read(model)[1]
+
+    def stop(tokens):
+        raise KeyboardInterrupt
+
+    for cut in (memory, ChunkMemory(model.config)):
+        with pytest.raises(KeyboardInterrupt):
+            prefill(model, torch.randint(4096, (2, 5000)), cut, segment=1000, progress=stop)
+    assert cut.batch is None and cut.position == 0
+    assert torch.equal(rest(model, ids, memory), rest(model, ids, twin))
+
+
+@pytest.mark.parametrize("part", ["predict", "look_up", "remember", "lower_decoder"])
+@torch.no_grad()
+def test_a_segment_that_is_cut_short_leaves_the_memory_as_it_was(monkeypatch, part):
+    model = tiny()
+    ids, memory = read(model)
+    plain = getattr(model, part)
+
+    def fails(*arguments, **options):
+        plain(*arguments, **options)
+        raise torch.OutOfMemoryError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, part, fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(torch.randint(4096, (2, 50)), memory)
+    assert memory.position == T and torch.equal(rest(model, ids, memory), rest(model, ids, read(model)[1]))
+
+
+def test_a_memory_of_another_dtype_is_refused_and_stays_usable():
+    model = tiny()
+    ids, memory = read(model)
+    with pytest.raises(ValueError, match="^memory: got torch.float32 on cpu, accepted is torch.float64 on cpu"):
+        tiny(torch.float64)(ids[:, -10:], memory)
+    assert torch.equal(rest(model, ids, memory), rest(model, ids, read(model)[1]))

@@ -68,3 +68,27 @@ def test_the_mask_of_blocks_is_the_window(T, P, W):
     parts = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_window.flex_attention(*parts, block_mask=mask, enable_gqa=True).transpose(1, 2)
     assert_close({"out": out}, {"out": reference.sliding_window_attention(q, k, v, window=W)}, 1e-5)
+
+
+def ring_inputs() -> dict[str, torch.Tensor]:
+    q, k, v = (random(*shape, seed=i).float() for i, shape in enumerate(((2, 1, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16))))
+    return dict(q=q, k=k, v=v, positions=torch.tensor([3, 12]))
+
+
+@pytest.mark.parametrize("name", ["portable", "kernels"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(q=random(2, 2, 4, 16).float()), r"q: got shape \[2, 2, 4, 16\], accepted is \[B, 1, H, D\] with 1=1"),
+        (dict(v=random(2, 8, 2, 16).float()), r"v: got shape \[2, 8, 2, 16\], accepted is \[B, W, J, D\] with W=9"),
+        (dict(k=random(2, 9, 2, 16)), r"k: got torch.float64, accepted is that of q \(torch.float32\)"),
+        (dict(positions=torch.tensor([3, 12]).int()), "positions: got torch.int32, accepted are int64"),
+        (dict(positions=torch.tensor([3])), r"positions: got shape \[1\], accepted is \[B\] with B=2"),
+        (dict(q=random(2, 1, 3, 16).float()), "q: got 3 heads, accepted are multiples of the 2 heads of k and v"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")
+def test_wrong_arguments_of_ring_attention_are_one_line(name, changes, message):
+    with ops.implementation(name), pytest.raises(ValueError, match=f"^{message}$"):
+        ops.ring_attention(**(ring_inputs() | changes))

@@ -148,7 +148,7 @@ def test_full_attention_is_a_model_whose_window_is_everything():
     for block in model.upper:
         block.hsa = None
     memory = ChunkMemory(model.config)
-    model.remember = lambda *_: setattr(memory, "_stores", (torch.zeros(1, 0),) * 3)  # no chunk is encoded
+    model.remember = lambda _, memory: setattr(memory, "_stores", (torch.zeros(1, 0),) * 3)  # no chunk is encoded
     counted = multiplied(lambda: model(text(tokens), memory))
     step = multiplied(lambda: model(text(1), memory))
     head, all_keys = 2 * 512 * 64, 4 * SMALL.heads * SMALL.head_dim * 4

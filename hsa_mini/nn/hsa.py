@@ -43,9 +43,7 @@ class HSA(nn.Module):
         the third result is the one to pass on (None at the end of a block).
         """
         config, T = self.config, x.shape[1]
-        q = self.q(x).unflatten(-1, (-1, config.hsa_head_dim))
-        queries = self.retrieval_q(x).unflatten(-1, (-1, config.retrieval_dim))
-        queries = self.retrieval_norm(queries).to(landmarks.dtype)
+        q, queries = self._queries(x, landmarks.dtype)
         late = position % config.query_block  # tokens of the block that came before x
         choosers = torch.cat((block_query.expand(-1, late, -1, -1), queries), dim=1) if late else queries
         # Under autocast the scores would be rounded to bfloat16: what is rounded is the input, never the scores.
@@ -67,3 +65,35 @@ class HSA(nn.Module):
         unfinished = (position + T) % config.query_block
         next_block = choosers[:, -unfinished : choosers.shape[1] - unfinished + 1] if unfinished else None
         return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), next_block
+
+    def step(
+        self, x, k, v, landmarks, positions: torch.Tensor, block_query: torch.Tensor | None = None, *, operations=ops
+    ) -> torch.Tensor:
+        """One token of every sequence, x [B, 1, C] at positions int64 [B] -> [B, 1, C]; asks the host nothing.
+
+        k, v and landmarks with whatever room they have: a token sees what is complete at its position. `block_query`
+        [B, 1, J_r, R], not None if tokens choose in blocks, is brought up to date. `operations`: `ops`, or `offload` for k
+        and v in host memory.
+        """
+        config = self.config
+        q, choosers = self._queries(x, landmarks.dtype)
+        late = positions % config.query_block
+        if block_query is not None:
+            choosers = torch.where((late == 0)[:, None, None, None], choosers, block_query)
+            block_query.copy_(choosers)
+        options = dict(chunk_size=config.chunk_size, top_k=config.top_k, offset=positions - late)
+        plain = config.weighting == "softmax" and not config.exclude_window and config.retrieval_heads == config.hsa_kv_heads
+        with torch.autocast(x.device.type, enabled=False):
+            q = self.q_norm(q)
+            if plain:
+                out = operations.decode(choosers, landmarks, q, k, v, **options)
+            else:
+                options |= dict(weighting=config.weighting, exclude_window=config.window if config.exclude_window else 0)
+                choice = ops.retrieve(choosers, landmarks, **options)
+                out = operations.chunk_attention(q, k, v, *(part.expand(-1, -1, config.hsa_kv_heads, -1) for part in choice))
+        return self.out(out.flatten(-2))
+
+    def _queries(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """For attention [B, T, H, D], not yet normed, and for retrieval [B, T, J_r, R]."""
+        queries = self.retrieval_q(x).unflatten(-1, (-1, self.config.retrieval_dim))
+        return self.q(x).unflatten(-1, (-1, self.config.hsa_head_dim)), self.retrieval_norm(queries).to(dtype)

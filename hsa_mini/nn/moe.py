@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import grouped_mm, silu
 
+from .. import ops
+from ..reference.dispatch import route
 from .mlp import MLP
 
 
@@ -51,26 +53,20 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)  # [M, C]
-        chosen, gates = self.route(tokens)
-        order = chosen.flatten().argsort(stable=True)  # [M*A], the tokens of expert 0 first
-        counts = torch.bincount(chosen.flatten(), minlength=self.bias.numel())
+        ends, rows, places, gates = ops.dispatch(self.router(tokens), self.bias, self.active)
         if self.training:
+            counts = ends.long().diff(prepend=ends.new_zeros(1))
             self.asked = counts if self.asked is None else self.asked + counts
-        ends = counts.cumsum(0).int()
-        rows = tokens[order // self.active]
-        up, gate = grouped_mm(rows, self.up_and_gate.to(rows.dtype), offs=ends).chunk(2, dim=-1)
-        results = grouped_mm(up * silu(gate), self.down.to(rows.dtype), offs=ends)
-        # gather back by the inverse order and sum: adding rows by index is slower on a GPU and not deterministic
-        back = results[order.argsort()].unflatten(0, (-1, self.active))  # [M, A, C]
+        up, gate = grouped_mm(tokens[rows], self.up_and_gate.to(tokens.dtype), offs=ends).chunk(2, dim=-1)
+        results = grouped_mm(up * silu(gate), self.down.to(tokens.dtype), offs=ends)
+        # gather back and sum: adding rows by index is slower on a GPU and not deterministic
+        back = results[places]  # [M, A, C]
         mixed = torch.einsum("mac,ma->mc", back, gates.to(back.dtype))
         return self.shared(x) + mixed.reshape(x.shape)
 
     def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens [M, C] -> chosen experts int64 [M, A] and their gates float32 [M, A], which sum to 1."""
-        affinity = self.router(tokens).float().sigmoid()
-        chosen = (affinity + self.bias).topk(self.active, dim=-1).indices
-        gates = affinity.gather(-1, chosen)
-        return chosen, gates / gates.sum(dim=-1, keepdim=True)
+        return route(self.router(tokens), self.bias, self.active)
 
     def statistics(self) -> RouterStatistics:
         asked = torch.zeros_like(self.bias) if self.asked is None else self.asked

@@ -3,6 +3,8 @@
 Dimensions: T tokens, C width, H heads, J key/value heads, D head dimension.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -24,5 +26,9 @@ class QKV(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        q, k, v = self.project(x)
         return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v
+
+    def project(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """q, k and v as `forward` returns them, but neither normed nor turned."""
+        return (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))

@@ -30,8 +30,10 @@ class SlidingWindowAttention(nn.Module):
         self.qkv = QKV(config)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x, rope, cache: WindowCache | None = None) -> tuple[torch.Tensor, WindowCache]:
-        """`rope`: the table of x's positions; `cache`: what the tokens in front left behind."""
+    def forward(self, x, rope, cache=None) -> tuple[torch.Tensor, "WindowCache | WindowRing"]:
+        """`rope`: the table of x's positions; `cache`: what the tokens in front left behind, a ring if x is one token."""
+        if cache is not None and not isinstance(cache, WindowCache):
+            return self.out(cache.attend(self.qkv, x, rope).flatten(-2)), cache
         q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)

@@ -102,3 +102,29 @@ def check_sliding_window(q, k, v, window) -> None:
     check_heads(sizes["H"], sizes["J"])
     if sizes["P+T"] < sizes["T"]:
         raise ValueError(f"k: got {sizes['P+T']} keys, accepted are at least the {sizes['T']} tokens of q")
+
+
+def check_ring(q, k, v, positions) -> None:
+    """The arguments of `ring_attention`."""
+    sizes: dict[str, int] = {"1": 1}
+    check_tensor("q", q, "B 1 H D", sizes)
+    check_tensor("k", k, "B W J D", sizes)
+    check_tensor("v", v, "B W J D", sizes)
+    check_tensor("positions", positions, "B", sizes, (torch.int64,))
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    check_same("positions", positions, "q", q, dtype=False)
+    check_heads(sizes["H"], sizes["J"])
+
+
+def check_enter_ring(q, k, v, ring_k, ring_v, slots) -> None:
+    """The arguments of `enter_ring` that are not a layer's own."""
+    sizes: dict[str, int] = {"1": 1}
+    for name, tensor, shape in (
+        ("q", q, "B 1 H D"), ("k", k, "B 1 J D"), ("v", v, "B 1 J D"),
+        ("ring_k", ring_k, "B W J D"), ("ring_v", ring_v, "B W J D"),
+    ):  # fmt: skip
+        check_tensor(name, tensor, shape, sizes)
+        check_same(name, tensor, "q", q)
+    check_tensor("slots", slots, "B", sizes, (torch.int64,))
+    check_same("slots", slots, "q", q, dtype=False)

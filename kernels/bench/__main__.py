@@ -1,4 +1,4 @@
-"""`python kernels/bench`: how long the operations take, and how much memory, on the device that is there.
+"""`python kernels/bench`: how long the operations take, or a whole model, and how much memory, on the device that is there.
 
 Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, H query heads, J key/value heads, D head
 dimension, R retrieval dimension, W window.
@@ -14,7 +14,7 @@ import torch
 from timing import measure
 from tqdm import tqdm
 
-from hsa_mini import ops, provenance
+from hsa_mini import PRESETS, ops, provenance
 from hsa_mini.arguments import Parser, choose_device
 from hsa_mini.paths import check_writable, write_whole
 
@@ -163,6 +163,14 @@ def run_on_gpu(device: torch.device) -> tuple[dict, str]:
     return {"ceilings": ceilings, "rows": rows, "window_rows": windows}, text
 
 
+def run_model(preset: str, device: torch.device) -> tuple[dict, str]:
+    """A whole model, at lengths that need a GPU."""
+    from of_model import measure_model
+
+    result = measure_model(preset, device)
+    return {"preset": preset, **result}, "\n".join(f"{name:<32}{value}" for name, value in result.items())
+
+
 def draw(result: dict, folder: Path) -> list[Path]:
     """The crossover with full attention, and the roofline, as pictures in `folder`."""
     from floors import needed
@@ -188,22 +196,29 @@ def draw(result: dict, folder: Path) -> list[Path]:
 def main(words: list[str] | None = None) -> int:
     parser = Parser(prog="kernels/bench", description="Time the operations of hierarchical sparse attention.")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default out/bench.json, or data/results/kernels.json on a GPU")
+    parser.add_argument("--model", metavar="PRESET", help="a whole model with random weights instead, such as ul_8b_a1b")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default out/bench.json, on a GPU data/results/NAME.json")
     arguments = parser.parse_args(words)
     try:
         device = choose_device(arguments.device)
-        out = arguments.out or Path("out/bench.json" if device.type == "cpu" else "data/results/kernels.json")
+        if arguments.model not in (None, *PRESETS):
+            raise ValueError(f"--model: got {arguments.model!r}, accepted are {', '.join(PRESETS)}")
+        name = arguments.model or "kernels"
+        out = arguments.out or Path("out/bench.json" if device.type == "cpu" else f"data/results/{name}.json")
         check_writable("--out", out)
     except ValueError as error:
         parser.error(str(error))
     try:
-        result, text = (run_on_cpu if device.type == "cpu" else run_on_gpu)(device)
+        if arguments.model:
+            result, text = run_model(arguments.model, device)
+        else:
+            result, text = (run_on_cpu if device.type == "cpu" else run_on_gpu)(device)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
     print(text)
     write_whole(out, (json.dumps({**provenance.record(device), "seed": SEED, **result}, indent=1) + "\n").encode())
-    pictures = draw(result, out.parent) if device.type == "cuda" else []
+    pictures = draw(result, out.parent) if device.type == "cuda" and not arguments.model else []
     print(f"written to {', '.join(map(str, [out, *pictures]))}")
     return 0
 

@@ -23,7 +23,7 @@ def check_kernel(**tensors: torch.Tensor) -> None:
         rows = tensor[:1] if name in ("k", "v", "landmarks") else tensor
         if not rows.is_contiguous():
             raise ValueError(f"{name}: got strides {tensor.stride()} for shape {list(tensor.shape)}, accepted is a contiguous tensor")
-    if "q" in tensors:
+    if "q" in tensors and tensors["k"].dim() == 5:  # chunks
         (H, D), (S, J) = tensors["q"].shape[2:], tensors["k"].shape[2:4]
         for name, what, got, least, most in (("q", "D", D, 16, 256), ("k", "S", S, 16, 128), ("q", "H/J", H // J, 1, 64)):
             if not least <= got <= most:

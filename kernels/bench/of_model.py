@@ -1,0 +1,101 @@
+"""A whole model with random weights: reading a long text and going on from it, with K and V on the device or in host memory.
+
+Random weights cost what trained ones do, but for the chunks that neighbouring tokens share, which are fewer.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from timing import measure
+from tqdm import tqdm
+
+from hsa_mini import PRESETS, ChunkMemory, HSAModel
+from hsa_mini.generate import prefill
+from hsa_mini.model import Output
+from hsa_mini.plan import plan
+from hsa_mini.steps import Steps
+
+NEAR, LONG, LONGEST = 1 << 16, 1 << 20, 1 << 24  # tokens: 64k, 1m and 16m of the keys
+WARM, DECODED = 16, 256  # tokens decoded before, and while, time is taken
+COPIED = {"cuda": 1 << 31, "cpu": 1 << 26}  # bytes
+
+
+def waited(device: torch.device) -> float:
+    """The time, once the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def bytes_per_second(device: torch.device) -> float:
+    """Of a copy, bytes read and written."""
+    source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure(lambda: target.copy_(source), device)[0] * 1e3
+
+
+def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
+    """What decoding one token behind `tokens` others has to read: weights it meets, windows, landmarks, chosen chunks."""
+    counted, config = plan(preset, tokens), PRESETS[preset]
+    weights = 2 * (counted.params_active_with_head - counted.params_by_part["chunk encoder"])  # 2 bytes each, as in the plan
+    chosen = counted.kv_bytes * min(config.top_k / (tokens // config.chunk_size), 1)
+    needed = weights + counted.window_cache_bytes + config.groups * (counted.landmark_bytes + chosen)
+    return needed * dtype.itemsize / 2
+
+
+@torch.no_grad()
+def read(model: HSAModel, tokens: int, advance: Callable[[int], object], *, offload: bool = False) -> tuple[Output, float]:
+    """A random text of so many tokens; the seconds it takes. Peak memory is counted from here on."""
+    device = model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator, device=device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    start = waited(device)
+    output = prefill(model, ids, ChunkMemory(model.config, offload=offload), progress=advance)
+    return output, waited(device) - start
+
+
+def seconds_per_token(model: HSAModel, output: Output) -> float:
+    """Greedy decoding from a prefill on, one sequence, chunks that complete on the way included."""
+    device = model.norm.weight.device
+    output.memory.grow(output.memory.position + WARM + DECODED)
+    steps, token = Steps(model, output.memory, graph=device.type == "cuda"), output.logits[:, -1].argmax(-1, keepdim=True)
+    for i in range(WARM + DECODED):
+        if i == WARM:
+            start = waited(device)
+        token = steps(token).argmax(-1, keepdim=True)
+    return (waited(device) - start) / DECODED
+
+
+def measure_model(preset: str, device: torch.device) -> dict:
+    """Every figure of one model; see the keys. `peak_bytes` include the weights, and are None where there is no GPU."""
+    torch.manual_seed(0)
+    model = HSAModel(PRESETS[preset], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None).eval()
+    speed = bytes_per_second(device)
+    with tqdm(total=2 * NEAR + LONG + 2 * LONGEST, unit=" tokens", unit_scale=True, desc=f"{preset}: prefill") as bar:
+        seconds_per_token(model, read(model, NEAR, bar.update)[0])  # whatever is compiled is compiled now
+        near = seconds_per_token(model, read(model, NEAR, bar.update)[0])
+        long = read(model, LONG, bar.update)[1]
+        result = {"prefill_1m_seconds": long, "prefill_1m_peak_bytes": peak_bytes(device)}
+        output, longest = read(model, LONGEST, bar.update)
+        result |= {"prefill_16m_seconds": longest, "prefill_16m_peak_bytes": peak_bytes(device)}
+        far = seconds_per_token(model, output)
+        del output
+        offloaded = seconds_per_token(model, read(model, LONGEST, bar.update, offload=True)[0])
+    return result | {
+        "prefill_16m_over_1m_per_token": longest / LONGEST / (long / LONG),
+        "decode_64k_tokens_per_second": 1 / near,
+        "decode_64k_roofline_share": least_bytes(preset, NEAR, model.norm.weight.dtype) / speed / near,
+        "decode_16m_over_64k": far / near,
+        "offload_16m_device_bytes": peak_bytes(device),
+        "offload_slowdown": offloaded / far,
+        "copy_bytes_per_second": speed,
+        "tokens": {"64k": NEAR, "1m": LONG, "16m": LONGEST},
+    }
