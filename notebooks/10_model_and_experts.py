@@ -809,7 +809,7 @@ explore(
 
 # %% [markdown]
 # Two things are worth a second look. At this length **prefill is cheaper than decode**: the upper decoder reads only the tail
-# of a long text, and the head only its last token (notebook 09, in preparation, shows why that is exact). And what is kept of
+# of a long text, and the head only its last token ([notebook 09](09_memory.ipynb) shows why that is exact). And what is kept of
 # 16 million tokens, 8.9 GB, is *one* set of keys and values for all seven HSA layers.
 #
 # ## Exercises
