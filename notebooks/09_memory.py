@@ -284,8 +284,8 @@ def felt(model, ids, *, library):
 
 
 # %% [markdown]
-# (`branch` makes a memory that goes on from here, with caches of its own.) **You should see** that the last token feels exactly
-# the last 13 inputs of the upper decoder, no matter which window, and that with the library it feels more.
+# (`branch` makes a memory that goes on from here, with caches of its own.) **You should see** that the formula counts exactly
+# the inputs of the upper decoder that the last token feels, for three windows, and that with the library it feels more.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -686,8 +686,8 @@ print(f"bytes of the tensors {tensors:,}, of the file {100 * size / tensors:.1f}
 # assert caches_differ(too_short, exact) > 1e-12
 # ```
 #
-# So with a tail of $U (W - 1)$ only the very next word would be wrong, and all others right. That kind of error is
-# found by identities, and by nothing else.
+# So with a tail of $U (W - 1)$ the logits of the very next word would be a little wrong, and all later ones right. That kind of
+# error is found by identities, and hardly by anything else.
 #
 # </details>
 

@@ -159,8 +159,9 @@ print("askings:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().toli
 #
 # ### Move it
 #
-# Each column is a token, each row an expert, and the number is the gate. Push `things` up and down. At which bias does the
-# first word change its expert? Then ask one expert, or all four. With A = 4 no bias matters any more. Why?
+# Each column is a token, each row an expert, and the number is the gate. Push `things` up: nothing happens, since every word
+# asks it already. Push it down: at which bias does the first word change its expert? Then ask one expert, or all four. With
+# A = 4 no bias matters any more. Why?
 
 
 # %%
@@ -169,7 +170,7 @@ def draw_gates(axes, chosen, gates):
     for t, e, gate in zip(torch.arange(12).repeat_interleave(chosen.shape[1]), chosen.flatten(), gates.flatten().tolist()):
         axes.add_patch(Rectangle((t - 0.5, e - 0.5), 1, 1, facecolor=BLUE, alpha=0.15 + 0.85 * gate))
         axes.text(t, e, f"{gate:.2f}", ha="center", va="center", fontsize=10, color="white" if gate > 0.5 else INK)
-    axes.set(xlim=(-0.5, 11.5), ylim=(3.5, -0.5), title="gates")
+    axes.set(xlim=(-0.5, 11.5), ylim=(3.5, -0.5))
     axes.set_xticks(range(12), WORDS, rotation=40, ha="right")
     axes.set_yticks(range(4), EXPERTS)
 
@@ -179,6 +180,7 @@ def draw_routes(figure, A, bias):
     chosen, gates = choose(affinity, torch.tensor([0, bias, 0, 0]), A)
     left, right = figure.subplots(1, 2, width_ratios=(4, 1), sharey=True)
     draw_gates(left, chosen, gates)
+    left.set_title(f"gates, with a bias of {bias:+.2f} for `things`")
     asked, fair = (12 * A * load_of(chosen, 4)).round().int(), 3 * A
     right.bar_label(right.barh(range(4), asked, color=ORANGE), padding=3)
     right.axvline(fair, color=GREY, linestyle="--")
@@ -542,8 +544,8 @@ draw_loads(figure, {"left alone": record_alone, "evened out": record_evened})
 show(
     figure,
     "Two runs of 120 steps. Above, the load of eight experts as brightness. Left alone, two rows soon take half each and the "
-    "others go dark. With the bias the bright rows change and then all are about equally bright. Below, the imbalance jumps to "
-    "4 in both runs, when tokens are most alike. Left alone it stays high, with the bias it falls.",
+    "others go dark. With the bias the bright rows change and then all are about equally bright. Below, the imbalance jumps "
+    "up in both runs, when tokens are most alike. Left alone it stays at 4, with the bias it falls.",
 )
 
 # %% [markdown]
@@ -618,7 +620,7 @@ explore(
     alt="Left, the load of eight experts before and after balancing, as bars. Right, the imbalance over 200 steps.",
     size=(9, 3.2),
     rate=Control([0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1], start=0.003, label="rate"),
-    tokens=Control([32, 128, 512, 2048, 8192], start=2048, label="tokens a step"),
+    tokens=Control([32, 128, 512, 2048], start=512, label="tokens a step"),
     A=Control([1, 2, 4], start=2, label="experts asked A"),
 )
 
