@@ -950,5 +950,5 @@ else:
 # The kernels are complete: attention over chunks, its gradients, the choice, and the single token. They start from a
 # memory of landmarks, keys and values that has been taken for granted so far.
 #
-# Comes next: 09, *What must be kept of 16 million tokens?* (in preparation, about 30 minutes). It builds that memory, and
-# shows three ways to fill it that end in the same numbers.
+# [Notebook 09](09_memory.ipynb), *What must be kept of 16 million tokens?*, builds that memory and shows three ways to fill
+# it that end in the same numbers, in about 30 minutes.

@@ -1,6 +1,7 @@
 """The course: what a notebook defines is what the package has, and every notebook keeps the promises of all."""
 
 import ast
+import dataclasses
 import functools
 import io
 import linecache
@@ -18,7 +19,10 @@ from helpers import assert_close, random, random_choice
 from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
 from hsa_kernels.chunk_attention import _is_by_chunk
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
+from hsa_mini.generate import prefill
+from hsa_mini.nn.moe import MoE
 from hsa_mini.nn.rope import apply_rope, rope_table
+from hsa_mini.plan import plan
 
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -337,6 +341,119 @@ def _decode_in_phases(ours):
     for K, tile in ((1, 8), (7, 8), (50, 3)):
         theirs = reference.decode(*there, chunk_size=4, top_k=K, offset=200)
         assert_close(ours(asked, landmarks, q, k, v, K, tile), theirs[0, 0], 1e-6)
+
+
+@twin("09_memory", "kept_after")
+def _kept_after(ours):
+    model = HSAModel(PRESETS["debug"]).requires_grad_(False)
+    for tokens in (1, 7, 8, 12, 30):
+        memory = prefill(model, torch.randint(512, (1, tokens))).memory
+        theirs = memory.chunks, memory.partial.shape[1], memory.upper[-1].k.shape[1]
+        assert ours(tokens, PRESETS["debug"].chunk_size, PRESETS["debug"].window) == theirs
+
+
+def _filled(ours, *options):
+    """A way to fill a memory against the package's prefill: logits, and every tensor of the memory."""
+    contents = definitions("09_memory")["contents"]
+    model = HSAModel(PRESETS["debug"], dtype=torch.float64).eval().requires_grad_(False)
+    for tokens in (1, 29, 61):
+        ids = torch.randint(512, (2, tokens))
+        theirs, (logits, memory) = prefill(model, ids, segment=16), ours(model, ids, *options)
+        assert memory.position == theirs.memory.position
+        assert_close({"logits": logits, **contents(memory)}, {"logits": theirs.logits, **contents(theirs.memory)}, 1e-10)
+
+
+for _name in ("full", "token_by_token"):
+    twin("09_memory", _name)(_filled)
+
+
+@twin("09_memory", "early_exit")
+def _early_exit(ours):
+    _filled(ours, PRESETS["debug"].upper_tail)
+
+
+@twin("09_memory", "bill")
+def _bill(ours):
+    for name, tokens in product(("ul_8b_a1b", "ul_0_5b", "mini"), (1 << 14, 1 << 20)):
+        counted, rows = plan(name, tokens), ours(PRESETS[name], tokens)
+        caches, marks = counted.window_cache_bytes, counted.landmark_bytes
+        assert [row[0] for row in rows.values()] == [
+            counted.full_attention_kv_bytes, caches, caches + marks + counted.kv_bytes, caches + marks
+        ]  # fmt: skip
+        assert rows["HSA, library outside"][1] == counted.kv_bytes
+        more, grown = plan(name, 2 * tokens), ours(PRESETS[name], 2 * tokens)
+        assert grown["HSA"][4] - rows["HSA"][4] == more.decode_flops_per_token - counted.decode_flops_per_token
+
+
+@twin("09_memory", "attend_fetching")
+def _attend_fetching(ours):
+    q, k, v = random(1, 9, 4, 8), random(1, 7, 4, 2, 8, seed=1), random(1, 7, 4, 2, 8, seed=2)
+    indices, weights = random_choice(1, 9, 2, 3, 7)
+    for chosen, w in ((indices, weights), (indices.clamp(min=0), weights), (torch.full_like(indices, -1), 0 * weights)):
+        out, fetched = ours(q, k, v, chosen, w)
+        assert_close(out, reference.chunk_attention(q, k, v, chosen, w), 1e-12)
+        assert fetched == len(set(chosen.flatten().tolist()) - {-1})
+
+
+def _mixture(experts: int = 6, active: int = 2) -> MoE:
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["debug"], experts=experts, experts_active=active, expert_width=24)
+    layer = HSAModel(config).upper[0].mlp.requires_grad_(False)
+    layer.bias.copy_(random(experts) / 10)
+    return layer
+
+
+@twin("10_model_and_experts", "choose")
+def _choose(ours):
+    layer, tokens = _mixture(), random(30, 32).float()
+    chosen, gates = ours(layer.router(tokens).sigmoid(), layer.bias, layer.active)
+    want = layer.route(tokens)
+    assert torch.equal(chosen, want[0])
+    assert_close(gates, want[1], 1e-6)
+
+
+@twin("10_model_and_experts", "balance")
+def _balance(ours):
+    layer, bias = _mixture().train(), _mixture().bias
+    layer(random(2, 15, 32).float())
+    moved = ours(bias, layer.statistics().load, 0.01)
+    layer.balance(0.01)
+    assert torch.equal(moved, layer.bias) and not torch.equal(moved, bias)
+
+
+def _mixture_twin(ours):
+    for experts, active in ((6, 2), (5, 1), (3, 3)):
+        layer, x = _mixture(experts, active), random(2, 15, 32).float()
+        assert_close(ours(layer, x), layer(x), 1e-6)
+
+
+for _name in ("loop_over_experts", "grouped_experts"):
+    twin("10_model_and_experts", _name)(_mixture_twin)
+
+
+@twin("10_model_and_experts", "logits")
+def _logits(ours):
+    build = definitions("10_model_and_experts")["build"]
+    experts = dataclasses.replace(PRESETS["debug"], experts=6, experts_active=2, expert_width=24)
+    for config in (PRESETS["debug"], PRESETS["nano"], experts):
+        model, parts = HSAModel(config).requires_grad_(False), build(config)
+        parts.load_state_dict(model.state_dict())
+        ids = torch.randint(config.vocab_size, (2, 70))
+        assert_close(ours(parts, ids, config), model.eval()(ids).logits, 1e-5)
+
+
+@twin("10_model_and_experts", "parameters")
+def _parameters(ours):
+    for name, config in PRESETS.items():
+        counted, met = plan(name), ours(config, config.experts_active)
+        assert ours(config, config.experts) == counted.params_by_part
+        assert sum(met.values()) - met["embedding and head"] == counted.params_active
+
+
+@twin("10_model_and_experts", "decode_flop")
+def _decode_flop(ours):
+    for name, tokens in (("ul_8b_a1b", 1 << 24), ("ul_8b_a1b", 1000), ("ul_0_5b", 1 << 20)):
+        assert sum(ours(PRESETS[name], tokens).values()) == pytest.approx(plan(name, tokens).decode_flops_per_token, rel=0.01)
 
 
 @pytest.mark.parametrize("notebook, name, check", TWINS)
