@@ -553,7 +553,18 @@ for layer, (q, found) in enumerate(asked):
     print(f"HSA layer {layer}: fetching == usual: {torch.allclose(usual, fetched, atol=1e-5)}")
 
 # %% [markdown]
-# **You should see** `True` twice. Now the bytes. One token wants at most K = 8 chunks. But do 100 tokens want 800? Neighbours
+# **You should see** `True` twice. The package does the same for a memory that is made with `offload=True`: on a GPU its chunks
+# wait in pinned host memory, and what the next tokens want is fetched while these attend.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+inside, outside = (prefill(mini, text, ChunkMemory(mini.config, offload=offload)) for offload in (False, True))
+print("offloaded == usual:", torch.allclose(outside.logits, inside.logits, atol=1e-4))
+kept = {name: output.memory.device_bytes for name, output in (("usual", inside), ("offloaded", outside))}
+print("less than half stays on the device:", kept["offloaded"] < kept["usual"] / 2)
+
+# %% [markdown]
+# **You should see** `True` twice again. Now the bytes. One token wants at most K = 8 chunks. But do 100 tokens want 800? Neighbours
 # mean similar things, so they choose alike, and a chunk that was fetched for one serves all.
 
 

@@ -35,7 +35,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from torch.nn.functional import cross_entropy, grouped_mm, silu
 
-from hsa_mini import PRESETS, HSAModel
+from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.model import Block
 from hsa_mini.nn.chunk_encoder import ChunkEncoder
@@ -361,10 +361,10 @@ def logits(parts, ids, c):
     x, table = parts["embedding"](ids), rope_table(torch.arange(ids.shape[1]), c.head_dim, c.rope_base)
     for block in parts["lower"]:
         x, _ = block(x, table, None)
-    complete = ids.shape[1] // c.chunk_size
-    chunks = parts["encoder"](x[:, : complete * c.chunk_size].unflatten(1, (complete, c.chunk_size)))
+    complete, memory = ids.shape[1] // c.chunk_size, ChunkMemory(c)
+    memory.append(*parts["encoder"](x[:, : complete * c.chunk_size].unflatten(1, (complete, c.chunk_size))))
     for block in parts["upper"]:
-        x, _ = block(x, table, None, lambda hsa, asks: hsa(asks, *chunks, position=0)[0])
+        x, _ = block(x, table, None, lambda hsa, asks: hsa(asks, memory.landmarks, memory.attend, position=0)[0])
     return parts["head"](parts["norm"](x))
 
 
