@@ -70,10 +70,10 @@ class Recipe:
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, steps=n) for s, n in zip(self.stages, shares)))
 
 
-# Needles are learnt among 16 chunks, with noise; then they have to be found among thousands. Plain text is content with soft
-# mixtures of chunks, in which an answer drowns among many: then it counts for less.
+# Needles are learnt among 16 chunks, with noise; then they have to be found among those of the whole batch, 512. Plain text is
+# content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
 _ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
-_MINI = Recipe((_ALONE, dataclasses.replace(_ALONE, steps=3500, explore=False, crowd=4096, text_weight=0.1)))
+_MINI = Recipe((_ALONE, dataclasses.replace(_ALONE, steps=3500, explore=False, crowd=0, text_weight=0.1)))
 RECIPES = {
     "nano": Recipe((Stage(steps=3000, batch=16, tokens=256, mixture=Mixture(copy_least=64)),), learning_rate=2e-3),
     "mini": _MINI,
