@@ -79,4 +79,5 @@ for case, sizes in {
         ring_k, ring_v, gain, angles = k[:, 0], v[:, 0], torch.ones(D, dtype=dtype), (torch.ones(1, 1, D // 2),) * 2
         fresh = q[:, :1], ring_k[:, :1].contiguous(), ring_v[:, :1].contiguous()
         hsa_kernels.enter_ring(*fresh, ring_k, ring_v, torch.tensor([3]), gain, gain, angles, eps=1e-6)
-        hsa_kernels.dispatch(torch.randn(2, 64, dtype=dtype), torch.zeros(64), 4)
+        for M, E, A in ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4)):
+            hsa_kernels.dispatch(torch.randn(M, E, dtype=dtype), torch.zeros(E), A)
