@@ -58,6 +58,6 @@ def assert_close(got, want, tolerance: float) -> None:
 
 
 def living_bytes() -> int:
-    """Bytes of every tensor that is alive, storages counted once; those on the meta device have none."""
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not x.is_meta]
+    """Bytes of every tensor that is alive, storages counted once; those on the meta device and a compiler's fakes have none."""
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta]
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())

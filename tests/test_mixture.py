@@ -105,7 +105,7 @@ def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
 @every_kind
 @every_recipe
 def test_an_answer_can_be_read_in_what_stood_before(name, kind):
-    counts, hidden, total = [], [], RECIPES[name][0] + 1
+    counts, total = [], RECIPES[name][0] + 1
     for ids, parts in sequences(name, kind, 300):
         assert len(ids) == len(parts) == total and parts[-1] == ANSWER
         questions = asked(ids, parts)
@@ -115,12 +115,20 @@ def test_an_answer_can_be_read_in_what_stood_before(name, kind):
             assert keys and not any(map(is_held_out, keys))
         assert len({question for _, question, _ in questions}) == len(questions) <= 4
         counts.append(len(questions))
+    assert min(counts) == 1 and len(set(counts)) > 1
+
+
+@every_kind
+@every_recipe
+def test_mostly_few_sentences_are_hidden_and_half_of_a_sequence_is_text(name, kind):
+    hidden, total = [], RECIPES[name][0] + 1
+    for ids, parts in sequences(name, kind, 300, made_up=0.0):
+        questions = asked(ids, parts)
         told = questions[-1][0]
         for _, question, answer in questions[:-1]:  # an answer about two needles repeats a sentence
             told = told.replace(question + answer, "")
         hidden.append(re.findall(SENTENCE, told))
         assert sum(len(encode(sentence)) for sentence in hidden[-1]) <= total // 2
-    assert min(counts) == 1 and len(set(counts)) > 1
     numbers = sorted(map(len, hidden))
     assert (numbers[0], numbers[-1]) == FEWEST_AND_MOST[name, kind]
     assert kind == "chain_questions" or numbers[150] < 6  # mostly few
