@@ -226,3 +226,13 @@ def test_made_up_text_is_of_several_kinds(name):
         assert len(ids) == 500 and 0 <= ids.min() and ids.max() < ORDINARY
         distinct.append(len(np.unique(ids)))
     assert min(distinct) <= 5 and max(distinct) >= 400
+
+
+def test_a_fifth_of_made_up_haystacks_are_nothing_but_needles():
+    full = 0
+    for ids, parts in sequences("mini", "needle_questions", 200, made_up=1.0, needles_most=1):
+        before, question, answer = asked(ids, parts)[-1]
+        needles = re.findall(r" The secret code of (\w{4}) is (\d{6})\.", before)
+        full += len(needles) > 30
+        assert not any(is_held_out(key) for key, _ in needles)
+    assert 20 < full < 60
