@@ -66,6 +66,5 @@ class Crowd:
         """`ops.chunk_attention` for q [B, T, H, D] and a choice among `landmarks`; the batch is one long sequence there."""
         among = self.past + (self.first + indices - self.past) % self.batch_chunks
         places = torch.where(indices < self.past, indices, among.int())  # an empty slot stays -1
-        rows = (x.flatten(0, 1)[None] for x in (q, places, weights))
-        q, places, weights = rows
-        return ops.chunk_attention(q, self.k, self.v, places, weights)[0].view(*indices.shape[:2], *q.shape[2:])
+        rows, places, weights = (x.flatten(0, 1)[None] for x in (q, places, weights))
+        return ops.chunk_attention(rows, self.k, self.v, places, weights).view(q.shape)
