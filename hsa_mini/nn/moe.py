@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.functional import grouped_mm, silu
 
 from .. import ops
-from ..reference.dispatch import route
 from .mlp import MLP
 
 
@@ -63,10 +62,6 @@ class MoE(nn.Module):
         back = results[places]  # [M, A, C]
         mixed = torch.einsum("mac,ma->mc", back, gates.to(back.dtype))
         return self.shared(x) + mixed.reshape(x.shape)
-
-    def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [M, C] -> chosen experts int64 [M, A] and their gates float32 [M, A], which sum to 1."""
-        return route(self.router(tokens), self.bias, self.active)
 
     def statistics(self) -> RouterStatistics:
         asked = torch.zeros_like(self.bias) if self.asked is None else self.asked
