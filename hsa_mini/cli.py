@@ -69,7 +69,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("checkpoint", help="a shipped model (mini) or a folder")
     evaluate.add_argument("--task", default="s_niah", choices=TASKS, help="default s_niah")
     evaluate.add_argument("--lengths", type=integer, nargs="+", metavar="TOKENS", help="default: those of the paper's Figure 4")
-    evaluate.add_argument("--samples", type=integer, help="questions a depth (default 10)")
+    evaluate.add_argument("--samples", type=integer, default=10, help="questions a depth (default 10)")
     evaluate.add_argument("--distractors", type=integer, default=0, metavar="N", help="more sentences of the same form (default 0)")
     evaluate.add_argument("--border", action="store_true", help="every sentence lies across the border of two chunks")
     evaluate.add_argument("--seed", type=integer, default=1)
@@ -203,7 +203,7 @@ def run_eval(arguments) -> int:
     lengths = arguments.lengths or LENGTHS
     for tokens in lengths:
         check_range("--lengths", tokens, 1, MOST_TOKENS)
-    check_range("--samples", 1 if arguments.samples is None else arguments.samples, 1, 10**6)
+    check_range("--samples", arguments.samples, 1, 10**6)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
     check_range("--distractors", arguments.distractors, 0, MOST_DISTRACTORS)
     options = {"distractors": arguments.distractors, "border": arguments.border}
@@ -219,7 +219,7 @@ def run_eval(arguments) -> int:
         model,
         arguments.task,
         lengths=lengths,
-        samples=lambda tokens: arguments.samples or 10,
+        samples=lambda tokens: arguments.samples,
         seed=arguments.seed,
         **options,
     )

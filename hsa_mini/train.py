@@ -75,8 +75,8 @@ def train(
     }
     workers = min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
     loader = DataLoader(
-        StagedBatches(recipe, seed), batch_size=None, sampler=range(start, recipe.steps), num_workers=workers, pin_memory=device.type == "cuda",
-        prefetch_factor=8 if workers else None,
+        StagedBatches(recipe, seed), batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
+        pin_memory=device.type == "cuda", prefetch_factor=8 if workers else None,
     )  # fmt: skip
     began = saved = time.monotonic()
     step = start
@@ -161,8 +161,9 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    # Sequences without a question: theirs are chunks of text, and no needle that contradicts one to come.
-    past.push(output.memory, model.encoder, (parts == ANSWER).any(dim=1).int().argsort(stable=True)[: len(parts) // 3])
+    if past.size:
+        # Sequences without a question: theirs are chunks of text, and no needle that contradicts one to come.
+        past.push(output.memory, model.encoder, (parts == ANSWER).any(dim=1).int().argsort(stable=True)[: len(parts) // 3])
     found = [layer.balance(recipe.balance_rate).imbalance for layer in model.modules() if isinstance(layer, MoE)]
     imbalance = torch.stack(found).max() if found else torch.ones((), device=ids.device)
     return loss.detach(), *shares, accuracy, norm, imbalance
@@ -196,7 +197,7 @@ def snapshot(model: HSAModel, optimizer: torch.optim.Optimizer, past: Past) -> d
     tensors = {f"model.{name}": value for name, value in _state(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    tensors |= {f"past.{i}": store for i, store in enumerate(past.stores)}
+    tensors |= {f"past.{i}": store for i, store in enumerate(past.stores or ())}
     return {**tensors, "rng": torch.get_rng_state()}
 
 
@@ -211,8 +212,9 @@ def restore(tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    device = next(model.parameters()).device
-    past.stores = tuple(tensors[f"past.{i}"].to(device) for i in range(3))
+    if past.size:
+        device = next(model.parameters()).device
+        past.stores = tuple(tensors[f"past.{i}"].to(device) for i in range(3))
     torch.set_rng_state(tensors["rng"])
 
 

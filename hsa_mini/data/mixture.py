@@ -44,6 +44,7 @@ class TrainingBatches(Dataset):
         self.mixture, self.batch, self.tokens, self.steps, self.seed = mixture, batch, tokens, steps, seed
         self.text = load_corpus("train").tokens if text is None else text
         self.ordinary = load_tokenizer().n_vocab - len(SPECIAL_TOKENS)
+        self.needle_tokens = len(encode(Needle("BBBB", "000000").sentence))  # of any needle
 
     def __len__(self) -> int:
         return self.steps
@@ -79,7 +80,7 @@ class TrainingBatches(Dataset):
     def needle_questions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Needles among text, and questions about some of them."""
         mixture = self.mixture
-        most = min(mixture.needles_most, self.most_hidden // len(encode(Needle("BBBB", "000000").sentence)))
+        most = min(mixture.needles_most, self.most_hidden // self.needle_tokens)
         needles = draw_needles(rng, int(np.exp(rng.uniform(0, np.log(most + 1)))), held_out=False)
         if rng.random() < 0.3:
             needles = self.alike(rng, needles)
@@ -151,7 +152,7 @@ class TrainingBatches(Dataset):
         if kind == 1:
             return self.few_symbols(rng, tokens)
         if kind == 4:
-            needles = draw_needles(rng, tokens // len(encode(Needle("BBBB", "000000").sentence)) + 1, held_out=False)
+            needles = draw_needles(rng, tokens // self.needle_tokens + 1, held_out=False)
             return np.concatenate([encode(needle.sentence) for needle in needles])[:tokens]
         length = int(np.exp(rng.uniform(0, np.log(200))))
         passage = self.real_text(rng, length) if kind == 2 else self.few_symbols(rng, length)
