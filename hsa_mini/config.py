@@ -51,6 +51,7 @@ class HSAConfig:
     tied: bool = True  # the output head is the embedding
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    embedding_std: float = 0.02  # of the random weights that training starts from
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -134,6 +135,7 @@ PRESETS: dict[str, HSAConfig] = {
         vocab_size=4096, width=64, lower_layers=2, groups=1, layers_per_group=2, mlp_width=176,
         window=32, heads=4, kv_heads=2, head_dim=16,
         chunk_size=16, top_k=4, hsa_heads=4, hsa_kv_heads=1, hsa_head_dim=32, retrieval_dim=64,
+        embedding_std=0.125,  # with less, what a token is drowns in what the first layers say at random, and nothing is copied
     ),
     "mini": _MINI,
     "mini_moe": dataclasses.replace(_MINI, width=256, mlp_width=512, experts=8, experts_active=2, expert_width=192),

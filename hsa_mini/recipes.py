@@ -74,8 +74,20 @@ class Recipe:
 # content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
 _ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
 _MINI = Recipe((_ALONE, dataclasses.replace(_ALONE, steps=3500, explore=False, crowd=0, text_weight=0.1)))
+# For a processor. Copying is learnt from a single chunk, where nothing has to be retrieved yet; then, among more and more
+# chunks, which one it is; and at last to do with a few. The window stays below what is copied, or it would do the copying.
+_NANO = Recipe(
+    (
+        Stage(250, 32, 32, window=4, top_k=8, text_weight=0.1, mixture=Mixture(self_copy=1.0, needles=0.0, copy_least=16)),
+        Stage(100, 32, 64, window=8, top_k=8, text_weight=0.1, mixture=Mixture(self_copy=0.7, needles=0.3, copy_least=24)),
+        Stage(400, 16, 128, window=16, top_k=8, text_weight=0.1, mixture=Mixture(copy_least=32)),
+        Stage(650, 8, 256, text_weight=0.25, mixture=Mixture(copy_least=64)),
+    ),
+    learning_rate=5e-3,
+    warmup=30,
+)
 RECIPES = {
-    "nano": Recipe((Stage(steps=3000, batch=16, tokens=256, mixture=Mixture(copy_least=64)),), learning_rate=2e-3),
+    "nano": _NANO,
     "mini": _MINI,
     "mini_moe": _MINI,
 }
