@@ -20,9 +20,10 @@ from hsa_mini.data.sentences import encode
 from hsa_mini.data.tasks import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
 from hsa_mini.demo import find_needle
 from hsa_mini.evaluate import (
-    CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval, write_results,
+    CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval,
 )  # fmt: skip
 from hsa_mini.generate import generate
+from hsa_mini.provenance import write_results
 
 S = TINY.chunk_size
 PROBLEMS = {task: draw(np.random.default_rng(0)) for task, draw in TASKS.items()}
@@ -319,14 +320,18 @@ def test_wilson_interval_solves_its_equation(samples, data):
         assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / samples, abs=1e-12)
 
 
-ROWS = [Row(4096, 0.5, 10, 9, 10, 4096, 1)], [ControlRow(4096, 0.5, 10, 0, 2, 4096, 1, "absent")]
+TABLES = {
+    "rows": [Row(4096, 0.5, 10, 9, 10, 4096, 1)],
+    "control_rows": [ControlRow(4096, 0.5, 10, 0, 2, 4096, 1, "absent")],
+}
 
 
 def test_results_say_where_they_come_from(tmp_path):
-    write_results(tmp_path / "new" / "results.json", *ROWS, torch.device("cpu"))
+    write_results(tmp_path / "new" / "results.json", torch.device("cpu"), **TABLES)
     result = json.loads((tmp_path / "new" / "results.json").read_text())
     assert {"hardware", "versions", "commit", "command", "rows", "control_rows"} == result.keys()
-    assert [Row(**row) for row in result["rows"]] == ROWS[0] and [ControlRow(**row) for row in result["control_rows"]] == ROWS[1]
+    assert [Row(**row) for row in result["rows"]] == TABLES["rows"]
+    assert [ControlRow(**row) for row in result["control_rows"]] == TABLES["control_rows"]
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -340,5 +345,5 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"hsa_mini.paths.os.{name}", fail)
             with pytest.raises(KeyboardInterrupt):
-                write_results(path, *ROWS, torch.device("cpu"))
+                write_results(path, torch.device("cpu"), **TABLES)
         assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
