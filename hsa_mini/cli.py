@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("--samples", type=integer, default=10, help="questions a depth (default 10)")
     evaluate.add_argument("--distractors", type=integer, default=0, metavar="N", help="more sentences of the same form (default 0)")
     evaluate.add_argument("--border", action="store_true", help="every sentence lies across the border of two chunks")
+    evaluate.add_argument("--jobs", type=integer, default=1, metavar="N", help="lengths at once, each in a process (default 1)")
     evaluate.set_defaults(command=run_eval)
 
     perplexity = commands.add_parser("perplexity", help="predict the same held-out tokens behind more and more text")
@@ -204,13 +206,14 @@ def run_train(arguments) -> int:
 
 def run_eval(arguments) -> int:
     from .data.tasks import MOST_DISTRACTORS
-    from .evaluate import CONTROLS, LENGTHS, by_length, evaluate
+    from .evaluate import CONTROLS, LENGTHS, by_length, evaluate, evaluate_side_by_side
     from .provenance import write_results
 
     lengths = arguments.lengths or LENGTHS
     for tokens in lengths:
         check_range("--lengths", tokens, 1, MOST_TOKENS)
     check_range("--samples", arguments.samples, 1, 10**6)
+    check_range("--jobs", arguments.jobs, 1, 64)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
     check_range("--distractors", arguments.distractors, 0, MOST_DISTRACTORS)
     options = {"distractors": arguments.distractors, "border": arguments.border}
@@ -221,14 +224,13 @@ def run_eval(arguments) -> int:
     model = read_model("checkpoint", arguments.checkpoint, device)
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **options)
-    rows, controls = evaluate(
-        model,
-        arguments.task,
-        lengths=lengths,
-        samples=lambda tokens: arguments.samples,
-        seed=arguments.seed,
-        **options,
-    )
+    options |= {"lengths": lengths, "samples": arguments.samples, "seed": arguments.seed}
+    if arguments.jobs == 1:
+        rows, controls = evaluate(model, arguments.task, **options)
+    else:
+        del model
+        load = partial(read_model, "checkpoint", arguments.checkpoint, device)
+        rows, controls = evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
     print(f"{'tokens':>12} {'right':>9} {'accuracy':>9} {'95% interval':>16} {'retrieved':>10}   wrong by depth")
     for entry in by_length(rows):
         wrong = [f"{row.depth:.2f}: {row.samples - row.correct}" for row in rows if row.tokens == entry["tokens"]]

@@ -119,7 +119,7 @@ class HSAConfig:
 _MINI = HSAConfig(
     vocab_size=4096, width=256, lower_layers=3, groups=2, layers_per_group=2, mlp_width=704,
     window=128, heads=4, kv_heads=2, head_dim=64,
-    chunk_size=64, top_k=8, hsa_heads=4, hsa_kv_heads=1, hsa_head_dim=64, retrieval_dim=256,
+    chunk_size=64, top_k=8, hsa_heads=4, hsa_kv_heads=1, hsa_head_dim=64, retrieval_dim=256, retrieval_norm=True,
 )  # fmt: skip
 
 # NOTE: the paper prints the totals of its two large models (519.6 M and 537.7 M; 8 B with 1 B active), 64 experts with

@@ -5,9 +5,14 @@ their lower-decoder reach touch are encoded again. Exact, not an approximation (
 """
 
 import math
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -151,7 +156,7 @@ def evaluate(
     *,
     lengths: Iterable[int] = LENGTHS,
     depths: Iterable[float] = DEPTHS,
-    samples: Callable[[int], int] = lambda tokens: 10,
+    samples: int = 10,
     seed: int = 1,
     distractors: int = 0,
     border: bool = False,
@@ -159,7 +164,7 @@ def evaluate(
 ) -> tuple[list[Row], list[ControlRow]]:
     """One of TASKS on held-out text: rows by length and depth, and by length the controls.
 
-    samples: questions per depth, and per control, of a length. Every sample has its own text below `SHARED_FROM` tokens,
+    samples: questions per depth, and per control, of each length. Every sample has its own text below `SHARED_FROM` tokens,
     its own sentences and question always. distractors: further sentences of the same form in every text. border: every
     sentence lies across two chunks. Raises ValueError for an unknown task, distractors out of range, and as `place` does.
     """
@@ -171,8 +176,8 @@ def evaluate(
     rows, controls = [], []
     for tokens in lengths:
         rng = np.random.default_rng((EVALUATION, seed, tokens))
-        plan = [(depth, None) for depth in depths for _ in range(samples(tokens))]
-        plan += [(0.5, control) for control in CONTROLS for _ in range(samples(tokens))]
+        plan = [(depth, None) for depth in depths for _ in range(samples)]
+        plan += [(0.5, control) for control in CONTROLS for _ in range(samples)]
         counts = {key: [0, 0, 0] for key in plan}
         haystack = None
         with tqdm(plan, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
@@ -189,6 +194,37 @@ def evaluate(
             if report:
                 report(row)
     return rows, controls
+
+
+def evaluate_side_by_side(
+    load: Callable[[], HSAModel], task: str, *, lengths: Iterable[int], jobs: int, **options
+) -> tuple[list[Row], list[ControlRow]]:
+    """What `evaluate` returns for the model that `load` gives, with `jobs` lengths at once, each in a process of its own.
+
+    On a GPU a question is many small kernels, which keep it less busy than the processor that launches them.
+    """
+    context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
+    lengths = list(lengths)
+    longest_first = sorted(set(lengths), reverse=True)
+    with ProcessPoolExecutor(jobs, context, _begin, (context.RLock(), load)) as pool:
+        try:
+            found = dict(zip(longest_first, pool.map(partial(_evaluate_one, task, options), longest_first)))
+        except BaseException:  # Ctrl-C too: it is heard here alone
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return tuple(list(chain.from_iterable(found[tokens][part] for tokens in lengths)) for part in range(2))
+
+
+def _begin(lock, load: Callable[[], HSAModel]) -> None:
+    global _model
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(lock)
+    _model = load()
+
+
+def _evaluate_one(task: str, options: dict, tokens: int) -> tuple[list[Row], list[ControlRow]]:
+    return evaluate(_model, task, lengths=(tokens,), **options)
 
 
 def ask_one(

@@ -125,6 +125,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--lengths", "4096", "0"], "--lengths: got 0, accepted is 1 to 1073741824"),
     (["eval", "model", "--lengths", "4k"], "--lengths: got '4k', accepted is an integer"),
     (["eval", "model", "--samples", "0"], "--samples: got 0, accepted is 1"),
+    (["eval", "model", "--jobs", "0"], "--jobs: got 0, accepted is 1 to 64"),
     (["eval", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
     (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah'?, '?mq_niah'?, '?vt"),
     (["eval", "model", "--distractors", "-1"], "--distractors: got -1, accepted is 0 to 10000"),

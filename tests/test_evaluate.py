@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
-from hsa_mini import evaluate
+from hsa_mini import HSAModel, evaluate
 from hsa_mini.data.mixture import Mixture, TrainingBatches
 from hsa_mini.data.needles import ask, draw_needles
 from hsa_mini.data.sentences import encode
@@ -227,19 +227,31 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
     model, encoded = short
     monkeypatch.setattr(evaluate, "SHARED_FROM", LEAST + 300)
     seen = []
-    options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=lambda tokens: 3 if tokens == LEAST else 2)
+    options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=2)
     rows, controls = evaluate.evaluate(model, task, **options, report=seen.append)
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
-        (LEAST, 0.0, 3), (LEAST, 1.0, 3), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
+        (LEAST, 0.0, 2), (LEAST, 1.0, 2), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
     ]  # fmt: skip
     assert [(row.tokens, row.control, row.samples) for row in controls] == [
-        (LEAST, "absent", 3), (LEAST, "shuffled", 3), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
+        (LEAST, "absent", 2), (LEAST, "shuffled", 2), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
     ]  # fmt: skip
     assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
-    assert encoded == [LEAST] * 12 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
+    assert encoded == [LEAST] * 8 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
     assert all(0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples for row in rows + controls)
     assert (rows, controls) == evaluate.evaluate(model, task, **options)
+
+
+def tiny_of_its_own() -> HSAModel:
+    """In another process: the model, and words for a corpus."""
+    evaluate.load_corpus = word_corpus
+    return tiny()
+
+
+def test_lengths_side_by_side_are_those_one_after_the_other(short):
+    options = dict(lengths=(LEAST + 300, LEAST), depths=(0.0, 1.0), samples=2)
+    together = evaluate.evaluate_side_by_side(tiny_of_its_own, "s_niah", jobs=2, **options)
+    assert together == evaluate.evaluate(short[0], "s_niah", **options)
 
 
 @every_task
@@ -247,7 +259,7 @@ def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
     model, seen = short[0], []
     monkeypatch.setattr(evaluate, "place", lambda *args, **options: seen.append(options) or place(*args, **options))
     tokens = LEAST + 70 * 2 * 22
-    evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=lambda _: 1, distractors=64, border=True)
+    evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=1, distractors=64, border=True)
     assert [(options["depth"], options["absent"]) for options in seen] == [(0.3, False), (0.5, True), (0.5, False), (0.5, False)]
     assert all(options["border"] and options["tokens"] == tokens for options in seen)
 
@@ -256,7 +268,7 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     seeds, default_rng = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
     TrainingBatches(Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[0]
-    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=lambda tokens: 1, seed=1)
+    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)
     assert len({seed[0] for seed in seeds}) == len(seeds) == 3
 
@@ -279,7 +291,7 @@ def test_wrong_arguments(short, options, message):
 def test_text_that_is_repeated_is_said_to_be(short):
     model, _ = short
     tokens = len(word_tokens(seed="validation")) + 500
-    rows, _ = evaluate.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=lambda tokens: 1)
+    rows, _ = evaluate.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=1)
     assert [(row.tokens, row.distinct_tokens) for row in rows] == [(tokens, tokens - 500)]
 
 
