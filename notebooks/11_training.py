@@ -113,6 +113,13 @@ for W in (4, 11, 12):
 
 
 # %%
+COPY_MARKS = [
+    Patch(facecolor=ORANGE, label="who speaks, and what it should say"),
+    Patch(facecolor=SKY, label="a complete chunk holds it"),
+    Patch(fill=False, edgecolor=RED, label="the window"),
+]
+
+
 def draw_copy(figure, t, W):
     """Two rows of twelve words: the one that speaks, its window, and where the next word stood."""
     axes, (source, in_window, in_chunk) = figure.subplots(), who_sees(t, 4, W)
@@ -124,11 +131,9 @@ def draw_copy(figure, t, W):
         if t - W < i <= t:
             axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, fill=False, edgecolor=RED, linewidth=2.5))
     axes.set(xlim=(0, 12.8), ylim=(2.3, 0), frame_on=False, xticks=[], yticks=[])
-    names = {ORANGE: "who speaks, and what it should say", SKY: "a complete chunk holds it"}
-    marks = [*(Patch(facecolor=c, label=name) for c, name in names.items()), Patch(fill=False, ec=RED, label="the window")]
-    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    who = {(0, 0): "nobody", (1, 0): "the window", (0, 1): "retrieval", (1, 1): "both"}[in_window, in_chunk]
-    return f"`{TWICE[t]}` at place {t} should say `{TWICE[t + 1]}`, {t - source} places back: {who} can see it."
+    figure.legend(handles=COPY_MARKS, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    who = ("nobody", "retrieval", "the window", "either way")[2 * in_window + in_chunk]
+    return f"`{TWICE[t]}` at place {t} should say `{TWICE[t + 1]}`, {t - source} places back. Who sees it: {who}."
 
 
 explore(
@@ -352,7 +357,7 @@ def draw_recipe(figure, preset, at):
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     timeline(top, [s.steps for s in recipe.stages], shares(recipe.stages), notes)
     step, steps = round(at / 100 * (recipe.steps - 1)), range(recipe.steps)
-    step_curves(bottom, steps, {"learning rate": [learning_rate(recipe, i) for i in steps]})
+    step_curves(bottom, steps, {"rate": [learning_rate(recipe, i) for i in steps]}, within=(0, recipe.steps))
     for axes in (top, bottom):
         axes.axvline(step, color=RED, linewidth=2)
     top.set_xlabel("")
@@ -367,7 +372,7 @@ explore(
     alt="The stages of a recipe as columns, filled by the shares of self-copies, needles, chains and text; below, the rate.",
     size=(10, 4),
     preset=FEW,
-    at=Control((0, 100), start=0, label="percent of the steps"),
+    at=Control((0, 100), start=20, label="percent of the steps"),
 )
 
 # %%
@@ -501,7 +506,7 @@ training, progress = Training(), []
 train_until(training, STEPS // 2, progress)
 
 # %% [markdown]
-# Both losses fall together: copies are hardly cheaper than other text. But look at the right. With a stranger's library it
+# Both losses fall together: copies are only a little cheaper than other text. But look at the right. With a stranger's library it
 # foresees the few words that are frequent everywhere. With its own it foresees more, so it already *reads* there. A likely
 # reading: it has learned that words which occur in the library will occur again. It has not learned yet **which one comes
 # next**.
@@ -628,11 +633,17 @@ print("the stages of every run add up to its steps:", all(
 #   than text ever does. In that moment retrieval has begun.
 # * **New stage, new trouble.** Where a stage brings longer texts, more chunks to choose from, or fewer that are kept, losses
 #   jump up and come down again. What sufficed before does not suffice any more. This is what stages are for.
-# * **Answers** are few, so their line is rough. A batch holds a few dozen.
+# * **Answers** are few, so their line is rough.
 # * **Text stays.** It falls slowly to the end. It is not what these models are trained for.
 
 
 # %%
+def first_and_last(values):
+    """The first and the last that was measured."""
+    measured = [value for value in values if not math.isnan(value)]
+    return f"{measured[0]:.2f} to {measured[-1]:.2f}" if measured else "none"
+
+
 def draw_run(figure, run, stage):
     """Losses, and answer tokens that were right, of one stage or of all."""
     log, parts = runs[run][0], stages_of[run]
@@ -645,8 +656,8 @@ def draw_run(figure, run, stage):
     left.set(ylabel="loss of a batch", ylim=(0, None))
     right.set(ylabel="share", ylim=(0, 1.02))
     seen = [i for i, step in enumerate(log["step"]) if within[0] < step <= within[1]]
-    first, last = ({name: f"{log[name][i]:.2f}" for name in ("text", "copy", "answer")} for i in (seen[0], seen[-1]))
-    return f"{run}, {f'stage {stage} of {len(parts)}' if stage else 'all stages'}: at first {first}, at last {last}."
+    losses = (f"{name} {first_and_last(log[name][i] for i in seen)}" for name in ("text", "copy", "answer"))
+    return f"{run}, {f'stage {stage} of {len(parts)}' if stage else 'all stages'}, losses: {', '.join(losses)}."
 
 
 explore(
@@ -729,7 +740,7 @@ explore(
     draw_reach,
     alt="The chance that a needle is retrieved against the number of chunks, and the numbers that mini is trained among.",
     size=(9, 3.2),
-    margin=Control((0.0, 6.0, 0.1), start=2.0, label="margin m"),
+    margin=Control((0.0, 6.0, 0.1), start=1.0, label="margin m"),
     K=Control([1, 2, 4, 8, 16], start=8, label="chunks kept K"),
 )
 

@@ -28,14 +28,15 @@ def timeline(ax: Axes, steps: Sequence[int], shares: dict[str, Sequence[float]],
 
 
 def step_curves(ax: Axes, steps, curves: dict, *, ends: Sequence[int] = (), within: tuple[int, int] | None = None) -> None:
-    """curves: name -> one number for each of `steps`; nan, where nothing was measured, leaves no mark.
+    """curves: name -> one number for each of `steps`; nan where nothing was measured.
 
     ends: of stages, marked and numbered if there are several. within: the first and the last step to show.
     """
     steps = np.asarray(steps)
     for (name, values), (color, line) in zip(curves.items(), LOOKS):
         seen = np.isfinite(values)
-        ax.plot(steps[seen], np.asarray(values)[seen], color=color, linestyle=line, linewidth=2, label=name)
+        if seen.any():
+            ax.plot(steps[seen], np.asarray(values)[seen], color=color, linestyle=line, linewidth=2, label=name)
     first, last = within or (0, max(steps, default=1))
     starts = [0, *ends[:-1]]
     for number, (start, end) in enumerate(zip(starts, ends), start=1):
