@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     lab.add_argument("--arms", metavar="A,B", help="which variants (default: all)")
     lab.add_argument("--seeds", default="0,1,2", metavar="0,1", help="each is a run of every arm (default 0,1,2)")
     lab.add_argument("--steps", type=integer, help="instead of the recipe's; shorter runs are no evidence for a claim")
-    lab.add_argument("--jobs", type=integer, default=1, help="runs at once (default 1)")
+    lab.add_argument("--jobs", type=integer, help="runs at once (default: 3 on a GPU, which share it, else 1)")
     lab.add_argument("--scale", default="lab", help="lab, or tiny: seconds on a processor, to try it (default lab)")
     lab.add_argument("--out", type=Path, metavar="FILE", help="one line of JSON a run (default data/results/lab.jsonl)")
     lab.set_defaults(command=run_lab)
@@ -262,11 +262,12 @@ def run_lab(arguments) -> int:
     for seed in seeds:
         check_range("--seeds", seed, 0, MOST_SEED)
     check_range("--steps", 1 if arguments.steps is None else arguments.steps, 1, 10**9)
-    check_range("--jobs", arguments.jobs, 1, 64)
     path = arguments.out or data_dir() / "results" / "lab.jsonl"
     check_writable("--out", path)
     device = choose_device(arguments.device)
-    options = dict(scale=arguments.scale, steps=arguments.steps, jobs=arguments.jobs)
+    jobs = (3 if device.type == "cuda" else 1) if arguments.jobs is None else arguments.jobs
+    check_range("--jobs", jobs, 1, 64)
+    options = dict(scale=arguments.scale, steps=arguments.steps, jobs=jobs)
     count = run_missing(arms, seeds, path=path, device=device, **options)
     print(f"{count} runs were missing and are now in {path}")
     if arguments.scale == "lab" and arguments.steps is None:

@@ -51,6 +51,7 @@ class HSAConfig:
     tied: bool = True  # the output head is the embedding
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
+    embedding_std: float = 0.02  # of the random weights that training starts from
 
     def __post_init__(self) -> None:
         at_least_one = (

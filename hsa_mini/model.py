@@ -98,7 +98,7 @@ class HSAModel(nn.Module):
             if parameter.dim() == 1 and name != "encoder.cls":
                 continue  # the norms' gains stay at 1
             fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
-            std = 0.02 if name in ("embedding.weight", "encoder.cls") else fan_in**-0.5
+            std = self.config.embedding_std if name in ("embedding.weight", "encoder.cls") else fan_in**-0.5
             if name.endswith(("out.weight", "down.weight", ".down")):
                 std *= (2 * depth) ** -0.5
             parameter.normal_(0.0, std)

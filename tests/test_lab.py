@@ -16,7 +16,7 @@ from material import word_corpus, word_tokens
 
 from hsa_mini import ChunkMemory, HSAModel, reference
 from hsa_mini.crowd import Past
-from hsa_mini.data.mixture import NONE, TrainingBatches
+from hsa_mini.data.mixture import ANSWER, NONE, TrainingBatches
 from hsa_mini.generate import prefill
 from hsa_mini.lab import measure as measuring
 from hsa_mini.lab import variants
@@ -67,11 +67,8 @@ def test_arms_have_equal_parameters_and_see_equally_many_tokens(scale):
     for arm in ARMS.values():
         mine, others = arm.parameters(scale)[arm.counted], base.parameters(scale)[arm.counted]
         assert abs(mine / others - 1) < 0.01, (arm.name, mine, others)
-        stages, usual = arm.recipe(scale).stages, scale.stage
-        assert sum(stage.steps for stage in stages) == usual.steps, arm.name
-        assert {(stage.batch, stage.tokens, stage.text_weight, stage.crowd) for stage in stages} == {
-            (usual.batch, usual.tokens, usual.text_weight, None)
-        }
+        stages, usual = ([(s.steps, s.batch, s.tokens, s.text_weight, s.crowd) for s in a.recipe(scale).stages] for a in (arm, base))
+        assert stages == usual and stages[-1][2] == scale.stage.tokens, arm.name
         assert (arm.recipe(scale).learning_rate, arm.recipe(scale).warmup) == (scale.learning_rate, scale.warmup)
     assert [arm.name for arm in ARMS.values() if arm.counted == "active"] == ["moe_chains"]
 
@@ -94,13 +91,40 @@ def test_an_arm_changes_what_it_says_and_widths_of_mlps():
     assert lab.config.window * 8 == lab.stage.tokens // 2 >= lab.stage.mixture.copy_least > lab.config.window
 
 
+def test_contexts_grow_and_with_them_windows_and_distances_of_copies():
+    lab = SCALES["lab"]
+    tokens = [stage.tokens for stage in ARMS["hsa"].recipe(lab).stages]
+    assert tokens == sorted(tokens) and tokens[0] < tokens[-1] == lab.stage.tokens
+    for arm in ARMS.values():
+        for stage in arm.recipe(lab).stages:
+            share = stage.tokens / lab.stage.tokens
+            assert stage.mixture.copy_least == share * lab.stage.mixture.copy_least
+            warms = arm.name == "warmup_short_window" and share < 1
+            window = lab.config.window if warms else arm.config(lab).window
+            assert stage.window == (stage.tokens if arm.name == "full_rope" else share * window), arm.name
+    for stage in ARMS["hsa"].recipe(lab).stages:
+        assert stage.window < stage.mixture.copy_least
+
+
+@pytest.mark.parametrize("arm", [ARMS["hsa"], ARMS["moe_chains"], ARMS["warmup_none"], ARMS["data_short"]], ids=lambda arm: arm.name)
+def test_sequences_of_every_stage_hold_what_they_are_asked(arm, monkeypatch):
+    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    recipe = arm.recipe(SCALES["lab"], 24)
+    batches = PackedBatches(recipe, 0, arm.packed)
+    for step in range(24):
+        stage = recipe.stage(step)
+        ids, parts = batches[step]
+        assert ids.shape == parts.shape == (stage.batch, stage.tokens + 1) and (parts == ANSWER).any()
+
+
 def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
     monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
     recipe = ARMS["data_short"].recipe(TINY)
     short = TINY.stage.tokens // 4
-    ids, parts = PackedBatches(recipe, 3, 4)[7]
+    step = recipe.steps - 1
+    ids, parts = PackedBatches(recipe, 3, 4)[step]
     source = TrainingBatches(TINY.stage.mixture, batch=8, tokens=short, steps=1, seed=3)
-    alone, its_parts = source[7]
+    alone, its_parts = source[step]
     assert ids.shape == parts.shape == (2, TINY.stage.tokens + 1)
     for row in range(2):
         for place in range(1, 4):
@@ -109,7 +133,9 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
             assert torch.equal(ids[row, stretch], alone[4 * row + place])
             assert parts[row, stretch][0] == NONE and torch.equal(parts[row, stretch][1:], its_parts[4 * row + place, 1:])
     plain = PackedBatches(recipe, 3, 1)
-    assert torch.equal(plain[7][0], TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[7][0])
+    assert torch.equal(plain[step][0], TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[step][0])
+    first = PackedBatches(recipe, 3, 4)[0]  # of a stage that is short already
+    assert first[0].shape == (4, short + 1) and torch.equal(first[0], PackedBatches(recipe, 3, 1)[0][0])
 
 
 def test_the_core_knows_nothing_of_the_laboratory():
@@ -380,7 +406,8 @@ def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     one, two, other = (
         run(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append) for seed in (5, 5, 6)
     )
-    assert sum(done) == 9 and one["curve"]["step"] == [1, 2, 3] and one["settings"]["recipe"]["stages"][0]["steps"] == 3
+    assert sum(done) == 9 and one["curve"]["step"] == [1, 2, 3]
+    assert sum(stage["steps"] for stage in one["settings"]["recipe"]["stages"]) == 3
     for record in (one, two, other):
         assert record.pop("seconds").keys() == {"training", "evaluation"}
     assert one == two and one["curve"] != other["curve"]

@@ -16,7 +16,6 @@ from ..plan import idle
 from ..recipes import Recipe, Stage
 from . import variants
 
-WARM_UP = 0.4  # of the steps, in the arms that have a warm-up
 MLP_STEP = 8  # widths of MLPs are multiples of it
 
 
@@ -26,9 +25,11 @@ class Scale:
 
     name: str
     config: HSAConfig
-    stage: Stage
+    stage: Stage  # at the training length: the last one
+    # The ones before it, as (part of the training length, batch, steps): retrieval is learnt among few chunks first.
+    growth: tuple[tuple[float, int, int], ...] = ()
     learning_rate: float = 1e-3
-    warmup: int = 200
+    warmup: int = 100
     multiples: tuple[int, ...] = (1, 4, 16, 64)  # of the training length, at which a model is evaluated
     questions: int = 32  # of a task, at each length
     texts: int = 16  # for perplexity and copies, at each length
@@ -38,9 +39,15 @@ class Scale:
     def lengths(self) -> tuple[int, ...]:
         return tuple(self.stage.tokens * multiple for multiple in self.multiples)
 
-    def part(self, share: float, **changes) -> Stage:
-        """The stage, in a share of the steps, with changes."""
-        return dataclasses.replace(self.stage, steps=round(share * self.stage.steps), **changes)
+    def stages(self, window: int) -> tuple[Stage, ...]:
+        """Contexts grow, and with them the window of the arm and the distance of copies: what it cannot reach stays so."""
+
+        def part(share: float, batch: int, steps: int) -> Stage:
+            mixture = dataclasses.replace(self.stage.mixture, copy_least=round(share * self.stage.mixture.copy_least))
+            tokens, near = round(share * self.stage.tokens), max(round(share * window), 1)
+            return dataclasses.replace(self.stage, steps=steps, batch=batch, tokens=tokens, window=near, mixture=mixture)
+
+        return *(part(*row) for row in self.growth), part(1, self.stage.batch, self.stage.steps)
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ class Arm:
     what: str  # it is, beside the baseline
     model: type[HSAModel] = HSAModel
     changes: Callable[[Scale], dict] = lambda scale: {}  # of the configuration
-    stages: Callable[[Scale], tuple[Stage, ...]] = lambda scale: (scale.stage,)
-    packed: int = 1  # short sequences that make one of the training length: what lies further back never helps
+    training: Callable[[Scale, Stage], dict] = lambda scale, stage: {}  # changes of every stage
+    packed: int = 1  # sequences that make one of the training length: what lies further back than a shorter one never helps
     counted: str = field(default="parameters", kw_only=True)  # what is equal to the baseline's: these, or "active" ones
 
     def config(self, scale: Scale) -> HSAConfig:
@@ -60,7 +67,9 @@ class Arm:
 
     def recipe(self, scale: Scale, steps: int | None = None) -> Recipe:
         """steps: instead of the scale's."""
-        recipe = Recipe(self.stages(scale), learning_rate=scale.learning_rate, warmup=scale.warmup)
+        stages = scale.stages(self.config(scale).window)
+        stages = tuple(dataclasses.replace(stage, **self.training(scale, stage)) for stage in stages)
+        recipe = Recipe(stages, learning_rate=scale.learning_rate, warmup=scale.warmup)
         return recipe if steps is None else dataclasses.replace(recipe, warmup=min(recipe.warmup, steps)).scaled(steps)
 
     def parameters(self, scale: Scale) -> dict[str, int]:
@@ -121,24 +130,23 @@ def _experts(scale: Scale) -> dict:
     return {"experts": 8, "experts_active": 2, "expert_width": scale.config.mlp_width // (3 * MLP_STEP) * MLP_STEP}
 
 
-# Needles in text and no copies: what the arms with and without a warm-up are trained on after it.
-_NO_COPIES = Mixture(self_copy=0.0)
-_CHAINS = Mixture(needles=0.4, chains=0.25)  # beside 35% copies
+def _mixture(**shares) -> Callable[[Scale, Stage], dict]:
+    return lambda scale, stage: {"mixture": dataclasses.replace(stage.mixture, **shares)}
 
 
-def _with_chains(scale: Scale) -> tuple[Stage, ...]:
-    copy_least = scale.stage.mixture.copy_least
-    return (dataclasses.replace(scale.stage, mixture=dataclasses.replace(_CHAINS, copy_least=copy_least)),)
+def _chains(scale: Scale, stage: Stage) -> dict:
+    """Questions about chains, but in contexts without room for one and its question."""
+    return _mixture(needles=0.4, chains=0.25)(scale, stage) if stage.tokens >= 128 else {}
 
 
-def _warm_up(**changes) -> Callable[[Scale], tuple[Stage, ...]]:
-    """A first stage with these changes (functions of the scale), then one without copies."""
+def _warm_up(**changes) -> Callable[[Scale, Stage], dict]:
+    """No copies; but changes (functions of the scale and the stage) while contexts grow, the warm-up."""
 
-    def stages(scale: Scale) -> tuple[Stage, ...]:
-        first = {"mixture": _NO_COPIES} | {name: change(scale) for name, change in changes.items()}
-        return scale.part(WARM_UP, **first), scale.part(1 - WARM_UP, mixture=_NO_COPIES)
+    def training(scale: Scale, stage: Stage) -> dict:
+        warming = changes if stage.tokens < scale.stage.tokens else {}
+        return _mixture(self_copy=0.0)(scale, stage) | {name: change(scale, stage) for name, change in warming.items()}
 
-    return stages
+    return training
 
 
 _ARMS = (
@@ -146,7 +154,7 @@ _ARMS = (
     Arm(
         "full_rope", "full attention with RoPE in every block, no HSA", variants.WithoutHSA,
         changes=lambda scale: _without_hsa(scale) | {"window": max(scale.lengths)},
-        stages=lambda scale: (dataclasses.replace(scale.stage, window=scale.stage.tokens),),
+        training=lambda scale, stage: {"window": stage.tokens},
     ),
     Arm("window", "the window alone, no HSA", variants.WithoutHSA, changes=_without_hsa),
     Arm("hsa_rope", "RoPE on queries and keys of chunks", variants.RopeInside),
@@ -162,25 +170,25 @@ _ARMS = (
     ),
     Arm(
         "full_k", "every chunk is kept in training, K in evaluation",
-        stages=lambda scale: (dataclasses.replace(scale.stage, top_k=_every_chunk(scale)),),
+        training=lambda scale, stage: {"top_k": _every_chunk(scale)},
     ),
     Arm("no_noise", "no exploration noise on the choice", changes=lambda scale: {"exploration": False}),
     Arm("window_4x", "a window of four times the baseline's: as long as the shortest copy distance", changes=_window(4)),
     Arm("window_8x", "a window of eight times the baseline's: as long as the longest copy distance", changes=_window(8)),
     Arm("window_16x", "a window as long as a training sequence", changes=_window(16)),
-    Arm("warmup_none", "window 4x; needles in text, no copies, no warm-up", changes=_window(4), stages=_warm_up()),
+    Arm("warmup_none", "window 4x; needles in text, no copies, no warm-up", changes=_window(4), training=_warm_up()),
     Arm(
         "warmup_self_copy", "the same after a warm-up on self-copies", changes=_window(4),
-        stages=_warm_up(mixture=lambda scale: Mixture(self_copy=0.5, copy_least=scale.stage.mixture.copy_least)),
+        training=_warm_up(mixture=lambda scale, stage: stage.mixture),
     ),
     Arm(
         "warmup_short_window", "the same after a warm-up with the baseline's window and every chunk kept", changes=_window(4),
-        stages=_warm_up(window=lambda scale: scale.config.window, top_k=_every_chunk),
+        training=_warm_up(window=lambda scale, stage: stage.window // 4, top_k=lambda scale, stage: _every_chunk(scale)),
     ),
-    Arm("data_short", "four short sequences in the place of one: nothing useful lies further back", packed=4),
-    Arm("dense_chains", "a quarter of the data are questions about chains", stages=_with_chains),
+    Arm("data_short", "no sequence longer than a quarter, several in a row: nothing useful lies further back", packed=4),
+    Arm("dense_chains", "a quarter of the data are questions about chains", training=_chains),
     Arm(
-        "moe_chains", "the same with experts: as many active parameters, more in all", changes=_experts, stages=_with_chains,
+        "moe_chains", "the same with experts: as many active parameters, more in all", changes=_experts, training=_chains,
         counted="active",
     ),
     Arm("no_qk_norm", "no norm on queries and keys, in any attention", variants.WithoutQKNorm),
@@ -190,12 +198,15 @@ ARMS = {arm.name: arm for arm in _ARMS}
 SCALES = {
     scale.name: scale
     for scale in (
-        # `mini` with 4 blocks in the place of 7, and half its window, so that stacked windows do not reach a needle: what `mini`
-        # is known to learn within a thousand steps of 32 x 1,024 tokens, at about half the time a step.
+        # `mini` with 4 blocks in the place of 7, and half its training length, chunks and, twice over, window: stacked windows
+        # do not reach a needle. Below 1,024 tokens no step waits for a compiler.
         Scale(
             "lab",
-            dataclasses.replace(PRESETS["mini"], lower_layers=2, layers_per_group=1, window=64),
-            Stage(steps=1800, batch=32, tokens=1024, text_weight=0.25),
+            dataclasses.replace(
+                PRESETS["mini"], lower_layers=2, layers_per_group=1, window=32, chunk_size=32, embedding_std=0.0625
+            ),
+            Stage(steps=850, batch=32, tokens=512, text_weight=0.25, mixture=Mixture(copy_least=128)),
+            growth=((1 / 8, 64, 250), (1 / 4, 64, 200), (1 / 2, 32, 200)), learning_rate=1.5e-3,
         ),
         # Seconds on a processor: too small to learn more than words, large enough to try every arm.
         Scale(
@@ -204,8 +215,8 @@ SCALES = {
                 PRESETS["debug"], vocab_size=4096, chunk_size=32, window=16, top_k=4, hsa_heads=2, hsa_kv_heads=1, retrieval_heads=1,
                 layers_per_group=1, lower_layers=1,
             ),
-            Stage(steps=40, batch=2, tokens=512, mixture=Mixture(copy_least=128)),
-            learning_rate=3e-3, warmup=10, multiples=(1, 4), questions=2, texts=2, tail=64,
+            Stage(steps=20, batch=2, tokens=512, mixture=Mixture(copy_least=128)),
+            growth=((1 / 4, 4, 20),), learning_rate=3e-3, warmup=10, multiples=(1, 4), questions=2, texts=2, tail=64,
         ),
     )
 }  # fmt: skip

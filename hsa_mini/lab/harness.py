@@ -1,14 +1,18 @@
 """All runs that are still missing: several at once, each in a process, each a line of JSON in one file when it is done.
 
-The file is written by this process alone, whole: whoever stops or kills it finds every finished run, and no part of another.
+The file is replaced by a longer one for every line: whoever stops or kills this finds every finished run, and no part of
+another.
 """
 
+import dataclasses
 import gc
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -17,10 +21,12 @@ from tqdm import tqdm
 
 from .. import provenance
 from ..paths import write_whole
-from .arms import ARMS, SCALES
+from .arms import ARMS, SCALES, Scale
 from .run import run
 
 Task = tuple[str, int]  # arm and seed
+MOST_LOADERS = 8  # processes that draw the batches of a run
+WINDOWS = 64  # of different arms, for which one process may have to compile attention anew
 
 
 def read_records(path: Path) -> list[dict]:
@@ -36,9 +42,24 @@ def read_records(path: Path) -> list[dict]:
 
 
 def append_record(path: Path, record: dict) -> None:
-    """One more line. The file is replaced by a longer one: it never ends in half a line."""
-    before = path.read_bytes() if path.exists() else b""
-    write_whole(path, before + json.dumps(record, allow_nan=False).encode() + b"\n")
+    """One more line, whole or not at all; several commands may write into one file."""
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):
+        write_whole(path, (path.read_bytes() if path.exists() else b"") + line)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process is in here with the same folder."""
+    import fcntl  # not on every system, where records can still be read
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def current(records: Iterable[dict], scale: str = "lab", steps: int | None = None) -> dict[Task, dict]:
@@ -62,43 +83,46 @@ def run_missing(
 ) -> int:  # fmt: skip
     """Run every arm with every seed that `path` does not hold yet, `jobs` at once; returns how many were run.
 
-    Raises ChildProcessError, after all others, if a run ended without a record.
+    Raises ChildProcessError, after all others, if a run ended without a record; why is said when it happens.
     """
     done, seeds = current(read_records(path), scale, steps), tuple(seeds)
     todo = [(arm, seed) for seed in seeds for arm in arms if (arm, seed) not in done]
     total = sum(ARMS[arm].recipe(SCALES[scale], steps).steps for arm, _ in todo)
     jobs = max(min(jobs, len(todo)), 1)
     source = provenance.record(device)  # before this very file changes the checkout
-    waiting, failed, workers = list(todo), [], {}
+    waiting, failed = list(todo), []
+    workers: dict[Connection, tuple[multiprocessing.Process, Task]] = {}
     bar = tqdm(total=total, desc=f"{len(todo)} runs", unit="step", mininterval=0.5, smoothing=0.05)
 
-    def finish(link: Connection) -> None:
-        """Start the next run in the worker's place."""
+    def give_next(link: Connection, process: multiprocessing.Process) -> None:
         if waiting:
-            workers[link] = workers[link][0], waiting.pop(0)
-            link.send(workers[link][1])
+            workers[link] = process, waiting.pop(0)
+            with suppress(BrokenPipeError, ConnectionResetError):  # a process that has ended is found below
+                link.send(workers[link][1])
         else:
-            _stop(link, workers.pop(link)[0])
+            workers.pop(link, None)
+            _stop(link, process)
 
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                link, process = _start(scale, steps, device, jobs)
-                workers[link] = process, None
-                finish(link)
+                give_next(*_start(scale, steps, device, jobs))
             for link in wait(workers):
+                process, task = workers[link]
                 try:
                     message = link.recv()
                 except (EOFError, ConnectionResetError):
-                    process, task = workers.pop(link)
-                    failed.append("{} with seed {}".format(*task))
-                    _stop(link, process)
-                    continue
+                    message = "its process ended"
                 if isinstance(message, int):
                     bar.update(message)
-                else:
+                elif isinstance(message, dict):
                     append_record(path, message | source)
-                    finish(link)
+                    give_next(link, process)
+                else:  # whatever is wrong may last as long as its process: the next run gets another one
+                    failed.append("{} with seed {}".format(*task))
+                    bar.write(f"{failed[-1]} failed: {message}", file=sys.stderr)
+                    del workers[link]
+                    _stop(link, process)
     finally:
         bar.close()
         for link, (process, _) in workers.items():
@@ -111,7 +135,7 @@ def run_missing(
 def _start(scale: str, steps: int | None, device: torch.device, jobs: int) -> tuple[Connection, multiprocessing.Process]:
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     link, other = context.Pipe()
-    process = context.Process(target=_work, args=(other, scale, steps, device, jobs))
+    process = context.Process(target=_work, args=(other, SCALES[scale], steps, device, jobs))
     process.start()
     other.close()  # so that the link ends when the process does
     return link, process
@@ -123,21 +147,29 @@ def _stop(link: Connection, process: multiprocessing.Process) -> None:
     process.join()
 
 
-def _work(link: Connection, scale: str, steps: int | None, device: torch.device, jobs: int) -> None:
-    """Of each (arm, seed) received, send steps as they are done and the record; until the other end is gone."""
+def _work(link: Connection, scale: Scale, steps: int | None, device: torch.device, jobs: int) -> None:
+    """Of each (arm, seed) received, send steps as they are done, and the record or what went wrong; until the link ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
-    # on a GPU batches must not be waited for; on a processor there is nothing to be gained
-    workers = min(4, (os.cpu_count() or 1) // jobs) if device.type == "cuda" else 0
+    loaders = 0  # on a processor there is nothing to be gained
     try:
+        if device.type == "cuda":
+            loaders = min(max((os.cpu_count() or 1) // jobs - 1, 1), MOST_LOADERS)
+            torch._dynamo.config.recompile_limit = WINDOWS
+            prepare(scale, device)
         while True:
             arm, seed = link.recv()
-            record = run(
-                ARMS[arm], SCALES[scale], seed, device=device, steps=steps, workers=workers, progress=lambda n: link.send(n)
-            )
-            link.send(record)
+            link.send(run(ARMS[arm], scale, seed, device=device, steps=steps, workers=loaders, progress=link.send))
             gc.collect()  # recorded steps and their memory
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
+    except Exception as error:
+        link.send(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def prepare(scale: Scale, device: torch.device) -> None:
+    """A few steps of every stage and a few questions, so that kernels are compiled once in a process and not in its first run."""
+    few = dataclasses.replace(scale, questions=2, texts=2)
+    run(ARMS["hsa"], few, 0, device=device, steps=8 * (len(scale.growth) + 1))

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ..crowd import Past
 from ..data.mixture import NONE
 from ..model import HSAModel
-from ..recipes import Recipe
+from ..recipes import Recipe, Stage
 from ..train import COLUMNS, StagedBatches, load, make_optimizer, recorded_steps, take_step
 from .arms import Arm, Scale
 from .measure import measure
@@ -31,14 +31,14 @@ def run(
     workers: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> dict:
-    """Train and measure `arm`; everything that JSON can say about it. `progress(n)` is called as n steps are done.
+    """Train and measure `arm`; everything that JSON can say about it. `progress(n)` is called as n steps are given to the device.
 
     Figures that are not finite, of a training that went wrong, are None.
     """
+    began = time.monotonic()
     recipe = arm.recipe(scale, steps)
     torch.manual_seed(seed)
     model = arm.model(arm.config(scale)).to(device).train()
-    began = time.monotonic()
     curve = _train(model, recipe, PackedBatches(recipe, seed, arm.packed), seed, device, workers, progress)
     trained = time.monotonic()
     if device.type == "cuda":
@@ -67,26 +67,32 @@ def _train(
     for step, batch in enumerate(load(batches, range(recipe.steps), workers=workers, device=device)):
         figures = take_step(steps_of, recipe, seed, step, batch, device)
         if (step + 1) % every == 0:
-            for name, value in zip(curve, (step + 1, *figures)):
+            curve["step"].append(step + 1)
+            for name, value in zip(FIGURES, figures):
                 curve[name].append(float(f"{float(value):.6g}"))
-            progress(every)
-    progress(recipe.steps % every)
+        progress(1)
     return curve
 
 
 class PackedBatches(Dataset):
-    """The batches of a recipe, each row of `packed` sequences in a row that know nothing of one another."""
+    """The batches of a recipe with sequences of at most 1/`packed` of its longest: several that know nothing of one another
+    make a row."""
 
     def __init__(self, recipe: Recipe, seed: int, packed: int) -> None:
-        short = [dataclasses.replace(s, batch=packed * s.batch, tokens=s.tokens // packed) for s in recipe.stages]
-        self.batches = StagedBatches(dataclasses.replace(recipe, stages=tuple(short)), seed)
-        self.recipe, self.packed = recipe, packed
+        longest = max(stage.tokens for stage in recipe.stages) // packed
+
+        def shortened(stage: Stage) -> Stage:
+            count = max(stage.tokens // longest, 1)
+            return dataclasses.replace(stage, batch=count * stage.batch, tokens=stage.tokens // count)
+
+        self.batches = StagedBatches(dataclasses.replace(recipe, stages=tuple(map(shortened, recipe.stages))), seed)
+        self.recipe = recipe
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids, parts = self.batches[step]
         parts[:, 0] = NONE  # nothing before it tells the first token
         stage = self.recipe.stage(step)
-        # [packed*B, T/packed + 1] -> [B, T + 1], without the first tokens of the first
+        # [count*B, T/count + 1] -> [B, T + 1], without the first tokens of the first
         return tuple(x.reshape(stage.batch, -1)[:, -(stage.tokens + 1) :] for x in (ids, parts))
 
 
