@@ -1,8 +1,9 @@
-"""The command line: `python -m hsa_mini demo|generate|train|eval|lab|plan|fetch`. What is wrong is said in one line, with status 2."""
+"""The command line: `python -m hsa_mini demo|generate|train|eval|perplexity|lab|plan|fetch`. What is wrong is said in one line, with status 2."""
 
 import json
 import logging
 import sys
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main(words: list[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, continue a text, train, evaluate, plan.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|generate|train|eval|lab|plan|fetch")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|generate|train|eval|perplexity|lab|plan|fetch")
 
     demo = commands.add_parser("demo", help="find one needle in a long text")
     demo.add_argument("--tokens", type=integer, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
@@ -68,16 +69,23 @@ def build_parser() -> Parser:
     train.set_defaults(command=run_train)
 
     evaluate = commands.add_parser("eval", help="ask many questions of a task by length and depth")
-    evaluate.add_argument("checkpoint", help="a shipped model (mini) or a folder")
     evaluate.add_argument("--task", default="s_niah", choices=TASKS, help="default s_niah")
     evaluate.add_argument("--lengths", type=integer, nargs="+", metavar="TOKENS", help="default: those of the paper's Figure 4")
     evaluate.add_argument("--samples", type=integer, default=10, help="questions a depth (default 10)")
     evaluate.add_argument("--distractors", type=integer, default=0, metavar="N", help="more sentences of the same form (default 0)")
     evaluate.add_argument("--border", action="store_true", help="every sentence lies across the border of two chunks")
-    evaluate.add_argument("--seed", type=integer, default=1)
-    results = "data/results/CHECKPOINT_TASK[_N_distractors][_border].json"
-    evaluate.add_argument("--out", type=Path, metavar="FILE", help=f"default: {results}")
+    evaluate.add_argument("--jobs", type=integer, default=1, metavar="N", help="lengths at once, each in a process (default 1)")
     evaluate.set_defaults(command=run_eval)
+
+    perplexity = commands.add_parser("perplexity", help="predict the same held-out tokens behind more and more text")
+    perplexity.add_argument("--lengths", type=integer, nargs="+", metavar="TOKENS", help="tokens read (default: 1K to 1M)")
+    perplexity.add_argument("--stretches", type=integer, default=20, metavar="N", help="places in the text (default 20)")
+    perplexity.set_defaults(command=run_perplexity)
+
+    for command, results in ((evaluate, "CHECKPOINT_TASK[_N_distractors][_border]"), (perplexity, "CHECKPOINT_perplexity")):
+        command.add_argument("checkpoint", help="a shipped model (mini) or a folder")
+        command.add_argument("--seed", type=integer, default=1)
+        command.add_argument("--out", type=Path, metavar="FILE", help=f"default: data/results/{results}.json")
 
     lab = commands.add_parser("lab", help="train and measure variants of the mechanism, and judge the paper's claims; goes on where it was")
     lab.add_argument("--arms", metavar="A,B", help="which variants (default: all)")
@@ -95,7 +103,7 @@ def build_parser() -> Parser:
 
     for command in (demo, plan):
         command.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
-    for command in (demo, generate, train, evaluate, lab):
+    for command in (demo, generate, train, evaluate, perplexity, lab):
         command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     fetch = commands.add_parser("fetch", help="fetch the corpora (plays and poems, code, documentation) into the cache")
@@ -209,31 +217,31 @@ def run_train(arguments) -> int:
 
 def run_eval(arguments) -> int:
     from .data.tasks import MOST_DISTRACTORS
-    from .evaluate import CONTROLS, LENGTHS, by_length, evaluate, write_results
+    from .evaluate import CONTROLS, LENGTHS, by_length, evaluate, evaluate_side_by_side
+    from .provenance import write_results
 
     lengths = arguments.lengths or LENGTHS
     for tokens in lengths:
         check_range("--lengths", tokens, 1, MOST_TOKENS)
     check_range("--samples", arguments.samples, 1, 10**6)
+    check_range("--jobs", arguments.jobs, 1, 64)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
     check_range("--distractors", arguments.distractors, 0, MOST_DISTRACTORS)
     options = {"distractors": arguments.distractors, "border": arguments.border}
     name = f"{Path(arguments.checkpoint).name}_{arguments.task}"
     name += f"_{arguments.distractors}_distractors" * (arguments.distractors > 0) + "_border" * arguments.border
-    path = data_dir() / "results" / f"{name}.json" if arguments.out is None else arguments.out
-    check_writable("--out", path)
+    path = results_path(arguments.out, name)
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **options)
-    rows, controls = evaluate(
-        model,
-        arguments.task,
-        lengths=lengths,
-        samples=lambda tokens: arguments.samples,
-        seed=arguments.seed,
-        **options,
-    )
+    options |= {"lengths": lengths, "samples": arguments.samples, "seed": arguments.seed}
+    if arguments.jobs == 1:
+        rows, controls = evaluate(model, arguments.task, **options)
+    else:
+        del model
+        load = partial(read_model, "checkpoint", arguments.checkpoint, device)
+        rows, controls = evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
     print(f"{'tokens':>12} {'right':>9} {'accuracy':>9} {'95% interval':>16} {'retrieved':>10}   wrong by depth")
     for entry in by_length(rows):
         wrong = [f"{row.depth:.2f}: {row.samples - row.correct}" for row in rows if row.tokens == entry["tokens"]]
@@ -245,9 +253,39 @@ def run_eval(arguments) -> int:
     for control, what in CONTROLS.items():
         same = [row for row in controls if row.control == control]
         print(f"control: {sum(row.correct for row in same)} of {sum(row.samples for row in same)} right where {what}")
-    write_results(path, rows, controls, device)
+    write_results(path, device, rows=rows, control_rows=controls)
     print(f"written to {path}")
     return 0
+
+
+def run_perplexity(arguments) -> int:
+    from .perplexity import LENGTHS, TARGETS, Row, measure
+    from .provenance import write_results
+
+    lengths = arguments.lengths or LENGTHS
+    for tokens in lengths:
+        check_range("--lengths", tokens, TARGETS, MOST_TOKENS)
+    check_range("--stretches", arguments.stretches, 1, 10**6)
+    check_range("--seed", arguments.seed, 0, MOST_SEED)
+    path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")
+    device = choose_device(arguments.device)
+    model = read_model("checkpoint", arguments.checkpoint, device)
+
+    def show(row: Row) -> None:
+        read = f"{row.tokens:>12,} tokens, the last {row.targets} predicted"
+        print(f"{read}: loss {row.loss:.4f} nats, perplexity {row.perplexity:.2f}", flush=True)
+
+    rows = measure(model, lengths=lengths, stretches=arguments.stretches, seed=arguments.seed, report=show)
+    write_results(path, device, rows=rows)
+    print(f"written to {path}")
+    return 0
+
+
+def results_path(out: Path | None, name: str) -> Path:
+    """The file for a command's result, which can be written."""
+    path = data_dir() / "results" / f"{name}.json" if out is None else out
+    check_writable("--out", path)
+    return path
 
 
 def run_lab(arguments) -> int:

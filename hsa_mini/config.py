@@ -119,7 +119,7 @@ class HSAConfig:
 _MINI = HSAConfig(
     vocab_size=4096, width=256, lower_layers=3, groups=2, layers_per_group=2, mlp_width=704,
     window=128, heads=4, kv_heads=2, head_dim=64,
-    chunk_size=64, top_k=8, hsa_heads=4, hsa_kv_heads=1, hsa_head_dim=64, retrieval_dim=256,
+    chunk_size=64, top_k=8, hsa_heads=4, hsa_kv_heads=1, hsa_head_dim=64, retrieval_dim=256, retrieval_norm=True,
 )  # fmt: skip
 
 # NOTE: the paper prints the totals of its two large models (519.6 M and 537.7 M; 8 B with 1 B active), 64 experts with
@@ -135,6 +135,7 @@ PRESETS: dict[str, HSAConfig] = {
         vocab_size=4096, width=64, lower_layers=2, groups=1, layers_per_group=2, mlp_width=176,
         window=32, heads=4, kv_heads=2, head_dim=16,
         chunk_size=16, top_k=4, hsa_heads=4, hsa_kv_heads=1, hsa_head_dim=32, retrieval_dim=64,
+        embedding_std=0.125,  # with less, what a token is drowns in what the first layers say at random, and nothing is copied
     ),
     "mini": _MINI,
     "mini_moe": dataclasses.replace(_MINI, width=256, mlp_width=512, experts=8, experts_active=2, expert_width=192),

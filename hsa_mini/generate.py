@@ -63,25 +63,28 @@ def prefill(
     memory: ChunkMemory | None = None,
     *,
     lengths: torch.Tensor | None = None,
+    last: int = 1,
     segment: int = SEGMENT,
     progress: Callable[[int], None] | None = None,
 ) -> Output:
-    """Read ids [B, T] on top of `memory`; returns the last token's logits [B, 1, vocabulary] and the memory.
+    """Read ids [B, T] on top of `memory`; returns logits [B, last, vocabulary] of the last tokens, and the memory.
 
-    The lower decoder reads everything, in segments; the upper decoder only the last `upper_tail` tokens, on which the
-    last logits and every cache alone depend: exact, not an approximation. `progress(n)` is called as n tokens are read.
+    The lower decoder reads everything, in segments; the upper decoder only the last `upper_tail + last - 1` tokens, on which
+    these logits and every cache alone depend: exact, not an approximation. `progress(n)` is called as n tokens are read.
 
     `lengths` int64 [B]: texts of different lengths are padded in front with any ids, and this many of each row are its text.
     Chunks are counted from a text's own first token, so each is read by itself: nothing of it depends on the others. The
     retrievals returned are then those of the last tokens alone.
 
-    Raises ValueError as `HSAModel.forward` does, and for lengths or a segment out of range, before anything is read, and
+    Raises ValueError as `HSAModel.forward` does, and for lengths, last or segment out of range, before anything is read, and
     MemoryError that says how many tokens fit, before anything is allocated. Whatever cuts it short, the memory is as it was.
     """
     if not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment: got {segment!r}, accepted is an integer of at least 1")
     model.check_ids(ids, memory)
     texts = [row[-n:] for row, n in zip(ids, _counted(lengths, ids))]
+    if not isinstance(last, int) or not 1 <= last <= min(map(len, texts)):
+        raise ValueError(f"last: got {last!r}, accepted is an integer of 1 to {min(map(len, texts))}")
     memory = ChunkMemory(model.config) if memory is None else memory
     starts = memory.positions or [0] * len(ids)
     total = max(start + len(text) for start, text in zip(starts, texts)) + SEGMENT
@@ -91,10 +94,10 @@ def prefill(
     reader = memory.branch()
     reader.make_room(total, **room)
     if len(set(starts)) == len(set(map(len, texts))) == 1:
-        output = _read(model, ids[:, -len(texts[0]) :], reader, segment, progress)
+        output = _read(model, ids[:, -len(texts[0]) :], reader, last, segment, progress)
     else:
         rows = [reader.row(b) for b in range(len(ids))]
-        outputs = [_read(model, text[None], row, segment, progress) for text, row in zip(texts, rows)]
+        outputs = [_read(model, text[None], row, last, segment, progress) for text, row in zip(texts, rows)]
         reader.gather(rows)
         last = [[Retrieval(*(part[:, -1:] for part in retrieval)) for retrieval in output.aux.retrievals] for output in outputs]
         together = tuple(Retrieval(*map(torch.cat, zip(*retrievals))) for retrievals in zip(*last))
@@ -116,11 +119,11 @@ def _counted(lengths: torch.Tensor | None, ids: torch.Tensor) -> list[int]:
 
 
 def _read(
-    model: HSAModel, ids: torch.Tensor, memory: ChunkMemory, segment: int, progress: Callable[[int], None] | None
+    model: HSAModel, ids: torch.Tensor, memory: ChunkMemory, last: int, segment: int, progress: Callable[[int], None] | None
 ) -> Output:
     """`prefill` of texts of one length, into the memory given."""
     memory.unroll()
-    first = tail_start(model, memory.position + ids.shape[1])
+    first = tail_start(model, memory.position + ids.shape[1], last)
     if first > memory.position:  # the upper decoder starts afresh, behind what it has seen so far
         memory.upper = [None] * len(memory.upper)
         memory.block_queries = [None] * len(memory.block_queries)
@@ -134,12 +137,12 @@ def _read(
         if progress:
             progress(part.shape[1])
     hidden, retrievals = model.look_up(torch.cat(kept, dim=1), first, memory)
-    return Output(model.predict(hidden[:, -1:]), memory, Aux(retrievals))
+    return Output(model.predict(hidden[:, -last:]), memory, Aux(retrievals))
 
 
-def tail_start(model: HSAModel, tokens: int) -> int:
-    """The first position that the upper decoder must read so that everything after `tokens` tokens is exact."""
-    start = max(tokens - model.config.upper_tail, 0)
+def tail_start(model: HSAModel, tokens: int, last: int = 1) -> int:
+    """The first position that the upper decoder must read so that the `last` of `tokens` tokens and all after are exact."""
+    start = max(tokens - last + 1 - model.config.upper_tail, 0)
     return start - start % model.config.query_block
 
 

@@ -1,5 +1,6 @@
 """Where a measured number comes from: hardware, versions, commit, command. Written into every result."""
 
+import json
 import os
 import platform
 import shlex
@@ -9,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from .paths import write_whole
 
 
 def hardware(device: torch.device) -> str:
@@ -51,6 +54,12 @@ def command() -> str:
 
 def record(device: torch.device) -> dict:
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command()}
+
+
+def write_results(path: Path, device: torch.device, **tables: list) -> None:
+    """Tables of rows (dataclasses), and where they come from, as JSON; the file appears whole or not at all."""
+    result = record(device) | {name: [vars(row) for row in rows] for name, rows in tables.items()}
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def _read(path: str) -> str:

@@ -1,7 +1,6 @@
 """How the presets are trained: a recipe is a list of stages, and all of it is declared here."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .config import HSAConfig
 from .data.mixture import Mixture
@@ -25,7 +24,7 @@ class Stage:
     def config(self, preset: HSAConfig) -> HSAConfig:
         """The preset as this stage has it."""
         changes = {name: value for name in ("window", "top_k") if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(preset, **changes)
+        return replace(preset, **changes)
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,41 @@ class Recipe:
         """The same recipe in `steps` steps: every stage keeps its share."""
         ends = [round(steps * sum(s.steps for s in self.stages[: i + 1]) / self.steps) for i in range(len(self.stages))]
         shares = (last - first for first, last in zip([0, *ends], ends))
-        return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, steps=n) for s, n in zip(self.stages, shares)))
+        return replace(self, stages=tuple(replace(s, steps=n) for s, n in zip(self.stages, shares)))
 
 
-# Needles are learnt among 16 chunks, with noise; then they have to be found among those of the whole batch, 512. Plain text is
-# content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
+# Needles are learnt among 16 chunks, with noise; then they have to be found among thousands of texts that were read before.
+# Plain text is content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
 _ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
-_MINI = Recipe((_ALONE, dataclasses.replace(_ALONE, steps=3500, explore=False, crowd=0, text_weight=0.1)))
+_CROWD = replace(_ALONE, steps=4000, explore=False, crowd=4096, text_weight=0.1)
+_TASKS = Mixture(self_copy=0.3, needles=0.35, chains=0.25)
+# The five stages of the paper in small: warm-up (a short window, every chunk kept, mostly copies), sparse pre-training, longer
+# texts, annealing, and questions.
+_SMALL = Recipe(
+    (
+        replace(_ALONE, steps=500, window=64, top_k=16, mixture=Mixture(self_copy=0.6, needles=0.2, chains=0.1)),
+        replace(_ALONE, steps=1700, mixture=_TASKS),
+        replace(_CROWD, steps=400, batch=8, tokens=4096, mixture=_TASKS),
+        replace(_CROWD, steps=1400, mixture=_TASKS),
+        replace(_CROWD, steps=1000, mixture=Mixture(self_copy=0.1, needles=0.5, chains=0.35)),
+    ),
+    learning_rate=7e-4,
+)
+# For a processor. Copying is learnt from a single chunk, where nothing has to be retrieved yet; then, among more and more
+# chunks, which one it is; and at last to do with a few. The window stays below what is copied, or it would do the copying.
+_NANO = Recipe(
+    (
+        Stage(250, 32, 32, window=4, top_k=8, text_weight=0.1, mixture=Mixture(self_copy=1.0, needles=0.0, copy_least=16)),
+        Stage(100, 32, 64, window=8, top_k=8, text_weight=0.1, mixture=Mixture(self_copy=0.7, needles=0.3, copy_least=24)),
+        Stage(400, 16, 128, window=16, top_k=8, text_weight=0.1, mixture=Mixture(copy_least=32)),
+        Stage(650, 8, 256, text_weight=0.25, mixture=Mixture(copy_least=64)),
+    ),
+    learning_rate=5e-3,
+    warmup=30,
+)
 RECIPES = {
-    "nano": Recipe((Stage(steps=3000, batch=16, tokens=256, mixture=Mixture(copy_least=64)),), learning_rate=2e-3),
-    "mini": _MINI,
-    "mini_moe": _MINI,
+    "nano": _NANO,
+    "mini": Recipe((_ALONE, _CROWD)),
+    "mini_moe": Recipe((replace(_ALONE, mixture=_TASKS), replace(_CROWD, mixture=_TASKS))),
+    "small_moe": _SMALL,
 }

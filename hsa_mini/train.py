@@ -31,6 +31,7 @@ from .recipes import RECIPES, Recipe, Stage
 from .replay import Replay
 
 LOG = "log.csv"
+SHIPPED_BYTES = 15 << 20  # of a file of weights: a repository's files are at most 16 MiB
 COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance", "learning_rate", "seconds")
 
 
@@ -96,7 +97,7 @@ def train(
     seconds = seconds_before + time.monotonic() - began
     how = {**provenance.record(device), "seed": seed, "seconds": round(seconds, 1), "recipe": dataclasses.asdict(recipe)}
     texts = {LOG: (run / LOG).read_text(), "training.json": json.dumps(how, indent=1) + "\n"}
-    save_model(model, run / "final", dtype=torch.bfloat16, texts=texts)
+    save_model(model, run / "final", dtype=torch.bfloat16, texts=texts, shard_bytes=SHIPPED_BYTES)
     return model
 
 

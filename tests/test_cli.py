@@ -37,6 +37,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.evaluate.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.perplexity.load_corpus", word_corpus)
     Path("good.txt").write_text(words(3000), encoding="utf-8")
     Path("short.txt").write_text("a few words", encoding="utf-8")
     Path("empty.txt").write_text("", encoding="utf-8")
@@ -124,6 +125,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--lengths", "4096", "0"], "--lengths: got 0, accepted is 1 to 1073741824"),
     (["eval", "model", "--lengths", "4k"], "--lengths: got '4k', accepted is an integer"),
     (["eval", "model", "--samples", "0"], "--samples: got 0, accepted is 1"),
+    (["eval", "model", "--jobs", "0"], "--jobs: got 0, accepted is 1 to 64"),
     (["eval", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
     (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah'?, '?mq_niah'?, '?vt"),
     (["eval", "model", "--distractors", "-1"], "--distractors: got -1, accepted is 0 to 10000"),
@@ -132,6 +134,11 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--border", "4"], "unrecognized arguments: 4"),
     (["eval", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
     (["eval"], "the following arguments are required: checkpoint"),
+    (["perplexity", "model", "--lengths", "1024", "511"], "--lengths: got 511, accepted is 512 to 1073741824"),
+    (["perplexity", "model", "--stretches", "0"], "--stretches: got 0, accepted is 1"),
+    (["perplexity", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
+    (["perplexity", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
+    (["perplexity"], "the following arguments are required: checkpoint"),
     (["plan", "huge"], "preset: got 'huge', accepted are debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b"),
     (["plan"], "the following arguments are required: preset"),
     (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),
@@ -165,6 +172,8 @@ DEARER = [  # a model or a text has to be opened
     (["eval", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
     (["eval", CORRUPTED], f"checkpoint: {CORRUPTED}/model.safetensors does not match"),
     (["eval", "model", "--lengths", "100"], "--lengths: got 100, accepted is 266 to 1073741824"),
+    (["perplexity", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
+    (["perplexity", "model", "--lengths", "900000"], r"lengths: got 900000, accepted is 512 to \d+ \(of the validation split\)"),
 ]
 
 
@@ -295,6 +304,10 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
         status, out, _ = call(capfd, "eval", "own", *options)
         result = json.loads((data / "results" / f"own_{task}_3_distractors_border.json").read_text())
         assert status == 0 and [row["control"] for row in result["control_rows"]] == ["absent", "shuffled"]
+    status, out, _ = call(capfd, "perplexity", "own", "--lengths", "700", "600", "--stretches", "2")
+    rows = json.loads((data / "results" / "own_perplexity.json").read_text())["rows"]
+    assert status == 0 and [row["tokens"] for row in rows] == [600, 700]
+    assert all(f"perplexity {row['perplexity']:.2f}" in out and len(row["losses"]) == 2 for row in rows)
     monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))
     status, out, err = call(capfd, "eval", "own")
     assert (status, out, err.count("\n")) == (2, "", 1) and "HSA_MINI_DATA" in err
@@ -419,7 +432,7 @@ def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
     assert (process.returncode, out) == (2, "") and err.count("\n") == 1 and "--tokens: got 12" in err
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "train", "eval", "plan", "fetch"])
+@pytest.mark.parametrize("command", ["demo", "generate", "train", "eval", "perplexity", "plan", "fetch"])
 def test_help_explains_every_option(capfd, command):
     status, out, err = call(capfd, command, "--help")
     assert (status, err) == (0, "")

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
-from hsa_mini import evaluate
+from hsa_mini import HSAModel, evaluate
 from hsa_mini.data.mixture import Mixture, TrainingBatches
 from hsa_mini.data.needles import ask, draw_needles
 from hsa_mini.data.sentences import encode
 from hsa_mini.data.tasks import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
 from hsa_mini.demo import find_needle
 from hsa_mini.evaluate import (
-    CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval, write_results,
+    CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval,
 )  # fmt: skip
 from hsa_mini.generate import generate
+from hsa_mini.provenance import write_results
 
 S = TINY.chunk_size
 PROBLEMS = {task: draw(np.random.default_rng(0)) for task, draw in TASKS.items()}
@@ -226,19 +227,31 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
     model, encoded = short
     monkeypatch.setattr(evaluate, "SHARED_FROM", LEAST + 300)
     seen = []
-    options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=lambda tokens: 3 if tokens == LEAST else 2)
+    options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=2)
     rows, controls = evaluate.evaluate(model, task, **options, report=seen.append)
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
-        (LEAST, 0.0, 3), (LEAST, 1.0, 3), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
+        (LEAST, 0.0, 2), (LEAST, 1.0, 2), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
     ]  # fmt: skip
     assert [(row.tokens, row.control, row.samples) for row in controls] == [
-        (LEAST, "absent", 3), (LEAST, "shuffled", 3), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
+        (LEAST, "absent", 2), (LEAST, "shuffled", 2), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
     ]  # fmt: skip
     assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
-    assert encoded == [LEAST] * 12 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
+    assert encoded == [LEAST] * 8 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
     assert all(0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples for row in rows + controls)
     assert (rows, controls) == evaluate.evaluate(model, task, **options)
+
+
+def tiny_of_its_own() -> HSAModel:
+    """In another process: the model, and words for a corpus."""
+    evaluate.load_corpus = word_corpus
+    return tiny()
+
+
+def test_lengths_side_by_side_are_those_one_after_the_other(short):
+    options = dict(lengths=(LEAST + 300, LEAST), depths=(0.0, 1.0), samples=2)
+    together = evaluate.evaluate_side_by_side(tiny_of_its_own, "s_niah", jobs=2, **options)
+    assert together == evaluate.evaluate(short[0], "s_niah", **options)
 
 
 @every_task
@@ -246,7 +259,7 @@ def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
     model, seen = short[0], []
     monkeypatch.setattr(evaluate, "place", lambda *args, **options: seen.append(options) or place(*args, **options))
     tokens = LEAST + 70 * 2 * 22
-    evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=lambda _: 1, distractors=64, border=True)
+    evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=1, distractors=64, border=True)
     assert [(options["depth"], options["absent"]) for options in seen] == [(0.3, False), (0.5, True), (0.5, False), (0.5, False)]
     assert all(options["border"] and options["tokens"] == tokens for options in seen)
 
@@ -255,7 +268,7 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     seeds, default_rng = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
     TrainingBatches(Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[0]
-    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=lambda tokens: 1, seed=1)
+    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)
     assert len({seed[0] for seed in seeds}) == len(seeds) == 3
 
@@ -278,7 +291,7 @@ def test_wrong_arguments(short, options, message):
 def test_text_that_is_repeated_is_said_to_be(short):
     model, _ = short
     tokens = len(word_tokens(seed="validation")) + 500
-    rows, _ = evaluate.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=lambda tokens: 1)
+    rows, _ = evaluate.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=1)
     assert [(row.tokens, row.distinct_tokens) for row in rows] == [(tokens, tokens - 500)]
 
 
@@ -319,14 +332,18 @@ def test_wilson_interval_solves_its_equation(samples, data):
         assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / samples, abs=1e-12)
 
 
-ROWS = [Row(4096, 0.5, 10, 9, 10, 4096, 1)], [ControlRow(4096, 0.5, 10, 0, 2, 4096, 1, "absent")]
+TABLES = {
+    "rows": [Row(4096, 0.5, 10, 9, 10, 4096, 1)],
+    "control_rows": [ControlRow(4096, 0.5, 10, 0, 2, 4096, 1, "absent")],
+}
 
 
 def test_results_say_where_they_come_from(tmp_path):
-    write_results(tmp_path / "new" / "results.json", *ROWS, torch.device("cpu"))
+    write_results(tmp_path / "new" / "results.json", torch.device("cpu"), **TABLES)
     result = json.loads((tmp_path / "new" / "results.json").read_text())
     assert {"hardware", "versions", "commit", "command", "rows", "control_rows"} == result.keys()
-    assert [Row(**row) for row in result["rows"]] == ROWS[0] and [ControlRow(**row) for row in result["control_rows"]] == ROWS[1]
+    assert [Row(**row) for row in result["rows"]] == TABLES["rows"]
+    assert [ControlRow(**row) for row in result["control_rows"]] == TABLES["control_rows"]
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -340,5 +357,5 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"hsa_mini.paths.os.{name}", fail)
             with pytest.raises(KeyboardInterrupt):
-                write_results(path, *ROWS, torch.device("cpu"))
+                write_results(path, torch.device("cpu"), **TABLES)
         assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]

@@ -38,6 +38,19 @@ def test_prefill_equals_the_full_forward_pass_and_so_does_what_is_decoded_after_
             assert_close(steps(model, output, ids[:, T:]), want, bound)
 
 
+@every_dense_option
+@torch.no_grad()
+def test_logits_of_several_last_tokens_are_those_of_the_full_forward_pass(option):
+    model, ids = build(option, torch.float64), text(100)
+    whole, memory = model(ids).logits, prefill(model, ids[:, :45], segment=16).memory
+    for last in (2, 33, 55):
+        assert_close(prefill(model, ids, last=last, segment=16).logits, whole[:, -last:], 1e-10)
+        assert_close(prefill(model, ids[:, 45:], memory.branch(), last=last).logits, whole[:, -last:], 1e-10)
+    lengths = torch.tensor([100, 60])
+    ragged = prefill(model, ids, lengths=lengths, last=20).logits
+    assert_close(ragged[1:], model(ids[1:, 40:]).logits[:, -20:], 1e-10)
+
+
 @every_option
 @torch.no_grad()
 def test_segments_of_any_length_give_the_same_logits_in_float32(option):
@@ -360,6 +373,13 @@ def test_wrong_arguments_are_refused_before_anything_is_read(options, message):
         assert "\n" not in str(caught.value) and memory.position == 40
     got = model.generate(ids[:, 40:], max_new_tokens=3, memory=memory).ids  # as if nothing had happened
     assert torch.equal(got, model.generate(ids, max_new_tokens=3).ids)
+
+
+@torch.no_grad()
+def test_no_more_logits_than_tokens():
+    for last in (0, 41, 1.0):
+        with pytest.raises(ValueError, match=f"^last: got {last}, accepted is an integer of 1 to 40"):
+            prefill(build(), text(58), lengths=torch.tensor([40, 58]), last=last)
 
 
 @torch.no_grad()

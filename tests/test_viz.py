@@ -20,7 +20,8 @@ pytest.importorskip("matplotlib")
 import ipywidgets  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show, widgets  # noqa: E402
+from hsa_mini.evaluate import Row, wilson_interval  # noqa: E402
+from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, results, show, widgets  # noqa: E402
 
 PNG = b"\x89PNG\r\n"
 WORDS = "the code is 7 birds sing at dawn what is the code".split()
@@ -192,7 +193,7 @@ def test_pyplot_is_never_loaded():
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode == 0
 
 
-@pytest.mark.parametrize("module", [plots, widgets], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [plots, results, widgets], ids=lambda module: module.__name__)
 def test_viz_computes_nothing_of_its_own(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -295,3 +296,56 @@ def test_crossover_draws_what_was_measured_and_says_from_where_on_hsa_is_faster(
 @pytest.mark.parametrize("tokens, name", [(512, "512"), (4096, "4K"), (1 << 20, "1M"), (3 << 19, "1.5M"), (16 << 20, "16M")])
 def test_length_name(tokens, name):
     assert plots.length_name(tokens) == name
+
+
+# ---- results
+
+
+def row(tokens, depth, right, asked=10):
+    return Row(tokens, depth, asked, right, right, tokens, 1)
+
+
+ROWS = [row(4096, 0.0, 10), row(4096, 1.0, 9), row(65536, 0.0, 3), row(65536, 0.0, 1)]
+
+
+def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
+    ax = axes()
+    results.heat_map(ax, ROWS, at=(65536, 0.0))
+    cells = {text.get_position(): text.get_text() for text in ax.texts}
+    assert cells == {(0, 0): "10 of 10\n72-100%", (0, 1): "9 of 10\n60-98%", (1, 0): "4 of 20\n8-42%", (1, 1): "-"}
+    shares = ax.images[0].get_array()
+    assert shares[:, 0].tolist() == [1.0, 0.9] and shares[0, 1] == 0.2 and shares.mask[1, 1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "64K"]
+    assert [patch.get_xy() for patch in ax.patches] == [(0.5, -0.5)]
+
+
+def test_curves_stand_at_the_share_with_its_interval_and_beside_what_was_published():
+    ax = axes()
+    results.length_curves(ax, {"ours": ROWS}, published=[(100, 100)] * 6 + [(75, 75)])
+    (bars,) = ax.containers
+    assert bars.lines[0].get_xydata().tolist() == [[4096, 95], [65536, 20]]
+    drawn = [segment[:, 1] / 100 for segment in bars.lines[2][0].get_segments()]
+    assert np.allclose(drawn, [wilson_interval(19, 20), wilson_interval(4, 20)])
+    (paper,) = [line for line in ax.lines if "paper" in line.get_label()]
+    assert paper.get_xydata()[-1].tolist() == [1 << 24, 75]
+
+
+def test_curves_of_several_names_do_not_hide_each_other_and_a_range_is_a_band():
+    ax = axes()
+    results.length_curves(ax, {"one": ROWS, "two": ROWS}, published=[(94, 100)] * 7)
+    one, two = (bars.lines[0].get_xdata()[0] for bars in ax.containers)
+    assert one < 4096 < two < 1.1 * one
+    assert [band.get_label() for band in ax.collections if "paper" in str(band.get_label())]
+
+
+def test_counts_are_marks_with_their_numbers():
+    ax = axes()
+    results.count_marks(ax, {"asked": (9, 10), "shuffled": (0, 70), "nobody": (0, 0)})
+    assert texts(ax) == ["9 of 10   60-98%", "0 of 70   0-5%", "0 of 0   0-100%"]
+    assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"] == [[90.0], [0.0]]
+
+
+def test_the_context_curve_is_what_is_gained_over_the_first_length():
+    ax = axes()
+    results.context_curve(ax, [1024, 4096], [[3.0, 2.0], [5.0, 5.5]])
+    assert [line.get_ydata().tolist() for line in ax.lines[:3]] == [[0, 1], [0, -0.5], [0, 0.25]]

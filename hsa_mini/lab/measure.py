@@ -81,9 +81,7 @@ def _tails(model: HSAModel, scale: Scale, texts: list[np.ndarray]) -> Iterator[t
     """Logits float32 [B, tail, vocabulary] and targets [B, tail] of the last tokens of texts of one length."""
     for few in _at_once(texts, len(texts[0])):
         ids = torch.from_numpy(np.stack(few).astype(np.int64)).to(model.norm.weight.device)
-        first = ids.shape[1] - scale.tail - 1  # the token that predicts the first target
-        memory = prefill(model, ids[:, :first]).memory
-        yield model(ids[:, first:-1], memory).logits.float(), ids[:, -scale.tail :]
+        yield prefill(model, ids[:, :-1], last=scale.tail).logits.float(), ids[:, -scale.tail :]
 
 
 def _at_once(texts: list, tokens: int) -> Iterator[list]:
