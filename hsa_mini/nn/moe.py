@@ -51,17 +51,18 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(0, -2)  # [M, C]
+        shared = self.shared(x)
+        tokens, dtype = x.flatten(0, -2), shared.dtype  # [M, C]; autocast knows linear maps, but no grouped ones
         ends, rows, places, gates = ops.dispatch(self.router(tokens), self.bias, self.active)
         if self.training:
             counts = ends.long().diff(prepend=ends.new_zeros(1))
             self.asked = counts if self.asked is None else self.asked + counts
-        up, gate = grouped_mm(tokens[rows], self.up_and_gate.to(tokens.dtype), offs=ends).chunk(2, dim=-1)
-        results = grouped_mm(up * silu(gate), self.down.to(tokens.dtype), offs=ends)
+        up, gate = grouped_mm(tokens.to(dtype)[rows], self.up_and_gate.to(dtype), offs=ends).chunk(2, dim=-1)
+        results = grouped_mm(up * silu(gate), self.down.to(dtype), offs=ends)
         # gather back and sum: adding rows by index is slower on a GPU and not deterministic
         back = results[places]  # [M, A, C]
         mixed = torch.einsum("mac,ma->mc", back, gates.to(back.dtype))
-        return self.shared(x) + mixed.reshape(x.shape)
+        return shared + mixed.reshape(x.shape)
 
     def statistics(self) -> RouterStatistics:
         asked = torch.zeros_like(self.bias) if self.asked is None else self.asked
