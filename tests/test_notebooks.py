@@ -19,6 +19,7 @@ from helpers import assert_close, random, random_choice
 from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
 from hsa_kernels.chunk_attention import _is_by_chunk
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
+from hsa_mini.evaluate import wilson_interval
 from hsa_mini.generate import prefill
 from hsa_mini.nn.moe import MoE
 from hsa_mini.nn.rope import apply_rope, rope_table
@@ -455,6 +456,12 @@ def _parameters(ours):
 def _decode_flop(ours):
     for name, tokens in (("ul_8b_a1b", 1 << 24), ("ul_8b_a1b", 1000), ("ul_0_5b", 1 << 20)):
         assert sum(ours(PRESETS[name], tokens).values()) == pytest.approx(plan(name, tokens).decode_flops_per_token, rel=0.01)
+
+
+@twin("12_sixteen_million", "wilson")
+def _wilson(ours):
+    for right, asked in ((0, 7), (3, 10), (99, 100), (100, 100)):
+        assert ours(right, asked) == pytest.approx(wilson_interval(right, asked), abs=1e-12)
 
 
 @pytest.mark.parametrize("notebook, name, check", TWINS)
