@@ -1,6 +1,6 @@
 # Every target works as the first command after `git clone`, with Python 3.11 to 3.14 and make alone.
 #   PYTHON=/path/to/python3.12   which Python builds .venv (the first good one by default)
-#   ARGS="..."                   handed on to the command of lab, demo, bench or train
+#   ARGS="..."                   handed on to the command of lab, demo, bench, train or lab-runs
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -10,7 +10,7 @@ ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(sort $(wildcard notebooks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test test-gpu test-browser notebooks bench train clean
+.PHONY: help setup lab demo test test-gpu test-browser notebooks bench train lab-runs clean
 
 help: ## List the targets
 	@echo 'make <target> [ARGS="..."] [PYTHON=/path/to/python3]'
@@ -53,6 +53,9 @@ bench: $(READY) ## Time the operations on the device that is there
 
 train: setup ## Train the mini model (minutes on a GPU), or go on where it was cut off
 	$(PY) -m hsa_mini train mini $(ARGS)
+
+lab-runs: setup ## Train and measure the variants of the laboratory that have no result yet (on a GPU)
+	$(PY) -m hsa_mini lab $(ARGS)
 
 clean: ## Remove .venv, out/ and what builds and tests left behind
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis

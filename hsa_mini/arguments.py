@@ -26,6 +26,20 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is a number") from None
 
 
+def integers(name: str, text: str) -> list[int]:
+    """Integers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: got {text[:80]!r}, accepted are integers with commas between them") from None
+
+
+def check_choices(name: str, given: list[str], accepted) -> None:
+    for word in given:
+        if word not in accepted:
+            raise ValueError(f"{name}: got {word[:80]!r}, accepted are {', '.join(accepted)}")
+
+
 def check_range(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:  # nan is in no range
         raise ValueError(f"{name}: got {value}, accepted is {least} to {most}")

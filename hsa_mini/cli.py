@@ -1,4 +1,4 @@
-"""The command line: `python -m hsa_mini demo|generate|train|eval|perplexity|plan|fetch`. What is wrong is said in one line, with status 2."""
+"""The command line: `python -m hsa_mini demo|generate|train|eval|perplexity|lab|plan|fetch`. What is wrong is said in one line, with status 2."""
 
 import json
 import logging
@@ -7,7 +7,9 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from .arguments import Parser, check_length, check_range, choose_device, integer, number, read_model
+from .arguments import (
+    Parser, check_choices, check_length, check_range, choose_device, integer, integers, number, read_model,
+)  # fmt: skip
 from .config import MOST_TOKENS, PRESETS
 from .paths import check_writable, data_dir, write_whole
 from .report import printable, report
@@ -37,7 +39,7 @@ def main(words: list[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     parser = Parser(prog="hsa-mini", description="Hierarchical Sparse Attention: find needles, continue a text, train, evaluate, plan.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|generate|train|eval|perplexity|plan|fetch")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="demo|generate|train|eval|perplexity|lab|plan|fetch")
 
     demo = commands.add_parser("demo", help="find one needle in a long text")
     demo.add_argument("--tokens", type=integer, default=1_048_576, help="length of the haystack (default 1,048,576; at least 1,024)")
@@ -85,6 +87,15 @@ def build_parser() -> Parser:
         command.add_argument("--seed", type=integer, default=1)
         command.add_argument("--out", type=Path, metavar="FILE", help=f"default: data/results/{results}.json")
 
+    lab = commands.add_parser("lab", help="train and measure variants of the mechanism, and judge the paper's claims; goes on where it was")
+    lab.add_argument("--arms", metavar="A,B", help="which variants (default: all)")
+    lab.add_argument("--seeds", default="0,1,2", metavar="0,1", help="each is a run of every arm (default 0,1,2)")
+    lab.add_argument("--steps", type=integer, help="instead of the recipe's; shorter runs are no evidence for a claim")
+    lab.add_argument("--jobs", type=integer, help="runs at once (default: 3 on a GPU, which share it, else 1)")
+    lab.add_argument("--scale", default="lab", help="lab, or tiny: seconds on a processor, to try it (default lab)")
+    lab.add_argument("--out", type=Path, metavar="FILE", help="one line of JSON a run (default data/results/lab.jsonl)")
+    lab.set_defaults(command=run_lab)
+
     plan = commands.add_parser("plan", help="what a model costs at a length: parameters, bytes, FLOP; makes nothing")
     plan.add_argument("preset", help=f"which model: {', '.join(PRESETS)}")
     plan.add_argument("--tokens", type=integer, default=1_048_576, help="length of the text (default 1,048,576)")
@@ -92,7 +103,7 @@ def build_parser() -> Parser:
 
     for command in (demo, plan):
         command.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or to standard output")
-    for command in (demo, generate, train, evaluate, perplexity):
+    for command in (demo, generate, train, evaluate, perplexity, lab):
         command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
     fetch = commands.add_parser("fetch", help="fetch the corpora (plays and poems, code, documentation) into the cache")
@@ -275,6 +286,31 @@ def results_path(out: Path | None, name: str) -> Path:
     path = data_dir() / "results" / f"{name}.json" if out is None else out
     check_writable("--out", path)
     return path
+
+
+def run_lab(arguments) -> int:
+    from .lab.arms import ARMS, SCALES
+    from .lab.claims import judge, table
+    from .lab.harness import read_records, run_missing
+
+    arms = list(ARMS) if arguments.arms is None else arguments.arms.split(",")
+    check_choices("--arms", arms, ARMS)
+    check_choices("--scale", [arguments.scale], SCALES)
+    seeds = integers("--seeds", arguments.seeds)
+    for seed in seeds:
+        check_range("--seeds", seed, 0, MOST_SEED)
+    check_range("--steps", 1 if arguments.steps is None else arguments.steps, 1, 10**9)
+    path = arguments.out or data_dir() / "results" / "lab.jsonl"
+    check_writable("--out", path)
+    device = choose_device(arguments.device)
+    jobs = (3 if device.type == "cuda" else 1) if arguments.jobs is None else arguments.jobs
+    check_range("--jobs", jobs, 1, 64)
+    options = dict(scale=arguments.scale, steps=arguments.steps, jobs=jobs)
+    count = run_missing(arms, seeds, path=path, device=device, **options)
+    print(f"{count} runs were missing and are now in {path}")
+    if arguments.scale == "lab" and arguments.steps is None:
+        print(table(judge(read_records(path))))
+    return 0
 
 
 def run_plan(arguments) -> int:

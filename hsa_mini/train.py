@@ -70,15 +70,9 @@ def train(
         restore(tensors, model, optimizer, past)
     log = Log(run / LOG, start)
 
-    steps_of = {
-        stage: Replay(partial(train_step, shared(model, stage.config(model.config)), optimizer, recipe, stage, past))
-        for stage in set(recipe.stages)
-    }
+    steps_of = recorded_steps(model, optimizer, recipe, past)
     workers = min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
-    loader = DataLoader(
-        StagedBatches(recipe, seed), batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
-        pin_memory=device.type == "cuda", prefetch_factor=8 if workers else None,
-    )  # fmt: skip
+    loader = load(StagedBatches(recipe, seed), range(start, recipe.steps), workers=workers, device=device)
     began = saved = time.monotonic()
     step = start
 
@@ -88,11 +82,7 @@ def train(
 
     with tqdm(total=recipe.steps, initial=start, desc=f"training {name}", unit="step", mininterval=0.5) as bar:
         for batch in loader:
-            # not blocking: a copy that waited would leave the GPU without work at every step
-            ids, parts = (part.to(device, non_blocking=True) for part in batch)
-            rate = torch.full((), recipe.rate(step), device=device)
-            noise = torch.full((), noise_seed(seed, step), device=device)
-            figures = steps_of[recipe.stage(step)](ids, parts, rate, noise)
+            figures = take_step(steps_of, recipe, seed, step, batch, device)
             step += 1
             bar.update()
             if step % log_every == 0 or step == recipe.steps:
@@ -109,6 +99,31 @@ def train(
     texts = {LOG: (run / LOG).read_text(), "training.json": json.dumps(how, indent=1) + "\n"}
     save_model(model, run / "final", dtype=torch.bfloat16, texts=texts, shard_bytes=SHIPPED_BYTES)
     return model
+
+
+def recorded_steps(model: HSAModel, optimizer: torch.optim.Optimizer, recipe: Recipe, past: Past) -> dict[Stage, Replay]:
+    """`train_step` of every stage of the recipe, for the window and K of that stage."""
+    return {
+        stage: Replay(partial(train_step, shared(model, stage.config(model.config)), optimizer, recipe, stage, past))
+        for stage in set(recipe.stages)
+    }
+
+
+def load(batches: Dataset, steps: range, *, workers: int, device: torch.device) -> DataLoader:
+    """The batches of `steps`, in order, drawn ahead by so many processes (0: by this one, when they are asked for)."""
+    return DataLoader(
+        batches, batch_size=None, sampler=steps, num_workers=workers,
+        pin_memory=device.type == "cuda", prefetch_factor=8 if workers else None,
+    )  # fmt: skip
+
+
+def take_step(steps_of: dict[Stage, Replay], recipe: Recipe, seed: int, step: int, batch, device: torch.device):
+    """Train on the `batch` of `step`, counted from 0; the figures of `train_step`, to be read before the next one."""
+    # not blocking: a copy that waited would leave the GPU without work at every step
+    ids, parts = (part.to(device, non_blocking=True) for part in batch)
+    rate = torch.full((), recipe.rate(step), device=device)
+    noise = torch.full((), noise_seed(seed, step), device=device)
+    return steps_of[recipe.stage(step)](ids, parts, rate, noise)
 
 
 class StagedBatches(Dataset):
@@ -132,7 +147,7 @@ def noise_seed(seed: int, step: int) -> int:
 
 def shared(model: HSAModel, config: HSAConfig) -> HSAModel:
     """A model of another window or K that has the same parameters: training one trains both."""
-    twin = HSAModel(config, device="meta").train(model.training)
+    twin = type(model)(config, device="meta").train(model.training)
     twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     return twin
 

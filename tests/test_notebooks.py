@@ -21,6 +21,7 @@ from hsa_kernels.chunk_attention import _is_by_chunk
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.crowd import Crowd, Past
 from hsa_mini.data.mixture import COPY, TEXT
+from hsa_mini.evaluate import wilson_interval
 from hsa_mini.generate import prefill
 from hsa_mini.nn.moe import MoE
 from hsa_mini.nn.rope import apply_rope, rope_table
@@ -485,6 +486,12 @@ def _in_a_crowd(ours):
     crowd, old = Crowd(memory, model.encoder, past).landmarks, model.encoder.landmarks(past.stores[2][None])
     for j in range(PRESETS["debug"].retrieval_heads):
         assert torch.equal(ours(memory.landmarks[:, :, j], old[0, :, j]), crowd[:, :, j])
+
+
+@twin("12_sixteen_million", "wilson")
+def _wilson(ours):
+    for right, asked in ((0, 7), (3, 10), (99, 100), (100, 100)):
+        assert ours(right, asked) == pytest.approx(wilson_interval(right, asked), abs=1e-12)
 
 
 @pytest.mark.parametrize("notebook, name, check", TWINS)

@@ -317,6 +317,9 @@ def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
     assert shares[:, 0].tolist() == [1.0, 0.9] and shares[0, 1] == 0.2 and shares.mask[1, 1]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "64K"]
     assert [patch.get_xy() for patch in ax.patches] == [(0.5, -0.5)]
+    small = axes()
+    results.heat_map(small, ROWS, brief=True)
+    assert texts(small) == ["10/10", "4/20", "9/10", "-"] and len(small.figure.axes) == len(ax.figure.axes) - 1
 
 
 def test_curves_stand_at_the_share_with_its_interval_and_beside_what_was_published():

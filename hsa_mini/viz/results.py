@@ -13,10 +13,11 @@ from ..evaluate import LENGTHS, Row, by_length, wilson_interval
 from .plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, RED, length_name
 
 
-def heat_map(ax: Axes, rows: Sequence[Row], *, at: tuple[int, float] | None = None) -> None:
+def heat_map(ax: Axes, rows: Sequence[Row], *, at: tuple[int, float] | None = None, brief: bool = False) -> None:
     """Lengths from left to right, depths from top to bottom; a cell says how many were right, and the interval in percent.
 
-    at: (tokens, depth) of a cell to frame. Length and depth that nobody asked for together stay grey, with a dash.
+    at: (tokens, depth) of a cell to frame. brief: neither intervals nor a colour bar, for several maps side by side.
+    Length and depth that nobody asked for together stay grey, with a dash.
     """
     lengths, depths = sorted({row.tokens for row in rows}), sorted({row.depth for row in rows})
     counts = np.zeros((2, len(depths), len(lengths)))  # right, asked
@@ -27,16 +28,17 @@ def heat_map(ax: Axes, rows: Sequence[Row], *, at: tuple[int, float] | None = No
     image = ax.imshow(shares, cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for y, x in np.ndindex(shares.shape):
         right, asked = (int(count) for count in counts[:, y, x])
-        text = f"{right} of {asked}\n{percent_interval(right, asked)}" if asked else "-"
+        text = f"{right}/{asked}" if brief else f"{right} of {asked}\n{percent_interval(right, asked)}"
         ink = INK if not asked or shares[y, x] > 0.5 else "white"
-        ax.text(x, y, text, ha="center", va="center", fontsize=8, color=ink, linespacing=1.1)
+        ax.text(x, y, text if asked else "-", ha="center", va="center", fontsize=8, color=ink, linespacing=1.1)
     if at is not None:
         corner = lengths.index(at[0]) - 0.5, depths.index(at[1]) - 0.5
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=3, zorder=3))
     ax.set_xticks(range(len(lengths)), [length_name(tokens) for tokens in lengths])
     ax.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
     ax.set(xlabel="tokens", ylabel="depth")
-    ax.figure.colorbar(image, ax=ax, label="share right", pad=0.01, fraction=0.03)
+    if not brief:
+        ax.figure.colorbar(image, ax=ax, label="share right", pad=0.01, fraction=0.03)
 
 
 def length_curves(ax: Axes, curves: dict[str, Sequence[Row]], *, published: Sequence[tuple[float, float]] = ()) -> None:
@@ -54,7 +56,7 @@ def length_curves(ax: Axes, curves: dict[str, Sequence[Row]], *, published: Sequ
         ax.errorbar([entry["tokens"] * shift for entry in table], shares, (below, above), label=name, **options)
     if published:
         low, high = zip(*published)
-        name = "paper, 8B: from a reading of its Figure 4"
+        name = "paper's 8B (its Figure 4)"
         if low == high:
             ax.plot(LENGTHS, low, color=GREY, marker="D", fillstyle="none", linestyle=":", label=name)
         else:
@@ -64,7 +66,7 @@ def length_curves(ax: Axes, curves: dict[str, Sequence[Row]], *, published: Sequ
     ax.set_xticks(shown, [length_name(tokens) for tokens in shown])
     ax.minorticks_off()
     ax.set(xlabel="tokens", ylabel="percent right", ylim=(-3, 106))
-    ax.legend(frameon=False, fontsize=10, loc="lower left")
+    ax.legend(frameon=False, fontsize=10, loc="best")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -75,8 +77,8 @@ def count_marks(ax: Axes, counts: dict[str, tuple[int, int]]) -> None:
         ax.plot([100 * low, 100 * high], [y, y], color=BLUE, linewidth=2, marker="|", markersize=10)
         if asked:
             ax.plot(100 * right / asked, y, color=BLUE, marker="o", markersize=8)
-        ax.text(103, y, f"{right} of {asked}   {percent_interval(right, asked)}", va="center", fontsize=10, color=INK)
-    ax.set(xlim=(-2, 100), ylim=(len(counts) - 0.4, -0.6), xlabel="percent right, with its 95% interval")
+        ax.text(105, y, f"{right} of {asked}   {percent_interval(right, asked)}", va="center", fontsize=10, color=INK)
+    ax.set(xlim=(-2, 102), ylim=(len(counts) - 0.4, -0.6), xlabel="percent right, with its 95% interval")
     ax.set_yticks(range(len(counts)), counts)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -92,7 +94,7 @@ def context_curve(ax: Axes, lengths: Sequence[int], losses) -> None:
     ax.set_xticks(lengths, [length_name(tokens) for tokens in lengths])
     ax.minorticks_off()
     ax.set(xlabel="tokens read", ylabel="nats gained a token")
-    ax.legend(frameon=False, fontsize=10, loc="upper left")
+    ax.legend(frameon=False, fontsize=10, loc="best")
     ax.spines[["top", "right"]].set_visible(False)
 
 

@@ -1,0 +1,100 @@
+"""One run: an arm is trained from nothing with one seed, and measured. Nothing is kept of it but a record."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import Dataset
+
+from ..crowd import Past
+from ..data.mixture import NONE
+from ..model import HSAModel
+from ..recipes import Recipe, Stage
+from ..train import COLUMNS, StagedBatches, load, make_optimizer, recorded_steps, take_step
+from .arms import Arm, Scale
+from .measure import measure
+
+FIGURES = COLUMNS[1:8]  # of a training step
+POINTS = 40  # of the curves that a record keeps
+LAST = 4  # of them make the final figures
+
+
+def run(
+    arm: Arm,
+    scale: Scale,
+    seed: int,
+    *,
+    device: torch.device,
+    steps: int | None = None,
+    workers: int = 0,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> dict:
+    """Train and measure `arm`; everything that JSON can say about it. `progress(n)` is called as n steps are given to the device.
+
+    Figures that are not finite, of a training that went wrong, are None.
+    """
+    began = time.monotonic()
+    recipe = arm.recipe(scale, steps)
+    torch.manual_seed(seed)
+    model = arm.model(arm.config(scale)).to(device).train()
+    curve = _train(model, recipe, PackedBatches(recipe, seed, arm.packed), seed, device, workers, progress)
+    trained = time.monotonic()
+    if device.type == "cuda":
+        model.bfloat16()
+    found = measure(model.eval(), scale)
+    return {
+        "arm": arm.name,
+        "seed": seed,
+        "settings": arm.settings(scale, steps),
+        **arm.parameters(scale),
+        "seconds": {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)},
+        "final": {name: _finite(sum(values[-LAST:]) / len(values[-LAST:])) for name, values in curve.items() if name != "step"},
+        "curve": {name: [_finite(value) for value in values] for name, values in curve.items()},
+        "found": {name: [{key: _finite(x) for key, x in row.items()} for row in rows] for name, rows in found.items()},
+    }
+
+
+def _train(
+    model: HSAModel, recipe: Recipe, batches: Dataset, seed: int, device: torch.device, workers: int, progress: Callable[[int], None]
+) -> dict[str, list[float]]:
+    """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
+    optimizer, past = make_optimizer(model, recipe), Past(recipe.crowd)
+    steps_of = recorded_steps(model, optimizer, recipe, past)
+    every = max(recipe.steps // POINTS, 1)
+    curve: dict[str, list[float]] = {name: [] for name in ("step", *FIGURES)}
+    for step, batch in enumerate(load(batches, range(recipe.steps), workers=workers, device=device)):
+        figures = take_step(steps_of, recipe, seed, step, batch, device)
+        if (step + 1) % every == 0:
+            curve["step"].append(step + 1)
+            for name, value in zip(FIGURES, figures):
+                curve[name].append(float(f"{float(value):.6g}"))
+        progress(1)
+    return curve
+
+
+class PackedBatches(Dataset):
+    """The batches of a recipe with sequences of at most 1/`packed` of its longest: several that know nothing of one another
+    make a row."""
+
+    def __init__(self, recipe: Recipe, seed: int, packed: int) -> None:
+        longest = max(stage.tokens for stage in recipe.stages) // packed
+
+        def shortened(stage: Stage) -> Stage:
+            count = max(stage.tokens // longest, 1)
+            return dataclasses.replace(stage, batch=count * stage.batch, tokens=stage.tokens // count)
+
+        self.batches = StagedBatches(dataclasses.replace(recipe, stages=tuple(map(shortened, recipe.stages))), seed)
+        self.recipe = recipe
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, parts = self.batches[step]
+        parts[:, 0] = NONE  # nothing before it tells the first token
+        stage = self.recipe.stage(step)
+        # [count*B, T/count + 1] -> [B, T + 1], without the first tokens of the first
+        return tuple(x.reshape(stage.batch, -1)[:, -(stage.tokens + 1) :] for x in (ids, parts))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,221 @@
+"""Models that differ from `HSAModel` in one thing each, made from outside of it.
+
+Every one trains, reads a text in segments and goes on from it as `HSAModel` does, by `forward` and `generate.prefill`; none
+takes the short way of `steps` for single tokens, a crowd, or a memory with `offload`.
+
+Dimensions: B batch, T tokens, C width, N chunks, S chunk size, H query heads, J key/value heads, D head dimension.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import HSAConfig
+from ..memory import ChunkMemory
+from ..model import HSAModel
+from ..nn.chunk_encoder import ChunkEncoder
+from ..nn.hsa import HSA
+from ..nn.norm import RMSNorm
+from ..nn.qkv import QKV
+from ..nn.rope import apply_rope, rope_table
+from .reading import concatenated, grouped_gates, mean_query
+
+
+class Chunks:
+    """What the upper decoder uses of a memory, with another way to read chunks: `attend(q, indices, weights)`."""
+
+    def __init__(self, memory: ChunkMemory, attend: Callable[..., torch.Tensor]) -> None:
+        self.landmarks, self.attend = memory.landmarks, attend
+        self.upper, self.block_queries = memory.upper, memory.block_queries  # the memory's own lists, which are written into
+
+
+def _refuse(*_, **__):
+    raise NotImplementedError("a variant has no step for single tokens, accepted is `forward` with one token")
+
+
+class Variant(HSAModel):
+    """An `HSAModel` of which `change` makes another one, and whose chunks are read by `attend`."""
+
+    def __init__(self, config: HSAConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(config, device=device)
+        with torch.device(device or "cpu"):
+            self.change()
+        for block in self.upper:
+            if block.hsa is not None:
+                block.hsa.step = _refuse
+        self._initialise()
+        if dtype is not None:
+            self.to(dtype)
+
+    def change(self) -> None:
+        """Replace layers."""
+
+    def attend(self, memory: ChunkMemory, position: int, q, indices, weights) -> torch.Tensor:
+        """q [B, T, H, D], normed, of tokens from `position` on; their chunks and weights [B, T, J, K] -> [B, T, H, D]."""
+        return memory.attend(q, indices, weights)
+
+    def look_up(self, hidden: torch.Tensor, position: int, memory: ChunkMemory, **options):
+        return super().look_up(hidden, position, Chunks(memory, partial(self.attend, memory, position)), **options)
+
+
+class WithoutHSA(Variant):
+    """The window alone: no HSA layer, no chunk encoder, so nothing but zeros is remembered of a chunk.
+
+    With a window as long as the text this is full attention with RoPE. The sizes of HSA in its configuration should be 1.
+    """
+
+    def change(self) -> None:
+        self.encoder = NoEncoder(self.config)
+        for block in self.upper:
+            block.hsa = block.hsa_norm = None
+
+
+class NoEncoder(nn.Module):
+    """hidden [B, N, S, C] -> zeros for k, v [B, N, S, J, D] and landmarks [B, N, J_r, R]."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        c, (B, N, S) = self.config, hidden.shape[:3]
+        k = hidden.new_zeros(B, N, S, c.hsa_kv_heads, c.hsa_head_dim)
+        return k, k.clone(), hidden.new_zeros(B, N, c.retrieval_heads, c.retrieval_dim)
+
+
+class RopeInside(Variant):
+    """HSA with positions: queries and keys of chunks are turned by RoPE, each by its place in the text."""
+
+    def attend(self, memory, position, q, indices, weights):
+        turn = partial(rope_table, dim=self.config.hsa_head_dim, base=self.config.rope_base)
+        (N, S), T = memory.k.shape[1:3], q.shape[1]
+        q = apply_rope(q, turn(torch.arange(position, position + T, device=q.device)))
+        k = apply_rope(memory.k.flatten(1, 2), turn(torch.arange(N * S, device=q.device))).unflatten(1, (N, S))
+        return ops.chunk_attention(q, k, memory.v, indices, weights)
+
+
+class Concatenated(Variant):
+    """Select, then concatenate (the selected branch of NSA): landmarks choose, and no gradient tells them how."""
+
+    def attend(self, memory, position, q, indices, weights):
+        return concatenated(q, memory.k, memory.v, indices)
+
+
+class WithoutCLS(ChunkEncoder):
+    """A chunk encoder without [CLS]: `summary` makes the landmark of what the tokens give."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        del self.cls
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = hidden.flatten(0, 1)  # [B, N, S, C] -> [B*N, S, C]
+        rope = rope_table(torch.arange(hidden.shape[2], device=x.device), self.config.head_dim, self.config.rope_base)
+        for block in self.blocks:
+            x = block(x, rope)
+        tokens = self.norm(x).unflatten(0, hidden.shape[:2])
+        k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
+        k = self.k_norm(k)
+        return k, v, self.summary(tokens, k).to(v.dtype)
+
+
+class MeanEncoder(WithoutCLS):
+    """No layer between tokens: k and v of each alone, and the landmark of their mean."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList()
+
+    def summary(self, tokens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return self.landmarks(tokens.mean(dim=2))
+
+
+class MeanKeyEncoder(WithoutCLS):
+    """Chunks of mean keys: [B, N, S, J, D] -> [B, N, J, D], nothing learnt beside the keys."""
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        del self.landmark, self.landmark_norm
+
+    def summary(self, tokens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return k.mean(dim=2)
+
+
+class MeanLandmark(Variant):
+    """HSA without the chunk encoder."""
+
+    def change(self) -> None:
+        self.encoder = MeanEncoder(self.config)
+
+
+class OneQuery(HSA):
+    """The queries of attention choose the chunks too: R = D, and no query of retrieval.
+
+    NOTE: MoBA and Landmark Attention let every query head choose; the G heads that share a key/value head choose together
+    here, as everywhere in this package.
+    """
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        del self.retrieval_q, self.retrieval_norm
+
+    def _queries(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q(x).unflatten(-1, (-1, self.config.hsa_head_dim))
+        return q, mean_query(self.q_norm(q), self.config.hsa_kv_heads).to(dtype)
+
+
+class MeanKey(Concatenated):
+    """As MoBA: the mean of a chunk's keys is its landmark, the query of attention scores it, one softmax reads the chosen."""
+
+    def change(self) -> None:
+        self.encoder = MeanKeyEncoder(self.config)
+        for block in self.upper:
+            block.hsa = block.hsa and OneQuery(self.config)
+
+
+class GroupedHSA(OneQuery):
+    """Chunks are gated by their landmarks in one softmax with what is near; see `grouped_gates`.
+
+    NOTE: in Landmark Attention all tokens of the unfinished block take part. The window in front of this layer has read
+    them into x, so x's own key and value stand for them.
+    """
+
+    def __init__(self, config: HSAConfig) -> None:
+        super().__init__(config)
+        self.own_k = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
+        self.own_v = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
+        self.own_norm = RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
+
+    def forward(self, x, landmarks, attend, **where):
+        J, D = self.config.hsa_kv_heads, self.config.hsa_head_dim
+        own_k, own_v = (project(x).unflatten(-1, (J, D)) for project in (self.own_k, self.own_v))
+
+        def gated(q, indices, weights):
+            near, far = grouped_gates(mean_query(q, J), landmarks, self.own_norm(own_k), indices)
+            own = (near.to(own_v.dtype) * own_v).repeat_interleave(q.shape[2] // J, dim=2)  # [B, T, J, D] -> [B, T, H, D]
+            return attend(q, indices, far) + own
+
+        return super().forward(x, landmarks, gated, **where)
+
+
+class GroupedSoftmax(Variant):
+    """As Landmark Attention: landmarks are keys, and compete with what is near."""
+
+    def change(self) -> None:
+        for block in self.upper:
+            block.hsa = block.hsa and GroupedHSA(self.config)
+
+
+class WithoutQKNorm(Variant):
+    """No norm on queries and keys, in the window, the encoder and HSA."""
+
+    def change(self) -> None:
+        self.encoder.k_norm = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, QKV):
+                module.q_norm = module.k_norm = nn.Identity()
+            elif isinstance(module, HSA):
+                module.q_norm = nn.Identity()
