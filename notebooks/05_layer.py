@@ -378,7 +378,7 @@ def draw_reach(figure, window, distance):
 #
 # Bring the needle into the window, then let it leave. Watch the two bars. A needle that both can see is, in training,
 # a needle that retrieval need not learn: the window is easier. This is the paper's *seesaw*: **with a long window,
-# retrieval learns less.** Notebook 11 (in preparation) measures it.
+# retrieval learns less.** [Notebook 11](11_training.ipynb) says why.
 
 # %%
 explore(

@@ -861,6 +861,7 @@ explore(
 # %% [markdown]
 # ## What comes next
 #
-# You have built the model, and counted it. Nobody has trained it yet. That is for notebook 11, *How does a model learn to
-# retrieve?* (in preparation). Until then: [notebook 05](05_layer.ipynb) asks the trained small model questions, and `python -m
-# hsa_mini plan ul_8b_a1b --tokens 16777216` prints the bill of this notebook in your terminal.
+# You have built the model, and counted it. Nobody has trained it yet.
+#
+# [Notebook 11](11_training.ipynb), *How does a model learn to retrieve?*, trains a small one from nothing while you watch, in about
+# 35 minutes.

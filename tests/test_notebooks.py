@@ -19,12 +19,16 @@ from helpers import assert_close, random, random_choice
 from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
 from hsa_kernels.chunk_attention import _is_by_chunk
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
+from hsa_mini.crowd import Crowd, Past
+from hsa_mini.data.mixture import COPY, TEXT
 from hsa_mini.evaluate import wilson_interval
 from hsa_mini.generate import prefill
 from hsa_mini.nn.moe import MoE
 from hsa_mini.nn.rope import apply_rope, rope_table
 from hsa_mini.plan import plan
+from hsa_mini.recipes import RECIPES
 from hsa_mini.reference.dispatch import route
+from hsa_mini.train import mixture_loss
 
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -456,6 +460,32 @@ def _parameters(ours):
 def _decode_flop(ours):
     for name, tokens in (("ul_8b_a1b", 1 << 24), ("ul_8b_a1b", 1000), ("ul_0_5b", 1 << 20)):
         assert sum(ours(PRESETS[name], tokens).values()) == pytest.approx(plan(name, tokens).decode_flops_per_token, rel=0.01)
+
+
+@twin("11_training", "mixed_loss")
+def _mixed_loss(ours):
+    logits, targets = random(3, 20, 30), torch.randint(30, (3, 20))
+    for parts in (torch.randint(4, (3, 20)), torch.full((3, 20), TEXT), torch.full((3, 20), COPY)):
+        loss, means = ours(logits, targets, parts, text_weight=0.3)
+        theirs, shares, _ = mixture_loss(logits, targets, parts, text_weight=0.3)
+        assert_close(torch.stack((loss, *means)), torch.stack((theirs, *shares)).to(loss.dtype), 1e-6)
+
+
+@twin("11_training", "learning_rate")
+def _learning_rate(ours):
+    for recipe in RECIPES.values():
+        assert [ours(recipe, step) for step in range(recipe.steps)] == [recipe.rate(step) for step in range(recipe.steps)]
+
+
+@twin("11_training", "in_a_crowd")
+def _in_a_crowd(ours):
+    model, past = HSAModel(PRESETS["debug"], dtype=torch.float64).requires_grad_(False), Past(5)
+    for _ in range(2):
+        memory = model(torch.randint(512, (3, 30))).memory
+        past.push(memory, model.encoder, torch.tensor([2, 0]))
+    crowd, old = Crowd(memory, model.encoder, past).landmarks, model.encoder.landmarks(past.stores[2][None])
+    for j in range(PRESETS["debug"].retrieval_heads):
+        assert torch.equal(ours(memory.landmarks[:, :, j], old[0, :, j]), crowd[:, :, j])
 
 
 @twin("12_sixteen_million", "wilson")

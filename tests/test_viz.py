@@ -21,7 +21,7 @@ import ipywidgets  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from hsa_mini.evaluate import Row, wilson_interval  # noqa: E402
-from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, results, show, widgets  # noqa: E402
+from hsa_mini.viz import Control, explore, explore_map, make_figure, live, plots, results, show, training, widgets  # noqa: E402
 
 PNG = b"\x89PNG\r\n"
 WORDS = "the code is 7 birds sing at dawn what is the code".split()
@@ -193,7 +193,7 @@ def test_pyplot_is_never_loaded():
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode == 0
 
 
-@pytest.mark.parametrize("module", [plots, results, widgets], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [live, plots, results, training, widgets], ids=lambda module: module.__name__)
 def test_viz_computes_nothing_of_its_own(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -352,3 +352,51 @@ def test_the_context_curve_is_what_is_gained_over_the_first_length():
     ax = axes()
     results.context_curve(ax, [1024, 4096], [[3.0, 2.0], [5.0, 5.5]])
     assert [line.get_ydata().tolist() for line in ax.lines[:3]] == [[0, 1], [0, -0.5], [0, 0.25]]
+
+
+# ---- training
+
+
+def test_a_timeline_has_a_column_for_every_stage_as_wide_as_its_steps_and_as_high_as_its_shares():
+    ax = axes()
+    training.timeline(ax, [10, 30], {"copy": [1.0, 0.25], "text": [0.0, 0.75]}, ["short", "long"])
+    drawn = {(bar.get_x(), bar.get_width(), bar.get_y(), bar.get_height()) for bars in ax.containers for bar in bars}
+    assert drawn == {(0, 10, 0, 1), (10, 30, 0, 0.25), (0, 10, 1, 0), (10, 30, 0.25, 0.75)}
+    assert [(text.get_position()[0], text.get_text()) for text in ax.texts] == [(5, "short"), (25, "long")]
+
+
+def test_curves_leave_out_what_was_not_measured_and_number_the_stages_that_are_shown():
+    ax = axes()
+    curves = {"text": [3.0, 2.0, 1.0], "copy": [np.nan, 4.0, 1.0]}
+    training.step_curves(ax, [5, 10, 20], curves, ends=(10, 20, 40), within=(0, 20))
+    text, copy, *marks = ax.lines
+    assert text.get_xydata().tolist() == [[5, 3], [10, 2], [20, 1]] and copy.get_xydata().tolist() == [[10, 4], [20, 1]]
+    assert [line.get_xdata()[0] for line in marks] == [10, 20, 40] and ax.get_xlim() == (0, 20)
+    assert [(t.get_position()[0], t.get_text()) for t in ax.texts] == [(5, "stage 1"), (15, "stage 2")]
+
+
+def test_a_live_picture_is_drawn_again_in_its_place(monkeypatch):
+    shown, figures = [], []
+
+    class Place:
+        def update(self, data, **options):
+            shown.append(("update", data, options))
+
+    def display(data, **options):
+        shown.append(("display", data, options))
+        return Place()
+
+    monkeypatch.setattr(live, "display", display)
+
+    def draw(figure, x):
+        figures.append(figure)
+        figure.subplots().plot(x)
+        return f"{len(x)} seen."
+
+    picture = live.LivePicture(draw, alt="A line.")
+    for x in ([1], [1, 2], [1, 2, 3]):
+        picture.paint(x)
+    assert [how for how, *_ in shown] == ["display", "update", "update"] and shown[0][2]["display_id"] is True
+    assert [data["text/plain"] for _, data, _ in shown] == ["A line. 1 seen.", "A line. 2 seen.", "A line. 3 seen."]
+    assert all(options["metadata"]["image/png"]["alt"] == data["text/plain"] for _, data, options in shown)
+    assert len({data["image/png"] for _, data, _ in shown}) == 3 and len(set(map(id, figures))) == 1 == len(picture.figure.axes)

@@ -148,24 +148,28 @@ def _standard_library() -> Iterator[Document]:
         yield Document(str(relative), "code", "validation" if bucket < HELD_OUT_PERCENT else "train", text)
 
 
+def documents() -> tuple[str, Iterator[Document]]:
+    """What the text at hand is called, and its documents: those of the archives or, with a warning, the standard library's."""
+    archives = [cache_dir() / "archives" / name for _, name, _ in ARCHIVES]
+    if all(path.is_file() for path in archives):
+        return "archives", read_documents(archives)
+    log.warning(
+        "no corpus archives in %s: the standard library of this Python serves as text (`make setup` fetches the archives)",
+        cache_dir() / "archives",
+    )
+    return f"python-{sys.version_info.major}.{sys.version_info.minor}", _standard_library()
+
+
 def load_corpus(split: str) -> Corpus:
     """Tokens of `split` ("train" or "validation"), encoded on first use and memory-mapped after."""
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, accepted are {', '.join(SPLITS)}")
-    archives = [cache_dir() / "archives" / name for _, name, _ in ARCHIVES]
-    if all(path.is_file() for path in archives):
-        name, documents = "archives", lambda: read_documents(archives)
-    else:
-        log.warning(
-            "no corpus archives in %s: the standard library of this Python serves as text (`make setup` fetches the archives)",
-            cache_dir() / "archives",
-        )
-        name, documents = f"python-{sys.version_info.major}.{sys.version_info.minor}", _standard_library
+    name, found = documents()
     tokenizer = load_tokenizer()
     ranks = hashlib.sha256(repr(sorted(tokenizer._mergeable_ranks.items())).encode()).hexdigest()[:8]
     folder = cache_dir() / f"corpus-{name}-v{FORMAT}-{ranks}"
     if not folder.is_dir():
-        _encode(documents(), folder)
+        _encode(found, folder)
     tokens = np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r")
     return Corpus(f"{name}/{split}", tokens, np.load(folder / f"{split}-starts.npy"))
 

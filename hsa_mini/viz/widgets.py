@@ -62,8 +62,14 @@ def to_png(figure: Figure) -> bytes:
 
 def show(figure: Figure, alt: str) -> None:
     """Display a figure that stands still; `alt` says in words what it shows."""
+    data, options = as_display(figure, alt)
+    display(data, **options)
+
+
+def as_display(figure: Figure, alt: str) -> tuple[dict, dict]:
+    """What IPython's `display` takes: the picture and its text, and the options that say so."""
     data = {"image/png": base64.b64encode(to_png(figure)).decode(), "text/plain": alt}
-    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+    return data, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
 
 def explore(draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6), **controls) -> "FigureExplorer":
