@@ -395,13 +395,12 @@ def parameters(c, experts):
     files = 2 * c.hsa_kv_heads * c.hsa_head_dim + c.retrieval_heads * c.retrieval_dim  # keys and values, landmark
     encoder = window + 3 * c.width * (c.encoder_mlp_width or c.mlp_width) + c.width * (1 + files)  # the 1 is [CLS]
     lower, upper, norms = c.lower_layers, c.upper_layers, 2 * (c.width + c.head_dim)  # of a block with a window
-    choice = c.retrieval_norm * c.retrieval_dim  # of the norm of landmarks, and of that of retrieval queries
+    gains = c.hsa_head_dim + c.retrieval_norm * c.retrieval_dim  # of norms: of keys and landmarks, or of queries of both kinds
     return {
         "embedding and head": c.vocab_size * c.width,
         "lower window attention": lower * window, "lower MLPs and experts": mlp + (lower - 1) * mixture,
-        "chunk encoder": encoder + norms + c.width + c.hsa_head_dim + choice,
-        "upper window attention": upper * window,
-        "HSA": c.groups * (c.width * (asks + 1) + c.hsa_head_dim + choice),
+        "chunk encoder": encoder + norms + c.width + gains,
+        "upper window attention": upper * window, "HSA": c.groups * (c.width * (asks + 1) + gains),
         "upper MLPs and experts": upper * mixture, "norms": (lower + upper) * norms + c.width,
     }  # fmt: skip
 
