@@ -26,7 +26,7 @@ demo: setup ## Ask the shipped model for needles in a long text
 	$(PY) -m hsa_mini demo $(ARGS)
 
 test: setup ## Run the tests, then every notebook; no GPU needed
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 	$(if $(wildcard notebooks/*.ipynb),$(PY) -m pytest -q --nbval-lax --nbval-cell-timeout=60 notebooks/,@echo 'no notebooks to run')
 
 test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU

@@ -397,9 +397,8 @@ def parameters(c, experts):
     lower, upper, norms = c.lower_layers, c.upper_layers, 2 * (c.width + c.head_dim)  # of a block with a window
     gains = c.hsa_head_dim + c.retrieval_norm * c.retrieval_dim  # of norms: of keys and landmarks, or of queries of both kinds
     return {
-        "embedding and head": c.vocab_size * c.width,
-        "lower window attention": lower * window, "lower MLPs and experts": mlp + (lower - 1) * mixture,
-        "chunk encoder": encoder + norms + c.width + gains,
+        "embedding and head": c.vocab_size * c.width, "lower window attention": lower * window,
+        "lower MLPs and experts": mlp + (lower - 1) * mixture, "chunk encoder": encoder + norms + c.width + gains,
         "upper window attention": upper * window, "HSA": c.groups * (c.width * (asks + 1) + gains),
         "upper MLPs and experts": upper * mixture, "norms": (lower + upper) * norms + c.width,
     }  # fmt: skip
