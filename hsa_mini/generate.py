@@ -99,8 +99,8 @@ def prefill(
         rows = [reader.row(b) for b in range(len(ids))]
         outputs = [_read(model, text[None], row, last, segment, progress) for text, row in zip(texts, rows)]
         reader.gather(rows)
-        last = [[Retrieval(*(part[:, -1:] for part in retrieval)) for retrieval in output.aux.retrievals] for output in outputs]
-        together = tuple(Retrieval(*map(torch.cat, zip(*retrievals))) for retrievals in zip(*last))
+        ends = [[Retrieval(*(part[:, -1:] for part in retrieval)) for retrieval in output.aux.retrievals] for output in outputs]
+        together = tuple(Retrieval(*map(torch.cat, zip(*retrievals))) for retrievals in zip(*ends))
         output = Output(torch.cat([output.logits for output in outputs]), reader, Aux(together))
     memory.adopt(reader)
     return output._replace(memory=memory)

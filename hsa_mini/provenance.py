@@ -56,10 +56,9 @@ def record(device: torch.device) -> dict:
     return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command()}
 
 
-def write_results(path: Path, device: torch.device, **tables: list) -> None:
-    """Tables of rows (dataclasses), and where they come from, as JSON; the file appears whole or not at all."""
-    result = record(device) | {name: [vars(row) for row in rows] for name, rows in tables.items()}
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+def write_results(path: Path, device: torch.device, **values) -> None:
+    """Values (rows may be dataclasses), and where they come from, as JSON; the file appears whole or not at all."""
+    write_whole(path, (json.dumps(record(device) | values, indent=1, default=vars) + "\n").encode())
 
 
 def _read(path: str) -> str:

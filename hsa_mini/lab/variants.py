@@ -112,13 +112,8 @@ class WithoutCLS(ChunkEncoder):
         del self.cls
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = hidden.flatten(0, 1)  # [B, N, S, C] -> [B*N, S, C]
-        rope = rope_table(torch.arange(hidden.shape[2], device=x.device), self.config.head_dim, self.config.rope_base)
-        for block in self.blocks:
-            x = block(x, rope)
-        tokens = self.norm(x).unflatten(0, hidden.shape[:2])
-        k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
-        k = self.k_norm(k)
+        tokens = self.mix(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # [B, N, S, C]
+        k, v = self.keys_and_values(tokens)
         return k, v, self.summary(tokens, k).to(v.dtype)
 
 

@@ -12,6 +12,7 @@ from .norm import RMSNorm
 from .qkv import QKV
 from .rope import rope_table
 
+
 class EncoderBlock(nn.Module):
     """A bidirectional block over the S tokens of a chunk and its [CLS]: x [M, S+1, C] -> [M, S+1, C]."""
 
@@ -53,16 +54,24 @@ class ChunkEncoder(nn.Module):
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         B, N, S, C = hidden.shape
         cls = self.cls.to(hidden.dtype).expand(B * N, 1, C)
-        x = torch.cat((hidden.flatten(0, 1), cls), dim=1)  # [CLS] last: [B*N, S+1, C]
-        rope = rope_table(torch.arange(S + 1, device=x.device), self.config.head_dim, self.config.rope_base)
-        for block in self.blocks:
-            x = block(x, rope)
-        x = self.norm(x).unflatten(0, (B, N))
+        x = self.mix(torch.cat((hidden.flatten(0, 1), cls), dim=1)).unflatten(0, (B, N))  # [CLS] last: [B, N, S+1, C]
         tokens, summary = x[:, :, :S], x[:, :, S]
-        k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
+        k, v = self.keys_and_values(tokens)
         if self.training:
             self.seen = summary.detach()
-        return self.k_norm(k), v, self.landmarks(summary).to(v.dtype)
+        return k, v, self.landmarks(summary).to(v.dtype)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """All blocks and the norm, over the L vectors of each of M chunks: x [M, L, C] -> [M, L, C]."""
+        rope = rope_table(torch.arange(x.shape[1], device=x.device), self.config.head_dim, self.config.rope_base)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.norm(x)
+
+    def keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixed tokens [B, N, S, C] -> k (normed) and v [B, N, S, J, D]."""
+        k, v = (project(tokens).unflatten(-1, (-1, self.config.hsa_head_dim)) for project in (self.k, self.v))
+        return self.k_norm(k), v
 
     def landmarks(self, summary: torch.Tensor) -> torch.Tensor:
         """The normed [CLS] of every chunk, [B, N, C] -> [B, N, J_r, R]."""

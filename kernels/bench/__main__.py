@@ -4,7 +4,6 @@ Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, 
 dimension, R retrieval dimension, W window.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,9 +13,10 @@ import torch
 from timing import measure
 from tqdm import tqdm
 
-from hsa_mini import PRESETS, ops, provenance
+from hsa_mini import PRESETS, ops
 from hsa_mini.arguments import Parser, choose_device
-from hsa_mini.paths import check_writable, write_whole
+from hsa_mini.paths import check_writable
+from hsa_mini.provenance import write_results
 
 SEED = 0
 
@@ -217,7 +217,7 @@ def main(words: list[str] | None = None) -> int:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
     print(text)
-    write_whole(out, (json.dumps({**provenance.record(device), "seed": SEED, **result}, indent=1) + "\n").encode())
+    write_results(out, device, seed=SEED, **result)
     pictures = draw(result, out.parent) if device.type == "cuda" and not arguments.model else []
     print(f"written to {', '.join(map(str, [out, *pictures]))}")
     return 0
