@@ -71,17 +71,17 @@ class Recipe:
 
 # Needles are learnt among 16 chunks, with noise; then they have to be found among thousands of texts that were read before.
 # Plain text is content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
-_ALONE = Stage(steps=2000, batch=32, tokens=1024, text_weight=0.25)
+_ALONE = Stage(2000, batch=32, tokens=1024, text_weight=0.25, mixture=Mixture(self_copy=0.3, needles=0.35, chains=0.25))
 _CROWD = replace(_ALONE, steps=4000, explore=False, crowd=4096, text_weight=0.1)
-_TASKS = Mixture(self_copy=0.3, needles=0.35, chains=0.25)
+_MINI = Recipe((_ALONE, _CROWD))
 # The five stages of the paper in small: warm-up (a short window, every chunk kept, mostly copies), sparse pre-training, longer
 # texts, annealing, and questions.
 _SMALL = Recipe(
     (
         replace(_ALONE, steps=500, window=64, top_k=16, mixture=Mixture(self_copy=0.6, needles=0.2, chains=0.1)),
-        replace(_ALONE, steps=1700, mixture=_TASKS),
-        replace(_CROWD, steps=400, batch=8, tokens=4096, mixture=_TASKS),
-        replace(_CROWD, steps=1400, mixture=_TASKS),
+        replace(_ALONE, steps=1700),
+        replace(_CROWD, steps=400, batch=8, tokens=4096),
+        replace(_CROWD, steps=1400),
         replace(_CROWD, steps=1000, mixture=Mixture(self_copy=0.1, needles=0.5, chains=0.35)),
     ),
     learning_rate=7e-4,
@@ -98,9 +98,4 @@ _NANO = Recipe(
     learning_rate=5e-3,
     warmup=30,
 )
-RECIPES = {
-    "nano": _NANO,
-    "mini": Recipe((_ALONE, _CROWD)),
-    "mini_moe": Recipe((replace(_ALONE, mixture=_TASKS), replace(_CROWD, mixture=_TASKS))),
-    "small_moe": _SMALL,
-}
+RECIPES = {"nano": _NANO, "mini": _MINI, "mini_moe": _MINI, "small_moe": _SMALL}

@@ -116,6 +116,11 @@ def _without_hsa(scale: Scale) -> dict:
     return dict.fromkeys(("hsa_heads", "hsa_kv_heads", "hsa_head_dim", "retrieval_dim", "retrieval_heads"), 1)
 
 
+def _full_rope(scale: Scale) -> dict:
+    """A window as long as the longest text."""
+    return _without_hsa(scale) | {"window": max(scale.lengths)}
+
+
 def _window(times: int) -> Callable[[Scale], dict]:
     return lambda scale: {"window": times * scale.config.window}
 
@@ -139,6 +144,15 @@ def _chains(scale: Scale, stage: Stage) -> dict:
     return _mixture(needles=0.4, chains=0.25)(scale, stage) if stage.tokens >= 128 else {}
 
 
+_text = _mixture(self_copy=0.0, needles=0.0)  # alone
+
+
+def _text_in_a_crowd(scale: Scale, stage: Stage) -> dict:
+    """At the training length behind as many chunks as the longest text of evaluation has."""
+    crowd = {"crowd": max(scale.lengths) // scale.config.chunk_size, "explore": False}
+    return _text(scale, stage) | (crowd if stage.tokens == scale.stage.tokens else {})
+
+
 def _warm_up(**changes) -> Callable[[Scale, Stage], dict]:
     """No copies; but changes (functions of the scale and the stage) while contexts grow, the warm-up."""
 
@@ -152,8 +166,7 @@ def _warm_up(**changes) -> Callable[[Scale, Stage], dict]:
 _ARMS = (
     Arm("hsa", "the baseline: fused scores, no positions, chunk encoder, sparse K, exploration noise, long data"),
     Arm(
-        "full_rope", "full attention with RoPE in every block, no HSA", variants.WithoutHSA,
-        changes=lambda scale: _without_hsa(scale) | {"window": max(scale.lengths)},
+        "full_rope", "full attention with RoPE in every block, no HSA", variants.WithoutHSA, changes=_full_rope,
         training=lambda scale, stage: {"window": stage.tokens},
     ),
     Arm("window", "the window alone, no HSA", variants.WithoutHSA, changes=_without_hsa),
@@ -190,6 +203,12 @@ _ARMS = (
     Arm(
         "moe_chains", "the same with experts: as many active parameters, more in all", changes=_experts, training=_chains,
         counted="active",
+    ),
+    Arm("text", "plain text alone: no copies, no questions", training=_text),
+    Arm("text_crowd", "the same, at last behind chunks of other texts, as many as a long text has", training=_text_in_a_crowd),
+    Arm(
+        "text_full_rope", "plain text alone for full attention with RoPE", variants.WithoutHSA, changes=_full_rope,
+        training=lambda scale, stage: _text(scale, stage) | {"window": stage.tokens},
     ),
     Arm("no_qk_norm", "no norm on queries and keys, in any attention", variants.WithoutQKNorm),
 )  # fmt: skip

@@ -107,7 +107,8 @@ _S_NEAR, _VT_NEAR, _PERPLEXITY = Measure("s_niah", NEAR), Measure("vt", NEAR), M
 CLAIMS = (
     _claim(
         "positions", "without positions far away, retrieval goes on beyond the training length; with RoPE it does not",
-        ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S), shown=(_S_NEAR, _PERPLEXITY, Measure("perplexity", FAR)),
+        ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S), beside=("text", "text_crowd", "text_full_rope"),
+        shown=(_S_NEAR, _PERPLEXITY, Measure("perplexity", FAR)),
     ),
     _claim(
         "fusion", "chunks fused by their scores beat chunks that are selected, then concatenated",
