@@ -563,6 +563,7 @@ show(figure, f"Nats gained a token against tokens read, for each stretch of text
 # ## What comes next
 #
 # You have measured models. *Why* do they reach so far: the missing positions, the noise, the self-copy? Take one away at a
-# time, train again, and ask again. That is for notebook 13, *Which of the paper's claims hold in small?* (in preparation).
-# Until then: [notebook 05](05_layer.ipynb) shows what positions do to a layer that looks far, and
+# time, train again, and ask again.
+#
+# [Notebook 13](13_laboratory.ipynb), *Which of the paper's claims hold in small?*, does that, in about 30 minutes.
 # `make demo ARGS="--tokens 262144 --depth 0.9"` asks for a needle in your terminal.

@@ -10,6 +10,7 @@ import tokenize
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -23,6 +24,7 @@ from hsa_mini.crowd import Crowd, Past
 from hsa_mini.data.mixture import COPY, TEXT
 from hsa_mini.evaluate import wilson_interval
 from hsa_mini.generate import prefill
+from hsa_mini.lab import claims
 from hsa_mini.nn.moe import MoE
 from hsa_mini.nn.rope import apply_rope, rope_table
 from hsa_mini.plan import plan
@@ -260,6 +262,19 @@ def _invert_by_hand(ours):
 def _by_chunk(indices, weights):
     """Slots [T, K] -> weight of each of 8 chunks [T, 8]; the order of slots is free."""
     return torch.zeros(len(indices), 9, dtype=weights.dtype).scatter_add(1, indices % 9, weights)
+
+
+@twin("13_laboratory", "judge_pair")
+def _judge_pair(ours):
+    rng = np.random.default_rng(0)
+    for what, seeds in product(("vt", "perplexity"), (2, 3, 5)):
+        measure, seen = claims.Measure(what, 64), set()
+        for gap in np.linspace(-0.5, 0.5, 40):
+            better, worse = (tuple(rng.uniform(0.1, 0.6, seeds) + shift) for shift in (max(gap, 0), max(-gap, 0)))
+            theirs = claims.verdict(measure, claims.Spread(better), claims.Spread(worse))
+            assert ours(*(tuple(map(measure.goodness, values)) for values in (better, worse)), measure.margin) == theirs
+            seen.add(theirs)
+        assert len(seen) == (3 if seeds > 2 else 1)
 
 
 @triton.jit

@@ -21,7 +21,9 @@ import ipywidgets  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from hsa_mini.evaluate import Row, wilson_interval  # noqa: E402
-from hsa_mini.viz import Control, explore, explore_map, make_figure, live, plots, results, show, training, widgets  # noqa: E402
+from hsa_mini.lab.claims import CLAIMS, DIFFERENT, FAR, NEAR, NOT_RUN, REPRODUCED, Finding, Measure, Spread  # noqa: E402
+from hsa_mini.viz import Control, explore, explore_map, make_figure, show  # noqa: E402
+from hsa_mini.viz import laboratory, live, plots, results, training, widgets  # noqa: E402
 
 PNG = b"\x89PNG\r\n"
 WORDS = "the code is 7 birds sing at dawn what is the code".split()
@@ -176,6 +178,15 @@ def test_png_has_few_colours_and_none_is_far_off():
     assert (kept[0, 0] == 255).all()
 
 
+def test_64_colours_are_enough_for_marks_and_words():
+    figure = make_figure(9, 5)
+    laboratory.board(figure, [finding(claim) for claim in CLAIMS])
+    usual, small = widgets.to_png(figure), widgets.to_png(figure, 64)
+    assert len(small) < 0.85 * len(usual)
+    drawn = np.asarray(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")).astype(int)
+    assert np.abs(np.asarray(Image.open(io.BytesIO(small)).convert("RGB")) - drawn).max() <= 10
+
+
 # ---- show, and what viz may not do
 
 
@@ -193,7 +204,7 @@ def test_pyplot_is_never_loaded():
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode == 0
 
 
-@pytest.mark.parametrize("module", [live, plots, results, training, widgets], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [laboratory, live, plots, results, training, widgets], ids=lambda module: module.__name__)
 def test_viz_computes_nothing_of_its_own(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -352,6 +363,129 @@ def test_the_context_curve_is_what_is_gained_over_the_first_length():
     ax = axes()
     results.context_curve(ax, [1024, 4096], [[3.0, 2.0], [5.0, 5.5]])
     assert [line.get_ydata().tolist() for line in ax.lines[:3]] == [[0, 1], [0, -0.5], [0, 0.25]]
+
+
+# ---- laboratory
+
+HIGH, LOW, MIDDLE = Spread((0.9, 0.8, 1.0)), Spread((0.1, 0.3, 0.2)), Spread((0.2, 0.2, 0.8))
+NAMED = {claim.name: claim for claim in CLAIMS}
+S_FAR, PERPLEXITY = Measure("s_niah", FAR), Measure("perplexity", NEAR)
+
+
+def finding(claim, verdict=REPRODUCED, numbers=None):
+    """Every arm with the same numbers by every measure, or some numbers by arm."""
+    numbers = {arm: HIGH for arm in claim.arms} if numbers is None else numbers
+    return Finding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
+
+
+def points(ax) -> list[tuple[float, float]]:
+    """The marks of seeds."""
+    return [tuple(xy) for line in ax.lines if line.get_linestyle() == "None" for xy in line.get_xydata()]
+
+
+def test_every_seed_has_a_mark_in_the_row_of_its_arm_with_the_mean_beside():
+    ax = axes()
+    laboratory.seed_rows(ax, {"a": HIGH, "b": None, "c": Spread((0.5, 0.5, 0.5))}, "{:.2f}".format)
+    rows = [[x for x, y in points(ax) if round(y) == row] for row in range(3)]
+    assert rows == [[0.9, 0.8, 1.0], [], [0.5, 0.5, 0.5]]
+    assert len({y for x, y in points(ax) if x == 0.5}) == 3  # equal ones do not hide each other
+    assert sorted(texts(ax)) == ["0.50", "0.90", NOT_RUN]
+    bars = [line.get_xdata()[0] for line in ax.lines if line.get_linewidth() == 2 and line.get_linestyle() == "-"]
+    assert bars == [HIGH.mean, 0.5]
+
+
+def test_what_is_not_finite_is_said():
+    ax = axes()
+    laboratory.seed_rows(ax, {"a": Spread((30.0, float("inf"), 31.0))}, lambda x: laboratory.in_figures(PERPLEXITY, x))
+    laboratory.measure_axis(ax, PERPLEXITY)
+    assert [x for x, _ in points(ax)] == [30, 31] and sorted(texts(ax)) == ["1 not finite", "not finite"]
+
+
+@pytest.mark.parametrize("measure, value, words", [
+    (S_FAR, 0.906, "91%"), (PERPLEXITY, 9.5, "9.50"), (PERPLEXITY, 34.82, "34.8"), (PERPLEXITY, 41788.2, "41,788")
+])  # fmt: skip
+def test_shares_are_in_percent_and_perplexities_in_three_digits(measure, value, words):
+    assert laboratory.in_figures(measure, value) == words
+
+
+def test_an_arm_is_marked_by_what_its_claim_expects_of_it():
+    of = finding(NAMED["warm-up"])
+    by = next(measure for measure in of.numbers if measure.what == "mq_niah")
+    roles = {arm: laboratory.role(of, by, arm) for arm in of.claim.arms}
+    assert roles == {
+        "warmup_self_copy": laboratory.BETTER, "warmup_none": laboratory.WORSE, "warmup_short_window": laboratory.BOTH
+    }  # fmt: skip
+    assert laboratory.role(of, PERPLEXITY, "warmup_none") == laboratory.BESIDE
+
+
+def test_a_claim_has_a_panel_for_every_measure_and_says_what_is_missing():
+    of, figure = finding(NAMED["seesaw"], NOT_RUN, {"hsa": HIGH, "window_4x": LOW}), make_figure(10, 4)
+    said = laboratory.claim(figure, of)
+    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == ["decides", "beside", "beside"]
+    assert figure.get_suptitle() == "seesaw: not yet run" and said.startswith("seesaw, not yet run. S-NIAH at 64×: hsa 90%")
+    assert all(texts(ax).count(NOT_RUN) == 2 and len(points(ax)) == 6 for ax in figure.axes)
+    brief = make_figure(5, 2)
+    assert laboratory.claim(brief, of, brief=True) == said and [ax.get_title() for ax in brief.axes] == ["S-NIAH at 64×"]
+
+
+def test_the_board_has_every_comparison_with_its_seeds_and_every_verdict():
+    seesaw, norm = NAMED["seesaw"], NAMED["QK norm"]
+    both = [
+        finding(seesaw, DIFFERENT, {"hsa": LOW, "window_8x": HIGH, "window_16x": MIDDLE}), finding(norm, NOT_RUN, {"hsa": HIGH})
+    ]  # fmt: skip
+    figure = make_figure(9, 4)
+    said = laboratory.board(figure, both)
+    shares, perplexities = figure.axes
+    labels = [label.get_text() for label in shares.get_yticklabels()]
+    assert labels[::3] == ["seesaw", "QK norm"] and labels[4] == "hsa > no_qk_norm, perplexity at 1×"
+    assert labels[1:3] == ["hsa > window_8x, S-NIAH at 64×", "hsa > window_16x, S-NIAH at 64×"]
+    assert [sum(round(y) == row for _, y in points(shares)) for row in range(5)] == [0, 6, 6, 0, 0]
+    assert [sum(round(y) == row for _, y in points(perplexities)) for row in range(5)] == [0, 0, 0, 0, 3]
+    assert texts(perplexities) == [DIFFERENT, DIFFERENT, "not reproduced", NOT_RUN]
+    assert said == f"seesaw: {DIFFERENT}. QK norm: {NOT_RUN}."
+
+
+def test_ratios_stand_beside_a_line_at_one():
+    ax = axes()
+    laboratory.ratio_rows(ax, {"a": Spread((1.25, 1.5)), "b": None})
+    assert [x for x, _ in points(ax)] == [1.25, 1.5] and texts(ax) == ["1.375", NOT_RUN, "equal"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1.00", "1.50"]
+
+
+def lab_record(accuracies, copies):
+    rows = [{"tokens": 512 * 4**i, "accuracy": x, "perplexity": None if x == 0 else 30 + i} for i, x in enumerate(accuracies)]
+    curve = {"step": [10, 20, 30], "copy": copies, "answer": [3.0, 0.0, 1.0], "answer_accuracy": [0.1, 0.0, 0.5]}
+    stages = [{"steps": 10}, {"steps": 20}]
+    return {"settings": {"recipe": {"stages": stages}}, "curve": curve, "found": {"vt": rows, "perplexity": rows}}
+
+
+def test_learning_curves_have_a_line_for_every_seed_without_what_was_not_measured():
+    ax = axes()
+    laboratory.learning_curves(ax, {"a": [lab_record([], [5.0, 0.0, 2.0]), lab_record([], [4.0, 3.0, None])], "b": []}, "copy")
+    first, second, end = ax.lines
+    assert first.get_xydata().tolist() == [[10, 5], [30, 2]] and second.get_xydata().tolist() == [[10, 4], [20, 3]]
+    assert end.get_xdata()[0] == 10 and [text.get_text() for text in ax.get_legend().texts] == ["a"]
+    share = axes()
+    laboratory.learning_curves(share, {"a": [lab_record([], [0.0] * 3)]}, "answer_accuracy")
+    assert share.lines[0].get_xydata().tolist() == [[10, 0.1], [30, 0.5]]
+
+
+def test_a_curve_of_nothing_says_so():
+    for runs, words in (({"a": [lab_record([], [0.0] * 3)]}, "nothing was measured"), ({"a": []}, NOT_RUN)):
+        ax = axes()
+        laboratory.learning_curves(ax, runs, "copy")
+        assert texts(ax) == [words]
+
+
+def test_abilities_are_the_mean_of_the_seeds_at_every_length():
+    ax = axes()
+    laboratory.abilities(ax, [lab_record([1.0, 0.5], []), lab_record([0.5, 0.0], [])], ["vt"])
+    one, other, mean = ax.lines
+    assert [line.get_ydata().tolist() for line in (one, other, mean)] == [[1, 0.5], [0.5, 0], [0.75, 0.25]]
+    assert mean.get_xdata().tolist() == [512, 2048] and ax.get_xticklabels()[1].get_text() == "4×\n2,048"
+    empty = axes()
+    laboratory.abilities(empty, [], ["vt"])
+    assert texts(empty) == [NOT_RUN]
 
 
 # ---- training

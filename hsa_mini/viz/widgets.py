@@ -48,27 +48,28 @@ def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure, colors: int = 256) -> bytes:
     """The figure as the bytes of a PNG file with a palette of 256 colours: two fifths of the size that all colours need.
 
+    Marks, lines and words alone are well served by 64 (a quarter less again).
     Maximum coverage leaves every colour within a few of 255 steps; a fast octree turns pale tints white and bands colour maps.
     """
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     file = io.BytesIO()
-    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(file, format="png")
+    picture.quantize(colors, method=Image.Quantize.MAXCOVERAGE).save(file, format="png")
     return file.getvalue()
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display a figure that stands still; `alt` says in words what it shows."""
-    data, options = as_display(figure, alt)
+def show(figure: Figure, alt: str, *, colors: int = 256) -> None:
+    """Display a figure that stands still; `alt` says in words what it shows. colors: as in `to_png`."""
+    data, options = as_display(figure, alt, colors)
     display(data, **options)
 
 
-def as_display(figure: Figure, alt: str) -> tuple[dict, dict]:
+def as_display(figure: Figure, alt: str, colors: int = 256) -> tuple[dict, dict]:
     """What IPython's `display` takes: the picture and its text, and the options that say so."""
-    data = {"image/png": base64.b64encode(to_png(figure)).decode(), "text/plain": alt}
+    data = {"image/png": base64.b64encode(to_png(figure, colors)).decode(), "text/plain": alt}
     return data, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
 
