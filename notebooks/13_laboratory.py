@@ -101,7 +101,7 @@ def values_of(arm, scale):
     return found
 
 
-def changed(arm, scale=LAB):
+def changed(arm, scale=SCALES["lab"]):
     """What an arm has otherwise than the baseline, without its own name: name -> (usual values, its values)."""
     usual, own = values_of(ARMS["hsa"], scale), values_of(arm, scale)
     return {name: (usual[name], own[name]) for name in own if own[name] != usual[name] and name != "arm"}
@@ -121,14 +121,14 @@ for name in ("hsa", "hsa_rope", "no_noise"):
 
 
 # %%
-def size_of(arm, scale=LAB):
+def size_of(arm, scale=SCALES["lab"]):
     """Parameters (of the kind that is held equal), tokens and steps in training."""
     recipe = arm.recipe(scale)
     tokens = sum(stage.steps * stage.batch * stage.tokens for stage in recipe.stages)
     return arm.parameters(scale)[arm.counted], tokens, recipe.steps, recipe.learning_rate
 
 
-def first_batches(arm, seed=0, scale=LAB):
+def first_batches(arm, seed=0, scale=SCALES["lab"]):
     """The first batch of every stage, as token ids."""
     recipe = arm.recipe(scale)
     starts = np.cumsum([0, *(stage.steps for stage in recipe.stages[:-1])])
