@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hsa_mini.lab.arms import ARMS, SCALES, Arm
+from hsa_mini.lab.arms import ARMS, SCALES
 from hsa_mini.lab.claims import CLAIMS, FAR, NEAR, NOT_RUN, SEEDS, Measure, Spread, judge, table, verdict
 from hsa_mini.lab.harness import append_record, current, read_records
 from hsa_mini.lab.run import PackedBatches, run
@@ -706,6 +706,8 @@ for name, same in runs.items():
 # <details><summary>Solution</summary>
 #
 # ```python
+# from hsa_mini.lab.arms import Arm
+#
 # one = Arm("one_chunk", "one chunk is kept", changes=lambda scale: {"top_k": 1})
 # print(changed(one))
 # assert list(changed(one)) == ["config.top_k"]

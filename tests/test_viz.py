@@ -461,10 +461,11 @@ def lab_record(accuracies, copies):
 
 def test_learning_curves_have_a_line_for_every_seed_without_what_was_not_measured():
     ax = axes()
-    laboratory.learning_curves(ax, {"a": [lab_record([], [5.0, 0.0, 2.0]), lab_record([], [4.0, 3.0, None])], "b": []}, "copy")
-    first, second, end = ax.lines
+    one, other, none = (lab_record([], copies) for copies in ([5.0, 0.0, 2.0], [4.0, 3.0, None], [0.0] * 3))
+    laboratory.learning_curves(ax, {"a": [one, other], "b": [none]}, "copy")
+    first, second, _, end = ax.lines
     assert first.get_xydata().tolist() == [[10, 5], [30, 2]] and second.get_xydata().tolist() == [[10, 4], [20, 3]]
-    assert end.get_xdata()[0] == 10 and [text.get_text() for text in ax.get_legend().texts] == ["a"]
+    assert end.get_xdata()[0] == 10 and [text.get_text() for text in ax.get_legend().texts] == ["a", "b: not measured"]
     share = axes()
     laboratory.learning_curves(share, {"a": [lab_record([], [0.0] * 3)]}, "answer_accuracy")
     assert share.lines[0].get_xydata().tolist() == [[10, 0.1], [30, 0.5]]
@@ -483,6 +484,10 @@ def test_abilities_are_the_mean_of_the_seeds_at_every_length():
     one, other, mean = ax.lines
     assert [line.get_ydata().tolist() for line in (one, other, mean)] == [[1, 0.5], [0.5, 0], [0.75, 0.25]]
     assert mean.get_xdata().tolist() == [512, 2048] and ax.get_xticklabels()[1].get_text() == "4×\n2,048"
+    text = axes()
+    laboratory.abilities(text, [lab_record([1.0, 0.0], [])], ["perplexity"])
+    assert text.lines[0].get_ydata()[0] == 30 and np.isnan(text.lines[1].get_ydata()[1])
+    assert text.get_yscale() == "log" and [label.get_text() for label in text.get_yticklabels()] == ["30.0"]
     empty = axes()
     laboratory.abilities(empty, [], ["vt"])
     assert texts(empty) == [NOT_RUN]

@@ -16,7 +16,7 @@ from ..lab.claims import NOT_RUN, Finding, Measure, Spread, verdict
 from .plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
 
 TITLES = {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT", "copy": "copy", "perplexity": "perplexity"}
-BETTER, WORSE, BOTH, BESIDE = "should be better", "should be worse", "both, in two comparisons", "beside, no say in the verdict"
+BETTER, WORSE, BOTH, BESIDE = "should be better", "should be worse", "both, by turns", "beside, has no say"
 MARKS = {BETTER: (BLUE, "o"), WORSE: (ORANGE, "s"), BOTH: (PURPLE, "^"), BESIDE: (GREY, "D")}
 PARTS = ("text", "copy", "answer")  # of the loss; 0 where a batch had none
 TASK_LOOKS = {"s_niah": (BLUE, "o", "-"), "mq_niah": (ORANGE, "s", "--"), "vt": (RED, "^", "-."), "copy": (GREEN, "D", ":")}
@@ -84,15 +84,14 @@ def measure_axis(ax: Axes, measure: Measure) -> None:
     _log_axis(ax, [x for line in ax.lines if line.get_linestyle() == "None" for x in line.get_xdata()])
 
 
-def _log_axis(ax: Axes, seen: Sequence[float]) -> None:
+def _log_axis(ax: Axes, seen: Sequence[float], which: str = "x") -> None:
     """A logarithmic axis around what was seen, with the least and the largest of it as ticks."""
     low, high = (min(seen), max(seen)) if seen else (10, 100)
     room = (1.1 * high / low) ** 0.1
     ends = [low, high] if high > 1.005 * low else [low]
-    ax.set_xscale("log")
-    ax.set_xlim(low / room, high * room)
+    ax.set(**{f"{which}scale": "log", f"{which}lim": (low / room, high * room)})
     ax.minorticks_off()
-    ax.set_xticks(ends, list(map(_perplexity, ends)))
+    getattr(ax, f"set_{which}ticks")(ends, list(map(_perplexity, ends)))
 
 
 def ratio_rows(ax: Axes, rows: Mapping[str, Spread | None]) -> None:
@@ -191,7 +190,8 @@ def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> 
         for i, record in enumerate(records):
             steps, values = _measured(record["curve"], name)
             drawn = drawn or len(steps) > 0
-            ax.plot(steps, values, color=color, linestyle=line, linewidth=1.3, label=None if i else arm)
+            label = None if i else arm if steps else f"{arm}: not measured"
+            ax.plot(steps, values, color=color, linestyle=line, linewidth=1.3, label=label)
     ax.set(xlabel="step", ylabel=f"loss of {name}" if name in PARTS else name.replace("_", " "))
     ax.xaxis.get_major_locator().set_params(integer=True)
     if drawn:
@@ -212,7 +212,10 @@ def _measured(curve: Mapping[str, Sequence], name: str) -> tuple[list, list]:
 
 
 def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
-    """Share right (or, for "perplexity", that) of one arm against the length: the line of the means, a mark for every seed."""
+    """Share right (or, of "perplexity" alone, that) of one arm against the length: a mark for every seed, a line of the means.
+
+    There is no mean where a perplexity is not finite.
+    """
     for i, name in enumerate(names):
         color, mark, line = TASK_LOOKS.get(name, (BLUE, "o", "-"))
         key, shift = "perplexity" if name == "perplexity" else "accuracy", 1.07 ** (i - (len(names) - 1) / 2)
@@ -226,14 +229,15 @@ def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
             ax.set_xscale("log", base=2)
             ax.set_xticks(lengths, [f"{tokens // lengths[0]}×\n{tokens:,}" for tokens in lengths])
             ax.minorticks_off()
+    if tuple(names) == ("perplexity",):
+        _log_axis(ax, [y for line in ax.lines for y in line.get_ydata() if math.isfinite(y)], "y")
+        ax.set_ylabel("perplexity")
+    else:
+        ax.set(ylabel="share right", ylim=(-0.04, 1.08), yticks=(0, 0.5, 1))
     if records:
         ax.legend(frameon=False, fontsize=10, loc="best")
     else:
         _nothing(ax, NOT_RUN)
-    if tuple(names) == ("perplexity",):
-        ax.set_ylabel("perplexity")
-    else:
-        ax.set(ylabel="share right", ylim=(-0.04, 1.08), yticks=(0, 0.5, 1))
     ax.set_xlabel("training lengths, tokens")
     ax.spines[["top", "right"]].set_visible(False)
 
