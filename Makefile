@@ -51,8 +51,10 @@ endif
 bench: $(READY) ## Time the operations on the device that is there
 	$(PY) kernels/bench $(ARGS)
 
-train: setup ## Train the mini model (minutes on a GPU), or go on where it was cut off
-	$(PY) -m hsa_mini train mini $(ARGS)
+train: setup ## Train the course's three models (minutes each on a GPU), or go on where it was cut off
+	@set -e; for model in mini mini_moe small_moe; do \
+		if [ -f runs/$$model/final/manifest.json ]; then echo "runs/$$model/final is there already"; \
+		else $(PY) -m hsa_mini train $$model $(ARGS); fi; done
 
 lab-runs: setup ## Train and measure the variants of the laboratory that have no result yet (on a GPU)
 	$(PY) -m hsa_mini lab $(ARGS)

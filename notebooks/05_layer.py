@@ -457,7 +457,8 @@ print("our layer == the package's:", torch.allclose(ours, expected, atol=1e-5))
 # %%
 TOKENS, FOLDER = 65_536, data_dir() / "checkpoints" / "mini"
 model = HSAModel.from_pretrained(FOLDER)
-config, trained_on = model.config, json.loads((FOLDER / "training.json").read_text())["recipe"]["tokens"]
+config, stages = model.config, json.loads((FOLDER / "training.json").read_text())["recipe"]["stages"]
+trained_on = max(stage["tokens"] for stage in stages)
 print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
 print(f"trained on texts of {trained_on:,} tokens; this one has {TOKENS:,}, {TOKENS // trained_on} times as many")
 print(f"window of {config.window}; each HSA layer reads {config.top_k} of {TOKENS // config.chunk_size:,} chunks")

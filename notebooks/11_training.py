@@ -610,7 +610,7 @@ def read_runs(folder):
 
 
 runs = read_runs(data_dir())
-stages_of = {name: how["recipe"].get("stages", [how["recipe"]]) for name, (_, how) in runs.items()}
+stages_of = {name: how["recipe"]["stages"] for name, (_, how) in runs.items()}
 for name, (log, how) in runs.items():
     seen = sum(stage["steps"] * stage["batch"] * stage["tokens"] for stage in stages_of[name])
     print(f"{name}: {len(stages_of[name])} stages, {log['step'][-1]:,.0f} steps, {seen / 1e6:.0f} M tokens; {how['hardware']}")

@@ -59,8 +59,8 @@ THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # questions are small work: one core is faster than several that wait for each other
 corpus, tokenizer = load_corpus("validation").tokens, load_tokenizer()
 print(f"{NAME}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters,", end=" ")
-recipe = json.loads((folder / "training.json").read_text())["recipe"]
-print(f"trained on sequences of at most {max(stage['tokens'] for stage in recipe.get('stages', [recipe])):,} tokens")
+stages = json.loads((folder / "training.json").read_text())["recipe"]["stages"]
+print(f"trained on sequences of at most {max(stage['tokens'] for stage in stages):,} tokens")
 
 # %% [markdown]
 # ## The question in plain words
@@ -336,18 +336,20 @@ print("own memory: the answer changes with the value:", len(own) > 1)
 # ## The heat maps
 #
 # The full evaluation goes up to 16 million tokens, on a GPU, in some minutes a task. It asks like this notebook, with `python
-# -m hsa_mini eval mini --task s_niah` (or `mq_niah`, `vt`), and leaves a file. Whatever is said about numbers from here on is
-# computed from these files, when the notebook runs.
+# -m hsa_mini eval mini --task s_niah` (or `mq_niah`, `vt`), and leaves a file. Some lengths go beyond the paper's, up to 128
+# million tokens, with few questions. Whatever is said about numbers from here on is computed from these files, when the
+# notebook runs.
 
 # %%
 MODELS, TITLES = ("mini", "mini_moe", "small_moe"), {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
 
 
 def results_of(path):
-    """Rows and control rows of a file; and the machine that was asked."""
-    found = json.loads(path.read_text())
-    controls = [ControlRow(**{"control": "absent", **row}) for row in found["control_rows"]]
-    return [Row(**row) for row in found["rows"]], controls, found["hardware"]
+    """Rows and control rows of a file, and of the one of further lengths if there is one; and the machine that was asked."""
+    paths = [p for p in (path, path.with_name(f"{path.stem}_far.json")) if p.is_file()]
+    found = [json.loads(p.read_text()) for p in paths]
+    controls = [ControlRow(**row) for part in found for row in part["control_rows"]]
+    return [Row(**row) for part in found for row in part["rows"]], controls, found[0]["hardware"]
 
 
 results, missing = {}, []
@@ -357,6 +359,7 @@ for name, task in product(MODELS, TASKS):
         results[f"{name}, {TITLES[task]}"] = results_of(path)
     else:
         missing.append(f"{name} on {TITLES[task]}")
+ASKED = sorted({row.tokens for rows, _, _ in results.values() for row in rows})
 print("asked:", "; ".join(f"{file} (on {hardware})" for file, (_, _, hardware) in results.items()))
 if missing:
     print("not measured, so nothing is known:", "; ".join(missing))
@@ -386,18 +389,22 @@ explore(
     alt="A heat map: lengths from left to right, depths from top to bottom, in every cell the answers right and the interval.",
     size=(8.5, 3.7),
     file=list(results),
-    tokens=Control([(length_name(T), T) for T in LENGTHS], start=LENGTHS[-1], label="tokens"),
+    tokens=Control([(length_name(T), T) for T in ASKED], start=LENGTHS[-1], label="tokens"),
     depth=Control([(f"{depth:.2f}", depth) for depth in DEPTHS], start=DEPTHS[0], label="depth"),
 )
 
 # %% [markdown]
-# The three tasks of one model side by side, right answers alone:
+# The three tasks of one model side by side, at the lengths of the paper, right answers alone:
 
 
 # %%
+def as_long_as_the_papers(file):
+    return [row for row in results[file][0] if row.tokens in LENGTHS]
+
+
 def in_words(file):
     """What a heat map shows, in one sentence."""
-    rows = results[file][0]
+    rows = as_long_as_the_papers(file)
     table, worst = by_length(rows), min(rows, key=lambda row: row.correct / row.samples)
     ends = " and ".join(f"{e['correct']} of {e['samples']} at {length_name(e['tokens'])}" for e in (table[0], table[-1]))
     return f"{file}: {ends}; no cell below {worst.correct} of {worst.samples} ({length_name(worst.tokens)}, {worst.depth:.2f})."
@@ -406,7 +413,7 @@ def in_words(file):
 shown = [f"mini, {title}" for title in TITLES.values() if f"mini, {title}" in results]
 figure = make_figure(0.7 + 3.0 * len(shown), 2.9)
 for axes, file in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
-    heat_map(axes, results[file][0], brief=True)
+    heat_map(axes, as_long_as_the_papers(file), brief=True)
     axes.set_title(file, fontsize=12)
     axes.label_outer()
 show(figure, f"Heat maps of answers right, lengths by depths. {' '.join(map(in_words, shown))}")
@@ -422,7 +429,7 @@ print("\n".join(map(in_words, results)))
 # %%
 figure = make_figure(11, 3.6)
 for axes, (task, title) in zip(figure.subplots(1, 3, sharey=True), TITLES.items()):
-    curves = {name: results[f"{name}, {title}"][0] for name in MODELS if f"{name}, {title}" in results}
+    curves = {name: as_long_as_the_papers(f"{name}, {title}") for name in MODELS if f"{name}, {title}" in results}
     length_curves(axes, curves, published=PUBLISHED[task])
     axes.set_title(title if curves else f"{title} (ours not measured)", fontsize=12)
     axes.label_outer()
@@ -517,7 +524,7 @@ show(figure, f"Nats gained a token against tokens read, for each stretch of text
 # ## What this does not show
 #
 # * The models are small, and were trained *on questions of these forms*. They find; they do not understand. A form that was not
-#   trained is not answered: see the heat maps.
+#   trained is not answered.
 # * Needles are foreign bodies: capital letters and digits in prose and code. A fact told in the language of its surroundings is
 #   harder, and six sentences in millions of tokens are few.
 # * One seed, one checkpoint of each model. The intervals know the chance of the questions, not that of another training run.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hsa_mini.evaluate import Row, by_length
+from hsa_mini.evaluate import CONTROLS, LENGTHS, PUBLISHED, Row, by_length, wilson_interval
 from hsa_mini.viz.plots import length_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,35 +33,65 @@ def course() -> str:
     return "\n".join(lines)
 
 
+MODELS, TITLES = ("mini", "mini_moe", "small_moe"), {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"data/results/{name}.json").read_text())
+
+
+def asked(model: str, task: str) -> list[dict]:
+    """What the files of a model and a task say, the one of lengths beyond the paper's too, if there is one."""
+    further = [f"{model}_{task}_far"] * (ROOT / f"data/results/{model}_{task}_far.json").is_file()
+    return [results(name) for name in (f"{model}_{task}", *further)]
+
+
 def measured() -> str:
-    """Accuracy by length, from the results of the shipped model."""
-    result = json.loads((ROOT / "data/results/mini_s_niah.json").read_text())
-    rows = [Row(**row) for row in result["rows"]]
-    lines = ["| tokens | right | accuracy (95% interval) | needle's chunk retrieved | distinct tokens |", "|---|---|---|---|---|"]
-    for entry in by_length(rows):
-        distinct = next(row.distinct_tokens for row in rows if row.tokens == entry["tokens"])
-        lines.append(
-            f"| {length_name(entry['tokens'])} | {entry['correct']} of {entry['samples']} | {entry['accuracy']:.1%} "
-            f"({entry['low']:.1%} to {entry['high']:.1%}) | {entry['retrieved']} of {entry['samples']} | {distinct:,} |"
-        )
-    training = json.loads((ROOT / "data/checkpoints/mini/training.json").read_text())
-    controls = {"absent": "a key that is nowhere in the text", "shuffled": "a memory that holds another sample's needles"}
-    counted = []
-    for control, what in controls.items():
-        same = [row for row in result["control_rows"] if row.get("control", "absent") == control]
-        if same:
-            right, asked = (sum(row[name] for row in same) for name in ("correct", "samples"))
-            counted.append(f"Control, {what}: {right} of {asked} right.")
-    lines += [
-        "",
-        f"{' '.join(counted)} Asked on {result['hardware']}; "
-        f"trained on {training['hardware']} in {training['seconds']:.0f} s, on sequences of {training['recipe']['tokens']:,} tokens.",
-    ]
+    """Answers right by model, task and length; the paper's; controls and intervals."""
+    found = {(model, task): asked(model, task) for model in MODELS for task in TITLES}
+    tables = {key: by_length([Row(**row) for file in files for row in file["rows"]]) for key, files in found.items()}
+    lengths = sorted({entry["tokens"] for table in tables.values() for entry in table})
+    lines = [f"| | | {' | '.join(map(length_name, lengths))} |", "|---" * (len(lengths) + 2) + "|"]
+    for (model, task), table in tables.items():
+        cells = {entry["tokens"]: f"{entry['correct']}/{entry['samples']}" for entry in table}
+        lines.append(f"| `{model}` | {TITLES[task]} | {' | '.join(cells.get(tokens, '') for tokens in lengths)} |")
+    for task, title in TITLES.items():
+        shares = dict(zip(LENGTHS, (f"{low}%" if low == high else f"{low} to {high}%" for low, high in PUBLISHED[task])))
+        lines.append(f"| paper's 8B | {title} | {' | '.join(shares.get(tokens, '') for tokens in lengths)} |")
+    perfect = sorted({entry["samples"] for table in tables.values() for entry in table if entry["correct"] == entry["samples"]})
+    intervals = ", ".join(f"of {n} all right: {wilson_interval(n, n)[0]:.1%} to 100%" for n in perfect)
+    controls = [row for files in found.values() for file in files for row in file["control_rows"]]
+    counts = {name: [sum(row[n] for row in controls if row["control"] == name) for n in ("correct", "samples")] for name in CONTROLS}
+    told = " ".join(f"Control, {what}: {counts[name][0]} of {counts[name][1]} right." for name, what in CONTROLS.items())
+    cards = " and ".join(sorted({file["hardware"] for files in found.values() for file in files}))
+    distinct = max(row["distinct_tokens"] for files in found.values() for file in files for row in file["rows"])
+    return "\n".join([
+        *lines, "", f"95% intervals: {intervals}. {told} Longer texts than {distinct:,} tokens repeat that many. Asked on {cards}.", "", trained(),
+    ])  # fmt: skip
+
+
+def trained() -> str:
+    told = []
+    for model in MODELS:
+        path = ROOT / f"data/checkpoints/{model}/training.json"
+        how = json.loads(path.read_text()) if path.is_file() else results(f"{model}_training")
+        longest = max(stage["tokens"] for stage in how["recipe"]["stages"])
+        told.append(f"`{model}` in {how['seconds']:.0f} s on {how['hardware']}, on sequences of at most {longest:,} tokens")
+    return f"Trained: {'; '.join(told)}."
+
+
+def predicted() -> str:
+    """Perplexity of the same held-out tokens behind more and more text."""
+    tables = {model: results(f"{model}_perplexity")["rows"] for model in MODELS}
+    lines = [f"| tokens read | {' | '.join(length_name(row['tokens']) for row in tables['mini'])} |"]
+    lines.append("|---" * (len(tables["mini"]) + 1) + "|")
+    for model, rows in tables.items():
+        lines.append(f"| `{model}` | {' | '.join('{:.2f}'.format(row['perplexity']) for row in rows)} |")
     return "\n".join(lines)
 
 
 def bench() -> dict:
-    return json.loads((ROOT / "data/results/kernels.json").read_text())
+    return results("kernels")
 
 
 def source(result: dict) -> str:
@@ -125,7 +155,7 @@ def rewritten(path: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize(("path", "parts"), [(README, {"demo", "course", "measured", "kernels"}), (KERNELS, {"floors", "ratios"})])
+@pytest.mark.parametrize(("path", "parts"), [(README, {"demo", "course", "measured", "predicted", "kernels"}), (KERNELS, {"floors", "ratios"})])
 def test_readme_says_what_the_files_say(path, parts):
     assert set(re.findall(r"<!-- /(\w+) -->", path.read_text())) == parts
     assert rewritten(path) == path.read_text()
