@@ -61,11 +61,10 @@ def build_parser() -> Parser:
     generate.set_defaults(command=run_generate)
 
     train = commands.add_parser("train", help="train a model from nothing, or go on where a run was cut off")
-    train.add_argument("preset", help="which model: nano, mini or mini_moe")
+    train.add_argument("preset", help="which model: nano, mini, mini_moe or small_moe")
     train.add_argument("--run", type=Path, metavar="DIR", help="states, log and final model (default runs/PRESET)")
     train.add_argument("--steps", type=integer, help="instead of the recipe's")
     train.add_argument("--seed", type=integer, default=0)
-    train.add_argument("--workers", type=integer, help="processes that draw batches (default: by the cores at hand)")
     train.set_defaults(command=run_train)
 
     evaluate = commands.add_parser("eval", help="ask many questions of a task by length and depth")
@@ -207,10 +206,9 @@ def run_train(arguments) -> int:
     run = arguments.run or Path("runs") / arguments.preset
     check_range("--steps", 1 if arguments.steps is None else arguments.steps, 1, 10**9)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
-    check_range("--workers", arguments.workers or 0, 0, 1024)
     check_writable("--run", run, folder=True)
     device = choose_device(arguments.device)
-    train(arguments.preset, run=run, device=device, steps=arguments.steps, seed=arguments.seed, workers=arguments.workers)
+    train(arguments.preset, run=run, device=device, steps=arguments.steps, seed=arguments.seed)
     print(f"the model is in {run / 'final'}, the log in {run / 'log.csv'}")
     return 0
 

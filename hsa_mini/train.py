@@ -9,14 +9,16 @@ import dataclasses
 import io
 import json
 import math
-import os
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import provenance
@@ -31,6 +33,7 @@ from .recipes import RECIPES, Recipe, Stage
 from .replay import Replay
 
 LOG = "log.csv"
+AHEAD = 8  # batches that are drawn before they are needed
 SHIPPED_BYTES = 15 << 20  # of a file of weights: a repository's files are at most 16 MiB
 COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance", "learning_rate", "seconds")
 
@@ -42,16 +45,14 @@ def train(
     device: torch.device,
     steps: int | None = None,
     seed: int = 0,
-    workers: int | None = None,
     checkpoint_seconds: float = 120.0,
     log_every: int = 50,
     stop_after: int | None = None,
 ) -> HSAModel:
     """Train preset `name` in folder `run`, going on from the newest state there; returns the model.
 
-    steps: instead of the recipe's. workers: processes that draw batches (None: by the cores at hand). stop_after: leave,
-    with a state written, after this step. The log is `run/log.csv`; the finished model is `run/final`, in bfloat16.
-    Raises ValueError for an unknown preset or a run folder of other settings.
+    steps: instead of the recipe's. stop_after: leave, with a state written, after this step. The log is `run/log.csv`; the
+    finished model is `run/final`, in bfloat16. Raises ValueError for an unknown preset or a run folder of other settings.
     """
     if name not in RECIPES:
         raise ValueError(f"preset: got {name!r}, accepted are {', '.join(RECIPES)}")
@@ -71,8 +72,7 @@ def train(
     log = Log(run / LOG, start)
 
     steps_of = recorded_steps(model, optimizer, recipe, past)
-    workers = min(8, (os.cpu_count() or 1) - 1) if workers is None else workers
-    loader = load(StagedBatches(recipe, seed), range(start, recipe.steps), workers=workers, device=device)
+    batches = drawn_ahead(StagedBatches(recipe, seed), range(start, recipe.steps), device=device)
     began = saved = time.monotonic()
     step = start
 
@@ -81,7 +81,7 @@ def train(
         save_progress(run, step, snapshot(model, optimizer, past), {"step": step, "seconds": seconds, "settings": settings})
 
     with tqdm(total=recipe.steps, initial=start, desc=f"training {name}", unit="step", mininterval=0.5) as bar:
-        for batch in loader:
+        for batch in batches:
             figures = take_step(steps_of, recipe, seed, step, batch, device)
             step += 1
             bar.update()
@@ -109,12 +109,25 @@ def recorded_steps(model: HSAModel, optimizer: torch.optim.Optimizer, recipe: Re
     }
 
 
-def load(batches: Dataset, steps: range, *, workers: int, device: torch.device) -> DataLoader:
-    """The batches of `steps`, in order, drawn ahead by so many processes (0: by this one, when they are asked for)."""
-    return DataLoader(
-        batches, batch_size=None, sampler=steps, num_workers=workers,
-        pin_memory=device.type == "cuda", prefetch_factor=8 if workers else None,
-    )  # fmt: skip
+def drawn_ahead(batches: Dataset, steps: range, *, device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches of `steps`, in order, drawn while the device is at work.
+
+    By a thread: it takes milliseconds to draw a batch, and seconds to fork a process that has used a GPU.
+    """
+
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        return tuple(part.pin_memory() if device.type == "cuda" else part for part in batches[step])
+
+    pool, waiting = ThreadPoolExecutor(1), deque()
+    try:
+        for step in steps:
+            waiting.append(pool.submit(draw, step))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def take_step(steps_of: dict[Stage, Replay], recipe: Recipe, seed: int, step: int, batch, device: torch.device):

@@ -119,7 +119,6 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["train", "nano", "--steps", "x"], "--steps: got 'x', accepted is an integer"),
     (["train", "nano", "--seed", "-1"], "--seed: got -1, accepted is 0"),
     (["train", "nano", "--seed", str(1 << 64)], "--seed: got 18446744073709551616, accepted is 0"),
-    (["train", "nano", "--workers", "-1"], "--workers: got -1, accepted is 0"),
     (["train", "nano", "--run", "file"], r"--run: got file \(it is a file\), accepted is a folder"),
     (["train", "nano", "--device", "gpu"], "--device: got 'gpu', accepted here are auto, cpu"),
     (["eval", "model", "--lengths", "4096", "0"], "--lengths: got 0, accepted is 1 to 1073741824"),
@@ -282,7 +281,7 @@ def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
 
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.setitem(RECIPES, "tiny", Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)),)))
-    status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--workers", "0", "--device", "cpu")
+    status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--device", "cpu")
     assert status == 0 and "runs/tiny/final" in out and "runs/tiny/log.csv" in out
     status, out, _ = call(capfd, "eval", "runs/tiny/final", "--lengths", "300", "400", "--samples", "1", "--out", "r.json")
     assert status == 0 and out.count("control:") == 2 and "written to r.json" in out
@@ -405,7 +404,7 @@ def test_control_c_during_the_demo_ends_with_130_and_leaves_nothing_half_written
     process = start("demo", "--tokens", "50000000", "--checkpoint", "model", "--haystack", "good.txt", "--json", "r.json")
     assert process.stdout.readline().startswith("reading 50,000,000 tokens")
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
     assert listing(folder) == before
@@ -415,12 +414,12 @@ def test_control_c_during_training_ends_with_130_and_the_run_can_go_on(folder):
     from material import small_archives
 
     small_archives(folder / "cache" / "archives")
-    process = start("train", "nano", "--device", "cpu", "--workers", "1", HSA_MINI_CACHE=str(folder / "cache"))
+    process = start("train", "nano", "--device", "cpu", HSA_MINI_CACHE=str(folder / "cache"))
     deadline = time.monotonic() + 60
     while not Path("runs/nano/log.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
     assert [path.name for path in Path("runs/nano").iterdir()] == ["log.csv"]

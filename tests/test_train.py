@@ -24,7 +24,7 @@ from hsa_mini.nn.moe import MoE
 from hsa_mini.paths import data_dir, write_whole
 from hsa_mini.crowd import Past
 from hsa_mini.recipes import RECIPES, Recipe, Stage
-from hsa_mini.train import COLUMNS, make_optimizer, mixture_loss, noise_seed, shared, train, train_step
+from hsa_mini.train import AHEAD, COLUMNS, drawn_ahead, make_optimizer, mixture_loss, noise_seed, shared, train, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def a_preset_of_seconds(monkeypatch):
 
 
 def run_tiny(run: Path, **options) -> HSAModel:
-    return train("tiny", run=run, device=CPU, **{"workers": 0, "log_every": 2, **options})
+    return train("tiny", run=run, device=CPU, **{"log_every": 2, **options})
 
 
 def log(run: Path) -> list[list[str]]:
@@ -95,8 +95,27 @@ def test_a_run_that_is_resumed_equals_one_that_was_not_cut_off(tmp_path, whole, 
         run_tiny(tmp_path, stop_after=stop)
         assert load_progress(tmp_path)[1]["step"] == stop and not (tmp_path / "final").exists()
         torch.manual_seed(stop)  # whatever happens in between
-    assert_same(run_tiny(tmp_path, workers=1), want)
+    assert_same(run_tiny(tmp_path), want)
     assert log(tmp_path) == log(run)
+
+
+def test_batches_are_drawn_in_order_a_few_ahead_and_no_more_once_nobody_asks():
+    drawn = []
+
+    class Batches:
+        def __getitem__(self, step):
+            if step == 30:
+                raise OSError("no text")
+            drawn.append(step)
+            return (torch.tensor(step),)
+
+    batches = drawn_ahead(Batches(), range(2, 40), device=CPU)
+    assert [next(batches)[0].item() for _ in range(5)] == [2, 3, 4, 5, 6]
+    batches.close()
+    assert drawn == list(range(2, 2 + len(drawn))) and 5 <= len(drawn) <= 5 + AHEAD
+    assert [x.item() for (x,) in drawn_ahead(Batches(), range(2, 6), device=CPU)] == [2, 3, 4, 5]
+    with pytest.raises(OSError, match="no text"):
+        list(drawn_ahead(Batches(), range(20, 40), device=CPU))
 
 
 def test_a_run_with_experts_is_resumed_with_its_bias(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from .arms import ARMS, SCALES, Scale
 from .run import run
 
 Task = tuple[str, int]  # arm and seed
-MOST_LOADERS = 8  # processes that draw the batches of a run
 WINDOWS = 64  # of different arms, for which one process may have to compile attention anew
 
 
@@ -151,15 +150,13 @@ def _work(link: Connection, scale: Scale, steps: int | None, device: torch.devic
     """Of each (arm, seed) received, send steps as they are done, and the record or what went wrong; until the link ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
-    loaders = 0  # on a processor there is nothing to be gained
     try:
         if device.type == "cuda":
-            loaders = min(max((os.cpu_count() or 1) // jobs - 1, 1), MOST_LOADERS)
             torch._dynamo.config.recompile_limit = WINDOWS
             prepare(scale, device)
         while True:
             arm, seed = link.recv()
-            link.send(run(ARMS[arm], scale, seed, device=device, steps=steps, workers=loaders, progress=link.send))
+            link.send(run(ARMS[arm], scale, seed, device=device, steps=steps, progress=link.send))
             gc.collect()  # recorded steps and their memory
             if device.type == "cuda":
                 torch.cuda.empty_cache()

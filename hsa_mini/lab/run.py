@@ -12,7 +12,7 @@ from ..crowd import Past
 from ..data.mixture import NONE
 from ..model import HSAModel
 from ..recipes import Recipe, Stage
-from ..train import COLUMNS, StagedBatches, load, make_optimizer, recorded_steps, take_step
+from ..train import COLUMNS, StagedBatches, drawn_ahead, make_optimizer, recorded_steps, take_step
 from .arms import Arm, Scale
 from .measure import measure
 
@@ -28,7 +28,6 @@ def run(
     *,
     device: torch.device,
     steps: int | None = None,
-    workers: int = 0,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> dict:
     """Train and measure `arm`; everything that JSON can say about it. `progress(n)` is called as n steps are given to the device.
@@ -39,7 +38,7 @@ def run(
     recipe = arm.recipe(scale, steps)
     torch.manual_seed(seed)
     model = arm.model(arm.config(scale)).to(device).train()
-    curve = _train(model, recipe, PackedBatches(recipe, seed, arm.packed), seed, device, workers, progress)
+    curve = _train(model, recipe, PackedBatches(recipe, seed, arm.packed), seed, device, progress)
     trained = time.monotonic()
     if device.type == "cuda":
         model.bfloat16()
@@ -57,14 +56,14 @@ def run(
 
 
 def _train(
-    model: HSAModel, recipe: Recipe, batches: Dataset, seed: int, device: torch.device, workers: int, progress: Callable[[int], None]
+    model: HSAModel, recipe: Recipe, batches: Dataset, seed: int, device: torch.device, progress: Callable[[int], None]
 ) -> dict[str, list[float]]:
     """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
     optimizer, past = make_optimizer(model, recipe), Past(recipe.crowd)
     steps_of = recorded_steps(model, optimizer, recipe, past)
     every = max(recipe.steps // POINTS, 1)
     curve: dict[str, list[float]] = {name: [] for name in ("step", *FIGURES)}
-    for step, batch in enumerate(load(batches, range(recipe.steps), workers=workers, device=device)):
+    for step, batch in enumerate(drawn_ahead(batches, range(recipe.steps), device=device)):
         figures = take_step(steps_of, recipe, seed, step, batch, device)
         if (step + 1) % every == 0:
             curve["step"].append(step + 1)
