@@ -43,15 +43,16 @@ class Crowd:
     """What the HSA layers of a batch look into: `landmarks` [B, M + B*N, J_r, R].
 
     Sequence b meets the past first, then the sequences that follow it in the batch, going round, and last its own chunks:
-    `in_front` tokens come before these.
+    `in_front` tokens come before these. The first `alone` sequences meet their own chunks first, so they see no others.
     """
 
-    def __init__(self, memory: ChunkMemory, encoder: ChunkEncoder, past: Past) -> None:
+    def __init__(self, memory: ChunkMemory, encoder: ChunkEncoder, past: Past, alone: int = 0) -> None:
         B, N = memory.batch, memory.chunks
         self.batch_chunks = B * N
         self.first = torch.arange(1, B + 1, device=memory.k.device)[:, None, None, None] * N  # of sequence b + 1
         self.past = 0 if past.stores is None else past.size
-        self.in_front = (self.past + (B - 1) * N) * memory.config.chunk_size
+        before = self.past + (B - 1) * N  # chunks in front of a sequence's own
+        self.in_front = before * memory.config.chunk_size
         k, v, landmarks = (x.flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
         # window b + 1 of B*N landmarks in a row, twice written down: [B, J_r, R, B*N] -> [B, B*N, J_r, R]
         self.landmarks = torch.cat((landmarks, landmarks)).unfold(0, B * N, N)[1:].movedim(-1, 1)
@@ -60,11 +61,17 @@ class Crowd:
             k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
             old = encoder.landmarks(summaries[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
             self.landmarks = torch.cat((old, self.landmarks), dim=1)
+        self.skipped = 0  # chunks that an index does not count
+        if alone:
+            self.landmarks = torch.cat((self.landmarks[:alone].roll(N, dims=1), self.landmarks[alone:]))
+            crowded = torch.arange(B, device=memory.k.device) >= alone
+            self.in_front, self.skipped = crowded * self.in_front, (~crowded * before)[:, None, None, None]
         self.k, self.v = k[None], v[None]  # [1, M + B*N, S, J, D]: one copy for all
 
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`ops.chunk_attention` for q [B, T, H, D] and a choice among `landmarks`; the batch is one long sequence there."""
+        indices = indices + self.skipped * (indices >= 0)  # an empty slot stays -1
         among = self.past + (self.first + indices - self.past) % self.batch_chunks
-        places = torch.where(indices < self.past, indices, among.int())  # an empty slot stays -1
+        places = torch.where(indices < self.past, indices, among).int()
         rows, places, weights = (x.flatten(0, 1)[None] for x in (q, places, weights))
         return ops.chunk_attention(rows, self.k, self.v, places, weights).view(q.shape)

@@ -109,14 +109,15 @@ class HSAModel(nn.Module):
         memory: ChunkMemory | None = None,
         *,
         past: Past | None = None,
+        alone: int = 0,
         explore: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
     ) -> Output:
         """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place, or not at all, and returned.
 
-        past: chunks of earlier batches; if given, each sequence looks for its chunks among these, those of the whole batch
-        and its own (`Crowd`). explore: add the exploration noise, in training mode alone. gumbel_seed: an int or an int64
-        tensor []; drawn from torch's generator if None.
+        past: chunks of earlier batches; if given, each sequence but the first `alone` looks for its chunks among these, those
+        of the whole batch and its own (`Crowd`). explore: add the exploration noise, in training mode alone. gumbel_seed: an
+        int or an int64 tensor []; drawn from torch's generator if None.
         Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of another batch or model.
         """
         self.check_ids(ids, memory, wait=False)
@@ -125,7 +126,7 @@ class HSAModel(nn.Module):
         reader = ChunkMemory(self.config) if memory is None else memory.branch()
         position = reader.position
         hidden = self.read(ids, reader)
-        hidden, retrievals = self.look_up(hidden, position, reader, past=past, explore=explore, gumbel_seed=gumbel_seed)
+        hidden, retrievals = self.look_up(hidden, position, reader, past=past, alone=alone, explore=explore, gumbel_seed=gumbel_seed)
         logits = self.predict(hidden)
         if memory is None:
             return Output(logits, reader, Aux(retrievals))
@@ -165,6 +166,7 @@ class HSAModel(nn.Module):
         memory: ChunkMemory,
         *,
         past: Past | None = None,
+        alone: int = 0,
         explore: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[Retrieval, ...]]:
@@ -177,7 +179,7 @@ class HSAModel(nn.Module):
         retrievals: list[Retrieval] = []
         chunks, in_front = memory, 0
         if past is not None:
-            chunks = Crowd(memory, self.encoder, past)
+            chunks = Crowd(memory, self.encoder, past, alone)
             in_front = chunks.in_front
 
         def ask(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
@@ -186,7 +188,8 @@ class HSAModel(nn.Module):
                 x,
                 chunks.landmarks,
                 chunks.attend,
-                position=in_front + position,
+                position=position,
+                in_front=in_front,
                 block_query=memory.block_queries[group],
                 gumbel_seed=None if gumbel_seed is None else gumbel_seed * self.config.groups + group,
             )

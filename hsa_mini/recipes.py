@@ -18,6 +18,7 @@ class Stage:
     explore: bool = True  # Gumbel noise on the choice
     # Chunks of earlier batches that every sequence has in front of its own, with those of its whole batch (None: its own alone).
     crowd: int | None = None
+    alone: int = 0  # sequences of a batch that have nothing in front even so: texts have a beginning
     text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
     mixture: Mixture = field(default_factory=Mixture)
 
@@ -73,7 +74,7 @@ class Recipe:
 # Plain text is content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
 _ALONE = Stage(2000, batch=32, tokens=1024, text_weight=0.25, mixture=Mixture(self_copy=0.3, needles=0.35, chains=0.25))
 _CROWD = replace(_ALONE, steps=4000, explore=False, crowd=4096, text_weight=0.1)
-_MINI = Recipe((_ALONE, _CROWD))
+_MINI = Recipe((_ALONE, replace(_CROWD, alone=4)))
 # The five stages of the paper in small: warm-up (a short window, every chunk kept, mostly copies), sparse pre-training, longer
 # texts, annealing, and questions.
 _SMALL = Recipe(

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from .replay import Replay
 
 LOG = "log.csv"
 AHEAD = 8  # batches that are drawn before they are needed
+COUNTED = 16  # batches for the load of experts: a single one is not like the others
 SHIPPED_BYTES = 15 << 20  # of a file of weights: a repository's files are at most 16 MiB
 COLUMNS = ("step", "loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance", "learning_rate", "seconds")
 
@@ -96,6 +97,10 @@ def train(
                 return model
     seconds = seconds_before + time.monotonic() - began
     how = {**provenance.record(device), "seed": seed, "seconds": round(seconds, 1), "recipe": dataclasses.asdict(recipe)}
+    if PRESETS[name].experts:
+        last = min(COUNTED, recipe.stages[-1].steps)
+        batches = drawn_ahead(StagedBatches(recipe, seed), range(recipe.steps - last, recipe.steps), device=device)
+        how["imbalance"] = imbalances(model, recipe.stages[-1], past, (ids.to(device) for ids, _ in batches))
     texts = {LOG: (run / LOG).read_text(), "training.json": json.dumps(how, indent=1) + "\n"}
     save_model(model, run / "final", dtype=torch.bfloat16, texts=texts, shard_bytes=SHIPPED_BYTES)
     return model
@@ -184,7 +189,7 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
         group["lr"].copy_(rate)
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
         crowd = None if stage.crowd is None else past
-        output = model(ids[:, :-1], past=crowd, explore=stage.explore, gumbel_seed=noise)
+        output = model(ids[:, :-1], past=crowd, alone=stage.alone, explore=stage.explore, gumbel_seed=noise)
     loss, shares, accuracy = mixture_loss(output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -196,6 +201,17 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
     found = [layer.balance(recipe.balance_rate).imbalance for layer in model.modules() if isinstance(layer, MoE)]
     imbalance = torch.stack(found).max() if found else torch.ones((), device=ids.device)
     return loss.detach(), *shares, accuracy, norm, imbalance
+
+
+@torch.no_grad()
+def imbalances(model: HSAModel, stage: Stage, past: Past, batches: Iterable[torch.Tensor]) -> list[float]:
+    """Of every MoE layer the largest load of an expert over the mean, over all batches [B, T+1], which are not learnt from."""
+    model = shared(model, stage.config(model.config))
+    for ids in batches:
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
+            crowd = None if stage.crowd is None else past
+            model(ids[:, :-1], past=crowd, alone=stage.alone, explore=False)
+    return [round(layer.statistics().imbalance.item(), 3) for layer in model.modules() if isinstance(layer, MoE)]
 
 
 def mixture_loss(

@@ -45,6 +45,18 @@ def test_a_crowd_is_what_was_read_before(size, changes):
     assert got.memory.chunks == own.chunks  # what is kept is one's own
 
 
+@pytest.mark.parametrize("size", [0, 7])
+def test_who_is_alone_in_a_crowd_is_as_without_one(size):
+    """And all others do not notice."""
+    model = tiny(torch.float64)
+    past = filled(model, size)
+    none, all_of_them = model(IDS), model(IDS, past=past)
+    for alone in range(5):
+        got = model(IDS, past=past, alone=alone)
+        want = torch.cat((none.logits[:alone], all_of_them.logits[alone:]))
+        assert (got.logits - want).abs().max() < 1e-12
+
+
 def test_gradients_reach_the_batch_and_not_what_was_encoded_before():
     model = tiny(torch.float64, top_k=100, tied=False)
     past = filled(model, 16)

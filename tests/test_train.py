@@ -126,6 +126,9 @@ def test_a_run_with_experts_is_resumed_with_its_bias(tmp_path, monkeypatch):
     assert any(layer.bias.any() for layer in want.modules() if isinstance(layer, MoE))
     imbalance = [float(row[COLUMNS.index("imbalance")]) for row in log(tmp_path / "cut")]
     assert all(1 <= x <= 4 for x in imbalance) and log(tmp_path / "cut") == log(tmp_path / "whole")
+    counted = [json.loads((tmp_path / name / "final" / "training.json").read_text())["imbalance"] for name in ("cut", "whole")]
+    assert counted[0] == counted[1] and len(counted[0]) == TINY.lower_layers + TINY.upper_layers - 1
+    assert all(1 < x <= 4 for x in counted[0])
 
 
 def test_rows_of_the_log_behind_the_state_are_written_again(tmp_path, whole):

@@ -34,10 +34,10 @@ class HSA(nn.Module):
         self.out = nn.Linear(config.hsa_heads * config.hsa_head_dim, config.width, bias=False)
 
     def forward(
-        self, x, landmarks, attend, *, position: int, block_query=None, gumbel_seed=None
+        self, x, landmarks, attend, *, position: int, in_front: int | torch.Tensor = 0, block_query=None, gumbel_seed=None
     ) -> tuple[torch.Tensor, Retrieval, torch.Tensor | None]:
         """landmarks [B, N, J_r, R] to choose among; `attend(q, indices, weights)` reads the chunks chosen; `position` is
-        that of x's first token.
+        that of x's first token, behind `in_front` more tokens (int, or int64 [B]), a multiple of the chunk size.
 
         `block_query` [B, 1, J_r, R] is the query of the first token of a block of `query_block` tokens that x continues;
         the third result is the one to pass on (None at the end of a block).
@@ -53,7 +53,7 @@ class HSA(nn.Module):
                 landmarks,
                 chunk_size=config.chunk_size,
                 top_k=config.top_k,
-                offset=position - late,
+                offset=in_front + position - late,
                 weighting=config.weighting,
                 gumbel_seed=gumbel_seed,
                 exclude_window=config.window if config.exclude_window else 0,
