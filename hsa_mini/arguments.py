@@ -26,14 +26,6 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is a number") from None
 
 
-def integers(name: str, text: str) -> list[int]:
-    """Integers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{name}: got {text[:80]!r}, accepted are integers with commas between them") from None
-
-
 def check_choices(name: str, given: list[str], accepted) -> None:
     for word in given:
         if word not in accepted:

@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .arguments import (
-    Parser, check_choices, check_length, check_range, choose_device, integer, integers, number, read_model,
+    Parser, check_choices, check_length, check_range, choose_device, integer, number, read_model,
 )  # fmt: skip
 from .config import MOST_TOKENS, PRESETS
 from .paths import check_writable, data_dir, write_whole
@@ -87,8 +87,8 @@ def build_parser() -> Parser:
         command.add_argument("--out", type=Path, metavar="FILE", help=f"default: data/results/{results}.json")
 
     lab = commands.add_parser("lab", help="train and measure variants of the mechanism, and judge the paper's claims; goes on where it was")
-    lab.add_argument("--arms", metavar="A,B", help="which variants (default: all)")
-    lab.add_argument("--seeds", default="0,1,2", metavar="0,1", help="each is a run of every arm (default 0,1,2)")
+    lab.add_argument("--arms", nargs="+", metavar="ARM", help="which variants (default: all)")
+    lab.add_argument("--seeds", type=integer, nargs="+", default=[0, 1, 2], metavar="SEED", help="each is a run of every arm")
     lab.add_argument("--steps", type=integer, help="instead of the recipe's; shorter runs are no evidence for a claim")
     lab.add_argument("--jobs", type=integer, help="runs at once (default: 3 on a GPU, which share it, else 1)")
     lab.add_argument("--scale", default="lab", help="lab, or tiny: seconds on a processor, to try it (default lab)")
@@ -291,11 +291,10 @@ def run_lab(arguments) -> int:
     from .lab.claims import judge, table
     from .lab.harness import read_records, run_missing
 
-    arms = list(ARMS) if arguments.arms is None else arguments.arms.split(",")
+    arms = arguments.arms or list(ARMS)
     check_choices("--arms", arms, ARMS)
     check_choices("--scale", [arguments.scale], SCALES)
-    seeds = integers("--seeds", arguments.seeds)
-    for seed in seeds:
+    for seed in arguments.seeds:
         check_range("--seeds", seed, 0, MOST_SEED)
     check_range("--steps", 1 if arguments.steps is None else arguments.steps, 1, 10**9)
     path = arguments.out or data_dir() / "results" / "lab.jsonl"
@@ -304,7 +303,7 @@ def run_lab(arguments) -> int:
     jobs = (3 if device.type == "cuda" else 1) if arguments.jobs is None else arguments.jobs
     check_range("--jobs", jobs, 1, 64)
     options = dict(scale=arguments.scale, steps=arguments.steps, jobs=jobs)
-    count = run_missing(arms, seeds, path=path, device=device, **options)
+    count = run_missing(arms, arguments.seeds, path=path, device=device, **options)
     print(f"{count} runs were missing and are now in {path}")
     if arguments.scale == "lab" and arguments.steps is None:
         print(table(judge(read_records(path))))

@@ -326,7 +326,7 @@ print(f"  expected as claimed, by luck: {asked / 20:.1f}   at least one: {1 - (1
 
 # %% [markdown]
 # Look at the gaps, then. Three seeds at 95 to 100% above three at 0 to 5% are not luck, whatever the count. A gap that
-# barely clears the margin should be run again with more seeds (`python -m hsa_mini lab --seeds 0,1,2,3,4,5`): a verdict
+# barely clears the margin should be run again with more seeds (`python -m hsa_mini lab --seeds 0 1 2 3 4 5`): a verdict
 # takes all seeds that are there, and with more of them luck separates two arms less often.
 #
 # ## What was run
@@ -718,7 +718,7 @@ for name, same in runs.items():
 #
 # A claim could be: "`hsa` is better than `one_chunk` by MQ-NIAH at 1×", since two needles are in two chunks as a rule. But
 # each layer and each token of the answer chooses anew, so it may well fail. With the arm in `hsa_mini/lab/arms.py` and the
-# claim in `claims.py` the command runs it: `python -m hsa_mini lab --arms hsa,one_chunk`.
+# claim in `claims.py` the command runs it: `python -m hsa_mini lab --arms hsa one_chunk`.
 #
 # </details>
 
@@ -727,5 +727,5 @@ for name, same in runs.items():
 #
 # You have taken the mechanism apart and weighed its parts. What is left is to make it large. That is for notebook 14, *How
 # would one train the 8B?* (in preparation). Until then: [notebook 10](10_model_and_experts.ipynb) counts what 8 billion
-# parameters cost, and `python -m hsa_mini lab --scale tiny --arms hsa,window --seeds 0 --out out/tiny.jsonl` makes two runs
+# parameters cost, and `python -m hsa_mini lab --scale tiny --arms hsa window --seeds 0 --out out/tiny.jsonl` makes two runs
 # of the laboratory in your terminal, in seconds.

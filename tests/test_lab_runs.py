@@ -186,7 +186,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def test_two_arms_from_the_command_line(tmp_path):
-    words = ("--arms", "hsa,window", "--seeds", "3", "--steps", "2", "--jobs", "2")
+    words = ("--arms", "hsa", "window", "--seeds", "3", "--steps", "2", "--jobs", "2")
     process = start(tmp_path, *words)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
