@@ -4,6 +4,7 @@ Dimensions: B batch, T tokens, C width, S chunk size, N chunks.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,15 +177,14 @@ class HSAModel(nn.Module):
         elif gumbel_seed is None:
             gumbel_seed = int(torch.randint(1 << 31, ()))
         rope = self._rope(position, hidden.shape[1], hidden.device)
-        retrievals: list[Retrieval] = []
+        retrievals: dict[int, Retrieval] = {}  # by group
         chunks, in_front = memory, 0
         if past is not None:
             chunks = Crowd(memory, self.encoder, past, alone)
             in_front = chunks.in_front
 
-        def ask(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
-            group = len(retrievals)
-            out, retrieval, memory.block_queries[group] = hsa(
+        def ask(group: int, hsa: HSA, x: torch.Tensor) -> torch.Tensor:
+            out, retrievals[group], memory.block_queries[group] = hsa(
                 x,
                 chunks.landmarks,
                 chunks.attend,
@@ -193,12 +193,13 @@ class HSAModel(nn.Module):
                 block_query=memory.block_queries[group],
                 gumbel_seed=None if gumbel_seed is None else gumbel_seed * self.config.groups + group,
             )
-            retrievals.append(retrieval)
             return out
 
         for i, block in enumerate(self.upper):
-            hidden, memory.upper[i] = block(hidden, rope, memory.upper[i], ask)
-        return hidden, tuple(retrievals)
+            # by number: a block that is computed again for its gradients asks again
+            asking = partial(ask, i // self.config.layers_per_group)
+            hidden, memory.upper[i] = block(hidden, rope, memory.upper[i], asking)
+        return hidden, tuple(retrievals.values())
 
     def predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, C] -> logits [B, T, vocabulary]."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import blockwise, reference
 from .reference.checks import check_chunk_attention, check_decode, check_retrieve, check_sliding_window
@@ -144,6 +145,9 @@ def sliding_window_attention(q, k, v, *, window):
     check_sliding_window(q, k, v, window)
     flexible = q.is_cuda and _choice == "auto" and q.shape[1] >= LEAST_WINDOW_TOKENS and q.shape[3] in (16, 32, 64, 128)
     if flexible and q.dtype in (torch.float16, torch.bfloat16):
+        if q.shape[1] == k.shape[1] <= window:  # plain causal attention
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
         from .flex_window import sliding_window_attention
 
         return sliding_window_attention(q, k, v, window=window)

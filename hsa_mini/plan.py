@@ -190,6 +190,17 @@ def prefill_flops(model: HSAModel, tokens: int) -> float:
     return lower + chunks * chunk_flops(model.encoder) + upper + linear_flops(model.head)
 
 
+def training_flops(model: HSAModel, tokens: int) -> float:
+    """A step over a whole sequence: every layer and the head over all tokens, and twice as much for the gradients.
+
+    A token is charged with the landmarks that it sees; nothing is charged twice that is computed again.
+    """
+    config, keys = model.config, mean_keys(tokens, model.config.window)
+    upper = upper_flops(model, keys, tokens // config.chunk_size // 2, query_block=config.query_block)
+    blocks = tokens * (block_flops(model, model.lower, keys) + upper + linear_flops(model.head))
+    return 3 * (blocks + tokens // config.chunk_size * chunk_flops(model.encoder))
+
+
 def decode_flops(model: HSAModel, tokens: int) -> float:
     """One token behind `tokens` others: all layers, the head, and a token's share in encoding its chunk."""
     config, keys = model.config, min(tokens + 1, model.config.window)

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, HSAModel
 
@@ -45,6 +47,7 @@ def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
     for name, value in dict(NEAR=300, LONG=900, LONGEST=1500, WARM=2, DECODED=6).items():
         monkeypatch.setattr(f"of_model.{name}", value)
     seconds = iter(range(1, 1000))
+    monkeypatch.setattr("of_training.TOKENS", 96)
     monkeypatch.setattr("of_model.waited", lambda device: next(seconds) ** 2)  # every stretch takes two seconds more
     monkeypatch.chdir(tmp_path)
     assert bench.main(["--device", "cpu", "--model", "debug"]) == 0
@@ -59,7 +62,36 @@ def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
     assert result["offload_slowdown"] == pytest.approx(lasted[8] / lasted[6])
     bound = result["decode_64k_roofline_share"] * result["copy_bytes_per_second"] * lasted[3] / 6
     assert bound == pytest.approx(decode_bytes("debug", 300), rel=1e-9)
+    assert {"train_16k_tokens_per_second", "train_16k_mfu", "train_16k_full_attention_tokens_per_second"} < result.keys()
+    assert result["train_16k_peak_bytes"] is None and result["train_tokens"] == 96
     assert result["offload_16m_device_bytes"] is None and "decode_16m_over_64k" in capfd.readouterr().out
+
+
+def test_a_step_that_computes_blocks_again_trains_as_a_plain_one(bench, monkeypatch):
+    import of_training
+
+    monkeypatch.setattr(of_training, "PREDICTED", 7)
+    config = replace(PRESETS["debug"], experts=4, experts_active=2, expert_width=16)
+    ids = torch.randint(512, (1, 41), generator=torch.Generator().manual_seed(0))
+    models = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        models.append(HSAModel(config).train())
+        if again:
+            of_training.make_step(models[1], 40)
+        torch.manual_seed(1)  # of the exploration noise
+        loss = of_training.loss_of(models[-1], ids) if again else cross_entropy(models[-1](ids[:, :-1]).logits[0], ids[0, 1:])
+        loss.backward()
+    for (name, want), got in zip(models[0].named_parameters(), models[1].parameters()):
+        assert (got.grad - want.grad).abs().max() < 1e-6, name
+
+
+def test_a_step_lowers_the_loss_of_what_it_trains_on(bench):
+    import of_training
+
+    step = of_training.make_step(HSAModel(PRESETS["debug"]).train(), 40)
+    losses = [step().item() for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.01 and losses == sorted(losses, reverse=True)
 
 
 def decode_bytes(preset: str, tokens: int) -> int:

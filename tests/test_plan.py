@@ -18,7 +18,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel
 from hsa_mini.config import MOST_TOKENS
 from hsa_mini.generate import prefill
 from hsa_mini.nn.norm import RMSNorm
-from hsa_mini.plan import mean_keys, plan, table
+from hsa_mini.plan import mean_keys, plan, table, training_flops
 
 # K = 2 of 64 chunks: few enough that attention gathers the kept ones, as the plan charges, and does not attend to all
 SMALL = dataclasses.replace(PRESETS["nano"], vocab_size=512, top_k=2)
@@ -140,6 +140,16 @@ def test_flops_are_what_the_counter_sees(config, tokens):
     counted -= layers * 4 * config.heads * config.head_dim  # a key in front of the window, masked
     counted += expert_flops(config) * (layers - 1)
     assert got.decode_flops_per_token == pytest.approx(counted, rel=2e-4)
+
+
+@pytest.mark.parametrize("config", [SMALL, MOE], ids=["dense", "experts"])
+def test_flops_of_training_are_three_times_those_of_a_forward_pass(config, tokens=1024):
+    model, layers = build(config), config.lower_layers + config.upper_layers
+    counted = multiplied(lambda: model(text(tokens))) - layers * window_surplus(config, tokens)
+    counted += expert_flops(config) * (layers - 1) * tokens
+    # the operation scores all chunks; half of them lie in front of a token
+    counted -= config.groups * 2 * config.retrieval_heads * config.retrieval_dim * tokens * (tokens // config.chunk_size) / 2
+    assert training_flops(model, tokens) == pytest.approx(3 * counted, rel=1e-4)
 
 
 def test_full_attention_is_a_model_whose_window_is_everything():

@@ -166,8 +166,9 @@ def run_on_gpu(device: torch.device) -> tuple[dict, str]:
 def run_model(preset: str, device: torch.device) -> tuple[dict, str]:
     """A whole model, at lengths that need a GPU."""
     from of_model import measure_model
+    from of_training import measure_training
 
-    result = measure_model(preset, device)
+    result = measure_training(preset, device) | measure_model(preset, device)
     return {"preset": preset, **result}, "\n".join(f"{name:<32}{value}" for name, value in result.items())
 
 
