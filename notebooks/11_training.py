@@ -321,7 +321,7 @@ def describe(stage, config):
     c, own = stage.config(config), stage.tokens // config.chunk_size
     chunks = own if stage.crowd is None else stage.crowd + stage.batch * own
     kept = f"all {chunks}" if c.top_k >= chunks else f"{c.top_k} of {chunks:,}"
-    crowd = "" if stage.crowd is None else f", {own} of them its own"
+    crowd = "" if stage.crowd is None else f", {own} of them its own" + f" ({stage.alone} texts stay alone)" * (stage.alone > 0)
     noise = ", with noise" if stage.explore else ""
     return f"{stage.batch} texts of {stage.tokens} tokens, W = {c.window}, keeps {kept} chunks{crowd}{noise}"
 
@@ -822,6 +822,9 @@ for b in range(3):
 #
 # The past takes sequences **without a question**. Otherwise it would hold needles, perhaps even with the same key and
 # another value.
+#
+# And a few sequences of a batch may stay **alone**: they choose among their own chunks. Every text has a beginning, where
+# nothing was read before. A model that is never there any more forgets how to go on without a library.
 #
 # Why not begin in the crowd? At first the choice is a matter of luck. Among 16 chunks, with 8 kept, luck helps often, and
 # the loss shows that it has helped. Among thousands it hardly ever does. **First find, then find among many**: that is the
