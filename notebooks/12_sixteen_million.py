@@ -277,8 +277,8 @@ explore(
     alt="The retrieval score of every chunk over the haystack, one panel for each HSA layer; the needle's chunk is starred.",
     size=(10, 4.2),
     task=list(TASKS),
+    depth=Control((0.0, 1.0, 0.1), start=0.3, label="depth"),
     tokens=Control([(length_name(T), T) for T in haystacks], start=max(haystacks), label="tokens"),
-    depth=Control((0.0, 1.0, 0.05), start=0.3, label="depth"),
     seed=Control((0, 9), start=3, label="another question"),
 )
 

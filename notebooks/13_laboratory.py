@@ -276,8 +276,8 @@ for a, b in ((A, B), (B, A), (A, (0.5, 0.85, 0.6)), ((0.94, 0.97, 0.95), (0.9, 0
 # %%
 def draw_rule(figure, gap, scatter):
     axes = figure.subplots()
-    seeds = 0.5 + scatter * np.array((-1, 0.2, 0.8))
-    better, worse = (tuple(np.clip(seeds + side * gap / 2, 0, 1)) for side in (1, -1))
+    seeds = 50 + scatter * np.array((-1, 0.2, 0.8))
+    better, worse = (tuple(np.clip(seeds + side * gap / 2, 0, 100) / 100) for side in (1, -1))
     rows = {"A (should be better)": Spread(better), "B (should be worse)": Spread(worse)}
     laboratory.seed_rows(axes, rows, lambda x: f"{x:.0%}", (laboratory.BETTER, laboratory.WORSE))
     laboratory.measure_axis(axes, by)
@@ -290,8 +290,8 @@ explore(
     draw_rule,
     alt="Two rows of three marks on an axis from 0 to 100%: the seeds of two arms, with a bar at their means.",
     size=(8.5, 1.9),
-    gap=Control((-0.6, 0.6, 0.02), start=0.2, label="gap of the arms"),
-    scatter=Control((0.0, 0.3, 0.01), start=0.15, label="scatter of the seeds"),
+    gap=Control((-60, 60, 2), start=20, label="gap of the arms, %"),
+    scatter=Control((0, 30, 1), start=15, label="scatter of the seeds, %"),
 )
 
 # %% [markdown]
