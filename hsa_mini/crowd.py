@@ -61,7 +61,7 @@ class Crowd:
             k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
             old = encoder.landmarks(summaries[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
             self.landmarks = torch.cat((old, self.landmarks), dim=1)
-        self.skipped = 0  # chunks that an index does not count
+        self.skipped = None  # chunks that an index does not count, of each sequence
         if alone:
             self.landmarks = torch.cat((self.landmarks[:alone].roll(N, dims=1), self.landmarks[alone:]))
             crowded = torch.arange(B, device=memory.k.device) >= alone
@@ -70,8 +70,9 @@ class Crowd:
 
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`ops.chunk_attention` for q [B, T, H, D] and a choice among `landmarks`; the batch is one long sequence there."""
-        indices = indices + self.skipped * (indices >= 0)  # an empty slot stays -1
+        if self.skipped is not None:
+            indices = torch.where(indices < 0, indices, indices + self.skipped)
         among = self.past + (self.first + indices - self.past) % self.batch_chunks
-        places = torch.where(indices < self.past, indices, among).int()
+        places = torch.where(indices < self.past, indices, among).int()  # an empty slot stays -1
         rows, places, weights = (x.flatten(0, 1)[None] for x in (q, places, weights))
         return ops.chunk_attention(rows, self.k, self.v, places, weights).view(q.shape)

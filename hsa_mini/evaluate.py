@@ -4,6 +4,7 @@ Samples may share a haystack: it is encoded once, and for each sample only the t
 their lower-decoder reach touch are encoded again. Exact, not an approximation (tests compare with encoding from scratch).
 """
 
+import json
 import math
 import multiprocessing
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -257,6 +259,16 @@ def ask_one(
 def chunks_retrieved(aux: Aux) -> list[set[int]]:
     """The chunks that each HSA layer kept for the last token read (batch entry 0, all heads)."""
     return [set(retrieval.indices[0, -1].flatten().tolist()) - {-1} for retrieval in aux.retrievals]
+
+
+def read_results(path: Path) -> tuple[list[Row], list[ControlRow], str]:
+    """Rows and control rows that a command wrote into `path`, and into NAME_far.json beside it, of further lengths, if that is
+    there; and the hardware that was asked."""
+    paths = [p for p in (path, path.with_name(f"{path.stem}_far.json")) if p == path or p.is_file()]
+    found = [json.loads(p.read_text()) for p in paths]
+    rows = [Row(**row) for part in found for row in part["rows"]]
+    controls = [ControlRow(**row) for part in found for row in part["control_rows"]]
+    return rows, controls, " and ".join(sorted({part["hardware"] for part in found}))
 
 
 def by_length(rows: list[Row]) -> list[dict]:

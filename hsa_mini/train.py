@@ -26,7 +26,7 @@ from .checkpoint import load_progress, save_model, save_progress
 from .config import PRESETS, HSAConfig
 from .crowd import Past
 from .data.mixture import ANSWER, COPY, TEXT, TrainingBatches
-from .model import HSAModel
+from .model import HSAModel, Output
 from .nn.moe import MoE
 from .paths import write_whole
 from .recipes import RECIPES, Recipe, Stage
@@ -73,7 +73,7 @@ def train(
     log = Log(run / LOG, start)
 
     steps_of = recorded_steps(model, optimizer, recipe, past)
-    batches = drawn_ahead(StagedBatches(recipe, seed), range(start, recipe.steps), device=device)
+    batches = StagedBatches(recipe, seed)
     began = saved = time.monotonic()
     step = start
 
@@ -82,7 +82,7 @@ def train(
         save_progress(run, step, snapshot(model, optimizer, past), {"step": step, "seconds": seconds, "settings": settings})
 
     with tqdm(total=recipe.steps, initial=start, desc=f"training {name}", unit="step", mininterval=0.5) as bar:
-        for batch in batches:
+        for batch in drawn_ahead(batches, range(start, recipe.steps), device=device):
             figures = take_step(steps_of, recipe, seed, step, batch, device)
             step += 1
             bar.update()
@@ -99,8 +99,8 @@ def train(
     how = {**provenance.record(device), "seed": seed, "seconds": round(seconds, 1), "recipe": dataclasses.asdict(recipe)}
     if PRESETS[name].experts:
         last = min(COUNTED, recipe.stages[-1].steps)
-        batches = drawn_ahead(StagedBatches(recipe, seed), range(recipe.steps - last, recipe.steps), device=device)
-        how["imbalance"] = imbalances(model, recipe.stages[-1], past, (ids.to(device) for ids, _ in batches))
+        counted = drawn_ahead(batches, range(recipe.steps - last, recipe.steps), device=device)
+        how["imbalance"] = imbalances(model, recipe.stages[-1], past, (ids.to(device) for ids, _ in counted))
     texts = {LOG: (run / LOG).read_text(), "training.json": json.dumps(how, indent=1) + "\n"}
     save_model(model, run / "final", dtype=torch.bfloat16, texts=texts, shard_bytes=SHIPPED_BYTES)
     return model
@@ -187,9 +187,7 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
     answer accuracy, gradient norm and the largest imbalance of an MoE layer (1 without one), still on the device."""
     for group in optimizer.param_groups:
         group["lr"].copy_(rate)
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
-        crowd = None if stage.crowd is None else past
-        output = model(ids[:, :-1], past=crowd, alone=stage.alone, explore=stage.explore, gumbel_seed=noise)
+    output = read(model, stage, past, ids[:, :-1], explore=stage.explore, gumbel_seed=noise)
     loss, shares, accuracy = mixture_loss(output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -203,14 +201,19 @@ def train_step(model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, 
     return loss.detach(), *shares, accuracy, norm, imbalance
 
 
+def read(model: HSAModel, stage: Stage, past: Past, ids: torch.Tensor, **options) -> Output:
+    """What the model says of ids [B, T], which stand in the crowd of the stage."""
+    crowd = None if stage.crowd is None else past
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
+        return model(ids, past=crowd, alone=stage.alone, **options)
+
+
 @torch.no_grad()
 def imbalances(model: HSAModel, stage: Stage, past: Past, batches: Iterable[torch.Tensor]) -> list[float]:
     """Of every MoE layer the largest load of an expert over the mean, over all batches [B, T+1], which are not learnt from."""
     model = shared(model, stage.config(model.config))
     for ids in batches:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
-            crowd = None if stage.crowd is None else past
-            model(ids[:, :-1], past=crowd, alone=stage.alone, explore=False)
+        read(model, stage, past, ids[:, :-1], explore=False)
     return [round(layer.statistics().imbalance.item(), 3) for layer in model.modules() if isinstance(layer, MoE)]
 
 

@@ -41,14 +41,14 @@ from hsa_mini.data.sentences import encode
 from hsa_mini.data.tasks import TASKS, place, tile
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluate import (
-    CONTROLS, DEPTHS, LENGTHS, PUBLISHED, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval,
+    CONTROLS, DEPTHS, LENGTHS, PUBLISHED, Haystack, ask_one, by_length, chunks_retrieved, read_results, wilson_interval,
 )  # fmt: skip
 from hsa_mini.generate import generate
 from hsa_mini.paths import data_dir
 from hsa_mini.perplexity import measure
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import length_name, needle_strip
-from hsa_mini.viz.results import context_curve, count_marks, heat_map, length_curves, percent_interval
+from hsa_mini.viz.results import TITLES, context_curve, count_marks, heat_map, length_curves, percent_interval
 
 NAME = os.environ.get("HSA_MINI_MODEL", "mini")  # which shipped model is asked here
 TOKENS = int(os.environ.get("HSA_MINI_TOKENS", 32_768))  # the longest haystack read here; try 1048576
@@ -341,22 +341,12 @@ print("own memory: the answer changes with the value:", len(own) > 1)
 # notebook runs.
 
 # %%
-MODELS, TITLES = ("mini", "mini_moe", "small_moe"), {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
-
-
-def results_of(path):
-    """Rows and control rows of a file, and of the one of further lengths if there is one; and the machine that was asked."""
-    paths = [p for p in (path, path.with_name(f"{path.stem}_far.json")) if p.is_file()]
-    found = [json.loads(p.read_text()) for p in paths]
-    controls = [ControlRow(**row) for part in found for row in part["control_rows"]]
-    return [Row(**row) for part in found for row in part["rows"]], controls, found[0]["hardware"]
-
-
+MODELS = ("mini", "mini_moe", "small_moe")
 results, missing = {}, []
 for name, task in product(MODELS, TASKS):
     path = data_dir() / "results" / f"{name}_{task}.json"
     if path.is_file():
-        results[f"{name}, {TITLES[task]}"] = results_of(path)
+        results[f"{name}, {TITLES[task]}"] = read_results(path)
     else:
         missing.append(f"{name} on {TITLES[task]}")
 ASKED = sorted({row.tokens for rows, _, _ in results.values() for row in rows})

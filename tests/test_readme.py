@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hsa_mini.evaluate import CONTROLS, LENGTHS, PUBLISHED, Row, by_length, wilson_interval
+from hsa_mini.evaluate import CONTROLS, LENGTHS, PUBLISHED, by_length, read_results, wilson_interval
 from hsa_mini.viz.plots import length_name
+from hsa_mini.viz.results import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "kernels" / "bench"))
@@ -33,23 +34,17 @@ def course() -> str:
     return "\n".join(lines)
 
 
-MODELS, TITLES = ("mini", "mini_moe", "small_moe"), {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
+MODELS = ("mini", "mini_moe", "small_moe")
 
 
 def results(name: str) -> dict:
     return json.loads((ROOT / f"data/results/{name}.json").read_text())
 
 
-def asked(model: str, task: str) -> list[dict]:
-    """What the files of a model and a task say, the one of lengths beyond the paper's too, if there is one."""
-    further = [f"{model}_{task}_far"] * (ROOT / f"data/results/{model}_{task}_far.json").is_file()
-    return [results(name) for name in (f"{model}_{task}", *further)]
-
-
 def measured() -> str:
     """Answers right by model, task and length; the paper's; controls and intervals."""
-    found = {(model, task): asked(model, task) for model in MODELS for task in TITLES}
-    tables = {key: by_length([Row(**row) for file in files for row in file["rows"]]) for key, files in found.items()}
+    found = {(model, task): read_results(ROOT / f"data/results/{model}_{task}.json") for model in MODELS for task in TITLES}
+    tables = {key: by_length(rows) for key, (rows, *_) in found.items()}
     lengths = sorted({entry["tokens"] for table in tables.values() for entry in table})
     lines = [f"| | | {' | '.join(map(length_name, lengths))} |", "|---" * (len(lengths) + 2) + "|"]
     for (model, task), table in tables.items():
@@ -60,11 +55,11 @@ def measured() -> str:
         lines.append(f"| paper's 8B | {title} | {' | '.join(shares.get(tokens, '') for tokens in lengths)} |")
     perfect = sorted({entry["samples"] for table in tables.values() for entry in table if entry["correct"] == entry["samples"]})
     intervals = ", ".join(f"of {n} all right: {wilson_interval(n, n)[0]:.1%} to 100%" for n in perfect)
-    controls = [row for files in found.values() for file in files for row in file["control_rows"]]
-    counts = {name: [sum(row[n] for row in controls if row["control"] == name) for n in ("correct", "samples")] for name in CONTROLS}
+    controls = [row for _, rows, _ in found.values() for row in rows]
+    counts = {name: [sum(getattr(row, n) for row in controls if row.control == name) for n in ("correct", "samples")] for name in CONTROLS}
     told = " ".join(f"Control, {what}: {counts[name][0]} of {counts[name][1]} right." for name, what in CONTROLS.items())
-    cards = " and ".join(sorted({file["hardware"] for files in found.values() for file in files}))
-    distinct = max(row["distinct_tokens"] for files in found.values() for file in files for row in file["rows"])
+    cards = " and ".join(sorted({hardware for *_, hardware in found.values()}))
+    distinct = max(row.distinct_tokens for rows, *_ in found.values() for row in rows)
     return "\n".join([
         *lines, "", f"95% intervals: {intervals}. {told} Longer texts than {distinct:,} tokens repeat that many. Asked on {cards}.", "", trained(),
     ])  # fmt: skip

@@ -112,13 +112,9 @@ def _one_query(scale: Scale) -> dict:
     return {"retrieval_dim": scale.config.hsa_head_dim, "retrieval_heads": scale.config.hsa_kv_heads}
 
 
-def _without_hsa(scale: Scale) -> dict:
-    return dict.fromkeys(("hsa_heads", "hsa_kv_heads", "hsa_head_dim", "retrieval_dim", "retrieval_heads"), 1)
-
-
 def _full_rope(scale: Scale) -> dict:
     """A window as long as the longest text."""
-    return _without_hsa(scale) | {"window": max(scale.lengths)}
+    return variants.NO_HSA | {"window": max(scale.lengths)}
 
 
 def _window(times: int) -> Callable[[Scale], dict]:
@@ -169,7 +165,7 @@ _ARMS = (
         "full_rope", "full attention with RoPE in every block, no HSA", variants.WithoutHSA, changes=_full_rope,
         training=lambda scale, stage: {"window": stage.tokens},
     ),
-    Arm("window", "the window alone, no HSA", variants.WithoutHSA, changes=_without_hsa),
+    Arm("window", "the window alone, no HSA", variants.WithoutHSA, changes=lambda scale: variants.NO_HSA),
     Arm("hsa_rope", "RoPE on queries and keys of chunks", variants.RopeInside),
     Arm("mean_landmark", "no chunk encoder: the landmark is made of the mean of a chunk", variants.MeanLandmark),
     Arm("concatenated", "select, then concatenate (NSA's selected branch): scores choose and get no gradient", variants.Concatenated),

@@ -61,10 +61,13 @@ class Variant(HSAModel):
         return super().look_up(hidden, position, Chunks(memory, partial(self.attend, memory, position)), **options)
 
 
+NO_HSA = dict.fromkeys(("hsa_heads", "hsa_kv_heads", "hsa_head_dim", "retrieval_dim", "retrieval_heads"), 1)
+
+
 class WithoutHSA(Variant):
     """The window alone: no HSA layer, no chunk encoder, so nothing but zeros is remembered of a chunk.
 
-    With a window as long as the text this is full attention with RoPE. The sizes of HSA in its configuration should be 1.
+    With a window as long as the text this is full attention with RoPE. Its configuration should have the sizes `NO_HSA`.
     """
 
     def change(self) -> None:

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 
 from ..lab.claims import NOT_RUN, Finding, Measure, Spread, verdict
 from .plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
+from .results import TITLES
 
-TITLES = {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT", "copy": "copy", "perplexity": "perplexity"}
 BETTER, WORSE, BOTH, BESIDE = "should be better", "should be worse", "both, by turns", "beside, has no say"
 MARKS = {BETTER: (BLUE, "o"), WORSE: (ORANGE, "s"), BOTH: (PURPLE, "^"), BESIDE: (GREY, "D")}
 PARTS = ("text", "copy", "answer")  # of the loss; 0 where a batch had none
@@ -224,7 +224,7 @@ def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
         for row in rows:
             ax.plot(np.multiply(lengths, shift), row, mark, color=color, markersize=5, alpha=0.6, linestyle="none")
         if rows:
-            look = dict(color=color, linestyle=line, linewidth=2, marker=mark, label=TITLES[name])
+            look = dict(color=color, linestyle=line, linewidth=2, marker=mark, label=TITLES.get(name, name))
             ax.plot(np.multiply(lengths, shift), np.mean(rows, axis=0), **look)
             ax.set_xscale("log", base=2)
             ax.set_xticks(lengths, [f"{tokens // lengths[0]}×\n{tokens:,}" for tokens in lengths])

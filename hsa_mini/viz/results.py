@@ -12,6 +12,8 @@ from matplotlib.patches import Rectangle
 from ..evaluate import LENGTHS, Row, by_length, wilson_interval
 from .plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, RED, length_name
 
+TITLES = {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
+
 
 def heat_map(ax: Axes, rows: Sequence[Row], *, at: tuple[int, float] | None = None, brief: bool = False) -> None:
     """Lengths from left to right, depths from top to bottom; a cell says how many were right, and the interval in percent.

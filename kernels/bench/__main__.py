@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from ceilings import bytes_per_second, flops_per_second
 from timing import measure
 from tqdm import tqdm
 
@@ -150,7 +151,7 @@ def run_on_gpu(device: torch.device) -> tuple[dict, str]:
     import on_gpu
 
     torch.manual_seed(SEED)
-    ceilings = on_gpu.ceilings()
+    ceilings = {"flops_per_second": flops_per_second(device), "bytes_per_second": bytes_per_second(device)}
     steps, rows = list(on_gpu.steps(ceilings["bytes_per_second"])), []
     with tqdm(steps, unit="step") as bar:
         for name, measure_rows in bar:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import measure
+from ceilings import bytes_per_second
+from timing import peak_bytes
 from tqdm import tqdm
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
@@ -18,7 +19,6 @@ from hsa_mini.steps import Steps
 
 NEAR, LONG, LONGEST = 1 << 16, 1 << 20, 1 << 24  # tokens: 64k, 1m and 16m of the keys
 WARM, DECODED = 16, 256  # tokens decoded before, and while, time is taken
-COPIED = {"cuda": 1 << 31, "cpu": 1 << 26}  # bytes
 
 
 def waited(device: torch.device) -> float:
@@ -26,17 +26,6 @@ def waited(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def bytes_per_second(device: torch.device) -> float:
-    """Of a copy, bytes read and written."""
-    source = torch.empty(COPIED[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure(lambda: target.copy_(source), device)[0] * 1e3
 
 
 def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:

@@ -9,29 +9,18 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from timing import measure
+from ceilings import PRODUCT, flops_per_second
+from timing import measure, peak_bytes
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.lab.variants import WithoutHSA
+from hsa_mini.lab.variants import NO_HSA, WithoutHSA
 from hsa_mini.nn.moe import MoE
 from hsa_mini.plan import training_flops
 
 TOKENS = 1 << 14  # 16k of the keys
 PREDICTED = 2048  # tokens whose logits are there at once
-PRODUCT = {"cuda": 8192, "cpu": 512}  # rows of the matrices that say how fast the device is
-
-
-def flops_per_second(device: torch.device) -> float:
-    """Of a matrix product, in the dtype that is trained in."""
-    size = PRODUCT[device.type]
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype_of(device))
-    return 2 * size**3 / measure(lambda: a @ b, device)[0] * 1e3
-
-
-def dtype_of(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
@@ -67,31 +56,31 @@ def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
     return step
 
 
-def timed(make: Callable[..., HSAModel], device: torch.device) -> tuple[float, int | None]:
+def timed(make: Callable[..., HSAModel], device: torch.device, dtype: torch.dtype) -> tuple[float, int | None]:
     """Seconds of a step, and the most bytes that are in use in it, the model's and the optimizer's too."""
     torch.manual_seed(0)
-    step = make_step(make(device=device, dtype=dtype_of(device)).train(), TOKENS)
+    step = make_step(make(device=device, dtype=dtype).train(), TOKENS)
     milliseconds, _ = measure(step, device)
-    return milliseconds / 1e3, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return milliseconds / 1e3, peak_bytes(device)
 
 
 def measure_training(preset: str, device: torch.device) -> dict:
     """Every figure of training; see the keys. MFU: the share of the rate of a matrix product, nothing counted twice."""
-    config = PRESETS[preset]
+    config, dtype = PRESETS[preset], PRODUCT[device.type][1]  # as the product, which says what the device can do
     rate = flops_per_second(device)
-    seconds, peak = timed(partial(HSAModel, config), device)
+    seconds, peak = timed(partial(HSAModel, config), device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     # NOTE: in the place of window and HSA every block attends to all tokens, as a model without either would.
-    full = replace(config, window=TOKENS, hsa_heads=1, hsa_kv_heads=1, hsa_head_dim=1, retrieval_dim=1, retrieval_heads=1)
-    full_seconds, full_peak = timed(partial(WithoutHSA, full), device)
+    full = replace(config, window=TOKENS, **NO_HSA)
+    full_seconds, full_peak = timed(partial(WithoutHSA, full), device, dtype)
     return {
         "train_16k_tokens_per_second": TOKENS / seconds,
         "train_16k_mfu": training_flops(HSAModel(config, device="meta"), TOKENS) / seconds / rate,
         "train_16k_peak_bytes": peak,
         "train_16k_full_attention_tokens_per_second": TOKENS / full_seconds,
         "train_16k_full_attention_peak_bytes": full_peak,
-        "train_dtype_of_weights_gradients_and_optimizer": str(dtype_of(device)).removeprefix("torch."),
+        "train_dtype_of_weights_gradients_and_optimizer": str(dtype).removeprefix("torch."),
         "product_flops_per_second": rate,
         "train_tokens": TOKENS,
     }

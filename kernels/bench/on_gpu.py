@@ -1,4 +1,4 @@
-"""The measurements on a GPU: the kernels beside PyTorch's cuDNN and FlashAttention-2, and the card's own ceilings.
+"""The measurements on a GPU: the kernels beside PyTorch's cuDNN and FlashAttention-2.
 
 Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, H query heads, J key/value heads, D head
 dimension, R retrieval dimension, W window.
@@ -160,17 +160,8 @@ def window_rows() -> Iterator[dict]:
         yield row
 
 
-def ceilings() -> dict:
-    """What the card does at best, measured: matrix products of 8,192 in bfloat16, and a copy, bytes read and written."""
-    a, b = normal(8192, 8192), normal(8192, 8192)
-    source = torch.empty(1 << 30, device=DEVICE, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    product, copy = measure(lambda: a @ b, DEVICE)[0], measure(lambda: target.copy_(source), DEVICE)[0]
-    return {"flops_per_second": 2 * 8192**3 / product * 1e3, "bytes_per_second": 2 * source.nbytes / copy * 1e3}
-
-
 def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """What is measured, in order: a name for people, and what yields its rows; `bytes_per_second` is a copy's, of `ceilings`."""
+    """What is measured, in order: a name for people, and what yields its rows; `bytes_per_second` is a copy's."""
     for T in LENGTHS:
         shape = Shape(T)
         yield f"random choices, {T:,} tokens", lambda shape=shape: attention_rows(

@@ -15,6 +15,11 @@ def measure(call: Callable[[], object], device: torch.device) -> tuple[float, in
     return (_measure_gpu if device.type == "cuda" else _measure_cpu)(call)
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes in use on a GPU since they were last counted anew (None elsewhere)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def _samples(seconds: float) -> int:
     return min(SAMPLES, max(LEAST_SAMPLES, int(SECONDS / max(seconds, 1e-9))))
 
