@@ -39,4 +39,7 @@ class SlidingWindowAttention(nn.Module):
             k, v = torch.cat((cache.k, k), dim=1), torch.cat((cache.v, v), dim=1)
         out = ops.sliding_window_attention(q, k, v, window=self.window)
         first = max(k.shape[1] - (self.window - 1), 0)
-        return self.out(out.flatten(-2)), WindowCache(k[:, first:], v[:, first:])
+        k, v = k[:, first:], v[:, first:]
+        if first and not k.requires_grad:  # a view would hold the keys and values of the whole segment
+            k, v = k.clone(), v.clone()
+        return self.out(out.flatten(-2)), WindowCache(k, v)
