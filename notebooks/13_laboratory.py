@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from hsa_mini.lab.arms import ARMS, SCALES
-from hsa_mini.lab.claims import CLAIMS, FAR, NEAR, NOT_RUN, SEEDS, Measure, Spread, judge, table, verdict
+from hsa_mini.lab.claims import CLAIMS, FAR, NEAR, NOT_RUN, SEEDS, TEXTS, Measure, Spread, judge, table, verdict
 from hsa_mini.lab.harness import append_record, current, read_records
 from hsa_mini.lab.run import PackedBatches, run
 from hsa_mini.paths import data_dir
@@ -484,8 +484,8 @@ def said(spread):
 
 
 near, far = Measure("perplexity", NEAR), Measure("perplexity", FAR)
-reach = {name: ratio((name, far), (name, near)) for name in ("hsa", "full_rope", "text", "text_crowd", "text_full_rope")}
-PAIRS = (("hsa", "full_rope"), ("text", "text_full_rope"), ("text_crowd", "text_full_rope"))
+reach = {name: ratio((name, far), (name, near)) for name in ("hsa", "full_rope", *TEXTS)}
+PAIRS = (("hsa", "full_rope"), *((name, "text_full_rope") for name in TEXTS if name != "text_full_rope"))
 sparsity = {f"{sparse} over {full}": ratio((sparse, near), (full, near)) for sparse, full in PAIRS}
 titles = f"perplexity at {FAR}× over that at {NEAR}×", f"perplexity at {NEAR}×, HSA over full attention"
 for title, rows in zip(titles, (reach, sparsity)):

@@ -72,6 +72,8 @@ def trained() -> str:
         how = json.loads(path.read_text()) if path.is_file() else results(f"{model}_training")
         longest = max(stage["tokens"] for stage in how["recipe"]["stages"])
         told.append(f"`{model}` in {how['seconds']:.0f} s on {how['hardware']}, on sequences of at most {longest:,} tokens")
+        if "imbalance" in how:
+            told[-1] += f", its busiest expert asked {max(how['imbalance']):.2f} times as often as the mean"
     return f"Trained: {'; '.join(told)}."
 
 

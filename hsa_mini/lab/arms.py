@@ -201,7 +201,10 @@ _ARMS = (
         counted="active",
     ),
     Arm("text", "plain text alone: no copies, no questions", training=_text),
-    Arm("text_crowd", "the same, at last behind chunks of other texts, as many as a long text has", training=_text_in_a_crowd),
+    Arm("text_window_4x", "the same, a window of a quarter of a sequence, as the paper's", changes=_window(4), training=_text),
+    Arm("text_window_8x", "the same, a window of half a sequence", changes=_window(8), training=_text),
+    Arm("text_no_noise", "plain text alone, no noise on the choice", changes=lambda scale: {"exploration": False}, training=_text),
+    Arm("text_crowd", "plain text alone, at last behind as many chunks as a long text has", training=_text_in_a_crowd),
     Arm(
         "text_full_rope", "plain text alone for full attention with RoPE", variants.WithoutHSA, changes=_full_rope,
         training=lambda scale, stage: _text(scale, stage) | {"window": stage.tokens},

@@ -13,11 +13,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .arms import ARMS
 from .harness import current
 
 SEEDS = 3  # that a verdict needs
 REPRODUCED, NOT_REPRODUCED, DIFFERENT, NOT_RUN = "reproduced", "not reproduced", "different in small", "not yet run"
 NEAR, FAR = 1, 64  # times the training length
+TEXTS = tuple(name for name in ARMS if name.startswith("text"))  # arms trained on plain text alone
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ _S_NEAR, _VT_NEAR, _PERPLEXITY = Measure("s_niah", NEAR), Measure("vt", NEAR), M
 CLAIMS = (
     _claim(
         "positions", "without positions far away, retrieval goes on beyond the training length; with RoPE it does not",
-        ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S), beside=("text", "text_crowd", "text_full_rope"),
+        ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S), beside=TEXTS,
         shown=(_S_NEAR, _PERPLEXITY, Measure("perplexity", FAR)),
     ),
     _claim(
