@@ -50,14 +50,23 @@ def choose_device(name: str):
     return torch.device(name)
 
 
+def shipped_models() -> dict[str, Path]:
+    """Folders of the models that come with the package, by name."""
+    home = data_dir() / "checkpoints"
+    return {path.name: path for path in sorted(home.iterdir()) if path.is_dir()} if home.is_dir() else {}
+
+
+def checkpoint_folder(given: str) -> Path:
+    """Where the model is that is shipped under a name, or in a folder."""
+    return shipped_models().get(given, Path(given))
+
+
 def read_model(argument: str, given: str, device):
     """The model that is shipped under a name, or in a folder. Raises ValueError that names the argument."""
     from .checkpoint import load_model
     from .data.tokenizer import load_tokenizer
 
-    home = data_dir() / "checkpoints"
-    shipped = sorted(path.name for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
-    folder = home / given if given in shipped else Path(given)
+    folder = checkpoint_folder(given)
     try:
         model = load_model(folder, device=device)
         symbols = load_tokenizer().n_vocab
@@ -65,7 +74,7 @@ def read_model(argument: str, given: str, device):
             raise ValueError(f"{folder} knows {model.config.vocab_size} tokens, accepted is a model of at least {symbols}")
     except (ValueError, OSError) as error:
         reason = str(error).removeprefix("path: ")
-        raise ValueError(f"{argument}: {reason} (shipped with the package: {', '.join(shipped) or 'none'})") from None
+        raise ValueError(f"{argument}: {reason} (shipped with the package: {', '.join(shipped_models()) or 'none'})") from None
     return model
 
 

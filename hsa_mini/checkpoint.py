@@ -84,6 +84,11 @@ def verified_folder(path: Path, *names: str) -> Path:
     return folder
 
 
+def fingerprint(path: Path) -> str:
+    """The sha256 of a checkpoint's manifest, which holds that of every file: by it a result says what was measured."""
+    return _digest(path / MANIFEST)["sha256"]
+
+
 def save_model(
     model: HSAModel,
     path: Path,

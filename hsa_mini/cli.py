@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from .arguments import (
-    Parser, check_choices, check_length, check_range, choose_device, integer, number, read_model,
+    Parser, check_choices, check_length, check_range, checkpoint_folder, choose_device, integer, number, read_model,
 )  # fmt: skip
 from .config import MOST_TOKENS, PRESETS
 from .paths import check_writable, data_dir, write_whole
@@ -214,6 +214,7 @@ def run_train(arguments) -> int:
 
 
 def run_eval(arguments) -> int:
+    from .checkpoint import fingerprint
     from .data.tasks import MOST_DISTRACTORS
     from .evaluate import CONTROLS, LENGTHS, by_length, evaluate, evaluate_side_by_side
     from .provenance import write_results
@@ -231,6 +232,7 @@ def run_eval(arguments) -> int:
     path = results_path(arguments.out, name)
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
+    asked = fingerprint(checkpoint_folder(arguments.checkpoint))
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **options)
     options |= {"lengths": lengths, "samples": arguments.samples, "seed": arguments.seed}
@@ -251,12 +253,13 @@ def run_eval(arguments) -> int:
     for control, what in CONTROLS.items():
         same = [row for row in controls if row.control == control]
         print(f"control: {sum(row.correct for row in same)} of {sum(row.samples for row in same)} right where {what}")
-    write_results(path, device, rows=rows, control_rows=controls)
+    write_results(path, device, checkpoint=asked, rows=rows, control_rows=controls)
     print(f"written to {path}")
     return 0
 
 
 def run_perplexity(arguments) -> int:
+    from .checkpoint import fingerprint
     from .perplexity import LENGTHS, TARGETS, Row, measure
     from .provenance import write_results
 
@@ -268,13 +271,14 @@ def run_perplexity(arguments) -> int:
     path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
+    asked = fingerprint(checkpoint_folder(arguments.checkpoint))
 
     def show(row: Row) -> None:
         read = f"{row.tokens:>12,} tokens, the last {row.targets} predicted"
         print(f"{read}: loss {row.loss:.4f} nats, perplexity {row.perplexity:.2f}", flush=True)
 
     rows = measure(model, lengths=lengths, stretches=arguments.stretches, seed=arguments.seed, report=show)
-    write_results(path, device, rows=rows)
+    write_results(path, device, checkpoint=asked, rows=rows)
     print(f"written to {path}")
     return 0
 

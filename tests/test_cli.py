@@ -19,6 +19,7 @@ from material import TINY, tiny, word_corpus, words
 from test_demo import KEYS
 
 from hsa_mini import cli
+from hsa_mini.checkpoint import fingerprint
 from hsa_mini.data import corpus
 from hsa_mini.data.tasks import TASKS
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
@@ -303,8 +304,11 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
         status, out, _ = call(capfd, "eval", "own", *options)
         result = json.loads((data / "results" / f"own_{task}_3_distractors_border.json").read_text())
         assert status == 0 and [row["control"] for row in result["control_rows"]] == ["absent", "shuffled"]
+        assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
     status, out, _ = call(capfd, "perplexity", "own", "--lengths", "700", "600", "--stretches", "2")
-    rows = json.loads((data / "results" / "own_perplexity.json").read_text())["rows"]
+    result = json.loads((data / "results" / "own_perplexity.json").read_text())
+    rows = result["rows"]
+    assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
     assert status == 0 and [row["tokens"] for row in rows] == [600, 700]
     assert all(f"perplexity {row['perplexity']:.2f}" in out and len(row["losses"]) == 2 for row in rows)
     monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))

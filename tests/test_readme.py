@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hsa_mini.checkpoint import fingerprint
 from hsa_mini.evaluate import CONTROLS, LENGTHS, PUBLISHED, by_length, read_results, wilson_interval
 from hsa_mini.viz.plots import length_name
 from hsa_mini.viz.results import TITLES
@@ -156,6 +157,13 @@ def rewritten(path: Path) -> str:
 def test_readme_says_what_the_files_say(path, parts):
     assert set(re.findall(r"<!-- /(\w+) -->", path.read_text())) == parts
     assert rewritten(path) == path.read_text()
+
+
+def test_results_are_those_of_the_shipped_models():
+    """Where a result says what was asked; those of earlier versions only name the commit."""
+    asked = {path: json.loads(path.read_text()).get("checkpoint") for path in (ROOT / "data/results").glob("*.json")}
+    shipped = {fingerprint(folder) for folder in (ROOT / "data/checkpoints").iterdir()}
+    assert {checkpoint for path, checkpoint in asked.items() if path.name.startswith("mini_")} <= shipped | {None}
 
 
 def test_the_python_of_readme_runs(capsys, monkeypatch):
