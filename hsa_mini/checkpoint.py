@@ -69,7 +69,7 @@ def write_folder(
 
 def verified_folder(path: Path, *names: str) -> Path:
     """The folder to read, once it has `names` and every file matches its manifest. Raises ValueError that names the file."""
-    folder = path if path.is_dir() or not _previous(path).is_dir() else _previous(path)  # the writer died between renames
+    folder = _folder(path)
     if not folder.is_dir():
         raise ValueError(f"path: got {path}, accepted is the folder of a checkpoint")
     expected = _entries(folder, MANIFEST)
@@ -86,7 +86,7 @@ def verified_folder(path: Path, *names: str) -> Path:
 
 def fingerprint(path: Path) -> str:
     """The sha256 of a checkpoint's manifest, which holds that of every file: by it a result says what was measured."""
-    return _digest(path / MANIFEST)["sha256"]
+    return _digest(_folder(path) / MANIFEST)["sha256"]
 
 
 def save_model(
@@ -264,6 +264,11 @@ def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
 
 def _steps(run: Path) -> list[Path]:
     return sorted(run.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _folder(path: Path) -> Path:
+    """Where a checkpoint is: elsewhere if its writer died between two renames."""
+    return path if path.is_dir() or not _previous(path).is_dir() else _previous(path)
 
 
 def _previous(path: Path) -> Path:

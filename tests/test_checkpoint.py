@@ -531,6 +531,7 @@ for n in range(60):
     assert status in (0, 9), status
     weight = checkpoint.load_model(folder / "model").embedding.weight
     assert n == 0 or weight[0, 0] in (n, n - 1, last), (n, weight[0, 0])
+    assert len(checkpoint.fingerprint(folder / "model")) == 64  # of what was just loaded, wherever that is
     last = weight[0, 0].item()
     print(status)
     if status == 0:
