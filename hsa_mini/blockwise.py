@@ -5,7 +5,7 @@ K chunks kept, P cached keys, L block of queries.
 """
 
 import torch
-from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import grouped_mm, pad, rms_norm, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
@@ -156,3 +156,14 @@ def ring_attention(q, k, v, positions):
     groups = q[:, 0].unflatten(1, (k.shape[2], -1))  # [B, J, G, D]: to a key's head its G heads are like G queries
     out = scaled_dot_product_attention(groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None])
     return out.flatten(1, 2)[:, None]
+
+
+def experts(x, ends, tokens, places, gates, up_and_gate, down):
+    """x [M, C] through the experts that `reference.dispatch` found for it (`ends`, `tokens`, `places`, `gates`) -> [M, C].
+
+    up_and_gate [E, C, 2*H] and down [E, H, C] in x's dtype, of H gated units each. Any number of tokens, none left out.
+    """
+    up, gate = grouped_mm(x[tokens], up_and_gate, offs=ends).chunk(2, dim=-1)
+    results = grouped_mm(up * silu(gate), down, offs=ends)
+    # gather back and sum: adding rows by index is slower on a GPU and not deterministic
+    return torch.einsum("mac,ma->mc", results[places], gates.to(results.dtype))

@@ -14,8 +14,8 @@ from . import blockwise, reference
 from .reference.checks import check_chunk_attention, check_decode, check_retrieve, check_sliding_window
 
 __all__ = [
-    "chunk_attention", "decode", "dispatch", "enter_ring", "fetch", "implementation", "retrieve", "ring_attention",
-    "sliding_window_attention",
+    "chunk_attention", "decode", "dispatch", "enter_ring", "experts", "fetch", "implementation", "retrieve",
+    "ring_attention", "sliding_window_attention",
 ]  # fmt: skip
 
 CHOICES = ("auto", "kernels", "portable")
@@ -118,6 +118,15 @@ def dispatch(scores, bias, active):
     if not learns and len(scores) <= MOST_DISPATCHED and len(bias) <= 256 and _suits(scores, True):
         return _kernels().dispatch(scores, bias, active)
     return reference.dispatch(scores, bias, active)
+
+
+def experts(x, ends, tokens, places, gates, up_and_gate, down):
+    """`blockwise.experts`: same arguments, same numbers; the kernel has no gradient."""
+    given = x.contiguous(), ends, tokens, places, gates, up_and_gate, down
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (x, gates, up_and_gate, down))
+    if not learns and _suits(x, True):
+        return _kernels().experts(*given)
+    return blockwise.experts(*given)
 
 
 def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import hsa_kernels  # noqa: E402
 from hsa_kernels import by_chunk  # noqa: E402
 
+from hsa_mini import reference  # noqa: E402
+
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
 
 
@@ -80,4 +82,7 @@ for case, sizes in {
         fresh = q[:, :1], ring_k[:, :1].contiguous(), ring_v[:, :1].contiguous()
         hsa_kernels.enter_ring(*fresh, ring_k, ring_v, torch.tensor([3]), gain, gain, angles, eps=1e-6)
         for M, E, A in ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4)):
-            hsa_kernels.dispatch(torch.randn(M, E, dtype=dtype), torch.zeros(E), A)
+            scores = torch.randn(M, E, dtype=dtype)
+            hsa_kernels.dispatch(scores, torch.zeros(E), A)
+            up_and_gate, down = (torch.zeros(E, *shape, dtype=dtype) for shape in ((2048, 1344), (672, 2048)))
+            hsa_kernels.experts(torch.randn(M, 2048, dtype=dtype), *reference.dispatch(scores, torch.zeros(E), A), up_and_gate, down)

@@ -11,6 +11,7 @@ import torch
 from helpers import assert_close, error, random, random_choice, results
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
 import hsa_kernels
@@ -370,6 +371,28 @@ def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
     order, twin = places.argsort(-1), want[2].argsort(-1)  # a token's experts come in any order
     assert torch.equal(places.gather(-1, order), want[2].gather(-1, twin))
     assert error(gates.gather(-1, order), want[3].gather(-1, twin)) < 2e-6
+
+
+@grid
+@given(
+    M=st.integers(1, 30), C=st.sampled_from([16, 40, 600]), H=st.sampled_from([8, 24, 40]), E=st.integers(1, 9),
+    A=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@example(M=3, C=16, H=600, E=1, A=1, dtype=torch.float32)
+@example(M=9, C=1032, H=8, E=9, A=2, dtype=torch.float32)
+def test_experts_say_what_each_would_alone(M, C, H, E, A, dtype):
+    A = min(A, E)
+    weights = dict(up_and_gate=random(E, C, 2 * H, seed=1) * C**-0.5, down=random(E, H, C, seed=2) * H**-0.5)
+    inputs = there(dict(x=random(M, C)) | weights, dtype)
+    choice = reference.dispatch(random(M, E, seed=3).to(DEVICE, torch.float32), torch.zeros(E, device=DEVICE), A)
+    got = hsa_kernels.experts(inputs["x"], *choice, inputs["up_and_gate"], inputs["down"])
+    ends, _, places, gates = choice
+    twin, want = exact(inputs), []
+    for m in range(M):
+        asked = torch.searchsorted(ends, places[m], right=True)  # [A]
+        up, gate = torch.einsum("c,ach->ah", twin["x"][m], twin["up_and_gate"][asked]).chunk(2, dim=-1)
+        want.append(torch.einsum("ah,ahc,a->c", up * silu(gate), twin["down"][asked], gates[m].double()))
+    assert error(got, torch.stack(want)) < TOLERANCE[dtype]
 
 
 def test_decode_keeps_the_newest_of_equal_scores():

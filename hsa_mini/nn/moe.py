@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import grouped_mm, silu
 
 from .. import ops
 from .mlp import MLP
@@ -53,16 +52,13 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self.shared(x)
         tokens, dtype = x.flatten(0, -2), shared.dtype  # [M, C]; autocast knows linear maps, but no grouped ones
-        ends, rows, places, gates = ops.dispatch(self.router(tokens), self.bias, self.active)
+        choice = ops.dispatch(self.router(tokens), self.bias, self.active)
         if self.training:
+            ends = choice[0]
             counts = ends.long().diff(prepend=ends.new_zeros(1))
             self.asked = counts if self.asked is None else self.asked + counts
-        up, gate = grouped_mm(tokens.to(dtype)[rows], self.up_and_gate.to(dtype), offs=ends).chunk(2, dim=-1)
-        results = grouped_mm(up * silu(gate), self.down.to(dtype), offs=ends)
-        # gather back and sum: adding rows by index is slower on a GPU and not deterministic
-        back = results[places]  # [M, A, C]
-        mixed = torch.einsum("mac,ma->mc", back, gates.to(back.dtype))
-        return shared + mixed.reshape(x.shape)
+        weights = self.up_and_gate.to(dtype), self.down.to(dtype)
+        return shared + ops.experts(tokens.to(dtype), *choice, *weights).reshape(x.shape)
 
     def statistics(self) -> RouterStatistics:
         asked = torch.zeros_like(self.bias) if self.asked is None else self.asked
