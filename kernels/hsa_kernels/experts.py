@@ -85,8 +85,8 @@ def _gathered(results, places, gates, out, C: tl.constexpr, A: tl.constexpr, BN:
 
 def _apart(x, ends, tokens, places, gates, up_and_gate, down, out) -> None:
     (M, C), (E, H, _), A = x.shape, down.shape, places.shape[1]
-    BC, BH = (min(512, triton.next_power_of_2(size)) for size in (C, H))
-    sizes = dict(C=C, H=H, E=E, EP=triton.next_power_of_2(E), num_warps=8)
+    BC, BH = min(128, triton.next_power_of_2(C)), min(64, triton.next_power_of_2(H))
+    sizes = dict(C=C, H=H, E=E, EP=triton.next_power_of_2(E), num_warps=16)
     hidden = torch.empty(M * A, H, device=x.device)
     _hidden[triton.cdiv(H, 16), M * A](x, ends, tokens, up_and_gate, hidden, BC=BC, BH=16, **sizes)
     _mixed[triton.cdiv(C, 16), M](hidden, ends, places, gates, down, out, A=A, BH=BH, BN=16, **sizes)
