@@ -66,6 +66,41 @@ def measured() -> str:
     ])  # fmt: skip
 
 
+def harder() -> str:
+    """S-NIAH among further needles, and with every sentence across a border of chunks, as far as it was asked."""
+    rows, cards = {}, set()
+    for kind, name in {"distractors": "among {} further needles", "border": "sentences across borders of chunks"}.items():
+        for path in sorted((ROOT / "data/results").glob(f"*_s_niah_*{kind}.json"), key=lambda path: (len(path.stem), path.stem)):
+            model, more = re.fullmatch(rf"(\w+)_s_niah_(\d*)_?{kind}", path.stem).groups()
+            asked, _, hardware = read_results(path)
+            told = {entry["tokens"]: f"{entry['correct']}/{entry['samples']}" for entry in by_length(asked)}
+            rows[f"| `{model}` | {name.format(more)} |"] = told
+            cards.add(hardware)
+    columns = sorted({tokens for cells in rows.values() for tokens in cells})
+    lines = [f"| | S-NIAH | {' | '.join(map(length_name, columns))} |", "|---" * (len(columns) + 2) + "|"]
+    lines += [f"{row} {' | '.join(cells.get(tokens, '') for tokens in columns)} |" for row, cells in rows.items()]
+    return "\n".join([*lines, "", f"Asked on {' and '.join(sorted(cards))}."])
+
+
+def large() -> str:
+    """The 8B configuration alive: what `python kernels/bench --model ul_8b_a1b` measured."""
+    result = results("ul_8b_a1b")
+    near, far = result["decode_64k_tokens_per_second"], result["decode_64k_tokens_per_second"] / result["decode_16m_over_64k"]
+    mfu, full = result["train_16k_mfu"], result["train_16k_full_attention_tokens_per_second"]
+    rows = {
+        f"read {length_name(result['tokens'][n])} tokens": f"{result[f'prefill_{n}_seconds']:.1f} s, {result[f'prefill_{n}_peak_bytes'] / 1e9:.1f} GB"
+        for n in ("1m", "16m")
+    } | {
+        "a token of 16M over a token of 1M": f"{result['prefill_16m_over_1m_per_token']:.2f}",
+        "go on behind 64K tokens": f"{near:.0f} tokens/s, {result['decode_64k_roofline_share']:.0%} of what memory allows",
+        "go on behind 16M tokens": f"{far:.0f} tokens/s",
+        "the same with K and V in host memory": f"{far / result['offload_slowdown']:.0f} tokens/s, {result['offload_16m_device_bytes'] / 1e9:.1f} GB",
+        "train on 16K tokens": f"{result['train_16k_tokens_per_second']:,.0f} tokens/s, {result['train_16k_peak_bytes'] / 1e9:.1f} GB, {mfu:.0%} of a matrix product's rate",
+        "the same with full attention instead": f"{full:,.0f} tokens/s, {result['train_16k_full_attention_peak_bytes'] / 1e9:.1f} GB",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {how} |" for what, how in rows.items()), "", source(result)])
+
+
 def trained() -> str:
     told = []
     for model in MODELS:
@@ -153,7 +188,7 @@ def rewritten(path: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize(("path", "parts"), [(README, {"demo", "course", "measured", "predicted", "kernels"}), (KERNELS, {"floors", "ratios"})])
+@pytest.mark.parametrize(("path", "parts"), [(README, {"demo", "course", "measured", "harder", "predicted", "kernels", "large"}), (KERNELS, {"floors", "ratios"})])
 def test_readme_says_what_the_files_say(path, parts):
     assert set(re.findall(r"<!-- /(\w+) -->", path.read_text())) == parts
     assert rewritten(path) == path.read_text()
