@@ -15,6 +15,7 @@ from .nn.hsa import Retrieval
 from .steps import Steps
 
 SEGMENT = 8192  # tokens of the lower decoder at once: what bounds the memory of a prefill
+GPU_TOKENS = 1 << 15  # of all sequences at once: with fewer a GPU may wait for the host
 LEAST_RECORDED = 32  # new tokens that are worth recording a step for
 
 
@@ -64,13 +65,14 @@ def prefill(
     *,
     lengths: torch.Tensor | None = None,
     last: int = 1,
-    segment: int = SEGMENT,
+    segment: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Output:
     """Read ids [B, T] on top of `memory`; returns logits [B, last, vocabulary] of the last tokens, and the memory.
 
-    The lower decoder reads everything, in segments; the upper decoder only the last `upper_tail + last - 1` tokens, on which
-    these logits and every cache alone depend: exact, not an approximation. `progress(n)` is called as n tokens are read.
+    The lower decoder reads everything, in segments (of 8,192 tokens, on a GPU up to 32,768); the upper decoder only the last
+    `upper_tail + last - 1` tokens, on which these logits and every cache alone depend: exact, not an approximation.
+    `progress(n)` is called as n tokens are read.
 
     `lengths` int64 [B]: texts of different lengths are padded in front with any ids, and this many of each row are its text.
     Chunks are counted from a text's own first token, so each is read by itself: nothing of it depends on the others. The
@@ -79,9 +81,11 @@ def prefill(
     Raises ValueError as `HSAModel.forward` does, and for lengths, last or segment out of range, before anything is read, and
     MemoryError that says how many tokens fit, before anything is allocated. Whatever cuts it short, the memory is as it was.
     """
+    model.check_ids(ids, memory)
+    if segment is None:
+        segment = max(SEGMENT, GPU_TOKENS // len(ids)) if ids.is_cuda else SEGMENT
     if not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment: got {segment!r}, accepted is an integer of at least 1")
-    model.check_ids(ids, memory)
     texts = [row[-n:] for row, n in zip(ids, _counted(lengths, ids))]
     if not isinstance(last, int) or not 1 <= last <= min(map(len, texts)):
         raise ValueError(f"last: got {last!r}, accepted is an integer of 1 to {min(map(len, texts))}")
@@ -152,7 +156,7 @@ def generate(
     *,
     memory: ChunkMemory | None = None,
     lengths: torch.Tensor | None = None,
-    segment: int = SEGMENT,
+    segment: int | None = None,
     progress: Callable[[int], None] | None = None,
     **options,
 ) -> Generation:
@@ -171,7 +175,7 @@ def stream(
     *,
     memory: ChunkMemory | None = None,
     lengths: torch.Tensor | None = None,
-    segment: int = SEGMENT,
+    segment: int | None = None,
     progress: Callable[[int], None] | None = None,
     **options,
 ) -> Iterator[torch.Tensor]:

@@ -18,7 +18,6 @@ from hsa_mini.plan import plan
 from hsa_mini.steps import Steps
 
 NEAR, LONG, LONGEST = 1 << 16, 1 << 20, 1 << 24  # tokens: 64k, 1m and 16m of the keys
-SEGMENT = 1 << 15  # tokens of the lower decoder at once: fewer, and the GPU waits for the host
 WARM, DECODED = 16, 256  # tokens decoded before, and while, time is taken
 
 
@@ -48,7 +47,7 @@ def read(model: HSAModel, tokens: int, advance: Callable[[int], object], *, offl
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     start = waited(device)
-    output = prefill(model, ids, ChunkMemory(model.config, offload=offload), segment=SEGMENT, progress=advance)
+    output = prefill(model, ids, ChunkMemory(model.config, offload=offload), progress=advance)
     return output, waited(device) - start
 
 
@@ -87,6 +86,5 @@ def measure_model(preset: str, device: torch.device) -> dict:
         "offload_16m_device_bytes": peak_bytes(device),
         "offload_slowdown": offloaded / far,
         "copy_bytes_per_second": speed,
-        "segment": SEGMENT,
         "tokens": {"64k": NEAR, "1m": LONG, "16m": LONGEST},
     }
