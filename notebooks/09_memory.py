@@ -475,6 +475,7 @@ near = 1 / stored["decode_64k_tokens_per_second"]
 far = near * stored["decode_16m_over_64k"]
 outside = far * stored["offload_slowdown"]
 print(f"stored: {stored['hardware']}, commit {stored['commit'][:7]}")
+print(f"weights              {scaled(many.weight_bytes, 'B')}")
 print(f"read 16M tokens      {stored['prefill_16m_seconds']:.0f} s, {stored['prefill_16m_peak_bytes'] / 1e9:.1f} GB in use")
 print(f"    a token of 16M over a token of 1M {stored['prefill_16m_over_1m_per_token']:.2f}")
 print(f"a new token behind 64K tokens         {near * 1e3:.2f} ms")
@@ -485,7 +486,7 @@ print(f"fetched: {scaled(fetched, 'B')} in {(outside - far) * 1e3:.2f} ms, {fetc
 
 # %% [markdown]
 # **You should see** that reading costs the same per token at any length, and that a new token hardly notices sixteen million
-# others, whether they lie on the GPU or outside. What is in use is mostly the weights, 16 GB.
+# others, whether they lie on the GPU or outside. What is in use is mostly the weights.
 #
 # ### Move it
 #

@@ -85,7 +85,8 @@ def harder() -> str:
 def large() -> str:
     """The 8B configuration alive: what `python kernels/bench --model ul_8b_a1b` measured."""
     result = results("ul_8b_a1b")
-    near, far = result["decode_64k_tokens_per_second"], result["decode_64k_tokens_per_second"] / result["decode_16m_over_64k"]
+    near = result["decode_64k_tokens_per_second"]
+    far = near / result["decode_16m_over_64k"]
     mfu, full = result["train_16k_mfu"], result["train_16k_full_attention_tokens_per_second"]
     rows = {
         f"read {length_name(result['tokens'][n])} tokens": f"{result[f'prefill_{n}_seconds']:.1f} s, {result[f'prefill_{n}_peak_bytes'] / 1e9:.1f} GB"

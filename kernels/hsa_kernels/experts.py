@@ -26,6 +26,11 @@ def _expert(ends, row, E: tl.constexpr, EP: tl.constexpr):
 
 
 @triton.jit
+def _silu(b_x):
+    return b_x / (1.0 + tl.exp(-b_x))
+
+
+@triton.jit
 def _hidden(
     x, ends, tokens, up_and_gate, hidden, C: tl.constexpr, H: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     BC: tl.constexpr, BH: tl.constexpr,
@@ -41,8 +46,7 @@ def _hidden(
         p_w = up_and_gate + (c + o_c)[:, None] * (2 * H) + o_h[None, :]
         b_up += b_x * tl.load(p_w, mask=m, other=0.0)  # summed over C at the end, once
         b_gate += b_x * tl.load(p_w + H, mask=m, other=0.0)
-    b_g = tl.sum(b_gate, 0)
-    tl.store(hidden + row * H + o_h, tl.sum(b_up, 0) * b_g / (1.0 + tl.exp(-b_g)), mask=o_h < H)
+    tl.store(hidden + row * H + o_h, tl.sum(b_up, 0) * _silu(tl.sum(b_gate, 0)), mask=o_h < H)
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def _gated(both, hidden, rows, H: tl.constexpr, BR: tl.constexpr, BH: tl.constex
     m = (o_r < rows) & (o_h < H)
     b_up = tl.load(both + o_r * (2 * H) + o_h, mask=m, other=0.0).to(tl.float32)
     b_gate = tl.load(both + o_r * (2 * H) + H + o_h, mask=m, other=0.0).to(tl.float32)
-    tl.store(hidden + o_r * H + o_h, (b_up * b_gate / (1.0 + tl.exp(-b_gate))).to(hidden.dtype.element_ty), mask=m)
+    tl.store(hidden + o_r * H + o_h, (b_up * _silu(b_gate)).to(hidden.dtype.element_ty), mask=m)
 
 
 @triton.jit
