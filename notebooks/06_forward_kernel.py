@@ -559,8 +559,8 @@ def takes_chunk_order(row):
     halfway = max(N // 2, K)
     merged = halfway * (1 - (1 - K / halfway) ** M) / M  # a token
     by_slots, by_chunks = 3 * K * G * row["D"], merged * 2 * row["S"] * row["D"]
-    # slots come from memory, chunks mostly from the cache, which is about twice as fast
-    return row["T"] * K >= slots.CHOICES * N and 2 * by_slots < by_chunks
+    # slots come from memory, chunks mostly from the cache, which is half again as fast
+    return row["T"] * K >= slots.CHOICES * N and 1.5 * by_slots < by_chunks
 
 
 def find_row(T, J, op="forward"):

@@ -6,6 +6,8 @@ Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head
 chunk size, K kept.
 """
 
+import importlib
+
 import pytest
 import torch
 from helpers import assert_close, error, random, random_choice, results
@@ -90,6 +92,18 @@ def test_both_ways_equal_the_reference(monkeypatch, way):
     inputs = attention_inputs(B=2, T=11, J=2, G=3, D=24, N=5, S=24, K=3)
     got = way.forward(*inputs.values(), 24**-0.5)
     assert error(got, reference.chunk_attention(**exact(inputs))) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_block_of_tokens_goes_its_own_way(monkeypatch, dtype):
+    """Neighbours that choose alike go by token, others by chunk, in one call."""
+    operator, pass_over, counts = importlib.import_module("hsa_kernels.chunk_attention"), by_token.pass_over, []
+    monkeypatch.setattr(operator, "CHOICES", 1)
+    monkeypatch.setattr(by_token, "pass_over", lambda *args: counts.append(args[3].counts) or pass_over(*args))
+    inputs = attention_inputs(B=2, T=75, J=2, G=2 if dtype == torch.float32 else 4, N=96, S=16, K=3)
+    inputs["indices"][:, 16:40] = inputs["indices"][:, 16:17]
+    assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype)
+    assert (counts[0] < 0).any() and (counts[0] > 0).any()
 
 
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])

@@ -18,7 +18,7 @@ import triton.language as tl
 from helpers import assert_close, random, random_choice
 
 from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
-from hsa_kernels.chunk_attention import _is_by_chunk
+from hsa_kernels.chunk_attention import _ways
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.crowd import Crowd, Past
 from hsa_mini.data.mixture import COPY, TEXT
@@ -227,7 +227,7 @@ def _takes_chunk_order(ours):
         q, k, indices = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (
             (1, T, 16, 128), (1, T // 64, 64, J, 128), (1, T, J, K)
         ))  # fmt: skip
-        seen.add(takes := _is_by_chunk(q, k, indices))
+        seen.add(takes := by_chunk in _ways(q, k, indices))
         assert ours(dict(T=T, H=16, J=J, D=128, S=64, K=K)) == takes, (T, J, K)
     assert seen == {False, True}
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .merge import merge
+from .merge import MergedLists, merge
 from .tiles import LOG2_E, Sizes, add_product, chunk_tile, softmax_inside
 
 MOST_MERGED = 1024  # choices of a block: their list is sorted by one program
@@ -31,6 +31,8 @@ def _forward(
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
     i_list = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
     count = tl.load(counts + i_list)
+    if count < 0:  # not this way
+        return
     chunks += i_list * L
     weights += i_list * L * M
     k += i_b.to(tl.int64) * stride_k
@@ -64,12 +66,18 @@ def tokens_of_block(sizes: Sizes, K: int) -> int:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    (B, T, J, K), sizes, out = indices.shape, Sizes.of(q, k), torch.empty_like(q)
-    sizes = sizes._replace(M=tokens_of_block(sizes, K))
-    lists = merge(indices, weights, k.shape[1], sizes.M)
+    lists = merge(indices, weights, k.shape[1], tokens_of_block(Sizes.of(q, k), indices.shape[3]))
+    return pass_over(q, k, v, lists, torch.empty_like(q), scale)
+
+
+def pass_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: MergedLists, out: torch.Tensor, scale: float) -> torch.Tensor:
+    """Writes into out [B, T, H, D] what blocks of tokens read; a block whose count is negative stays as it is."""
+    (B, T), (_, blocks, J, L, M) = q.shape[:2], lists.weights.shape
+    sizes = Sizes.of(q, k)._replace(M=M)
     # of 3 stages 2 pairs of tiles are under way; with 168 registers a thread leaves room for what else a processor can hold
     options = sizes.options() | (dict(num_stages=3, maxnreg=168) if sizes.is_small else {})
-    _forward[triton.cdiv(T, sizes.M), J, B](
-        q, k, v, *lists, out, k.stride(0), v.stride(0), scale * LOG2_E, T, L=sizes.M * K, **sizes.constants(), **options
+    _forward[blocks, J, B](
+        q, k, v, lists.counts, lists.chunks, lists.weights, out, k.stride(0), v.stride(0), scale * LOG2_E, T, L=L,
+        **sizes.constants(), **options,
     )  # fmt: skip
     return out

@@ -3,6 +3,8 @@
 Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size, K slots.
 """
 
+from types import ModuleType
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -10,23 +12,41 @@ from hsa_mini.reference.checks import check_chunk_attention
 
 from . import backward, by_chunk, by_token
 from .checks import check_indices, check_kernel
+from .merge import merge
 from .slots import CHOICES
 from .tiles import Sizes
 
-CACHE_TO_MEMORY = 2  # how much faster a byte comes from the L2 cache than from memory
+CACHE_TO_MEMORY = 1.5  # how much faster a byte comes from the L2 cache than from memory
 
 
-def _is_by_chunk(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> bool:
-    """Whether results that are written and read again cost less than chunks that a block of tokens reads.
+def _worth(q: torch.Tensor, k: torch.Tensor) -> float:
+    """How many chunks a block of tokens can read (k and v, from the cache) for what a choice costs by chunk (q, a result, twice)."""
+    return CACHE_TO_MEMORY * 3 * (q.shape[2] // k.shape[3]) / (2 * k.shape[2])
 
-    The latter for choices that are independent of each other, by a token halfway.
-    """
-    (T, J, K), (N, S), D = indices.shape[1:], k.shape[1:3], q.shape[3]
-    if T * K < CHOICES * N:
-        return False
+
+def _ways(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[ModuleType]:
+    """Which ways can pay: by token not if it costs more even when all of a block choose alike, by chunk only where there are
+    many choices of a chunk and it costs less if they are independent, by a token halfway."""
+    (T, _, K), N, worth = indices.shape[1:], k.shape[1], _worth(q, k)
     M, halfway = by_token.tokens_of_block(Sizes.of(q, k), K), max(N // 2, K)
-    merged = halfway * (1 - (1 - K / halfway) ** M) / M  # chunks that a block of M tokens reads, a token
-    return CACHE_TO_MEMORY * 3 * K * (q.shape[2] // J) * D < merged * 2 * S * D  # q, a result out and in; k and v
+    merged = halfway * (1 - (1 - K / halfway) ** M)  # chunks that a block of M tokens reads
+    if T * K < CHOICES * N or merged <= worth * M * K:
+        return {by_token}
+    return {by_chunk} if worth * M < 1 else {by_token, by_chunk}
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
+) -> torch.Tensor:
+    ways = _ways(q, k, indices)
+    if len(ways) == 1:
+        return ways.pop().forward(q, k, v, indices, weights, scale)
+    # every block of tokens goes the way that is cheaper for it: neighbours that choose alike by token, others by chunk
+    M = by_token.tokens_of_block(Sizes.of(q, k), indices.shape[3])
+    lists = merge(indices, weights, k.shape[1], M)
+    split = lists.counts > lists.choices * _worth(q, k)  # [B, blocks, J]
+    out = by_chunk.forward(q, k, v, indices.where(split.repeat_interleave(M, 1)[:, : indices.shape[1], :, None], -1), weights, scale)
+    return by_token.pass_over(q, k, v, lists._replace(counts=lists.counts.where(~split, -1)), out, scale)
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention", mutates_args=())
@@ -35,8 +55,7 @@ def _chunk_attention(
 ) -> torch.Tensor:
     if 0 in (q.numel(), k.numel(), indices.numel()):
         return torch.zeros_like(q)
-    way = by_chunk if _is_by_chunk(q, k, indices) else by_token
-    return way.forward(q, k, v, indices, weights, scale)
+    return _forward(q, k, v, indices, weights, scale)
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())

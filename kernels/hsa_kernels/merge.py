@@ -17,9 +17,11 @@ import triton.language as tl
 class MergedLists(NamedTuple):
     """What `merge` found for every block of M tokens and head.
 
-    counts int32 [B, I, J]; chunks int32 [B, I, J, L], `counts` of them meant; weights fp32 [B, I, J, L, M].
+    choices int32 [B, I, J]: how many there are; counts int32 [B, I, J]; chunks int32 [B, I, J, L], `counts` of them meant; weights
+    fp32 [B, I, J, L, M].
     """
 
+    choices: torch.Tensor
     counts: torch.Tensor
     chunks: torch.Tensor
     weights: torch.Tensor
@@ -27,7 +29,7 @@ class MergedLists(NamedTuple):
 
 @triton.jit
 def _merge(
-    indices, weights, counts, chunks, merged_weights,
+    indices, weights, choices, counts, chunks, merged_weights,
     T, N, J: tl.constexpr, K: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -55,6 +57,7 @@ def _merge(
     place = tl.cumsum((fresh & kept).to(tl.int32), 0) - 1
 
     row = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
+    tl.store(choices + row, tl.sum(kept.to(tl.int32), 0))
     tl.store(counts + row, tl.sum((fresh & kept).to(tl.int32), 0))
     tl.store(chunks + row * L + place, b_sorted, mask=fresh & kept)
     o_entry = ((i_b * T + i_block * M + o_m).to(tl.int64) * J + i_j) * K + o_from % SLOTS
@@ -68,6 +71,7 @@ def merge(indices: torch.Tensor, weights: torch.Tensor, chunks: int, tokens: int
     blocks, length = triton.cdiv(T, tokens), tokens * K
     lanes = tokens * triton.next_power_of_2(K)
     lists = MergedLists(
+        choices=indices.new_empty(B, blocks, J),
         counts=indices.new_empty(B, blocks, J),
         chunks=indices.new_empty(B, blocks, J, length),
         weights=weights.new_zeros(B, blocks, J, length, tokens),
