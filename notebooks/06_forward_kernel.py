@@ -450,7 +450,7 @@ explore(
 # %% [markdown]
 # ## The package's kernels
 #
-# The package has two forward kernels. [by_token.py](../kernels/hsa_kernels/by_token.py) goes by block:
+# The package has two forward kernels, and a rule to choose between them. [by_token.py](../kernels/hsa_kernels/by_token.py) goes by block:
 # [merge.py](../kernels/hsa_kernels/merge.py) first makes each block's list of chunks with M weights a chunk, and the
 # kernel passes over it once. [by_chunk.py](../kernels/hsa_kernels/by_chunk.py) goes by chunk, over lists of who
 # kept it ([notebook 07](07_backward_kernel.ipynb) builds them). Compare their inner loops with our fourteen lines. You
@@ -464,7 +464,9 @@ explore(
 # * **base 2.** A GPU computes $2^x$ faster than $e^x$. The scale contains $\log_2 e$ to make up for it.
 #
 # Both run on our twelve tokens, without the padding to 16: they pad by themselves. And both run on an example with
-# chunks of 16, four heads and 48 tokens, as does the public operator, which decides for itself which way to go.
+# chunks of 16, four heads and 48 tokens, as does the public operator, which decides for itself which way to go: every block of
+# tokens goes the way that is cheaper for it. A block of neighbours that chose alike has a short list, and goes by block. One whose
+# list is long goes by chunk. The rule is in [chunk_attention.py](../kernels/hsa_kernels/chunk_attention.py), and once more below.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -509,11 +511,11 @@ print(f"so a byte has to be used for {ridge:.0f} FLOP, or the processors wait fo
 
 
 # %%
-def merged_chunks(T, S, K, M):
-    """Chunks that all blocks of M tokens meet, on average, if every token keeps K of those it sees at random."""
+def blocks_of(T, S, K, M):
+    """Of every block of M tokens: chunks that it meets, on average, if every token keeps K of those it sees at random; choices."""
     visible = torch.arange(0, T, M, dtype=torch.float64) // S
     missed = (1 - K / visible.clamp(min=K)) ** M
-    return (visible * (1 - missed)).sum().item()
+    return visible * (1 - missed), M * visible.clamp(max=K)
 
 
 def block_tokens(row):
@@ -524,12 +526,21 @@ def block_tokens(row):
     return by_token.tokens_of_block(Sizes.of(q, k), row["K"])
 
 
+def goes_by_block(row, met, choices, faster=2):
+    """The package's rule for a block: chunks, mostly from the `faster` cache, cost less than slots of its choices, from memory."""
+    return met * 2 * row["S"] <= faster * choices * 3 * (row["H"] // row["J"])
+
+
 def predict(row):
-    """Bytes and useful FLOP of the three orders for a row of the measurements, bfloat16."""
+    """Bytes and useful FLOP of the three orders, and of blocks that choose theirs, for a row of the measurements, bfloat16."""
     T, J, S, D, K, G = (*(row[name] for name in "TJSDK"), row["H"] // row["J"])
     pairs, M = row["chosen"] // J, block_tokens(row)
-    counts = dict(pairs=pairs, merged=merged_chunks(T, S, K, M), touched=pairs / slots.CHOICES)
+    met, choices = blocks_of(T, S, K, M)
+    counts = dict(pairs=pairs, merged=met.sum().item(), touched=pairs / slots.CHOICES)
     orders = traffic(T=T, G=G, S=S, D=D, M=M, size=2, **counts)
+    by_slots = choices * (3 * G * D + 2 * S * D / slots.CHOICES)
+    cheaper = torch.where(goes_by_block(row, met, choices), met * 2 * S * D, by_slots).sum().item()
+    orders["either"] = 2 * (2 * T * G * D + cheaper), None
     useful = 4 * G * S * D * row["chosen"]  # what is computed with weight 0 does not count
     return {name: (J * moved, useful) for name, (moved, _) in orders.items()}
 
@@ -548,19 +559,19 @@ print("formula:", round(40 * (1 - (1 - 8 / 40) ** 4), 1), " drawn:", round(drawn
 #
 # One picture for both ceilings. To the right: FLOP for each byte moved. Up: FLOP a second. The roof is the sloping line
 # (bytes are the limit) until it meets the flat one (multiplying is the limit). Hollow marks stand on the roof, where
-# each order could be if memory were the only place to load from. The filled mark is the package as measured, in the
-# order that it takes.
+# each order could be if memory were the only place to load from; *either* means that each block of tokens goes by block or by
+# chunk, as is cheaper for it. The filled mark is the package as measured, in the order that it takes.
 
 
 # %%
-def takes_chunk_order(row):
-    """The package's rule: by chunk where slots cost less than the chunks of blocks, for a token halfway through the text."""
-    N, K, G, M = row["T"] // row["S"], row["K"], row["H"] // row["J"], block_tokens(row)
-    halfway = max(N // 2, K)
-    merged = halfway * (1 - (1 - K / halfway) ** M) / M  # a token
-    by_slots, by_chunks = 3 * K * G * row["D"], merged * 2 * row["S"] * row["D"]
-    # slots come from memory, chunks mostly from the cache, which is half again as fast
-    return row["T"] * K >= slots.CHOICES * N and 1.5 * by_slots < by_chunks
+def package_order(row):
+    """By block for short texts, by chunk where even blocks that choose alike would cost more, else each block as it is cheaper."""
+    T, N, K, M = row["T"], row["T"] // row["S"], row["K"], block_tokens(row)
+    halfway = max(N // 2, K)  # chunks that are visible in the middle of the text
+    met = halfway * (1 - (1 - K / halfway) ** M)
+    if T * K < slots.CHOICES * N or goes_by_block(row, met, M * K):
+        return "by block"
+    return "either" if goes_by_block(row, 1, M) else "by chunk"
 
 
 def find_row(T, J, op="forward"):
@@ -571,7 +582,7 @@ def find_row(T, J, op="forward"):
 def draw_roofline(figure, tokens, share):
     """Where the three orders could stand, and where the package stands."""
     row = find_row(tokens, 16 // share)
-    orders, taken = predict(row), "by chunk" if takes_chunk_order(row) else "by block"
+    orders, taken = predict(row), package_order(row)
     points = {name: (flop, moved, None) for name, (moved, flop) in orders.items()}
     points[f"{taken}, measured"] = (*points[taken][:2], row["ms"])
     axes = figure.subplots()
@@ -583,7 +594,7 @@ def draw_roofline(figure, tokens, share):
 
 explore(
     draw_roofline,
-    alt="The roofline of the card: a sloping line for memory, a flat one for multiplying. Hollow marks on it for the three "
+    alt="The roofline of the card: a sloping line for memory, a flat one for multiplying. Hollow marks on it for the "
     "orders, and a filled mark for the package's kernel as measured.",
     size=(8.5, 3.8),
     tokens=Control([16384, 65536], start=16384, label="tokens T"),
@@ -611,14 +622,16 @@ print(STORED, "· random choices, H/J = 16, forward, milliseconds")
 print(f"{'tokens':>7} {'multiplying':>12} {'bytes/memory':>13} {'measured':>9}   order")
 for row in stored["rows"]:
     if (row["op"], row["J"], row["choices"]) == ("forward", 1, "random"):
-        taken = "by chunk" if takes_chunk_order(row) else "by block"
+        taken = package_order(row)
         moved, flop = predict(row)[taken]
         times = flop / ceilings["flops_per_second"] * 1e3, moved / ceilings["bytes_per_second"] * 1e3
         print(f"{length_name(row['T']):>7} {times[0]:12.2f} {times[1]:13.2f} {row['ms']:9.2f}   {taken}")
 
 # %% [markdown]
 # So that is where the milliseconds go: in every row the bytes ask for several times what the multiplications ask for,
-# and the measured time follows the bytes. Where it is smaller than the column of bytes, the cache has helped.
+# and the measured time follows the bytes. Where it is smaller than the column of bytes, the cache has helped. (The stored
+# times are older than the rule for each block. When they were taken, a text went by block or by chunk as a whole: those that
+# go either way here went by chunk.)
 #
 # Are random choices fair? They are the worst case for blocks: neighbours share nothing but chance. The same lengths
 # with choices that a *trained* model makes in real text, beside random ones:

@@ -476,9 +476,17 @@ words = ", ".join(f"{name}: {right} of {asked}" for name, (right, asked) in push
 show(figure, f"Shares right with their 95% intervals in 4,096 tokens. {words}.")
 
 # %% [markdown]
-# The intervals of four questions are wide. The command asks hundreds: `python -m hsa_mini eval mini --distractors 1000`, and
-# `--border`, write files like those above.
-#
+# The intervals of four questions are wide. These were asked by the hundred, and of longer texts, with
+# `python -m hsa_mini eval mini --distractors 64` and `--border`:
+
+# %%
+for what in ("distractors", "border"):
+    for path in sorted((data_dir() / "results").glob(f"*_s_niah_*{what}.json")):
+        rows, _, hardware = read_results(path)
+        shares = ", ".join(f"{length_name(row['tokens'])} {row['correct']}/{row['samples']}" for row in by_length(rows))
+        print(f"{path.stem}: {shares} (on {hardware})")
+
+# %% [markdown]
 # ## Perplexity, and what it does not see
 #
 # Needles are a narrow test. The usual one is wide: how well is ordinary text predicted? If a model used

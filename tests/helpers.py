@@ -27,7 +27,7 @@ def results(operation, inputs: dict[str, torch.Tensor], *fixed, **options) -> di
     out = operation(*fixed, **leaves, **options)
     out = out if isinstance(out, tuple) else (out,)
     named = {f"output {i}": x.detach() for i, x in enumerate(out)}
-    loss = sum((x * random(*x.shape, seed=99, dtype=x.dtype)).sum() for x in out if x.is_floating_point())
+    loss = sum((x * random(*x.shape, seed=99, dtype=x.dtype).to(x.device)).sum() for x in out if x.is_floating_point())
     if loss.requires_grad:
         loss.backward()
     for name, leaf in leaves.items():

@@ -99,6 +99,7 @@ def test_every_block_of_tokens_goes_its_own_way(monkeypatch, dtype):
     """Neighbours that choose alike go by token, others by chunk, in one call."""
     operator, pass_over, counts = importlib.import_module("hsa_kernels.chunk_attention"), by_token.pass_over, []
     monkeypatch.setattr(operator, "CHOICES", 1)
+    monkeypatch.setattr(operator, "CACHE_TO_MEMORY", 1.5)
     monkeypatch.setattr(by_token, "pass_over", lambda *args: counts.append(args[3].counts) or pass_over(*args))
     inputs = attention_inputs(B=2, T=75, J=2, G=2 if dtype == torch.float32 else 4, N=96, S=16, K=3)
     inputs["indices"][:, 16:40] = inputs["indices"][:, 16:17]

@@ -220,16 +220,17 @@ for _name in ("token_order", "block_order", "chunk_order"):
     twin("06_forward_kernel", _name)(_order)
 
 
-@twin("06_forward_kernel", "takes_chunk_order")
-def _takes_chunk_order(ours):
+@twin("06_forward_kernel", "package_order")
+def _package_order(ours):
+    names = {"by block": {by_token}, "by chunk": {by_chunk}, "either": {by_token, by_chunk}}
     seen = set()
     for T, J, K in product((1024, 8192, 32768, 49152, 1 << 17, 1 << 20), (1, 2, 8, 16), (4, 64, 256)):
         q, k, indices = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (
             (1, T, 16, 128), (1, T // 64, 64, J, 128), (1, T, J, K)
         ))  # fmt: skip
-        seen.add(takes := by_chunk in _ways(q, k, indices))
-        assert ours(dict(T=T, H=16, J=J, D=128, S=64, K=K)) == takes, (T, J, K)
-    assert seen == {False, True}
+        seen.add(order := ours(dict(T=T, H=16, J=J, D=128, S=64, K=K)))
+        assert names[order] == _ways(q, k, indices), (T, J, K)
+    assert seen == {*names}
 
 
 @twin("07_backward_kernel", "gradients")

@@ -17,22 +17,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .slots import VARYING, Choices, add_up, find_segment, share_out
+from . import slots
+from .slots import Choices, find_segment
 from .tiles import LOG2_E, Sizes, add_product, chunk_tile, softmax_inside
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit
 def _backward(
-    q, k, v, grad_out, grad_q, parts_kv, grad_weights, stride_k, stride_v, scale, scale_log2,
-    rows, weights, places, starts, segment_starts, owners, TILES, N,
-    slots_q, first_list, last_list, adding, added_slots, added_row, first_added, last_added,
-    SIZE: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    q, k, v, grad_out, rows, weights, starts, segment_starts, owners, slots_q, parts_kv, grad_weights,
+    stride_k, stride_v, scale_log2, first_list, last_list, TILES, N,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
     M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    adds, i_part = share_out(tl.program_id(0), tl.num_programs(0), adding)
-    if adds:
-        add_up(i_part, places, starts, added_slots, grad_q, scale, added_row, first_added, last_added, G * D, K, BD)
-        return
+    i_part = tl.program_id(0)
     i_segment = tl.load(segment_starts + first_list) + i_part
     if i_segment >= tl.load(segment_starts + last_list):  # there are fewer segments than could be
         return
@@ -78,11 +75,11 @@ def _backward(
         b_dk1, b_lost1 = add_product(tl.trans(b_ds), b_q1, b_dk1, b_lost1, PRECISION)
         p_slot = slots_q + start * (G * D) + (o_e * G + o_g)[:, None] * D + o_h[None, :]
         b_dq = tl.dot(b_ds, b_k0, input_precision=PRECISION)  # [R, HP]
-        tl.store(p_slot, b_dq.to(slots_q.dtype.element_ty), mask=m_0)
+        tl.store(p_slot, b_dq.to(slots_q.dtype.element_ty), mask=m_0, eviction_policy="evict_first")
         b_dq = tl.dot(b_ds, b_k1, input_precision=PRECISION)
-        tl.store(p_slot + HP, b_dq.to(slots_q.dtype.element_ty), mask=m_1)
+        tl.store(p_slot + HP, b_dq.to(slots_q.dtype.element_ty), mask=m_1, eviction_policy="evict_first")
         tl.store(grad_weights + start + o_m, tl.sum(tl.reshape(b_delta, [M, GP]), 1), mask=start + o_m < count)
-    part = parts_kv + i_part * (2 * S * D)
+    part = parts_kv + i_part.to(tl.int64) * (2 * S * D)
     o_part = o_s[:, None] * D
     tl.store(part + o_part + o_h[None, :], b_dk0, mask=(o_s < S)[:, None] & (o_h < D)[None, :])
     tl.store(part + o_part + HP + o_h[None, :], b_dk1, mask=(o_s < S)[:, None] & (HP + o_h < D)[None, :])
@@ -91,7 +88,7 @@ def _backward(
 
 @triton.jit
 def _sum_segments(
-    parts_kv, segment_starts, grad_kv, scale, first_tile, last_tile, TILES, B, N,
+    parts_kv, segment_starts, grad_kv, scale, first_tile, last_tile, first_list, TILES, B, N,
     J: tl.constexpr, D: tl.constexpr, S: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """Adds the segments of a launch, in order, to dk or dv of a chunk, fp32 [2, B, N, S, J, D]."""
@@ -101,7 +98,7 @@ def _sum_segments(
     o_sd = o_s[:, None] * D + o_d[None, :]
     o_k, mask = chunk_tile(n, i_j, J, S, D, SP, DP)
     grad_kv += (i_kv * B + i_b).to(tl.int64) * N * S * J * D
-    base = tl.load(segment_starts + first_tile * J * N)
+    base = tl.load(segment_starts + first_list)
     total = tl.zeros([SP, DP], tl.float32)
     for tile in range(tl.maximum(first_tile, i_b * TILES), tl.minimum(last_tile, (i_b + 1) * TILES)):
         i_list = (tile * J + i_j) * N + n
@@ -124,12 +121,13 @@ def backward(
     sorted_grad_weights = torch.zeros_like(choices.weights)
     for launch in choices:
         _backward[launch.grid](
-            q, k, v, grad_out, grad_q, parts, sorted_grad_weights, k.stride(0), v.stride(0), scale, scale * LOG2_E,
-            *choices.arguments, *launch.arguments,
-            HP=max(sizes.DP // 2, 16), **choices.constants, **sizes.constants(), **sizes.options(),
+            q, k, v, grad_out, choices.rows, choices.weights, *choices.arguments, choices.slots, parts, sorted_grad_weights,
+            k.stride(0), v.stride(0), scale * LOG2_E, *launch.lists, choices.tiles, N, SIZE=slots.SEGMENT,
+            HP=max(sizes.DP // 2, 16), **sizes.constants(), **sizes.options(),
         )  # fmt: skip
+        choices.sum_slots(launch, grad_q, scale)
         _sum_segments[B * J * N, 2](
-            parts, choices.segments.starts, grad_kv, scale, launch.first, launch.last, choices.tiles, B, N,
+            parts, choices.segments.starts, grad_kv, scale, launch.first, launch.last, launch.lists[0], choices.tiles, B, N,
             J=J, D=D, S=S, DP=sizes.DP, SP=sizes.SP,
         )  # fmt: skip
     grad_k, grad_v = (grad.to(q.dtype, copy=True) for grad in grad_kv)  # results of an operator share no memory

@@ -11,23 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .slots import VARYING, Choices, add_up, find_segment, share_out
+from . import slots
+from .slots import Choices, find_segment
 from .tiles import LOG2_E, Sizes, chunk_tile, softmax_inside
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit
 def _forward_by_chunk(
-    q, k, v, out, stride_k, stride_v, scale_log2,
-    rows, weights, places, starts, segment_starts, owners, TILES, N,
-    out_slots, first_list, last_list, adding, added_slots, added_row, first_added, last_added,
-    SIZE: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    q, k, v, rows, weights, starts, segment_starts, owners, out_slots, stride_k, stride_v, scale_log2, first_list, last_list,
+    TILES, N, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
     M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    adds, i_part = share_out(tl.program_id(0), tl.num_programs(0), adding)
-    if adds:
-        add_up(i_part, places, starts, added_slots, out, 1.0, added_row, first_added, last_added, G * D, K, BD)
-        return
-    i_segment = tl.load(segment_starts + first_list) + i_part
+    i_segment = tl.load(segment_starts + first_list) + tl.program_id(0)
     if i_segment >= tl.load(segment_starts + last_list):  # there are fewer segments than could be
         return
     first, count, n, i_j, i_b = find_segment(starts, segment_starts, owners, i_segment, TILES, N, J, SIZE)
@@ -53,7 +48,8 @@ def _forward_by_chunk(
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         o_slot = (o_e * G + o_g)[:, None] * D + o_d[None, :]
-        tl.store(out_slots + start * (G * D) + o_slot, b_out.to(out_slots.dtype.element_ty), mask=m_q)
+        b_out = b_out.to(out_slots.dtype.element_ty)
+        tl.store(out_slots + start * (G * D) + o_slot, b_out, mask=m_q, eviction_policy="evict_first")
 
 
 def forward(
@@ -62,7 +58,9 @@ def forward(
     choices, sizes, out = Choices(q, k, indices, weights), Sizes.of(q, k), torch.empty_like(q)
     for launch in choices:
         _forward_by_chunk[launch.grid](
-            q, k, v, out, k.stride(0), v.stride(0), scale * LOG2_E, *choices.arguments, *launch.arguments,
-            **choices.constants, **sizes.constants(), **sizes.options(),
+            q, k, v, choices.rows, choices.weights, *choices.arguments, choices.slots, k.stride(0), v.stride(0), scale * LOG2_E,
+            *launch.lists, choices.tiles, choices.N, SIZE=slots.SEGMENT, **sizes.constants(), num_warps=sizes.options()["num_warps"],
+            num_stages=1,  # room for more programs on a processor, which wait for each other's loads
         )  # fmt: skip
+        choices.sum_slots(launch, out)
     return out

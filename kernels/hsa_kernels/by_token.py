@@ -22,7 +22,8 @@ def _forward(
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
     M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # late tokens see more chunks: the longest lists go first, and short ones fill what is left at the end
+    i_block, i_j, i_b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
     o_m, o_g = o_r // GP, o_r % GP  # row m*GP + g is head g of the block's token m
     o_t = i_block * M + o_m

@@ -6,8 +6,6 @@ Three launches, of fixed grids, so that a CUDA graph can hold them:
    them), then attends to the chunk of its own slot;
 3. the sum over slots, in order.
 
-From Hopper on, a launch begins while the one before comes to its end, and waits for it where it needs its results.
-
 The K tiles of the best maxima hold the K best chunks: a chunk of another tile is beaten by each of those maxima.
 
 Dimensions: B batch, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP padded), R
@@ -17,21 +15,18 @@ retrieval dimension (RP padded), N chunks, S chunk size (SP padded), K slots (KP
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
 from .checks import check_kernel
 from .selection import NOTHING, keyed, largest, unkeyed
-from .tiles import LOG2_E, chunk_tile, launches_overlap, padded, precision, softmax_inside
+from .tiles import LOG2_E, chunk_tile, padded, precision, softmax_inside
 
 @triton.jit
 def _score(
     retrieval_q, landmarks, offsets, scores, maxima, stride_l, offset, N, chunk_size, scale,
-    J: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, OFFSETS: tl.constexpr, OVERLAP: tl.constexpr,
+    J: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
     i_tile, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if OFFSETS:
         offset = tl.load(offsets + i_b)
@@ -54,11 +49,8 @@ def _attend(
     q, k, v, scores, maxima, parts, scratch, stride_k, stride_v, scale_log2,
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NT: tl.constexpr, BN: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NTP: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     i_slot, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (i_b * J + i_j).to(tl.int64)
     scratch += (row * K + i_slot) * KP
@@ -102,11 +94,7 @@ def _attend(
 
 
 @triton.jit
-def _sum_parts(
-    parts, out, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
-    if OVERLAP:
-        gdc_wait()
+def _sum_parts(parts, out, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr):
     i_g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_k, o_d = tl.arange(0, KP), tl.arange(0, DP)
     mask = (o_k < K)[:, None] & (o_d < D)[None, :]
@@ -129,19 +117,16 @@ def _decode(
     maxima = torch.empty(B, J, NT, dtype=torch.uint32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
     scratch = torch.empty(B, J, K, KP, dtype=torch.int32, device=q.device)
-    overlaps = launches_overlap()
-    after = dict(launch_pdl=True) if overlaps else {}
     _score[NT, J, B](
         retrieval_q, landmarks, offsets, scores, maxima, landmarks.stride(0), offset, N, S, R**-0.5, J=J, R=R, RP=padded(R), BN=BN,
-        OFFSETS=offsets is not None, OVERLAP=overlaps, num_warps=8,
+        OFFSETS=offsets is not None, num_warps=8,
     )  # fmt: skip
     _attend[K, J, B](
         q, k, v, scores, maxima, parts, scratch, k.stride(0), v.stride(0), scale * LOG2_E, J=J, G=G, D=D, S=S, K=K, NT=NT, BN=BN,
-        GP=padded(G), DP=padded(D), SP=padded(S), KP=KP, NTP=triton.next_power_of_2(NT), PRECISION=precision(q.dtype),
-        OVERLAP=overlaps, num_warps=8, **after,
+        GP=padded(G), DP=padded(D), SP=padded(S), KP=KP, NTP=triton.next_power_of_2(NT), PRECISION=precision(q.dtype), num_warps=8,
     )  # fmt: skip
     out = torch.empty_like(q)
-    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, OVERLAP=overlaps, num_warps=4, **after)
+    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, num_warps=4)
     return out
 
 

@@ -19,14 +19,6 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def launches_overlap() -> bool:
-    """Whether a launch can begin while the one before it comes to its end: NVIDIA GPUs from Hopper on."""
-    if triton.knobs.runtime.interpret:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
-
-
 class Sizes(NamedTuple):
     """The compile-time constants of chunk attention. M: how many tokens, or choices, are rows of one tile."""
 
