@@ -450,7 +450,8 @@ explore(
 # %% [markdown]
 # ## The package's kernels
 #
-# The package has two forward kernels, and a rule to choose between them. [by_token.py](../kernels/hsa_kernels/by_token.py) goes by block:
+# The package has two forward kernels, and a rule to choose between them.
+# [by_token.py](../kernels/hsa_kernels/by_token.py) goes by block:
 # [merge.py](../kernels/hsa_kernels/merge.py) first makes each block's list of chunks with M weights a chunk, and the
 # kernel passes over it once. [by_chunk.py](../kernels/hsa_kernels/by_chunk.py) goes by chunk, over lists of who
 # kept it ([notebook 07](07_backward_kernel.ipynb) builds them). Compare their inner loops with our fourteen lines. You

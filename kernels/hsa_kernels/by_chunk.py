@@ -59,8 +59,8 @@ def forward(
     for launch in choices:
         _forward_by_chunk[launch.grid](
             q, k, v, choices.rows, choices.weights, *choices.arguments, choices.slots, k.stride(0), v.stride(0), scale * LOG2_E,
-            *launch.lists, choices.tiles, choices.N, SIZE=slots.SEGMENT, **sizes.constants(), num_warps=sizes.options()["num_warps"],
-            num_stages=1,  # room for more programs on a processor, which wait for each other's loads
+            *launch.lists, choices.tiles, choices.N, SIZE=slots.SEGMENT, **sizes.constants(),
+            **sizes.options() | dict(num_stages=1),  # leaves room for one more program on a processor
         )  # fmt: skip
         choices.sum_slots(launch, out)
     return out

@@ -71,7 +71,9 @@ def forward(
     return pass_over(q, k, v, lists, torch.empty_like(q), scale)
 
 
-def pass_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: MergedLists, out: torch.Tensor, scale: float) -> torch.Tensor:
+def pass_over(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: MergedLists, out: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Writes into out [B, T, H, D] what blocks of tokens read; a block whose count is negative stays as it is."""
     (B, T), (_, blocks, J, L, M) = q.shape[:2], lists.weights.shape
     sizes = Sizes.of(q, k)._replace(M=M)

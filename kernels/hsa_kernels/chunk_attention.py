@@ -20,7 +20,7 @@ CACHE_TO_MEMORY = 2  # how much faster a byte comes from the L2 cache than from 
 
 
 def _worth(q: torch.Tensor, k: torch.Tensor) -> float:
-    """How many chunks a block of tokens can read (k and v, from the cache) for what a choice costs by chunk (q, a result, twice)."""
+    """How many chunks (k and v, from the cache) a block of tokens reads for what a choice costs by chunk (q, a result, twice)."""
     return CACHE_TO_MEMORY * 3 * (q.shape[2] // k.shape[3]) / (2 * k.shape[2])
 
 
@@ -44,9 +44,10 @@ def _forward(
     # every block of tokens goes the way that is cheaper for it: neighbours that choose alike by token, others by chunk
     M = by_token.tokens_of_block(Sizes.of(q, k), indices.shape[3])
     lists = merge(indices, weights, k.shape[1], M)
-    split = lists.counts > lists.choices * _worth(q, k)  # [B, blocks, J]
-    out = by_chunk.forward(q, k, v, indices.where(split.repeat_interleave(M, 1)[:, : indices.shape[1], :, None], -1), weights, scale)
-    return by_token.pass_over(q, k, v, lists._replace(counts=lists.counts.where(~split, -1)), out, scale)
+    apart = lists.counts > lists.choices * _worth(q, k)  # [B, blocks, J]
+    apart_tokens = apart.repeat_interleave(M, 1)[:, : indices.shape[1], :, None]  # [B, T, J, 1]
+    out = by_chunk.forward(q, k, v, indices.where(apart_tokens, -1), weights, scale)
+    return by_token.pass_over(q, k, v, lists._replace(counts=lists.counts.where(~apart, -1)), out, scale)
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention", mutates_args=())
