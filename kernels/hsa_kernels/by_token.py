@@ -24,16 +24,16 @@ def _forward(
 ):  # fmt: skip
     # late tokens see more chunks: the longest lists go first, and short ones fill what is left at the end
     i_block, i_j, i_b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_list = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
+    count = tl.load(counts + i_list)
+    if count < 0:  # not this way
+        return
     o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
     o_m, o_g = o_r // GP, o_r % GP  # row m*GP + g is head g of the block's token m
     o_t = i_block * M + o_m
     m_q = ((o_t < T) & (o_g < G))[:, None] & (o_d < D)[None, :]  # not beyond the sequence, nor what pads G to a power of 2
     o_q = (((i_b * T + o_t).to(tl.int64) * J + i_j) * G + o_g)[:, None] * D + o_d[None, :]
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
-    i_list = (i_b * tl.num_programs(0) + i_block).to(tl.int64) * J + i_j
-    count = tl.load(counts + i_list)
-    if count < 0:  # not this way
-        return
     chunks += i_list * L
     weights += i_list * L * M
     k += i_b.to(tl.int64) * stride_k
@@ -67,8 +67,12 @@ def tokens_of_block(sizes: Sizes, K: int) -> int:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    lists = merge(indices, weights, k.shape[1], tokens_of_block(Sizes.of(q, k), indices.shape[3]))
-    return pass_over(q, k, v, lists, torch.empty_like(q), scale)
+    return pass_over(q, k, v, merge_blocks(q, k, indices, weights), torch.empty_like(q), scale)
+
+
+def merge_blocks(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> MergedLists:
+    """The lists of blocks as large as a program takes."""
+    return merge(indices, weights, k.shape[1], tokens_of_block(Sizes.of(q, k), indices.shape[3]))
 
 
 def pass_over(

@@ -12,7 +12,6 @@ from hsa_mini.reference.checks import check_chunk_attention
 
 from . import backward, by_chunk, by_token
 from .checks import check_indices, check_kernel
-from .merge import merge
 from .slots import CHOICES
 from .tiles import Sizes
 
@@ -35,28 +34,21 @@ def _ways(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[Module
     return {by_chunk} if worth * M < 1 else {by_token, by_chunk}
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
-) -> torch.Tensor:
-    ways = _ways(q, k, indices)
-    if len(ways) == 1:
-        return ways.pop().forward(q, k, v, indices, weights, scale)
-    # every block of tokens goes the way that is cheaper for it: neighbours that choose alike by token, others by chunk
-    M = by_token.tokens_of_block(Sizes.of(q, k), indices.shape[3])
-    lists = merge(indices, weights, k.shape[1], M)
-    apart = lists.counts > lists.choices * _worth(q, k)  # [B, blocks, J]
-    apart_tokens = apart.repeat_interleave(M, 1)[:, : indices.shape[1], :, None]  # [B, T, J, 1]
-    out = by_chunk.forward(q, k, v, indices.where(apart_tokens, -1), weights, scale)
-    return by_token.pass_over(q, k, v, lists._replace(counts=lists.counts.where(~apart, -1)), out, scale)
-
-
 @torch.library.custom_op("hsa_kernels::chunk_attention", mutates_args=())
 def _chunk_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
     if 0 in (q.numel(), k.numel(), indices.numel()):
         return torch.zeros_like(q)
-    return _forward(q, k, v, indices, weights, scale)
+    ways = _ways(q, k, indices)
+    if len(ways) == 1:
+        return ways.pop().forward(q, k, v, indices, weights, scale)
+    # every block of tokens goes the way that is cheaper for it: neighbours that choose alike by token, others by chunk
+    lists = by_token.merge_blocks(q, k, indices, weights)
+    apart = lists.counts > lists.choices * _worth(q, k)  # [B, blocks, J]
+    apart_tokens = apart.repeat_interleave(lists.weights.shape[-1], 1)[:, : indices.shape[1], :, None]  # [B, T, J, 1]
+    out = by_chunk.forward(q, k, v, indices.where(apart_tokens, -1), weights, scale)
+    return by_token.pass_over(q, k, v, lists._replace(counts=lists.counts.where(~apart, -1)), out, scale)
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())
