@@ -41,6 +41,9 @@ class Hopper:
 
 def compile_only(self: JITFunction, *args, grid, warmup, **options):
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    for tensor in args:  # nothing ran: what serves as an index afterwards has to name something
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int64:
+            tensor.zero_()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -62,6 +65,8 @@ for case, sizes in {
     "largest": dict(H=16, J=1, D=256, R=256, S=128, K=64, dtype=torch.bfloat16),
     "64 heads": dict(H=64, J=1, D=256, R=128, S=128, K=8, dtype=torch.bfloat16),
     "float32": dict(H=16, J=1, D=128, R=128, S=64, K=8, dtype=torch.float32),
+    "float32, largest": dict(H=16, J=1, D=256, R=128, S=64, K=8, dtype=torch.float32),
+    "float32, 64 heads": dict(H=64, J=1, D=128, R=128, S=64, K=8, dtype=torch.float32),
     "float16, odd sizes": dict(H=6, J=2, D=80, R=48, S=48, K=5, dtype=torch.float16),
 }.items():
     H, J, D, R, S, K, dtype = sizes.values()

@@ -65,10 +65,10 @@ def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[s
 @given(
     B=st.integers(1, 2), T=st.integers(1, 9), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1, 2, 3, 5, 8, 16]),
     D=st.sampled_from([16, 24, 64]), S=st.sampled_from([16, 24, 32]), N=st.integers(1, 7), K=st.integers(1, 6),
-    dtype=st.sampled_from(DTYPES), scale=st.sampled_from([None, 0.5]),
+    dtype=st.sampled_from(DTYPES), scale=st.sampled_from([None, 0.5, -0.5, 0.0]),
 )  # fmt: skip
 @example(B=1, T=3, J=1, G=64, D=16, S=16, N=3, K=2, dtype=torch.float32, scale=None)
-@example(B=1, T=2, J=1, G=2, D=256, S=128, N=2, K=2, dtype=torch.float32, scale=None)
+@example(B=1, T=2, J=1, G=2, D=256, S=128, N=2, K=2, dtype=torch.float16, scale=None)
 @example(B=1, T=70, J=1, G=1, D=16, S=16, N=5, K=3, dtype=torch.float32, scale=None)
 @example(B=1, T=2, J=1, G=4, D=16, S=16, N=300, K=290, dtype=torch.float32, scale=None)
 def test_chunk_attention_equals_the_reference(B, T, J, G, D, S, N, K, dtype, scale):
@@ -99,7 +99,7 @@ def test_every_block_of_tokens_goes_its_own_way(monkeypatch, dtype):
     """Neighbours that choose alike go by token, others by chunk, in one call."""
     operator, pass_over, counts = importlib.import_module("hsa_kernels.chunk_attention"), by_token.pass_over, []
     monkeypatch.setattr(operator, "CHOICES", 1)
-    monkeypatch.setattr(operator, "CACHE_TO_MEMORY", 1.5)
+    monkeypatch.setattr(operator, "SORTING", 1)
     monkeypatch.setattr(by_token, "pass_over", lambda *args: counts.append(args[3].counts) or pass_over(*args))
     inputs = attention_inputs(B=2, T=75, J=2, G=2 if dtype == torch.float32 else 4, N=96, S=16, K=3)
     inputs["indices"][:, 16:40] = inputs["indices"][:, 16:17]
@@ -212,7 +212,6 @@ def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
         mine = slice(segments.starts[row], segments.starts[row + 1])
         assert segments.owners[mine].tolist() == [row] * -(-len(want) // size)
     assert segments.starts[-1] <= len(segments.owners)
-    assert torch.equal(index.entries[index.places], torch.arange(len(flat), device=DEVICE))
 
 
 def sorted_retrieve(retrieve):
@@ -315,6 +314,7 @@ def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tenso
     short=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(B=1, J=1, G=1, D=16, R=16, N=200, S=16, top_k=80, short=3, dtype=torch.float32)
+@example(B=1, J=2, G=2, D=16, R=16, N=1500, S=16, top_k=3, short=5000, dtype=torch.float32)  # more blocks than are kept
 def test_decode_equals_the_reference(B, J, G, D, R, N, S, top_k, short, dtype):
     inputs = there(decode_inputs(B, J, G, D, R, N, S), dtype)
     options = dict(chunk_size=S, top_k=top_k, offset=max(N * S - short, 0))
@@ -411,9 +411,9 @@ def test_experts_say_what_each_would_alone(M, C, H, E, A, dtype):
 
 
 def test_decode_keeps_the_newest_of_equal_scores():
-    inputs = decode_inputs(B=1, J=1, N=150)
-    inputs["landmarks"] = inputs["landmarks"][:, :1].expand(-1, 150, -1, -1).contiguous()
-    options = dict(chunk_size=16, top_k=5, offset=2400)
+    inputs = decode_inputs(B=1, J=1, N=1500)  # more blocks than are kept, too
+    inputs["landmarks"] = inputs["landmarks"][:, :1].expand(-1, 1500, -1, -1).contiguous()
+    options = dict(chunk_size=16, top_k=5, offset=24000)
     assert error(hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)) < 2e-6
 
 

@@ -283,7 +283,8 @@ def _select(x, keys, back, kept, floors, known, K: tl.constexpr, n: tl.constexpr
     row = tl.program_id(0)
     o = row * n + tl.arange(0, n)[None, :]
     b_key = selection.keyed(tl.load(x + o))
-    m_kept, b_floor = selection.largest(b_key, tl.load(known + row + tl.arange(0, 1)).to(tl.uint32), K)
+    b_known = tl.load(known + row + tl.arange(0, 1)).to(tl.uint32)
+    m_kept, b_floor = selection.largest(b_key, b_known, tl.max(b_key, 1), K)
     tl.store(keys + o, b_key.to(tl.int64))
     tl.store(back + o, selection.unkeyed(b_key))
     tl.store(kept + o, m_kept.to(tl.int32))

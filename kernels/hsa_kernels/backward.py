@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import slots
 from .slots import Choices, find_segment
-from .tiles import LOG2_E, Sizes, add_product, chunk_tile, softmax_inside
+from .tiles import Sizes, add_product, chunk_tile, product, softmax_inside, to_log2
 
 
 @triton.jit
@@ -63,10 +63,9 @@ def _backward(
         b_q0 = tl.load(q + o_row + o_h[None, :], mask=m_0, other=0.0)  # [R, HP]
         b_q1 = tl.load(q + o_row + HP + o_h[None, :], mask=m_1, other=0.0)
         b_do = tl.load(grad_out + o_row + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)  # [R, DP]
-        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
-        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
-        b_p, b_sum = softmax_inside(b_s * scale_log2, S, SP)  # [R, SP], [R]
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_s = product(b_q0, tl.trans(b_k0), PRECISION) + product(b_q1, tl.trans(b_k1), PRECISION)
+        b_p, b_sum = softmax_inside(b_s, scale_log2, S, SP)  # [R, SP], [R]
+        b_dp = product(b_do, tl.trans(b_v), PRECISION)
         b_delta = tl.sum(b_p * b_dp, 1) / b_sum  # [R]: do . o of this chunk, what the weight is multiplied with
         b_p *= (b_w / b_sum)[:, None]
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q0.dtype)
@@ -74,9 +73,9 @@ def _backward(
         b_dk0, b_lost0 = add_product(tl.trans(b_ds), b_q0, b_dk0, b_lost0, PRECISION)
         b_dk1, b_lost1 = add_product(tl.trans(b_ds), b_q1, b_dk1, b_lost1, PRECISION)
         p_slot = slots_q + start * (G * D) + (o_e * G + o_g)[:, None] * D + o_h[None, :]
-        b_dq = tl.dot(b_ds, b_k0, input_precision=PRECISION)  # [R, HP]
+        b_dq = product(b_ds, b_k0, PRECISION)  # [R, HP]
         tl.store(p_slot, b_dq.to(slots_q.dtype.element_ty), mask=m_0, eviction_policy="evict_first")
-        b_dq = tl.dot(b_ds, b_k1, input_precision=PRECISION)
+        b_dq = product(b_ds, b_k1, PRECISION)
         tl.store(p_slot + HP, b_dq.to(slots_q.dtype.element_ty), mask=m_1, eviction_policy="evict_first")
         tl.store(grad_weights + start + o_m, tl.sum(tl.reshape(b_delta, [M, GP]), 1), mask=start + o_m < count)
     part = parts_kv + i_part.to(tl.int64) * (2 * S * D)
@@ -122,7 +121,7 @@ def backward(
     for launch in choices:
         _backward[launch.grid](
             q, k, v, grad_out, choices.rows, choices.weights, *choices.arguments, choices.slots, parts, sorted_grad_weights,
-            k.stride(0), v.stride(0), scale * LOG2_E, *launch.lists, choices.tiles, N, SIZE=slots.SEGMENT,
+            k.stride(0), v.stride(0), to_log2(scale), *launch.lists, choices.tiles, N, SIZE=slots.SEGMENT,
             HP=max(sizes.DP // 2, 16), **sizes.constants(), **sizes.options(),
         )  # fmt: skip
         choices.sum_slots(launch, grad_q, scale)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import slots
 from .slots import Choices, find_segment
-from .tiles import LOG2_E, Sizes, chunk_tile, softmax_inside
+from .tiles import Sizes, chunk_tile, product, softmax_inside, to_log2
 
 
 @triton.jit
@@ -43,10 +43,10 @@ def _forward_by_chunk(
         b_w = tl.load(weights + start + o_e, mask=m_r, other=0.0)  # [R]
         m_q = m_r[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q + (b_row.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [R, DP]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-        b_p, b_sum = softmax_inside(b_s, S, SP)  # [R, SP], [R]
+        b_s = product(b_q, tl.trans(b_k), PRECISION)
+        b_p, b_sum = softmax_inside(b_s, scale_log2, S, SP)  # [R, SP], [R]
         b_p = b_p * (b_w / b_sum)[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_out = product(b_p.to(b_v.dtype), b_v, PRECISION)
         o_slot = (o_e * G + o_g)[:, None] * D + o_d[None, :]
         b_out = b_out.to(out_slots.dtype.element_ty)
         tl.store(out_slots + start * (G * D) + o_slot, b_out, mask=m_q, eviction_policy="evict_first")
@@ -58,7 +58,7 @@ def forward(
     choices, sizes, out = Choices(q, k, indices, weights), Sizes.of(q, k), torch.empty_like(q)
     for launch in choices:
         _forward_by_chunk[launch.grid](
-            q, k, v, choices.rows, choices.weights, *choices.arguments, choices.slots, k.stride(0), v.stride(0), scale * LOG2_E,
+            q, k, v, choices.rows, choices.weights, *choices.arguments, choices.slots, k.stride(0), v.stride(0), to_log2(scale),
             *launch.lists, choices.tiles, choices.N, SIZE=slots.SEGMENT, **sizes.constants(),
             **sizes.options() | dict(num_stages=1),  # leaves room for one more program on a processor
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .merge import MergedLists, merge
-from .tiles import LOG2_E, Sizes, add_product, chunk_tile, softmax_inside
+from .tiles import Sizes, add_product, chunk_tile, product, softmax_inside, to_log2
 
 MOST_MERGED = 1024  # choices of a block: their list is sorted by one program
 
@@ -48,8 +48,8 @@ def _forward(
         b_w = tl.load(weights + place * M + o_m)  # [R]
         o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
         b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)  # [SP, DP]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
-        b_p, b_sum = softmax_inside(b_s, S, SP)  # [R, SP], [R]
+        b_s = product(b_q, tl.trans(b_k), PRECISION)
+        b_p, b_sum = softmax_inside(b_s, scale_log2, S, SP)  # [R, SP], [R]
         # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out, b_lost = add_product(b_p.to(b_v.dtype), b_v, b_out, b_lost, PRECISION)
@@ -84,7 +84,7 @@ def pass_over(
     # of 3 stages 2 pairs of tiles are under way; with 168 registers a thread leaves room for what else a processor can hold
     options = sizes.options() | (dict(num_stages=3, maxnreg=168) if sizes.is_small else {})
     _forward[blocks, J, B](
-        q, k, v, lists.counts, lists.chunks, lists.weights, out, k.stride(0), v.stride(0), scale * LOG2_E, T, L=L,
+        q, k, v, lists.counts, lists.chunks, lists.weights, out, k.stride(0), v.stride(0), to_log2(scale), T, L=L,
         **sizes.constants(), **options,
     )  # fmt: skip
     return out

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from .tiles import padded
+
 DEBUG = os.environ.get("HSA_KERNELS_DEBUG") == "1"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,8 +30,9 @@ def check_kernel(**tensors: torch.Tensor) -> None:
         for name, what, got, least, most in (("q", "D", D, 16, 256), ("k", "S", S, 16, 128), ("q", "H/J", H // J, 1, 64)):
             if not least <= got <= most:
                 raise ValueError(f"{name}: got {what}={got}, accepted are {least} to {most}")
-        if tensors["k"].is_cuda and tensors["k"].dtype == torch.float32 and S > 64 and D > 128:
-            raise ValueError(f"k: got S={S} and D={D} in float32, accepted is S to 64 or D to 128 (or 16 bits): shared memory is full")
+        most = 1 << 14 if H // J <= 16 else 1 << 13  # numbers of a tile, so that what backward holds fits into shared memory
+        if tensors["k"].is_cuda and tensors["k"].dtype == torch.float32 and padded(S) * padded(D) > most:
+            raise ValueError(f"k: got S={S} and D={D} in float32, accepted is S*D up to {most} for H/J={H // J} (or 16 bits)")
 
 
 def check_indices(indices: torch.Tensor, chunks: int) -> None:

@@ -13,9 +13,10 @@ from hsa_mini.reference.checks import check_chunk_attention
 from . import backward, by_chunk, by_token
 from .checks import check_indices, check_kernel
 from .slots import CHOICES
-from .tiles import Sizes
+from .tiles import Sizes, scaled
 
-CACHE_TO_MEMORY = 2  # how much faster a byte comes from the L2 cache than from memory
+CACHE_TO_MEMORY = 1.5  # how much faster a byte comes from the L2 cache than from memory
+SORTING = 4 / 3  # by chunk, all choices are sorted first: how much cheaper it has to look before some go there
 
 
 def _worth(q: torch.Tensor, k: torch.Tensor) -> float:
@@ -29,7 +30,7 @@ def _ways(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[Module
     (T, _, K), N, worth = indices.shape[1:], k.shape[1], _worth(q, k)
     M, halfway = by_token.tokens_of_block(Sizes.of(q, k), K), max(N // 2, K)
     merged = halfway * (1 - (1 - K / halfway) ** M)  # chunks that a block of M tokens reads
-    if T * K < CHOICES * N or merged <= worth * M * K:
+    if T * K < CHOICES * N or merged <= SORTING * worth * M * K:
         return {by_token}
     return {by_chunk} if worth * M < 1 else {by_token, by_chunk}
 
@@ -115,4 +116,5 @@ def chunk_attention(
     check_chunk_attention(q, k, v, indices, weights)
     check_kernel(q=q, k=k, v=v, indices=indices, weights=weights)
     check_indices(indices, k.shape[1])
-    return _chunk_attention(q, k, v, indices.int(), weights, q.shape[3] ** -0.5 if scale is None else scale)
+    q, scale = scaled(q, scale)
+    return _chunk_attention(q, k, v, indices.int(), weights, scale)

@@ -1,15 +1,16 @@
 """One new token against the whole memory: Eq. (1) and Eq. (2), spread over the whole GPU without asking the host anything.
 
 Three launches, of fixed grids, so that a CUDA graph can hold them:
-1. scores of all landmarks, the newest first, and the best score of every tile of chunks: reads the landmarks once;
-2. one program a kept slot: each finds the K best chunks by itself (the same for all, and cheaper than a launch that tells
-   them), then attends to the chunk of its own slot;
+1. scores of all landmarks, the newest first, and the best score of every tile and of every block of tiles: reads the
+   landmarks once;
+2. one program a kept slot: each finds the K best blocks, in them the K best tiles, in them the K best chunks by itself (the
+   same for all, and cheaper than a launch that tells them), then attends to the chunk of its own slot;
 3. the sum over slots, in order.
 
-The K tiles of the best maxima hold the K best chunks: a chunk of another tile is beaten by each of those maxima.
+The K best blocks hold the K best tiles, and these the K best chunks: what lies elsewhere is beaten by K maxima.
 
 Dimensions: B batch, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP padded), R
-retrieval dimension (RP padded), N chunks, S chunk size (SP padded), K slots (KP padded), BN chunks a tile, NT tiles.
+retrieval dimension (RP padded), N chunks, S chunk size (SP padded), K slots (KP padded), NB blocks (NBP padded).
 """
 
 import torch
@@ -20,81 +21,137 @@ from hsa_mini.reference.checks import check_decode, check_retrieve
 
 from .checks import check_kernel
 from .selection import NOTHING, keyed, largest, unkeyed
-from .tiles import LOG2_E, chunk_tile, padded, precision, softmax_inside
+from .tiles import chunk_tile, padded, precision, scaled, softmax_inside, to_log2
+
+TILE, TILES = 16, 8  # chunks a tile, tiles a block: of 262,144 chunks 64 are chosen by looking at 2,048, 512 and 1,024 numbers
+
+
+@triton.jit
+def _complete(offsets, offset, i_b, N, chunk_size, OFFSETS: tl.constexpr):
+    """How many chunks the new token may see."""
+    if OFFSETS:
+        offset = tl.load(offsets + i_b)
+    return tl.minimum(offset // chunk_size, N)
+
 
 @triton.jit
 def _score(
-    retrieval_q, landmarks, offsets, scores, maxima, stride_l, offset, N, chunk_size, scale,
-    J: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, OFFSETS: tl.constexpr,
+    retrieval_q, landmarks, offsets, scores, of_tiles, of_blocks, stride_l, offset, N, chunk_size, scale,
+    J: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if OFFSETS:
-        offset = tl.load(offsets + i_b)
-    complete = tl.minimum(offset // chunk_size, N)
+    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = i_b * J + i_j
-    o_place, o_r = i_tile * BN + tl.arange(0, BN), tl.arange(0, RP)
-    o_n = tl.num_programs(0) * BN - 1 - o_place
-    m_n = o_n < complete  # what lies behind may be anything, NaN too: it is never read
+    block = row.to(tl.int64) * tl.num_programs(0) + i_block
+    o_t, o_r = tl.arange(0, TILES), tl.arange(0, RP)
+    o_c = o_t[None, :] * TILE + tl.arange(0, TILE)[:, None]  # [TILE, TILES]: a thread holds a whole tile
+    o_n = (tl.num_programs(0) - i_block) * TILE * TILES - 1 - o_c
+    m_n = o_n < _complete(offsets, offset, i_b, N, chunk_size, OFFSETS)  # behind may lie anything, NaN too: it is never read
     b_q = tl.load(retrieval_q + row * R + o_r, mask=o_r < R, other=0.0).to(tl.float32)
-    o_l = i_b.to(tl.int64) * stride_l + o_n.to(tl.int64)[:, None] * (J * R) + i_j * R + o_r[None, :]
-    b_l = tl.load(landmarks + o_l, mask=m_n[:, None] & (o_r < R)[None, :], other=0.0)  # [BN, RP]
-    b_s = tl.sum(b_l.to(tl.float32) * b_q[None, :], 1) * scale
+    o_l = i_b.to(tl.int64) * stride_l + o_n.to(tl.int64)[:, :, None] * (J * R) + i_j * R + o_r[None, None, :]
+    # [TILE, TILES, RP]: they leave the cache first, as they are read once, and what the choice needs stays
+    b_l = tl.load(landmarks + o_l, mask=m_n[:, :, None] & (o_r < R)[None, None, :], other=0.0, eviction_policy="evict_first")
+    b_s = tl.sum(b_l.to(tl.float32) * b_q[None, None, :], 2) * scale
     b_key = tl.where(m_n, keyed(b_s), NOTHING)
-    tl.store(scores + row.to(tl.int64) * tl.num_programs(0) * BN + o_place, b_key)
-    tl.store(maxima + row * tl.num_programs(0) + i_tile, tl.max(b_key, 0))
+    b_best = tl.max(b_key, 0)
+    tl.store(scores + block * TILE * TILES + o_c, b_key)
+    tl.store(of_tiles + block * TILES + o_t, b_best)
+    tl.store(of_blocks + block, tl.max(b_best, 0))
+
+
+@triton.jit
+def _best(keys, b_place, m_place, there, b_floor, b_most, scratch, K: tl.constexpr, KP: tl.constexpr):
+    """Where the K largest of the keys at these places [1, n] stand, in order: [KP]; how many they are; what K reach, none exceeds.
+
+    there: how many keys are above `NOTHING`, all of them at these places if they are not more than K.
+    """
+    b_key = tl.load(keys + b_place, mask=m_place, other=NOTHING)
+    m_kept = b_key > NOTHING
+    if tl.max(b_most, 0) == NOTHING:  # nothing known yet
+        b_most = tl.max(b_key, 1)
+    if there > K:
+        if tl.max(b_floor, 0) == NOTHING:
+            b_floor = tl.min(tl.where(m_kept, b_key, 2**32 - 1).to(tl.uint32), 1)
+        m_kept, b_floor = largest(b_key, b_floor, b_most, K)
+    count = tl.minimum(there, K)
+    tl.store(scratch + tl.cumsum(m_kept.to(tl.int32), 1) - 1, b_place, mask=m_kept)
+    tl.debug_barrier()  # what other threads stored is read next
+    o_k = tl.arange(0, KP)
+    return tl.load(scratch + o_k, mask=o_k < count, other=0), count, b_floor, b_most
+
+
+@triton.jit
+def _parts(b_place, count, PARTS: tl.constexpr, KP: tl.constexpr):
+    """Places [1, KP * PARTS] of the parts of the first `count` of these, and which of them there are."""
+    b_part = b_place[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    m_part = tl.broadcast_to((tl.arange(0, KP) < count)[:, None], [KP, PARTS])
+    return tl.reshape(b_part, [1, KP * PARTS]), tl.reshape(m_part, [1, KP * PARTS])
 
 
 @triton.jit
 def _attend(
-    q, k, v, scores, maxima, parts, scratch, stride_k, stride_v, scale_log2,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NT: tl.constexpr, BN: tl.constexpr,
-    GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NTP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, offsets, scores, of_tiles, of_blocks, parts, scratch, stride_k, stride_v, offset, N, chunk_size, scale_log2,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NB: tl.constexpr, NBP: tl.constexpr,
+    OFFSETS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_slot, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = (i_b * J + i_j).to(tl.int64)
-    scratch += (row * K + i_slot) * KP
-    scores += row * NT * BN
-    o_k = tl.arange(0, KP)
-
-    o_tile = tl.arange(0, NTP)[None, :]
-    b_max = tl.load(maxima + row * NT + o_tile, mask=o_tile < NT, other=NOTHING)
-    m_max = b_max > NOTHING
-    b_least = tl.min(tl.where(m_max, b_max, 2**32 - 1), 1)
-    b_floor = tl.where(tl.sum(m_max.to(tl.int32), 1) >= K, b_least, NOTHING).to(tl.uint32)
-    m_tile, b_floor = largest(b_max, b_floor, K)
-    tl.store(scratch + tl.cumsum(m_tile.to(tl.int32), 1) - 1, o_tile, mask=m_tile)
-    tiles = tl.sum(m_tile.to(tl.int32))
-    tl.debug_barrier()  # what other threads stored is read next
-    b_tile = tl.load(scratch + o_k, mask=o_k < tiles, other=0)
-    o_place = tl.reshape(b_tile[:, None] * BN + tl.arange(0, BN)[None, :], [1, KP * BN])
-    m_place = tl.reshape(tl.broadcast_to((o_k < tiles)[:, None], [KP, BN]), [1, KP * BN])
-    b_key = tl.load(scores + o_place, mask=m_place, other=NOTHING)
-    m_kept, _ = largest(b_key, b_floor, K)
-    best = tl.max(tl.where(m_kept, b_key, NOTHING))
-    b_w = tl.where(m_kept, tl.exp(unkeyed(b_key) - unkeyed(best)), 0.0)
-    mine = m_kept & (tl.cumsum(m_kept.to(tl.int32), 1) == i_slot + 1)  # slots in the order of the tiles
-    place = tl.max(tl.where(mine, o_place, -1))
+    scratch += (row * K + i_slot) * 3 * KP
+    complete = _complete(offsets, offset, i_b, N, chunk_size, OFFSETS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    b_floor = tl.full([1], NOTHING, tl.uint32)
+    b_most = b_floor
+    if NB > K:
+        b_place = tl.arange(0, NBP)[None, :]
+        there = tl.cdiv(complete, TILE * TILES)
+        b_place, count, b_floor, b_most = _best(
+            of_blocks + row * NB, b_place, b_place < NB, there, b_floor, b_most, scratch, K, KP
+        )
+        b_place, m_place = _parts(b_place, count, TILES, KP)
+    else:
+        b_place = tl.arange(0, NBP * TILES)[None, :]
+        m_place = b_place < NB * TILES
+    if NB * TILES > K:
+        there = tl.cdiv(complete, TILE)
+        b_place, count, b_floor, b_most = _best(
+            of_tiles + row * NB * TILES, b_place, m_place, there, b_floor, b_most, scratch + KP, K, KP
+        )
+        b_place, m_place = _parts(b_place, count, TILE, KP)
+    else:
+        b_place = tl.arange(0, NBP * TILES * TILE)[None, :]
+        m_place = b_place < NB * TILES * TILE
+    scores += row * NB * TILES * TILE
+    scratch += 2 * KP
+    b_place, count, _, b_most = _best(scores, b_place, m_place, complete, b_floor, b_most, scratch, K, KP)
 
     o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
     o_q = o_g[:, None] * D + o_d[None, :]
     b_out = tl.zeros([GP, DP], tl.float32)
-    if place >= 0:
-        chunk = NT * BN - 1 - place
-        weight = tl.sum(tl.where(mine, b_w, 0.0)) / tl.sum(b_w)
+    if i_slot < count:
+        place = tl.load(scratch + i_slot)
         b_q = tl.load(q + row * G * D + o_q, mask=m_q, other=0.0)  # [GP, DP]
-        o_kv, m_kv = chunk_tile(chunk, i_j, J, S, D, SP, DP)
+        o_kv, m_kv = chunk_tile(NB * TILES * TILE - 1 - place, i_j, J, S, D, SP, DP)
         b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_kv, mask=m_kv, other=0.0)  # [SP, DP]
         b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_kv, mask=m_kv, other=0.0)
-        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2, S, SP)
+        # while they are on their way: the weight
+        m_k, best = tl.arange(0, KP) < count, unkeyed(tl.max(b_most, 0))
+        b_s = unkeyed(tl.load(scores + b_place, mask=m_k, other=1))
+        total = tl.sum(tl.where(m_k, tl.exp(b_s - best), 0.0))
+        weight = tl.exp(unkeyed(tl.load(scores + place)) - best) / total
+        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale_log2, S, SP)
         b_p = b_p * (weight / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
     tl.store(parts + (row * K + i_slot) * G * D + o_q, b_out, mask=m_q)
 
 
 @triton.jit
-def _sum_parts(parts, out, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr):
+def _sum_parts(
+    parts, out, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # until all of `_attend` is done
     i_g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_k, o_d = tl.arange(0, KP), tl.arange(0, DP)
     mask = (o_k < K)[:, None] & (o_d < D)[None, :]
@@ -111,22 +168,27 @@ def _decode(
     K = min(top_k, N)
     if 0 in (q.numel(), N):
         return torch.zeros_like(q)
-    G, BN = H // J, max(64, triton.next_power_of_2(triton.cdiv(N, 4096)))  # the maxima of 4096 tiles fit one program
-    NT, KP = triton.cdiv(N, BN), triton.next_power_of_2(K)
-    scores = torch.empty(B, J, NT * BN, dtype=torch.uint32, device=q.device)
-    maxima = torch.empty(B, J, NT, dtype=torch.uint32, device=q.device)
+    G, NB, KP = H // J, triton.cdiv(N, TILE * TILES), triton.next_power_of_2(K)
+    scores, of_tiles, of_blocks = (
+        torch.empty(B, J, NB * size, dtype=torch.uint32, device=q.device) for size in (TILE * TILES, TILES, 1)
+    )
+    scratch = torch.empty(B, J, K, 3, KP, dtype=torch.int32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
-    scratch = torch.empty(B, J, K, KP, dtype=torch.int32, device=q.device)
-    _score[NT, J, B](
-        retrieval_q, landmarks, offsets, scores, maxima, landmarks.stride(0), offset, N, S, R**-0.5, J=J, R=R, RP=padded(R), BN=BN,
-        OFFSETS=offsets is not None, num_warps=8,
+    # from Hopper on, the sum is launched while the parts are still being made: its programs are few and wait on the GPU
+    overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    launch_early = dict(launch_pdl=True) if overlap else {}
+    position, sizes = (offset, N, S), dict(J=J, TILE=TILE, TILES=TILES, OFFSETS=offsets is not None)
+    _score[NB, J, B](
+        retrieval_q, landmarks, offsets, scores, of_tiles, of_blocks, landmarks.stride(0), *position, R**-0.5,
+        R=R, RP=padded(R), **sizes, num_warps=4,
     )  # fmt: skip
     _attend[K, J, B](
-        q, k, v, scores, maxima, parts, scratch, k.stride(0), v.stride(0), scale * LOG2_E, J=J, G=G, D=D, S=S, K=K, NT=NT, BN=BN,
-        GP=padded(G), DP=padded(D), SP=padded(S), KP=KP, NTP=triton.next_power_of_2(NT), PRECISION=precision(q.dtype), num_warps=8,
+        q, k, v, offsets, scores, of_tiles, of_blocks, parts, scratch, k.stride(0), v.stride(0), *position, to_log2(scale),
+        G=G, D=D, S=S, K=K, GP=padded(G), DP=padded(D), SP=padded(S), KP=KP, NB=NB, NBP=triton.next_power_of_2(NB),
+        OVERLAP=overlap, PRECISION=precision(q.dtype), **sizes, num_warps=8,
     )  # fmt: skip
     out = torch.empty_like(q)
-    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, num_warps=4)
+    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, OVERLAP=overlap, num_warps=4, **launch_early)
     return out
 
 
@@ -157,4 +219,5 @@ def decode(
     check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, "softmax", None, 0, 1)
     check_kernel(retrieval_q=retrieval_q, landmarks=landmarks, q=q, k=k, v=v)
     offsets, first = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)
-    return _decode(retrieval_q, landmarks, q, k, v, offsets, first, top_k, q.shape[3] ** -0.5 if scale is None else scale)
+    q, scale = scaled(q, scale)
+    return _decode(retrieval_q, landmarks, q, k, v, offsets, first, top_k, scale)

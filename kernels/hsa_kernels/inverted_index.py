@@ -18,13 +18,6 @@ class InvertedIndex(NamedTuple):
     entries: torch.Tensor
     starts: torch.Tensor
 
-    @property
-    def places(self) -> torch.Tensor:
-        """Where an entry stands in `entries`: int64 [E]."""
-        places = torch.empty_like(self.entries)
-        places[self.entries] = torch.arange(len(places), device=places.device)
-        return places
-
 
 def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> InvertedIndex:
     """indices int32 [B, T, J, K]; slots that name none of the `chunks` belong to no list. Sorted, so always the same.
@@ -35,13 +28,17 @@ def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> Inver
     tile = tile or max(T, 1)
     tiles = -(-T // tile)
     lists = B * tiles * J * chunks
-    wide = torch.int32 if lists < 2**31 - 1 else torch.int64
-    count = dict(device=indices.device, dtype=wide)
+    # numbers of lists as narrow as they fit: sorting takes a pass for every 8 bits
+    narrow = lists < 2**16
+    count = dict(device=indices.device, dtype=torch.int32 if lists < 2**31 - 1 else torch.int64)
     tile_of = torch.arange(B, **count)[:, None] * tiles + torch.arange(T, **count) // tile  # [B, T]
     first = (tile_of[:, :, None, None] * J + torch.arange(J, **count)[:, None]) * chunks  # [B, T, J, 1]
     keys = torch.where((indices >= 0) & (indices < chunks), first + indices, lists)
+    numbers = torch.arange(lists + 1, **count)
+    if narrow:
+        keys, numbers = (keys - 2**15).short(), (numbers - 2**15).short()
     keys, entries = keys.flatten().sort(stable=True)
-    return InvertedIndex(entries, torch.searchsorted(keys, torch.arange(lists + 1, **count)))
+    return InvertedIndex(entries, torch.searchsorted(keys, numbers))
 
 
 class Segments(NamedTuple):

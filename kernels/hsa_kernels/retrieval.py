@@ -39,7 +39,7 @@ def _choose(room, o_row, K: tl.constexpr, BT: tl.constexpr, CAP: tl.constexpr, N
     b_count, b_floor = tl.load(room + o_row).to(tl.int32), tl.load(room + BT + o_row)
     o_c = 2 * BT + o_row[:, None] * CAP + tl.arange(0, CAP)[None, :]
     b_key = tl.load(room + o_c, mask=tl.arange(0, CAP)[None, :] < b_count[:, None], other=NOTHING)  # [ROWS, CAP]
-    m_kept, b_floor = largest(b_key, b_floor, K)
+    m_kept, b_floor = largest(b_key, b_floor, tl.max(b_key, 1), K)
     b_n = tl.load(room + BT * CAP + o_c, mask=m_kept, other=0).to(tl.int32, bitcast=True)
     if NOISE:
         b_s = tl.load(room + 2 * BT * CAP + o_c, mask=m_kept, other=0).to(tl.float32, bitcast=True)

@@ -52,6 +52,16 @@ def _sum_slots(
     tl.store(out + i_row * GD + o_d, (b_out * scale).to(out.dtype.element_ty), mask=o_d < GD)
 
 
+@triton.jit
+def _arrange(entries, weights, rows, sorted_weights, places, E, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The row and the weight of every choice, in the order of the index, and the place of every slot there."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.load(entries + o, mask=o < E, other=0)
+    tl.store(rows + o, (entry // K).to(tl.int32), mask=o < E)
+    tl.store(sorted_weights + o, tl.load(weights + entry), mask=o < E)
+    tl.store(places + entry, o, mask=o < E)
+
+
 class Launch(NamedTuple):
     """Tiles `first` to `last` (counted through the batch), whose lists are `lists`, in `grid` programs or fewer."""
 
@@ -75,8 +85,10 @@ class Choices:
         self.tile = min(max(TILE, triton.next_power_of_2(CHOICES * N // K)), LONGEST_TILE, T)
         self.tiles = triton.cdiv(T, self.tile)
         index = invert(indices, N, self.tile)
-        self.starts, self.places, self.segments = index.starts, index.places, cut(index, SEGMENT)
-        self.rows, self.weights = (index.entries // K).int(), weights.flatten()[index.entries]
+        self.starts, self.segments, E = index.starts, cut(index, SEGMENT), len(index.entries)
+        self.rows = indices.new_empty(E, dtype=torch.int32)
+        self.weights, self.places = weights.new_empty(E), torch.empty_like(index.entries)
+        _arrange[triton.cdiv(E, 1024),](index.entries, weights, self.rows, self.weights, self.places, E, K=K, BLOCK=1024)
         choices = self.tile * J * K
         self.segments_of_tile = min(J * N, choices) + choices // SEGMENT
         room = max(choices * self.GD * q.element_size(), self.segments_of_tile * 2 * S * D * 4)  # of slots; of dk and dv
@@ -95,8 +107,8 @@ class Choices:
         def token(tile: int) -> int:
             return tile // self.tiles * self.T + tile % self.tiles * self.tile
 
-        first, BD = token(launch.first), min(1024, triton.next_power_of_2(self.GD))
+        first, BD = token(launch.first), min(2048, triton.next_power_of_2(self.GD))
         _sum_slots[(token(launch.last) - first) * self.J, triton.cdiv(self.GD, BD)](
             self.places, self.starts, self.slots, out, scale, first * self.J, *launch.lists,
-            GD=self.GD, K=self.K, BK=8, BD=BD,
+            GD=self.GD, K=self.K, BK=8, BD=BD, num_warps=max(BD // 256, 1),
         )  # fmt: skip

@@ -19,6 +19,18 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def scaled(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float]:
+    """q and a scale of its scores that is not negative, for any scale; by default D^-0.5."""
+    if scale is None:
+        return q, q.shape[-1] ** -0.5
+    return (-q, -scale) if scale < 0 else (q, scale)
+
+
+def to_log2(scale: float) -> float:
+    """A scale of scores for powers of 2 in place of e. Above 0: masked scores are -inf, and 0 times -inf is no number."""
+    return max(scale, 1e-30) * LOG2_E
+
+
 class Sizes(NamedTuple):
     """The compile-time constants of chunk attention. M: how many tokens, or choices, are rows of one tile."""
 
@@ -69,19 +81,34 @@ def chunk_tile(
 
 
 @triton.jit
-def softmax_inside(b_s, S: tl.constexpr, SP: tl.constexpr):
-    """Scores [R, SP] over one chunk, in units of log 2 -> exp(scores - their maximum), 0 beyond its S tokens, and their sums."""
+def softmax_inside(b_s, scale_log2, S: tl.constexpr, SP: tl.constexpr):
+    """Scores [R, SP] over one chunk -> exp2(scale_log2 * (scores - their maximum)), 0 beyond its S tokens, and their sums.
+
+    scale_log2 > 0: the largest score is then the largest after scaling, which becomes one multiply-add a score.
+    """
     if S < SP:
         b_s = tl.where((tl.arange(0, SP) < S)[None, :], b_s, float("-inf"))
-    b_p = tl.exp2(b_s - tl.max(b_s, 1)[:, None])
+    b_p = tl.exp2(b_s * scale_log2 - (tl.max(b_s, 1) * scale_log2)[:, None])
     return b_p, tl.sum(b_p, 1)
+
+
+@triton.jit
+def product(b_a, b_b, PRECISION: tl.constexpr):
+    """b_a [R, C] @ b_b [C, X]. In float32 as parts of 16 additions each, then added: a long chain of additions rounds more."""
+    if PRECISION == "ieee":
+        PARTS: tl.constexpr = b_a.shape[1] // 16
+        b_a = tl.permute(tl.reshape(b_a, [b_a.shape[0], PARTS, 16]), [1, 0, 2])
+        b_b = tl.reshape(b_b, [PARTS, 16, b_b.shape[1]])
+        return tl.sum(tl.dot(b_a, b_b, input_precision=PRECISION), 0)
+    else:
+        return tl.dot(b_a, b_b)
 
 
 @triton.jit
 def add_product(b_a, b_b, b_total, b_lost, PRECISION: tl.constexpr):
     """b_total + b_a @ b_b. In float32, what rounding loses is carried in b_lost: a long sum stays as precise as a short one."""
     if PRECISION == "ieee":
-        b_term = tl.dot(b_a, b_b, input_precision=PRECISION) - b_lost
+        b_term = product(b_a, b_b, PRECISION) - b_lost
         b_new = b_total + b_term
         b_lost = (b_new - b_total) - b_term
         b_total = b_new
