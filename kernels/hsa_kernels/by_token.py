@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .merge import MergedLists, merge
-from .tiles import Sizes, add_product, chunk_tile, product, softmax_inside, to_log2
+from .tiles import Sizes, add_product, chunk_matrix, chunk_tile, copies_tiles, product, softmax_inside, to_log2
 
 MOST_MERGED = 1024  # choices of a block: their list is sorted by one program
 
@@ -21,6 +21,7 @@ def _forward(
     q, k, v, counts, chunks, weights, out, stride_k, stride_v, scale_log2, T,
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
     M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
+    MATRICES: tl.constexpr,
 ):  # fmt: skip
     # late tokens see more chunks: the longest lists go first, and short ones fill what is left at the end
     i_block, i_j, i_b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -36,8 +37,9 @@ def _forward(
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
     chunks += i_list * L
     weights += i_list * L * M
-    k += i_b.to(tl.int64) * stride_k
-    v += i_b.to(tl.int64) * stride_v
+    if not MATRICES:
+        k += i_b.to(tl.int64) * stride_k
+        v += i_b.to(tl.int64) * stride_v
     b_out = tl.zeros([M * GP, DP], tl.float32)
     b_lost = tl.zeros([M * GP, DP], tl.float32)
     # a chunk's number is read one place ahead: its tiles can then be on their way in time
@@ -46,8 +48,12 @@ def _forward(
         chunk = next_chunk
         next_chunk = tl.load(chunks + tl.minimum(place + 1, count - 1))
         b_w = tl.load(weights + place * M + o_m)  # [R]
-        o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
-        b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)  # [SP, DP]
+        if MATRICES:
+            b_k = k.load([(i_b * (stride_k // (J * D)) + chunk * S).to(tl.int32), i_j * D])  # [SP, DP]
+            b_v = v.load([(i_b * (stride_v // (J * D)) + chunk * S).to(tl.int32), i_j * D])
+        else:
+            o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
+            b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)
         b_s = product(b_q, tl.trans(b_k), PRECISION)
         b_p, b_sum = softmax_inside(b_s, scale_log2, S, SP)  # [R, SP], [R]
         # every chunk has its own softmax: no maximum to carry, no rescaling of what was summed
@@ -81,10 +87,11 @@ def pass_over(
     """Writes into out [B, T, H, D] what blocks of tokens read; a block whose count is negative stays as it is."""
     (B, T), (_, blocks, J, L, M) = q.shape[:2], lists.weights.shape
     sizes = Sizes.of(q, k)._replace(M=M)
-    # of 3 stages 2 pairs of tiles are under way; with 168 registers a thread leaves room for what else a processor can hold
-    options = sizes.options() | (dict(num_stages=3, maxnreg=168) if sizes.is_small else {})
+    matrices = sizes.is_full and all(copies_tiles(x) for x in (k, v))
+    # of 3 stages 2 pairs of tiles are under way
+    options = sizes.options() | (dict(num_stages=3) if sizes.is_small else {})
     _forward[blocks, J, B](
-        q, k, v, lists.counts, lists.chunks, lists.weights, out, k.stride(0), v.stride(0), to_log2(scale), T, L=L,
-        **sizes.constants(), **options,
+        q, *((chunk_matrix(x) if matrices else x) for x in (k, v)), lists.counts, lists.chunks, lists.weights, out,
+        k.stride(0), v.stride(0), to_log2(scale), T, L=L, MATRICES=matrices, **sizes.constants(), **options,
     )  # fmt: skip
     return out

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 
@@ -61,6 +62,11 @@ class Sizes(NamedTuple):
         """Whether a tile is at most one of 64 tokens of 128 numbers in 16 bits."""
         return self.tile_bytes <= 1 << 14
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a chunk's tile has no padding."""
+        return (self.S, self.D) == (self.SP, self.DP)
+
     def options(self) -> dict:
         """Warps, and stages of the pipeline: two where the tiles of two steps fit into shared memory."""
         return dict(num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1)
@@ -68,6 +74,18 @@ class Sizes(NamedTuple):
     def constants(self) -> dict:
         sizes = self._asdict()
         return sizes | {"PRECISION": precision(sizes.pop("dtype"))}
+
+
+def copies_tiles(x: torch.Tensor) -> bool:
+    """Whether the GPU's copy engine can read chunks [B, N, S, J, D] as tiles of a matrix; it does from Hopper on."""
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return hopper and x.data_ptr() % 16 == 0 and x.stride(0) % (x.shape[3] * x.shape[4]) == 0
+
+
+def chunk_matrix(x: torch.Tensor) -> TensorDescriptor:
+    """Chunks [B, N, S, J, D] as a matrix of all their tokens [.., J*D], read in tiles [S, D], a chunk's of one head."""
+    (B, N, S, J, D), width = x.shape, x.shape[3] * x.shape[4]
+    return TensorDescriptor(x, [(B - 1) * (x.stride(0) // width) + N * S, width], [width, 1], [S, D])
 
 
 @triton.jit
