@@ -457,6 +457,11 @@ def moved(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def many(x: torch.Tensor) -> torch.Tensor:
+    """300 times the chunks."""
+    return x.repeat_interleave(300, 1)
+
+
 @pytest.mark.parametrize(
     ("operation", "changes", "message"),
     [
@@ -473,6 +478,7 @@ def moved(x: torch.Tensor) -> torch.Tensor:
         ("retrieve", {name: torch.Tensor.double for name in ("retrieval_q", "landmarks")}, "retrieval_q: got torch.float64"),
         ("decode", dict(v=moved), "v: got strides"),
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
+        ("decode", {x: many for x in ("landmarks", "k", "v")} | {"top_k": lambda _: 2500}, "top_k: got K=2500"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_take(operation, changes, message):
@@ -481,7 +487,7 @@ def test_what_a_kernel_does_not_take(operation, changes, message):
         "retrieve": (retrieval_inputs, dict(chunk_size=4, top_k=2)),
         "decode": (decode_inputs, dict(chunk_size=16, top_k=2, offset=20)),
     }[operation]
-    inputs = inputs()
-    inputs |= {name: change(inputs[name]) for name, change in changes.items()}
+    arguments = inputs() | options
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
     with pytest.raises(ValueError, match=f"^{message}"):
-        getattr(hsa_kernels, operation)(**inputs, **options)
+        getattr(hsa_kernels, operation)(**arguments)

@@ -23,6 +23,7 @@ from .checks import check_kernel
 from .selection import NOTHING, keyed, largest, unkeyed
 from .tiles import chunk_tile, padded, precision, scaled, softmax_inside, to_log2
 
+MOST = 1 << 15  # of blocks, and of tiles' chunks: the largest are found among fewer than 2^16
 TILE, TILES = 16, 8  # chunks a tile, tiles a block: of 262,144 chunks 64 are chosen by looking at 2,048, 512 and 1,024 numbers
 
 
@@ -60,13 +61,14 @@ def _score(
 
 @triton.jit
 def _best(keys, b_place, m_place, there, b_floor, b_most, scratch, K: tl.constexpr, KP: tl.constexpr):
-    """Where the K largest of the keys at these places [1, n] stand, in order: [KP]; how many they are; what K reach, none exceeds.
+    """Where the K largest of the keys at these places [1, n] stand, in order: [KP]; how many they are; the bounds.
 
-    there: how many keys are above `NOTHING`, all of them at these places if they are not more than K.
+    there: how many keys are above `NOTHING`, all of them at these places if they are not more than K. b_floor, b_most: what K
+    keys reach, and what none exceeds, or `NOTHING` as long as nobody looked.
     """
     b_key = tl.load(keys + b_place, mask=m_place, other=NOTHING)
     m_kept = b_key > NOTHING
-    if tl.max(b_most, 0) == NOTHING:  # nothing known yet
+    if tl.max(b_most, 0) == NOTHING:
         b_most = tl.max(b_key, 1)
     if there > K:
         if tl.max(b_floor, 0) == NOTHING:
@@ -218,6 +220,11 @@ def decode(
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
     check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, "softmax", None, 0, 1)
     check_kernel(retrieval_q=retrieval_q, landmarks=landmarks, q=q, k=k, v=v)
+    for name, what, got, most in (
+        ("landmarks", "N", landmarks.shape[1], MOST * TILE * TILES), ("top_k", "K", min(top_k, landmarks.shape[1]), MOST // TILE)
+    ):  # fmt: skip
+        if got > most:
+            raise ValueError(f"{name}: got {what}={got}, accepted are up to {most}")
     offsets, first = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)
     q, scale = scaled(q, scale)
     return _decode(retrieval_q, landmarks, q, k, v, offsets, first, top_k, scale)

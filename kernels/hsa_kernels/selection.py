@@ -22,7 +22,7 @@ def unkeyed(b_key):
 
 @triton.jit
 def largest(b_key, b_floor, b_most, K: tl.constexpr):
-    """Which keys [rows, n] are the K largest of their row, n < 2^15, and a floor of theirs [rows] that no other key exceeds.
+    """Which keys [rows, n] are the K largest of their row, n < 2^16, and a floor of theirs [rows] that no other key exceeds.
 
     b_floor [rows]: what K keys of the row are known to reach, or `NOTHING`; b_most [rows]: what none exceeds. Of equal keys the
     first are taken; none at `NOTHING`, which is the floor where there are fewer than K.
@@ -34,8 +34,8 @@ def largest(b_key, b_floor, b_most, K: tl.constexpr):
         third = (high - low + 2) // 3
         one, two = low + third, tl.minimum(low + 2 * third, high)
         # two counts in one sum
-        b_count = tl.sum((b_key >= one[:, None]).to(tl.int32) + ((b_key >= two[:, None]).to(tl.int32) << 16), 1)
-        reach_one, reach_two = b_count & 0xFFFF, b_count >> 16
+        b_count = tl.sum((b_key >= one[:, None]).to(tl.uint32) + ((b_key >= two[:, None]).to(tl.uint32) << 16), 1)
+        reach_one, reach_two = (b_count & 0xFFFF).to(tl.int32), (b_count >> 16).to(tl.int32)
         b_reached = tl.where(reach_two >= K, reach_two, tl.where(reach_one >= K, reach_one, b_reached))
         high = tl.where(reach_one < K, one - 1, tl.where(reach_two < K, two - 1, high))
         low = tl.where(reach_two >= K, two, tl.where(reach_one >= K, one, low))
