@@ -462,6 +462,8 @@ explore(
 # * **masks.** S, D and G need not be powers of two. Tiles are padded, and the padding is masked.
 # * **one place ahead.** The number of the next chunk is loaded before the present one is used. So its tiles can be on
 #   their way while this one is multiplied.
+# * **the copy engine.** From Hopper on, one instruction asks for a whole tile (`k.load`), and the GPU fetches it while the
+#   threads do other things. On older ones, and where tiles are padded, every thread fetches its part (`tl.load`).
 # * **base 2.** A GPU computes $2^x$ faster than $e^x$. The scale contains $\log_2 e$ to make up for it.
 #
 # Both run on our twelve tokens, without the padding to 16: they pad by themselves. And both run on an example with
@@ -633,9 +635,7 @@ for row in stored["rows"]:
 
 # %% [markdown]
 # So that is where the milliseconds go: in every row the bytes ask for several times what the multiplications ask for,
-# and the measured time follows the bytes. Where it is smaller than the column of bytes, the cache has helped. (The stored
-# times are older than the rule for each block. When they were taken, a text went by block or by chunk as a whole: those that
-# go either way here went by chunk.)
+# and the measured time follows the bytes. Where it is smaller than the column of bytes, the cache has helped.
 #
 # Are random choices fair? They are the worst case for blocks: neighbours share nothing but chance. The same lengths
 # with choices that a *trained* model makes in real text, beside random ones:

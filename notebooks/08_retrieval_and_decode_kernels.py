@@ -36,6 +36,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # has to be said before a kernel is imported
 
 import hsa_kernels
+from hsa_kernels.decode import TILE, TILES
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
 from hsa_mini.reference.noise import gumbel_noise, philox
@@ -276,7 +277,7 @@ explore(
 #
 # Sorting out a room means: find the $K$-th largest. A GPU does not like to sort: numbers would change places between
 # threads, round after round. It does like to **count**: "how many of you reach this threshold?" is one comparison each and
-# one sum. So we search for the threshold, and halve the range in which it lies. For halving, floats are awkward: half
+# one sum. So we search for the threshold, and cut down the range in which it lies. For that, floats are awkward: most
 # of the range from $-3 \cdot 10^{38}$ to $3 \cdot 10^{38}$ is of no use for scores near 1.
 #
 # But look at the *bits* of a float32: sign, exponent, fraction. Read the bits as a whole number: among positive floats, the
@@ -313,9 +314,13 @@ print("nothing is below every float:", bool(keyed(torch.tensor(-float("inf"))) >
 # %% [markdown]
 # ## The K largest, by counting
 #
-# Two bounds for the floor: at least $K$ keys reach `low`, and fewer than $K$ reach any number above `high`. Ask for the
-# middle, move one of the bounds. The range is below $2^{32}$, so **32 steps are always enough**. And if exactly $K$ keys
-# reach the middle, we are done at once: it does not matter *where* between two keys the floor lies.
+# Two bounds for the floor: at least $K$ keys reach `low`, and fewer than $K$ reach any number above `high`. Cut the range in
+# three, count how many keys reach each of the two cuts, and move the bounds. What is left is a third at most, so with
+# $3^{21} > 2^{32}$ **21 steps are always enough**. And if exactly $K$ keys reach a cut, we are done at once: it does not
+# matter *where* between two keys the floor lies.
+#
+# Why not halves, and one count a step? Counting is quick. What takes time is that all threads have to wait for the sum. Two
+# counts fit into the two halves of one number, so both cost one sum.
 
 
 # %%
@@ -325,11 +330,13 @@ def find_floor(keys, K, known=0):
     high, steps = torch.maximum(keys.amax(1), low), torch.zeros_like(low)
     while (high > low).any():
         steps += high > low
-        middle = high - (high - low) // 2
-        reached = (keys >= middle[:, None]).sum(1)
-        low = torch.where(reached >= K, middle, low)
-        below = torch.where(reached == K, middle, (middle - 1).clamp(min=0))
-        high = torch.where(reached > K, high, below)
+        third = (high - low + 2) // 3
+        one, two = low + third, torch.minimum(low + 2 * third, high)
+        reach_one, reach_two = ((keys >= cut[:, None]).sum(1) for cut in (one, two))
+        high = torch.where(reach_one < K, (one - 1).clamp(min=0), torch.where(reach_two < K, two - 1, high))
+        low = torch.where(reach_two >= K, two, torch.where(reach_one >= K, one, low))
+        exactly = (reach_two == K) | ((reach_one == K) & (reach_two < K))
+        high = torch.where(exactly, low, high)
     return low, steps
 
 
@@ -357,7 +364,7 @@ print("steps for K = 2 and K = 3:", [find_floor(keyed(by_hand), K)[1].item() for
 
 # %% [markdown]
 # Now 1,000 rows of 256 candidates, `largest` against `torch.topk`. **You should see** `True`, and a number of steps well below
-# 32. The floor of an earlier choice saves half of them (here: the 64th of the first 192 candidates, known before the others
+# 21. The floor of an earlier choice saves half of them (here: the 64th of the first 192 candidates, known before the others
 # came).
 
 # %%
@@ -392,10 +399,13 @@ def watch(keys, K, known=0):
         seen.append((int(((keys >= low) & (keys <= high)).sum()), (high - low).bit_length()))
         if high == low:
             return seen
-        middle = high - (high - low) // 2
-        reached = int((keys >= middle).sum())
-        low = middle if reached >= K else low
-        high = high if reached > K else middle if reached == K else middle - 1
+        third = (high - low + 2) // 3
+        for cut in (low + third, min(low + 2 * third, high)):
+            reached = int((keys >= cut).sum())
+            if reached <= K:
+                low, high = (low, cut - 1) if reached < K else (cut, cut)
+                break
+            low = cut
 
 
 def draw_steps(figure, K, candidates, known):
@@ -407,9 +417,9 @@ def draw_steps(figure, K, candidates, known):
     axes.bar(range(len(seen)), [n for n, _ in seen], color=BLUE)
     for step, (n, bits) in enumerate(seen):
         axes.text(step, n + 0.012 * candidates, bits, ha="center", fontsize=10, color=INK)
-    axes.set(xlabel="steps", ylabel="candidates in question", ylim=(0, 1.1 * candidates), xlim=(-0.6, 32.6))
+    axes.set(xlabel="steps", ylabel="candidates in question", ylim=(0, 1.1 * candidates), xlim=(-0.6, 21.6))
     axes.spines[["top", "right"]].set_visible(False)
-    return f"The {K} largest of {candidates} candidates are found after {len(seen) - 1} of at most 32 steps."
+    return f"The {K} largest of {candidates} candidates are found after {len(seen) - 1} of at most 21 steps."
 
 
 explore(
@@ -678,7 +688,9 @@ def best_by_tiles(scores, K, tile):
 # Note the `floor` that the first round hands to the second: $K$ maxima reach it, so $K$ chunks do.
 #
 # **You should see** `True` twice, for 300 rows against `torch.topk` and 300 rows full of equals against the package's
-# rule. Then how few numbers the choice looks at for 16M tokens.
+# rule. Then how few numbers the choice looks at for 16M tokens. The kernel plays the same trick once more: small tiles, and
+# **blocks** of tiles that note the best of *their* maxima. It looks for the best blocks, in them for the best tiles, and in those
+# for the best chunks.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -691,6 +703,7 @@ same = [set(best_by_tiles(x, K, tile).tolist()) == set(newest_top_k(x, K).tolist
 print("of equals the newest    :", all(same))
 N, tile = (1 << 24) // CHUNK, 64
 print(f"looked at: {N // tile:,} maxima and {KEPT * tile:,} scores, of {N:,}")
+print(f"in three rounds: {N // (TILE * TILES):,} maxima of blocks, {KEPT * TILES:,} of tiles and {KEPT * TILE:,} scores")
 
 
 # %% [markdown]

@@ -477,7 +477,7 @@ show(figure, f"Shares right with their 95% intervals in 4,096 tokens. {words}.")
 
 # %% [markdown]
 # The intervals of four questions are wide. These were asked by the hundred, and of longer texts, with
-# `python -m hsa_mini eval mini --distractors 64` and `--border`:
+# `python -m hsa_mini eval mini --distractors 64` (or 1024) and `--border`:
 
 # %%
 for what in ("distractors", "border"):

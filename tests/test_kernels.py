@@ -131,6 +131,15 @@ def test_what_nobody_chose_is_never_read():
     assert not got["gradient of k"][~chosen.unsqueeze(2).expand(2, 6, 16, 2)].any()  # exactly 0
 
 
+def test_chunks_that_no_copy_engine_can_read():
+    """They begin between two multiples of 16 bytes."""
+    inputs = attention_inputs()
+    want = reference.chunk_attention(**exact(inputs))
+    for name in ("k", "v"):
+        inputs[name] = torch.cat((inputs[name].new_zeros(1), inputs[name].flatten()))[1:].view_as(inputs[name])
+    assert inputs["k"].data_ptr() % 16 and error(hsa_kernels.chunk_attention(**inputs), want) < 2e-6
+
+
 def test_a_memory_with_room_behind_its_chunks():
     inputs = attention_inputs(N=4)
     roomy = {name: torch.full((2, 9, 16, 2, 16), float("nan"), device=DEVICE) for name in ("k", "v")}

@@ -22,7 +22,7 @@ def unkeyed(b_key):
 
 @triton.jit
 def largest(b_key, b_floor, b_most, K: tl.constexpr):
-    """Which keys [rows, n] are the K largest of their row, n < 2^16, and a floor of theirs [rows] that no other key exceeds.
+    """Which keys [rows, n] are the K largest of their row, K <= n < 2^16, and a floor of theirs [rows] that no other key exceeds.
 
     b_floor [rows]: what K keys of the row are known to reach, or `NOTHING`; b_most [rows]: what none exceeds. Of equal keys the
     first are taken; none at `NOTHING`, which is the floor where there are fewer than K.
