@@ -617,9 +617,9 @@ explore(
 # memory, and a chunk that another block loaded a moment ago is still in the **L2 cache**, tens of megabytes between
 # memory and processors that answer about twice as fast. In the formula a byte is a byte wherever it comes from.
 #
-# With H/J of 1 or 2 the mark stands far *below* the roof: there our formula does not explain the time. What it leaves
-# out (indices, sorting the choices, many short programs) has grown with J, and the rows that are fetched one by one have
-# become short. A roofline shows where to look next. It does not say what one will find.
+# With H/J of 1 or 2 the mark stands a little *below* the roof. What our formula leaves out (indices, sorting the choices,
+# many short programs) has grown with J, and the rows that are fetched one by one have become short. A roofline shows
+# where to look next. It does not say what one will find.
 #
 # Here are all measured lengths, with the time that each ceiling alone would ask for:
 

@@ -417,7 +417,7 @@ def draw_steps(figure, K, candidates, known):
     axes.bar(range(len(seen)), [n for n, _ in seen], color=BLUE)
     for step, (n, bits) in enumerate(seen):
         axes.text(step, n + 0.012 * candidates, bits, ha="center", fontsize=10, color=INK)
-    axes.set(xlabel="steps", ylabel="candidates in question", ylim=(0, 1.1 * candidates), xlim=(-0.6, 21.6))
+    axes.set(xlabel="steps", ylabel="candidates in question", ylim=(0, 1.1 * candidates), xlim=(-0.6, 21.6), xticks=range(0, 22, 3))
     axes.spines[["top", "right"]].set_visible(False)
     return f"The {K} largest of {candidates} candidates are found after {len(seen) - 1} of at most 21 steps."
 
