@@ -223,6 +223,16 @@ def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
     assert segments.starts[-1] <= len(segments.owners)
 
 
+@given(T=st.integers(1, 12), K=st.integers(1, 5), N=st.integers(1, 6))
+def test_choices_stand_in_the_order_of_the_index(T, K, N):
+    inputs = attention_inputs(T=T, K=K, N=N)
+    choices = slots.Choices(*(inputs[name] for name in ("q", "k", "indices", "weights")))
+    entries = invert(inputs["indices"], N, choices.tile).entries
+    assert torch.equal(entries[choices.places], torch.arange(len(entries), device=DEVICE))
+    assert torch.equal(choices.rows, (entries // K).int())
+    assert torch.equal(choices.weights, inputs["weights"].flatten()[entries])
+
+
 def sorted_retrieve(retrieve):
     """The order of slots is free: sort them by chunk, so that two ways of retrieving can be compared."""
 
@@ -467,8 +477,8 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 
 
 def many(x: torch.Tensor) -> torch.Tensor:
-    """300 times the chunks."""
-    return x.repeat_interleave(300, 1)
+    """2,000 times the chunks."""
+    return x.repeat_interleave(2000, 1)
 
 
 @pytest.mark.parametrize(
@@ -485,6 +495,7 @@ def many(x: torch.Tensor) -> torch.Tensor:
         ("chunk_attention", dict(v=lambda x: x[:, :3]), "v: got shape"),
         ("retrieve", dict(landmarks=moved), "landmarks: got strides"),
         ("retrieve", {name: torch.Tensor.double for name in ("retrieval_q", "landmarks")}, "retrieval_q: got torch.float64"),
+        ("retrieve", {"landmarks": many, "top_k": lambda _: 9000}, "top_k: got K=9000"),
         ("decode", dict(v=moved), "v: got strides"),
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
         ("decode", {x: many for x in ("landmarks", "k", "v")} | {"top_k": lambda _: 2500}, "top_k: got K=2500"),

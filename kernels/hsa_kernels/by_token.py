@@ -37,7 +37,9 @@ def _forward(
     b_q = tl.load(q + o_q, mask=m_q, other=0.0)  # [R, DP]
     chunks += i_list * L
     weights += i_list * L * M
-    if not MATRICES:
+    if MATRICES:
+        row_k, row_v = i_b * (stride_k // (J * D)), i_b * (stride_v // (J * D))
+    else:
         k += i_b.to(tl.int64) * stride_k
         v += i_b.to(tl.int64) * stride_v
     b_out = tl.zeros([M * GP, DP], tl.float32)
@@ -49,8 +51,8 @@ def _forward(
         next_chunk = tl.load(chunks + tl.minimum(place + 1, count - 1))
         b_w = tl.load(weights + place * M + o_m)  # [R]
         if MATRICES:
-            b_k = k.load([(i_b * (stride_k // (J * D)) + chunk * S).to(tl.int32), i_j * D])  # [SP, DP]
-            b_v = v.load([(i_b * (stride_v // (J * D)) + chunk * S).to(tl.int32), i_j * D])
+            b_k = k.load([(row_k + chunk * S).to(tl.int32), i_j * D])  # [SP, DP]
+            b_v = v.load([(row_v + chunk * S).to(tl.int32), i_j * D])
         else:
             o_k, m_k = chunk_tile(chunk, i_j, J, S, D, SP, DP)
             b_k, b_v = tl.load(k + o_k, mask=m_k, other=0.0), tl.load(v + o_k, mask=m_k, other=0.0)

@@ -30,9 +30,9 @@ def check_kernel(**tensors: torch.Tensor) -> None:
         for name, what, got, least, most in (("q", "D", D, 16, 256), ("k", "S", S, 16, 128), ("q", "H/J", H // J, 1, 64)):
             if not least <= got <= most:
                 raise ValueError(f"{name}: got {what}={got}, accepted are {least} to {most}")
-        most = 1 << 14 if H // J <= 16 else 1 << 13  # numbers of a tile, so that what backward holds fits into shared memory
-        if tensors["k"].is_cuda and tensors["k"].dtype == torch.float32 and padded(S) * padded(D) > most:
-            raise ValueError(f"k: got S={S} and D={D} in float32, accepted is S*D up to {most} for H/J={H // J} (or 16 bits)")
+        numbers = 1 << 14 if H // J <= 16 else 1 << 13  # of a tile, at most, so that what backward holds fits into shared memory
+        if tensors["k"].is_cuda and tensors["k"].dtype == torch.float32 and padded(S) * padded(D) > numbers:
+            raise ValueError(f"k: got S={S} and D={D} in float32, accepted is S*D up to {numbers} for H/J={H // J} (or 16 bits)")
 
 
 def check_indices(indices: torch.Tensor, chunks: int) -> None:

@@ -20,10 +20,9 @@ import triton.language as tl
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
 from .checks import check_kernel
-from .selection import NOTHING, keyed, largest, unkeyed
-from .tiles import chunk_tile, padded, precision, scaled, softmax_inside, to_log2
+from .selection import MOST, NOTHING, keyed, largest, unkeyed
+from .tiles import before_hopper, chunk_tile, padded, precision, scaled, softmax_inside, to_log2
 
-MOST = 1 << 15  # of blocks, and of tiles' chunks: the largest are found among fewer than 2^16
 TILE, TILES = 16, 8  # chunks a tile, tiles a block: of 262,144 chunks 64 are chosen by looking at 2,048, 512 and 1,024 numbers
 
 
@@ -177,7 +176,7 @@ def _decode(
     scratch = torch.empty(B, J, K, 3, KP, dtype=torch.int32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
     # from Hopper on, the sum is launched while the parts are still being made: its programs are few and wait on the GPU
-    overlap = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    overlap = q.is_cuda and not before_hopper(q)
     launch_early = dict(launch_pdl=True) if overlap else {}
     position, sizes = (offset, N, S), dict(J=J, TILE=TILE, TILES=TILES, OFFSETS=offsets is not None)
     _score[NB, J, B](

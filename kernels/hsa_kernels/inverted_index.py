@@ -28,15 +28,13 @@ def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> Inver
     tile = tile or max(T, 1)
     tiles = -(-T // tile)
     lists = B * tiles * J * chunks
-    # numbers of lists as narrow as they fit: sorting takes a pass for every 8 bits
-    narrow = lists < 2**16
     count = dict(device=indices.device, dtype=torch.int32 if lists < 2**31 - 1 else torch.int64)
     tile_of = torch.arange(B, **count)[:, None] * tiles + torch.arange(T, **count) // tile  # [B, T]
     first = (tile_of[:, :, None, None] * J + torch.arange(J, **count)[:, None]) * chunks  # [B, T, J, 1]
     keys = torch.where((indices >= 0) & (indices < chunks), first + indices, lists)
     numbers = torch.arange(lists + 1, **count)
-    if narrow:
-        keys, numbers = (keys - 2**15).short(), (numbers - 2**15).short()
+    if lists < 2**16:  # as narrow as they fit: sorting takes a pass for every 8 bits
+        keys, numbers = ((x - 2**15).short() for x in (keys, numbers))
     keys, entries = keys.flatten().sort(stable=True)
     return InvertedIndex(entries, torch.searchsorted(keys, numbers))
 

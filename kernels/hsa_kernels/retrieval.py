@@ -18,7 +18,7 @@ from hsa_mini.reference.retrieval import weigh
 
 from .checks import check_kernel
 from .inverted_index import invert
-from .selection import NOTHING, keyed, largest, unkeyed
+from .selection import MOST, NOTHING, keyed, largest, unkeyed
 from .tiles import padded, precision
 
 ROOMS_BYTES = 1 << 29  # of the candidates of all tokens of a launch
@@ -270,6 +270,8 @@ def retrieve(
     """
     check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window, query_block)
     check_kernel(retrieval_q=retrieval_q, landmarks=landmarks)
+    if (kept := min(top_k, landmarks.shape[1])) > MOST // 4:  # a room holds four times as many
+        raise ValueError(f"top_k: got K={kept}, accepted are up to {MOST // 4}")
     T = retrieval_q.shape[1]
     chooser = retrieval_q if query_block == 1 else retrieval_q[:, ::query_block].contiguous()
     offsets, first = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)

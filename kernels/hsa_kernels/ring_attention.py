@@ -15,7 +15,7 @@ import triton.language as tl
 from hsa_mini.reference.checks import check_ring
 
 from .checks import check_kernel
-from .tiles import LOG2_E, padded, precision
+from .tiles import padded, precision, to_log2
 
 BW = 64
 
@@ -74,7 +74,7 @@ def ring_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions:
     parts = torch.empty(B, J, NW, G, D, device=q.device)
     maxima, sums = (torch.empty(B, J, NW, G, device=q.device) for _ in range(2))
     _attend_slots[NW, J, B](
-        q, k, v, positions, parts, maxima, sums, k.stride(0), v.stride(0), D**-0.5 * LOG2_E, W, J=J, G=G, D=D, GP=padded(G),
+        q, k, v, positions, parts, maxima, sums, k.stride(0), v.stride(0), to_log2(D**-0.5), W, J=J, G=G, D=D, GP=padded(G),
         DP=padded(D), BW=BW, PRECISION=precision(q.dtype), num_warps=4,
     )  # fmt: skip
     out = torch.empty_like(q)

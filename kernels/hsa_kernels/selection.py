@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(0)  # below the key of any number
+MOST = 1 << 15  # keys of a row, in powers of 2: two counts share 32 bits
 
 
 @triton.jit

@@ -76,10 +76,14 @@ class Sizes(NamedTuple):
         return sizes | {"PRECISION": precision(sizes.pop("dtype"))}
 
 
+def before_hopper(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU that is older."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0)
+
+
 def copies_tiles(x: torch.Tensor) -> bool:
     """Whether the GPU's copy engine can read chunks [B, N, S, J, D] as tiles of a matrix; it does from Hopper on."""
-    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return hopper and x.data_ptr() % 16 == 0 and x.stride(0) % (x.shape[3] * x.shape[4]) == 0
+    return not before_hopper(x) and x.data_ptr() % 16 == 0 and x.stride(0) % (x.shape[3] * x.shape[4]) == 0
 
 
 def chunk_matrix(x: torch.Tensor) -> TensorDescriptor:
