@@ -60,21 +60,39 @@ class HSAConfig:
         ).split()
         at_least_zero = "encoder_mlp_width experts experts_active expert_width".split()
         for name in at_least_one + at_least_zero:
-            value, least = getattr(self, name), int(name in at_least_one)
+            value = getattr(self, name)
+            least = int(name in at_least_one)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {least}")
+                raise ValueError(
+                    f"{name}: got {value!r}, accepted is an integer of at least {least}"
+                )
         for name, few in (("heads", "kv_heads"), ("hsa_heads", "hsa_kv_heads")):
             if getattr(self, name) % getattr(self, few):
-                raise ValueError(f"{name}: got {getattr(self, name)}, accepted are multiples of {few} ({getattr(self, few)})")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, accepted are multiples of {few} ({getattr(self, few)})"
+                )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}, accepted are even numbers (RoPE turns pairs)")
+            raise ValueError(
+                f"head_dim: got {self.head_dim}, accepted are even numbers (RoPE turns pairs)"
+            )
         if self.retrieval_heads not in (1, self.hsa_kv_heads):
-            raise ValueError(f"retrieval_heads: got {self.retrieval_heads}, accepted are 1 and hsa_kv_heads ({self.hsa_kv_heads})")
-        for name, accepted in (("weighting", ("softmax", "stick_breaking")), ("residual", ("add", "bypass"))):
+            raise ValueError(
+                f"retrieval_heads: got {self.retrieval_heads}, accepted are 1 and hsa_kv_heads ({self.hsa_kv_heads})"
+            )
+        for name, accepted in (
+            ("weighting", ("softmax", "stick_breaking")),
+            ("residual", ("add", "bypass")),
+        ):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, accepted are {' and '.join(accepted)}")
-        if self.chunk_size % self.query_block or (self.exclude_window and self.window % self.query_block):
-            raise ValueError(f"query_block: got {self.query_block}, accepted are divisors of chunk_size, and of an excluded window")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, accepted are {' and '.join(accepted)}"
+                )
+        if self.chunk_size % self.query_block or (
+            self.exclude_window and self.window % self.query_block
+        ):
+            raise ValueError(
+                f"query_block: got {self.query_block}, accepted are divisors of chunk_size, and of an excluded window"
+            )
         if self.experts and not (0 < self.experts_active <= self.experts and self.expert_width > 0):
             raise ValueError(
                 f"experts_active: got {self.experts_active} with expert_width {self.expert_width}, "
@@ -97,6 +115,14 @@ class HSAConfig:
         Each HSA layer adds the tokens between a query and the first of its `query_block`, which chose for it.
         """
         return self.upper_layers * (self.window - 1) + 1 + self.groups * (self.query_block - 1)
+
+    def tail_start(self, tokens: int, last: int = 1) -> int:
+        """The first position that the upper decoder must read to predict exactly behind the `last` of `tokens` tokens.
+
+        Every cache that decoding needs is exact then, too.
+        """
+        start = max(tokens - last + 1 - self.upper_tail, 0)
+        return start - start % self.query_block
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

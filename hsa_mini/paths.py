@@ -9,7 +9,9 @@ def data_dir() -> Path:
     """The folder with tokenizer ranks, checkpoints and results (`HSA_MINI_DATA` overrides it)."""
     folder = Path(os.environ.get("HSA_MINI_DATA", Path(__file__).resolve().parent.parent / "data"))
     if not folder.is_dir():
-        raise FileNotFoundError(f"HSA_MINI_DATA: no folder {folder}; set it to the data/ folder of a checkout")
+        raise FileNotFoundError(
+            f"HSA_MINI_DATA: no folder {folder}; set it to the data/ folder of a checkout"
+        )
     return folder
 
 

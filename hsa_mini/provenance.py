@@ -11,14 +11,18 @@ from pathlib import Path
 
 import torch
 
-from .paths import write_whole
+from hsa_mini.paths import write_whole
 
 
 def hardware(device: torch.device) -> str:
-    """"one NVIDIA H200", or the processor and the threads in use."""
+    """ "one NVIDIA H200", or the processor and the threads in use."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
-    names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in _read("/proc/cpuinfo").splitlines()
+        if line.startswith("model name")
+    ]
     threads = torch.get_num_threads()
     return f"{names[0] if names else platform.processor() or platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
@@ -38,22 +42,34 @@ def commit() -> str:
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return os.environ.get("HSA_MINI_COMMIT") or git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return os.environ.get("HSA_MINI_COMMIT") or git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def command() -> str:
     """The command line as a person would type it."""
-    ours = Path(sys.argv[0]).name == "hsa-mini" or Path(sys.argv[0]).parts[-2:] == ("hsa_mini", "__main__.py")
+    ours = Path(sys.argv[0]).name == "hsa-mini" or Path(sys.argv[0]).parts[-2:] == (
+        "hsa_mini",
+        "__main__.py",
+    )
     return shlex.join(["python", *(["-m", "hsa_mini", *sys.argv[1:]] if ours else sys.argv)])
 
 
 def record(device: torch.device) -> dict:
-    return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command()}
+    return {
+        "hardware": hardware(device),
+        "versions": versions(),
+        "commit": commit(),
+        "command": command(),
+    }
 
 
 def write_results(path: Path, device: torch.device, **values) -> None:

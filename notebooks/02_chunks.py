@@ -289,7 +289,7 @@ def encode_chunks(chunks, encoder):
 
 
 # %% [markdown]
-# **You should see** that this is the encoder of the package, `hsa_mini.nn.chunk_encoder.ChunkEncoder`, number for number.
+# **You should see** that this is the encoder of the package, `hsa_mini.model.chunk_encoder.ChunkEncoder`, number for number.
 # We take it from a tiny model with random weights; from now on we import it.
 
 # %%

@@ -33,15 +33,15 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # has to be said before any kernel is imported
 
+import hsa_kernels
 import triton
 import triton.language as tl
+from hsa_kernels import by_chunk, by_token, slots
+from hsa_kernels.tiles import Sizes
 from matplotlib.patches import Rectangle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
-import hsa_kernels
-from hsa_kernels import by_chunk, by_token, slots
-from hsa_kernels.tiles import Sizes
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, make_figure, show

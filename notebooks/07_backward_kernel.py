@@ -33,12 +33,12 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # has to be said before any kernel is imported
 
-from matplotlib.patches import Rectangle
-from torch.nn.functional import pad, rms_norm
-
 import hsa_kernels
 from hsa_kernels.inverted_index import cut, invert
 from hsa_kernels.slots import SEGMENT
+from matplotlib.patches import Rectangle
+from torch.nn.functional import pad, rms_norm
+
 from hsa_mini.paths import data_dir
 from hsa_mini.reference import chunk_attention, retrieve
 from hsa_mini.reference.retrieval import visible_chunks

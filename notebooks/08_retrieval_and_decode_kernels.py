@@ -37,6 +37,7 @@ if DEVICE == "cpu":
 
 import hsa_kernels
 from hsa_kernels.decode import TILE, TILES
+
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
 from hsa_mini.reference.noise import gumbel_noise, philox
@@ -838,7 +839,7 @@ print("floor by formula == stored floor:", all(abs(floor_ms(row) / row["floor_ms
 # (1 us, a microsecond, is a thousandth of 1 ms. The kernel's memory is what it hands on, and the rooms. For short texts the
 # rooms are no smaller than the table would be, and the kernel is faster all the same.)
 #
-# "Portable" is the package's version in plain PyTorch, `hsa_mini.blockwise`: it never holds the whole table either, but it
+# "Portable" is the package's version in plain PyTorch, `hsa_mini.ops.torch_backend`: it never holds the whole table either, but it
 # writes the scores of a block of tokens and calls `topk` on them.
 
 

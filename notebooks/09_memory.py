@@ -36,9 +36,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.generate import prefill
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.model.cost_estimate import plan, scaled
 from hsa_mini.paths import data_dir
-from hsa_mini.plan import plan, scaled
 from hsa_mini.reference import chunk_attention
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import BLUE, GREY, INK, ORANGE, PALE, RED, SKY, length_name

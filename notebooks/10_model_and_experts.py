@@ -37,13 +37,13 @@ from torch.nn.functional import cross_entropy, grouped_mm, silu
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.model import Block
-from hsa_mini.nn.chunk_encoder import ChunkEncoder
-from hsa_mini.nn.mlp import MLP
-from hsa_mini.nn.moe import MoE
-from hsa_mini.nn.norm import RMSNorm
-from hsa_mini.nn.rope import rope_table
-from hsa_mini.plan import PRINTED, plan, scaled
+from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.model.cost_estimate import PRINTED, plan, scaled
+from hsa_mini.model.mlp import MLP
+from hsa_mini.model.core import Block
+from hsa_mini.model.moe import MoE
+from hsa_mini.model.norm import RMSNorm
+from hsa_mini.model.rope import rope_table
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, PURPLE, RED, SKY, length_name
 

@@ -40,15 +40,24 @@ from matplotlib.patches import Patch, Rectangle
 from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.checkpoint import load_progress, save_progress
-from hsa_mini.crowd import Past
+from hsa_mini.checkpoint.training_state import load_progress, save_progress
 from hsa_mini.data.corpus import HELD_OUT_WORKS, SPLITS, documents, load_corpus
-from hsa_mini.data.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.demo import find_needle
+from hsa_mini.evaluation.demo import find_needle
 from hsa_mini.paths import data_dir
-from hsa_mini.recipes import RECIPES
-from hsa_mini.train import StagedBatches, make_optimizer, mixture_loss, noise_seed, restore, shared, snapshot, train_step
+from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
+from hsa_mini.training.recipes import RECIPES
+from hsa_mini.training.trainer import (
+    StagedBatches,
+    make_optimizer,
+    mixture_loss,
+    noise_seed,
+    restore,
+    shared,
+    snapshot,
+    train_step,
+)
 from hsa_mini.viz import Control, explore
 from hsa_mini.viz.live import LivePicture
 from hsa_mini.viz.plots import BLUE, GREY, INK, ORANGE, PALE, RED, SKY, length_name
@@ -306,7 +315,7 @@ print("our loss == the package's:", torch.allclose(ours, theirs))
 #
 # A child does not begin with the encyclopedia. A recipe is a list of **stages**, and each stage says how long the texts are,
 # which window and how many chunks K the model has meanwhile, and what the mixture is. The parameters stay the same, and so
-# does the optimizer: window and K are no parameters. All recipes stand in `hsa_mini/recipes.py`.
+# does the optimizer: window and K are no parameters. All recipes stand in `hsa_mini/training/recipes.py`.
 
 
 # %%
@@ -839,7 +848,7 @@ for b in range(3):
 # <details><summary>Solution</summary>
 #
 # ```python
-# from hsa_mini.data.mixture import PARTS
+# from hsa_mini.training.mixture import PARTS
 #
 # stage = RECIPES["mini"].stages[0]
 # batches = TrainingBatches(stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=4, seed=0)

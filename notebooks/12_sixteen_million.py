@@ -37,15 +37,16 @@ import torch
 
 from hsa_mini import HSAModel
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.data.sentences import encode
-from hsa_mini.data.tasks import TASKS, place, tile
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.evaluate import (
-    CONTROLS, DEPTHS, LENGTHS, PUBLISHED, Haystack, ask_one, by_length, chunks_retrieved, read_results, wilson_interval,
-)  # fmt: skip
-from hsa_mini.generate import generate
+from hsa_mini.evaluation.haystack import Haystack, chunks_retrieved
+from hsa_mini.evaluation.perplexity import measure
+from hsa_mini.evaluation.results import CONTROLS, LENGTHS, PUBLISHED, read_results
+from hsa_mini.evaluation.runner import DEPTHS, ask_one
+from hsa_mini.evaluation.statistics import by_length, wilson_interval
+from hsa_mini.inference.generate import generate
 from hsa_mini.paths import data_dir
-from hsa_mini.perplexity import measure
+from hsa_mini.tasks.forms import TASKS, place, tile
+from hsa_mini.tasks.sentences import encode
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import length_name, needle_strip
 from hsa_mini.viz.results import TITLES, context_curve, count_marks, heat_map, length_curves, percent_interval

@@ -20,7 +20,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import hsa_kernels  # noqa: E402
 from hsa_kernels import by_chunk  # noqa: E402
-
 from hsa_mini import reference  # noqa: E402
 
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
@@ -47,8 +46,12 @@ def compile_only(self: JITFunction, *args, grid, warmup, **options):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
     print(json.dumps({
         "kernel": self.fn.__name__, "case": case, "shared": kernel.metadata.shared, "registers": registers,
         "spilled": stack + local, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
@@ -71,8 +74,14 @@ for case, sizes in {
 }.items():
     H, J, D, R, S, K, dtype = sizes.values()
     T, N = 8, 100
-    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, H, D), (1, N, S, J, D), (1, N, S, J, D)))
-    asked, landmarks = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((1, T, J, R), (1, N, J, R)))
+    q, k, v = (
+        torch.randn(shape, dtype=dtype, requires_grad=True)
+        for shape in ((1, T, H, D), (1, N, S, J, D), (1, N, S, J, D))
+    )
+    asked, landmarks = (
+        torch.randn(shape, dtype=dtype, requires_grad=True)
+        for shape in ((1, T, J, R), (1, N, J, R))
+    )
     indices, weights = hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, offset=N * S)
     weights.sum().backward()
     hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
@@ -80,14 +89,30 @@ for case, sizes in {
     hsa_kernels.chunk_attention(q, k, v, indices, weights).backward(torch.ones_like(q))
     with torch.no_grad():
         by_chunk.forward(q, k, v, indices, weights, 1.0)
-        hsa_kernels.decode(asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S)
+        hsa_kernels.decode(
+            asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S
+        )
         hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
         hsa_kernels.ring_attention(q[:, :1], k[:, 0], v[:, 0], torch.tensor([30]))
-        ring_k, ring_v, gain, angles = k[:, 0], v[:, 0], torch.ones(D, dtype=dtype), (torch.ones(1, 1, D // 2),) * 2
+        ring_k, ring_v, gain, angles = (
+            k[:, 0],
+            v[:, 0],
+            torch.ones(D, dtype=dtype),
+            (torch.ones(1, 1, D // 2),) * 2,
+        )
         fresh = q[:, :1], ring_k[:, :1].contiguous(), ring_v[:, :1].contiguous()
-        hsa_kernels.enter_ring(*fresh, ring_k, ring_v, torch.tensor([3]), gain, gain, angles, eps=1e-6)
+        hsa_kernels.enter_ring(
+            *fresh, ring_k, ring_v, torch.tensor([3]), gain, gain, angles, eps=1e-6
+        )
         for M, E, A in ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4)):
             scores = torch.randn(M, E, dtype=dtype)
             hsa_kernels.dispatch(scores, torch.zeros(E), A)
-            up_and_gate, down = (torch.zeros(E, *shape, dtype=dtype) for shape in ((2048, 1344), (672, 2048)))
-            hsa_kernels.experts(torch.randn(M, 2048, dtype=dtype), *reference.dispatch(scores, torch.zeros(E), A), up_and_gate, down)
+            up_and_gate, down = (
+                torch.zeros(E, *shape, dtype=dtype) for shape in ((2048, 1344), (672, 2048))
+            )
+            hsa_kernels.experts(
+                torch.randn(M, 2048, dtype=dtype),
+                *reference.dispatch(scores, torch.zeros(E), A),
+                up_and_gate,
+                down,
+            )

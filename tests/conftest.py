@@ -11,9 +11,16 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(1)  # the tensors are tiny: threads cost more than they bring, and far more on a busy machine
+torch.set_num_threads(
+    1
+)  # the tensors are tiny: threads cost more than they bring, and far more on a busy machine
 
 settings.register_profile(
-    "hsa", deadline=None, derandomize=True, database=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+    "hsa",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("hsa")

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def bench():
     sys.path.insert(0, str(ROOT / "kernels" / "bench"))  # as `python kernels/bench` does
-    spec = importlib.util.spec_from_file_location("bench_main", ROOT / "kernels" / "bench" / "__main__.py")
+    spec = importlib.util.spec_from_file_location(
+        "bench_main", ROOT / "kernels" / "bench" / "__main__.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -26,7 +28,9 @@ def bench():
 
 def test_rows_are_measured_and_say_what_was_measured(bench, tmp_path, monkeypatch, capfd):
     small = dict(H=4, J=2, D=8, S=4, K=3, R=6, W=8)
-    monkeypatch.setattr(bench, "CASES", (bench.Case(T=32, N=8, B=2, **small), bench.Case(T=5, N=300, **small)))
+    monkeypatch.setattr(
+        bench, "CASES", (bench.Case(T=32, N=8, B=2, **small), bench.Case(T=5, N=300, **small))
+    )
     monkeypatch.setattr("timing.SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     assert bench.main(["--device", "cpu"]) == 0
@@ -34,9 +38,18 @@ def test_rows_are_measured_and_say_what_was_measured(bench, tmp_path, monkeypatc
     assert {"hardware", "versions", "commit", "command", "seed", "rows"} == result.keys()
     kinds = [(row["op"], row["pass"], row["B"], row["T"], row["N"]) for row in result["rows"]]
     assert len(kinds) == len(set(kinds)) == 11
-    assert {op for op, *_ in kinds} == {"retrieve", "chunk_attention", "sliding_window_attention", "decode"}
+    assert {op for op, *_ in kinds} == {
+        "retrieve",
+        "chunk_attention",
+        "sliding_window_attention",
+        "decode",
+    }
     for row in result["rows"]:
-        assert row["ms"] > 0 and row["peak_bytes"] is None and (row["choices"], row["dtype"]) == ("random", "float32")
+        assert (
+            row["ms"] > 0
+            and row["peak_bytes"] is None
+            and (row["choices"], row["dtype"]) == ("random", "float32")
+        )
         assert all(row[name] == size for name, size in small.items())
     out, _ = capfd.readouterr()
     assert out.count("float32") == 11 and "written to out/bench.json" in out
@@ -48,7 +61,9 @@ def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(f"of_model.{name}", value)
     seconds = iter(range(1, 1000))
     monkeypatch.setattr("of_training.TOKENS", 96)
-    monkeypatch.setattr("of_model.waited", lambda device: next(seconds) ** 2)  # every stretch takes two seconds more
+    monkeypatch.setattr(
+        "of_model.waited", lambda device: next(seconds) ** 2
+    )  # every stretch takes two seconds more
     monkeypatch.chdir(tmp_path)
     assert bench.main(["--device", "cpu", "--model", "debug"]) == 0
     result = json.loads(Path("out/bench.json").read_text())
@@ -56,15 +71,24 @@ def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
     # stretches: 64k twice, each read and decoded; 1m; 16m and decoding; 16m and decoding with K and V in host memory
     lasted = [(2 * i + 2) ** 2 - (2 * i + 1) ** 2 for i in range(9)]
     assert (result["prefill_1m_seconds"], result["prefill_16m_seconds"]) == (lasted[4], lasted[5])
-    assert result["prefill_16m_over_1m_per_token"] == pytest.approx(lasted[5] / 1500 / (lasted[4] / 900))
+    assert result["prefill_16m_over_1m_per_token"] == pytest.approx(
+        lasted[5] / 1500 / (lasted[4] / 900)
+    )
     assert result["decode_64k_tokens_per_second"] == pytest.approx(6 / lasted[3])
     assert result["decode_16m_over_64k"] == pytest.approx(lasted[6] / lasted[3])
     assert result["offload_slowdown"] == pytest.approx(lasted[8] / lasted[6])
     bound = result["decode_64k_roofline_share"] * result["copy_bytes_per_second"] * lasted[3] / 6
     assert bound == pytest.approx(decode_bytes("debug", 300), rel=1e-9)
-    assert {"train_16k_tokens_per_second", "train_16k_mfu", "train_16k_full_attention_tokens_per_second"} < result.keys()
+    assert {
+        "train_16k_tokens_per_second",
+        "train_16k_mfu",
+        "train_16k_full_attention_tokens_per_second",
+    } < result.keys()
     assert result["train_16k_peak_bytes"] is None and result["train_tokens"] == 96
-    assert result["offload_16m_device_bytes"] is None and "decode_16m_over_64k" in capfd.readouterr().out
+    assert (
+        result["offload_16m_device_bytes"] is None
+        and "decode_16m_over_64k" in capfd.readouterr().out
+    )
 
 
 def test_a_step_that_computes_blocks_again_trains_as_a_plain_one(bench, monkeypatch):
@@ -80,7 +104,11 @@ def test_a_step_that_computes_blocks_again_trains_as_a_plain_one(bench, monkeypa
         if again:
             of_training.make_step(models[1], 40)
         torch.manual_seed(1)  # of the exploration noise
-        loss = of_training.loss_of(models[-1], ids) if again else cross_entropy(models[-1](ids[:, :-1]).logits[0], ids[0, 1:])
+        loss = (
+            of_training.loss_of(models[-1], ids)
+            if again
+            else cross_entropy(models[-1](ids[:, :-1]).logits[0], ids[0, 1:])
+        )
         loss.backward()
     for (name, want), got in zip(models[0].named_parameters(), models[1].parameters()):
         assert (got.grad - want.grad).abs().max() < 1e-6, name
@@ -97,7 +125,9 @@ def test_a_step_lowers_the_loss_of_what_it_trains_on(bench):
 def decode_bytes(preset: str, tokens: int) -> int:
     """By hand, in float32: all weights but the encoder's, four windows of 7, and landmarks and 2 chunks for each of 2 layers."""
     model, c = HSAModel(PRESETS[preset]), PRESETS[preset]
-    weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("encoder"))
+    weights = sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("encoder")
+    )
     windows = (c.lower_layers + c.upper_layers) * (c.window - 1) * 2 * c.kv_heads * c.head_dim
     landmarks = tokens // c.chunk_size * c.retrieval_heads * c.retrieval_dim
     chosen = c.top_k * c.chunk_size * 2 * c.hsa_kv_heads * c.hsa_head_dim
@@ -115,7 +145,10 @@ def test_pictures_are_drawn_from_the_stored_measurements(bench, tmp_path):
     paths = bench.draw(stored, tmp_path)
     assert [path.name for path in paths] == ["kernels_crossover.png", "kernels_roofline.png"]
     for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG") and (ROOT / "data/results" / path.name).exists()
+        assert (
+            path.read_bytes().startswith(b"\x89PNG")
+            and (ROOT / "data/results" / path.name).exists()
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,4 +163,9 @@ def test_wrong_input_is_one_line(bench, capfd, words, message):
     with pytest.raises(SystemExit) as stop:
         bench.main(words)
     out, err = capfd.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith(f"kernels/bench: error: {message}") and err.count("\n") == 1
+    assert (
+        stop.value.code == 2
+        and out == ""
+        and err.startswith(f"kernels/bench: error: {message}")
+        and err.count("\n") == 1
+    )

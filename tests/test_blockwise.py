@@ -12,7 +12,8 @@ from helpers import assert_close, random, random_choice, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsa_mini import blockwise, reference
+from hsa_mini import reference
+from hsa_mini.ops import torch_backend as blockwise
 
 BUDGETS = st.sampled_from([1, 3000, 1 << 26])  # one token a block, a few, all at once
 
@@ -68,18 +69,30 @@ def test_chunk_attention(T, J, G, S, N, K, scale, budget, attend):
 def test_sliding_window_attention(T, P, W, J, G):
     shape = (2, P + T, J, 8)
     inputs = dict(q=random(2, T, J * G, 8), k=random(*shape, seed=1), v=random(*shape, seed=2))
-    got, want = (results(f.sliding_window_attention, inputs, window=W) for f in (blockwise, reference))
+    got, want = (
+        results(f.sliding_window_attention, inputs, window=W) for f in (blockwise, reference)
+    )
     assert_close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("N, budget", [(3, 1 << 16), (40, 1 << 10)], ids=["every chunk", "kept chunks"])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(
+    "N, budget", [(3, 1 << 16), (40, 1 << 10)], ids=["every chunk", "kept chunks"]
+)
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 2e-6), (torch.float16, 2**-10), (torch.bfloat16, 2**-7)]
+)
 def test_chunk_attention_in_other_dtypes_is_as_exact_as_their_rounding(dtype, bound, N, budget):
     """Also over many blocks of tokens that ask for the same three chunks: the sums behind k and v are long."""
-    q, k, v = (random(*shape, dtype=dtype) for shape in ((1, 400, 4, 8), (1, N, 16, 1, 8), (1, N, 16, 1, 8)))
+    q, k, v = (
+        random(*shape, dtype=dtype)
+        for shape in ((1, 400, 4, 8), (1, N, 16, 1, 8), (1, N, 16, 1, 8))
+    )
     indices, weights = random_choice(1, 400, 1, 2, 3, dtype=torch.float32)
     inputs = dict(q=q, k=k, v=v, indices=indices, weights=weights)
-    want = results(reference.chunk_attention, {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()})
+    want = results(
+        reference.chunk_attention,
+        {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()},
+    )
     with blocks_of(budget):
         got = results(blockwise.chunk_attention, inputs)
     for name, value in got.items():

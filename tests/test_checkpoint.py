@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from test_generate import living_bytes
 
 from hsa_mini import PRESETS, HSAModel
-from hsa_mini.checkpoint import (
-    CONFIG, INDEX, MANIFEST, SHARD_BYTES, WEIGHTS, load_model, load_progress, save_model, save_progress, write_folder,
-)  # fmt: skip
+from hsa_mini.checkpoint.folder import CONFIG, MANIFEST, write_folder
+from hsa_mini.checkpoint.training_state import load_progress, save_progress
+from hsa_mini.checkpoint.weights import INDEX, SHARD_BYTES, WEIGHTS, load_model, save_model
 from hsa_mini.paths import data_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(vocab_size=64, width=8, mlp_width=8, head_dim=4, hsa_head_dim=4, retrieval_dim=4)  # 20 kB on disk
+SMALL = dict(
+    vocab_size=64, width=8, mlp_width=8, head_dim=4, hsa_head_dim=4, retrieval_dim=4
+)  # 20 kB on disk
 
 
 @pytest.fixture
@@ -35,11 +37,16 @@ def folder(tmp_path) -> Path:
 def seal(folder: Path) -> None:
     """Write a manifest that fits the files, as whoever alters a checkpoint on purpose would."""
     files = [file for file in folder.iterdir() if file.name != MANIFEST]
-    digests = {f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size} for f in files}
+    digests = {
+        f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size}
+        for f in files
+    }
     (folder / MANIFEST).write_text(json.dumps(digests))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False}, {"experts": 4, "experts_active": 2, "expert_width": 16}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied": False}, {"experts": 4, "experts_active": 2, "expert_width": 16}]
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @torch.no_grad()
 def test_what_is_read_is_what_was_written(tmp_path, changes, dtype):
@@ -99,7 +106,14 @@ def test_a_flipped_bit_anywhere_is_refused(folder, name):
 def test_a_file_that_is_cut_off_longer_or_missing_is_refused(folder, name):
     file = folder / name
     content = file.read_bytes()
-    for altered in (b"", content[:1], content[: len(content) // 2], content[:-2], content + b"x", None):
+    for altered in (
+        b"",
+        content[:1],
+        content[: len(content) // 2],
+        content[:-2],
+        content + b"x",
+        None,
+    ):
         file.unlink(missing_ok=True)
         if altered is not None:
             file.write_bytes(altered)
@@ -107,7 +121,10 @@ def test_a_file_that_is_cut_off_longer_or_missing_is_refused(folder, name):
             load_model(folder)
 
 
-@pytest.mark.parametrize("manifest", ["[]", "{}", "null", "3", '{"model.safetensors": {}}', '{"../model/log.csv": {}}', "{"])
+@pytest.mark.parametrize(
+    "manifest",
+    ["[]", "{}", "null", "3", '{"model.safetensors": {}}', '{"../model/log.csv": {}}', "{"],
+)
 def test_a_manifest_that_vouches_for_nothing_is_refused(folder, manifest):
     (folder / MANIFEST).write_text(manifest)
     with pytest.raises(ValueError, match=f"^path: .*{MANIFEST}.*; accepted is "):
@@ -127,7 +144,9 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
     for name in ("file", "empty", "missing", "missing/deeper"):
-        with pytest.raises(ValueError, match=f"^path: .*{name}.*accepted is the folder of a checkpoint"):
+        with pytest.raises(
+            ValueError, match=f"^path: .*{name}.*accepted is the folder of a checkpoint"
+        ):
             load_model(tmp_path / name)
 
 
@@ -151,7 +170,9 @@ def test_a_configuration_that_does_not_fit_is_refused(folder, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, content", [(CONFIG, b"{"), (CONFIG, b"\xff"), (WEIGHTS, b"no tensors"), (CONFIG, b"[]")])
+@pytest.mark.parametrize(
+    "name, content", [(CONFIG, b"{"), (CONFIG, b"\xff"), (WEIGHTS, b"no tensors"), (CONFIG, b"[]")]
+)
 def test_a_file_that_cannot_be_read_is_refused_even_if_the_manifest_fits(folder, name, content):
     (folder / name).write_bytes(content)
     seal(folder)
@@ -172,7 +193,9 @@ def index_of(folder: Path) -> dict:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", ["debug", "nano", "mini", "mini_moe", "small_moe"])
 @torch.no_grad()
-def test_every_preset_that_fits_comes_back_bit_by_bit_from_one_file_and_from_many(tmp_path, preset, dtype):
+def test_every_preset_that_fits_comes_back_bit_by_bit_from_one_file_and_from_many(
+    tmp_path, preset, dtype
+):
     torch.manual_seed(0)
     model = HSAModel(PRESETS[preset], dtype=dtype)
     for name, buffer in model.named_buffers():
@@ -185,7 +208,9 @@ def test_every_preset_that_fits_comes_back_bit_by_bit_from_one_file_and_from_man
         got = load_model(tmp_path / "model", dtype=dtype).state_dict()
         want = model.state_dict()
         assert got.keys() == want.keys()
-        assert all(value.dtype == dtype and torch.equal(value, want[name]) for name, value in got.items())
+        assert all(
+            value.dtype == dtype and torch.equal(value, want[name]) for name, value in got.items()
+        )
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -196,15 +221,29 @@ def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, s
     model.save_pretrained(tmp_path / "model", shard_bytes=shard_bytes, dtype=dtype)
     index = index_of(tmp_path / "model")
     shards = sorted(file.name for file in (tmp_path / "model").glob("*.safetensors"))
-    assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] and len(shards) > 1
+    assert (
+        shards
+        == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        and len(shards) > 1
+    )
     held = {shard: load_file(tmp_path / "model" / shard) for shard in shards}
-    assert index["weight_map"] == {name: shard for shard, tensors in held.items() for name in tensors}
+    assert index["weight_map"] == {
+        name: shard for shard, tensors in held.items() for name in tensors
+    }
     assert index["weight_map"].keys() == {name for name, _ in model.named_parameters()}
-    sizes = {shard: [tensor.nbytes for tensor in tensors.values()] for shard, tensors in held.items()}
-    assert index.keys() == {"metadata", "weight_map"} and index["metadata"] == {"total_size": sum(map(sum, sizes.values()))}
+    sizes = {
+        shard: [tensor.nbytes for tensor in tensors.values()] for shard, tensors in held.items()
+    }
+    assert index.keys() == {"metadata", "weight_map"} and index["metadata"] == {
+        "total_size": sum(map(sum, sizes.values()))
+    }
     assert all(sum(size) <= shard_bytes or len(size) == 1 for size in sizes.values())
     for shard, following in zip(shards, shards[1:]):  # none is cut off earlier than it must be
-        first = next(value for name, value in model.named_parameters() if index["weight_map"][name] == following)
+        first = next(
+            value
+            for name, value in model.named_parameters()
+            if index["weight_map"][name] == following
+        )
         assert sum(sizes[shard]) + first.numel() * (dtype or first.dtype).itemsize > shard_bytes
     manifest = json.loads((tmp_path / "model" / MANIFEST).read_text())
     assert manifest.keys() == {CONFIG, INDEX, *shards}
@@ -215,7 +254,9 @@ def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, s
 
 @pytest.mark.parametrize("shard_bytes", [0, -1, 2.5])
 def test_a_wrong_shard_size_is_refused(tmp_path, shard_bytes):
-    with pytest.raises(ValueError, match=f"^shard_bytes: got {shard_bytes}, accepted is an integer of at least 1"):
+    with pytest.raises(
+        ValueError, match=f"^shard_bytes: got {shard_bytes}, accepted is an integer of at least 1"
+    ):
         tiny(**SMALL).save_pretrained(tmp_path / "model", shard_bytes=shard_bytes)
     assert not any(tmp_path.iterdir())
 
@@ -227,7 +268,9 @@ def test_a_shard_that_is_altered_or_missing_is_refused(sharded):
             file.unlink()
             if altered is not None:
                 file.write_bytes(altered)
-            with pytest.raises(ValueError, match=f"^path: .*{re.escape(file.name)}.*; accepted is "):
+            with pytest.raises(
+                ValueError, match=f"^path: .*{re.escape(file.name)}.*; accepted is "
+            ):
                 load_model(sharded)
         file.write_bytes(content)
     load_model(sharded)
@@ -246,7 +289,9 @@ MISFITS = {
         r"norm.weight is in model-\d+-of-\d+.safetensors by the index, in no file by the files",
     ),
     "a shard that the index does not name": (
-        lambda folder: save_file({"extra": torch.zeros(3)}, folder / "model-00099-of-00099.safetensors"),
+        lambda folder: save_file(
+            {"extra": torch.zeros(3)}, folder / "model-00099-of-00099.safetensors"
+        ),
         "extra is in no file by the index, in model-00099-of-00099.safetensors by the files",
     ),
     "a tensor that the index does not name": (
@@ -258,17 +303,31 @@ MISFITS = {
         r"extra is in model-\d+-of-\d+.safetensors by the index, in no file by the files",
     ),
     "a tensor elsewhere": (
-        lambda folder: edit_index(folder, lambda places: places.update({LAST: places["embedding.weight"]})),
+        lambda folder: edit_index(
+            folder, lambda places: places.update({LAST: places["embedding.weight"]})
+        ),
         r"norm.weight is in model-00001-of-\d+.safetensors by the index, in model-\d+-of-\d+.safetensors by the files",
     ),
     "a shard outside the folder": (
         lambda folder: edit_index(folder, lambda places: places.update({LAST: "../weights"})),
         "norm.weight is in ../weights by the index",
     ),
-    "no index": (lambda folder: (folder / INDEX).unlink(), "does not name model.safetensors or model.safetensors.index.json"),
-    "an empty index": (lambda folder: (folder / INDEX).write_text("{}"), f"has no readable {INDEX}"),
-    "an index that is a list": (lambda folder: (folder / INDEX).write_text("[]"), f"has no readable {INDEX}"),
-    "an index that is no JSON": (lambda folder: (folder / INDEX).write_bytes(b"\xff"), f"has no readable {INDEX}"),
+    "no index": (
+        lambda folder: (folder / INDEX).unlink(),
+        "does not name model.safetensors or model.safetensors.index.json",
+    ),
+    "an empty index": (
+        lambda folder: (folder / INDEX).write_text("{}"),
+        f"has no readable {INDEX}",
+    ),
+    "an index that is a list": (
+        lambda folder: (folder / INDEX).write_text("[]"),
+        f"has no readable {INDEX}",
+    ),
+    "an index that is no JSON": (
+        lambda folder: (folder / INDEX).write_bytes(b"\xff"),
+        f"has no readable {INDEX}",
+    ),
 }
 
 
@@ -285,9 +344,17 @@ def test_files_that_do_not_fit_the_index_are_refused_even_if_the_manifest_fits(s
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("norm.weight", torch.zeros(9), r"norm.weight: got \[9\] torch.float32, accepted is \[8\] of a floating dtype"),
+        (
+            "norm.weight",
+            torch.zeros(9),
+            r"norm.weight: got \[9\] torch.float32, accepted is \[8\] of a floating dtype",
+        ),
         ("norm.weight", torch.zeros(8, dtype=torch.int32), r"norm.weight: got \[8\] torch.int32"),
-        ("embedding.weight", torch.zeros(8, 64), r"embedding.weight: got \[8, 64\] torch.float32, accepted is \[64, 8\]"),
+        (
+            "embedding.weight",
+            torch.zeros(8, 64),
+            r"embedding.weight: got \[8, 64\] torch.float32, accepted is \[64, 8\]",
+        ),
         ("norm.weight", None, "norm.weight is missing"),
         ("extra", torch.zeros(8), "extra is too many"),
         ("head.weight", torch.zeros(64, 8), "head.weight is too many"),
@@ -295,9 +362,14 @@ def test_files_that_do_not_fit_the_index_are_refused_even_if_the_manifest_fits(s
 )
 def test_weights_that_do_not_fit_are_refused(folder, name, value, message):
     tensors = load_file(folder / WEIGHTS) | {name: value}
-    save_file({key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+    save_file(
+        {key: tensor.clone() for key, tensor in tensors.items() if tensor is not None},
+        folder / WEIGHTS,
+    )
     seal(folder)
-    with pytest.raises(ValueError, match=rf"^path: the weights in .* do not fit its config.json \({message}") as caught:
+    with pytest.raises(
+        ValueError, match=rf"^path: the weights in .* do not fit its config.json \({message}"
+    ) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
 
@@ -338,13 +410,18 @@ def test_never_are_two_copies_of_all_weights_held(tmp_path, monkeypatch, new_obj
             alive.append(living_bytes() - before)
             return value
 
-    monkeypatch.setattr("hsa_mini.checkpoint.save_file", watched_save)
-    monkeypatch.setattr("hsa_mini.checkpoint.safe_open", Watched)
+    monkeypatch.setattr("hsa_mini.checkpoint.folder.save_file", watched_save)
+    monkeypatch.setattr("hsa_mini.checkpoint.weights.safe_open", Watched)
     model.save_pretrained(tmp_path / "model", dtype=torch.bfloat16, shard_bytes=shard_bytes)
     assert len(alive) > 3 and 0 < max(alive) <= held < sum(sizes) // 4
     alive.clear()
     got = load_model(tmp_path / "model")
-    assert sum(sizes) == sum(parameter.nbytes for parameter in got.parameters()) <= max(alive) <= sum(sizes) + held
+    assert (
+        sum(sizes)
+        == sum(parameter.nbytes for parameter in got.parameters())
+        <= max(alive)
+        <= sum(sizes) + held
+    )
 
 
 MEMORY = """
@@ -369,9 +446,14 @@ def measured(work):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is asked of Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="the peak of a process's memory is asked of Linux",
+)
 def test_the_process_grows_by_a_shard_when_it_writes_and_by_the_model_when_it_reads(tmp_path):
-    code = MEMORY + """
+    code = (
+        MEMORY
+        + """
 folder, shard = Path(sys.argv[1]), 8_000_000
 config = HSAConfig(**CONFIG)
 model = HSAModel(config)
@@ -381,8 +463,15 @@ measured(lambda: model.save_pretrained(folder / "model", dtype=torch.bfloat16, s
 del model
 model = measured(lambda: HSAModel.from_pretrained(folder / "model"))
 """
-    config = dataclasses.asdict(dataclasses.replace(TINY, width=512, mlp_width=4096, lower_layers=8))
-    words = [code.replace("CONFIG)", f"{config})"), str(tmp_path), str(data_dir() / "checkpoints/mini")]
+    )
+    config = dataclasses.asdict(
+        dataclasses.replace(TINY, width=512, mlp_width=4096, lower_layers=8)
+    )
+    words = [
+        code.replace("CONFIG)", f"{config})"),
+        str(tmp_path),
+        str(data_dir() / "checkpoints/mini"),
+    ]
     run = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     size, written, read = map(int, run.stdout.split())
@@ -404,7 +493,9 @@ def test_writing_replaces_a_checkpoint_and_leaves_nothing_else(tmp_path, monkeyp
     assert (tmp_path / "link").is_symlink()
     monkeypatch.chdir(tmp_path / "model")
     other.save_pretrained(".")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted([CONFIG, MANIFEST, WEIGHTS])
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(
+        [CONFIG, MANIFEST, WEIGHTS]
+    )
 
 
 def test_files_that_are_no_checkpoint_are_never_replaced(tmp_path):
@@ -412,7 +503,9 @@ def test_files_that_are_no_checkpoint_are_never_replaced(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("text")
     for name in ("mine", "file"):
-        with pytest.raises(ValueError, match=f"^path: got .*{name}, accepted is a new or empty folder"):
+        with pytest.raises(
+            ValueError, match=f"^path: got .*{name}, accepted is a new or empty folder"
+        ):
             tiny(**SMALL).save_pretrained(tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
@@ -420,7 +513,10 @@ def test_files_that_are_no_checkpoint_are_never_replaced(tmp_path):
 
 def test_a_write_that_fails_leaves_what_stood_there(folder, monkeypatch):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    monkeypatch.setattr("hsa_mini.checkpoint._sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "hsa_mini.checkpoint.folder._sync",
+        lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OSError, match="No space left"):
         HSAModel(TINY).save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -464,12 +560,16 @@ def child(work) -> int:
 """
 
 
-several_sizes = pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 300_000], ids=["one file", "three"])
+several_sizes = pytest.mark.parametrize(
+    "shard_bytes", [SHARD_BYTES, 300_000], ids=["one file", "three"]
+)
 
 
 def killed(code: str, folder: Path) -> list[str]:
     """Run KILLED + code in a process of its own; what it prints, by lines."""
-    run = subprocess.run([sys.executable, "-c", KILLED + code, str(folder)], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED + code, str(folder)], capture_output=True, text=True, cwd=ROOT
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
 
@@ -571,20 +671,31 @@ def test_nothing_is_ever_unpickled():
     """A pickle runs code when it is read: weights come from safetensors, the rest from JSON."""
     for path in (ROOT / "hsa_mini").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
-        assert not re.search(r"torch\.(load|save)\b|import c?pickle|from c?pickle|joblib|allow_pickle *= *True", source), path
+        assert not re.search(
+            r"torch\.(load|save)\b|import c?pickle|from c?pickle|joblib|allow_pickle *= *True",
+            source,
+        ), path
 
 
-@pytest.mark.parametrize("path", sorted((data_dir() / "checkpoints").glob("*/")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((data_dir() / "checkpoints").glob("*/")), ids=lambda path: path.name
+)
 def test_shipped_checkpoints_are_whole_and_say_how_they_were_trained(path):
     model = load_model(path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     how = json.loads((path / "training.json").read_text())
     assert {"hardware", "versions", "command", "seed", "seconds", "recipe"} <= how.keys()
-    assert json.loads((path / MANIFEST).read_text()).keys() == {file.name for file in path.iterdir()} - {MANIFEST}
+    assert json.loads((path / MANIFEST).read_text()).keys() == {
+        file.name for file in path.iterdir()
+    } - {MANIFEST}
 
 
 def test_folders_hold_what_they_are_given(tmp_path):
-    write_folder(tmp_path / "x", {"a.safetensors": {"t": torch.arange(6).view(2, 3).T}}, {"b.txt": "é\n"})
-    assert torch.equal(load_file(tmp_path / "x" / "a.safetensors")["t"], torch.arange(6).view(2, 3).T)
+    write_folder(
+        tmp_path / "x", {"a.safetensors": {"t": torch.arange(6).view(2, 3).T}}, {"b.txt": "é\n"}
+    )
+    assert torch.equal(
+        load_file(tmp_path / "x" / "a.safetensors")["t"], torch.arange(6).view(2, 3).T
+    )
     assert (tmp_path / "x" / "b.txt").read_bytes() == "é\n".encode()
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "x").iterdir()} == {0o644}

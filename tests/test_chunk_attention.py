@@ -14,7 +14,10 @@ from hsa_mini.reference import chunk_attention, decode, retrieve
 
 
 def inputs(B=2, T=7, J=2, G=2, D=8, N=4, S=16, K=3, dtype=torch.float64) -> dict[str, torch.Tensor]:
-    q, k, v = random(B, T, J * G, D, dtype=dtype), *(random(B, N, S, J, D, seed=s, dtype=dtype) for s in (1, 2))
+    q, k, v = (
+        random(B, T, J * G, D, dtype=dtype),
+        *(random(B, N, S, J, D, seed=s, dtype=dtype) for s in (1, 2)),
+    )
     indices, weights = random_choice(B, T, J, K, N, dtype=torch.promote_types(dtype, torch.float32))
     return dict(q=q, k=k, v=v, indices=indices, weights=weights)
 
@@ -55,16 +58,22 @@ def test_one_chunk_kept_with_weight_one_is_dense_attention_over_it():
 
         def dense(q, k, v):
             rows = (q, k[:, chunk], v[:, chunk])
-            return scaled_dot_product_attention(*(x.transpose(1, 2) for x in rows), enable_gqa=True).transpose(1, 2)
+            return scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in rows), enable_gqa=True
+            ).transpose(1, 2)
 
-        assert_close(results(sparse, dict(q=q, k=k, v=v)), results(dense, dict(q=q, k=k, v=v)), 1e-13)
+        assert_close(
+            results(sparse, dict(q=q, k=k, v=v)), results(dense, dict(q=q, k=k, v=v)), 1e-13
+        )
 
 
 def test_a_single_chunk_of_all_tokens_is_dense_attention_over_everything():
     B, T, H, D, S = 1, 5, 3, 8, 200
     q, k, v = random(B, T, H, D), random(B, 1, S, 1, D, seed=1), random(B, 1, S, 1, D, seed=2)
     one = torch.ones(B, T, 1, 1, dtype=torch.float64)
-    dense = scaled_dot_product_attention(q.transpose(1, 2), *(x[:, 0].transpose(1, 2) for x in (k, v)), enable_gqa=True)
+    dense = scaled_dot_product_attention(
+        q.transpose(1, 2), *(x[:, 0].transpose(1, 2) for x in (k, v)), enable_gqa=True
+    )
     assert_close(chunk_attention(q, k, v, (one - 1).int(), one), dense.transpose(1, 2), 1e-13)
 
 
@@ -73,17 +82,39 @@ def test_linear_in_the_weights_and_in_v():
     q, k, v, indices, first = (case[name] for name in ("q", "k", "v", "indices", "weights"))
     second, other = random(*first.shape, seed=5), random(*v.shape, seed=6)
     mixed = chunk_attention(q, k, v, indices, 2 * first - 3 * second)
-    assert_close(mixed, 2 * chunk_attention(q, k, v, indices, first) - 3 * chunk_attention(q, k, v, indices, second), 1e-13)
+    assert_close(
+        mixed,
+        2 * chunk_attention(q, k, v, indices, first)
+        - 3 * chunk_attention(q, k, v, indices, second),
+        1e-13,
+    )
     mixed = chunk_attention(q, k, 2 * v - 3 * other, indices, first)
-    assert_close(mixed, 2 * chunk_attention(q, k, v, indices, first) - 3 * chunk_attention(q, k, other, indices, first), 1e-13)
+    assert_close(
+        mixed,
+        2 * chunk_attention(q, k, v, indices, first)
+        - 3 * chunk_attention(q, k, other, indices, first),
+        1e-13,
+    )
 
 
 def test_where_a_chunk_lies_and_in_which_slot_changes_nothing():
-    case, order, slots = inputs(N=6, K=4), torch.tensor([3, 5, 0, 1, 4, 2]), torch.tensor([2, 0, 3, 1])
+    case, order, slots = (
+        inputs(N=6, K=4),
+        torch.tensor([3, 5, 0, 1, 4, 2]),
+        torch.tensor([2, 0, 3, 1]),
+    )
     want = results(chunk_attention, case)
     place = order.argsort().int()  # where each chunk went; -1 stays -1
-    moved = torch.where(case["indices"] >= 0, place[case["indices"].clamp(min=0).long()], -1)[..., slots]
-    shuffled = dict(case, k=case["k"][:, order], v=case["v"][:, order], indices=moved, weights=case["weights"][..., slots])
+    moved = torch.where(case["indices"] >= 0, place[case["indices"].clamp(min=0).long()], -1)[
+        ..., slots
+    ]
+    shuffled = dict(
+        case,
+        k=case["k"][:, order],
+        v=case["v"][:, order],
+        indices=moved,
+        weights=case["weights"][..., slots],
+    )
     got = results(chunk_attention, shuffled)
     assert_close(got["output 0"], want["output 0"], 1e-13)
     assert_close(got["gradient of q"], want["gradient of q"], 1e-13)
@@ -101,7 +132,9 @@ def test_the_order_of_tokens_inside_a_chunk_changes_nothing():
 
 def test_empty_slots_add_nothing_whatever_chunk_zero_and_their_weights_hold():
     case = inputs()
-    case["indices"] = torch.where(case["indices"] == 0, 1, case["indices"])  # nobody asks for chunk 0
+    case["indices"] = torch.where(
+        case["indices"] == 0, 1, case["indices"]
+    )  # nobody asks for chunk 0
     assert (case["indices"] < 0).any()
     want = chunk_attention(**case)
     case["k"][:, 0] = case["v"][:, 0] = float("nan")
@@ -125,10 +158,14 @@ def test_a_token_without_chunks_gets_exactly_zero(N):
 def test_gradients_equal_finite_differences():
     case = inputs(B=1, T=2, J=2, G=2, D=2, N=3, S=3, K=3)
     leaves = tuple(case[name].requires_grad_() for name in ("q", "k", "v", "weights"))
-    assert torch.autograd.gradcheck(lambda q, k, v, weights: chunk_attention(q, k, v, case["indices"], weights), leaves)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, weights: chunk_attention(q, k, v, case["indices"], weights), leaves
+    )
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)]
+)
 def test_error_against_float64_is_the_rounding_of_the_result(dtype, bound):
     """Everything is computed in float32: outputs and gradients of 16-bit inputs lose their last rounding alone."""
     case = inputs(T=300, N=4, K=3, dtype=dtype)
@@ -144,10 +181,16 @@ def test_error_against_float64_is_the_rounding_of_the_result(dtype, bound):
 def test_decode_is_the_last_token_of_retrieve_and_chunk_attention(S, K, J, G, tensor_offset):
     B, T, N, D, R = 2, 21, 5, 8, 4
     retrieval_q, landmarks = random(B, T, J, R), random(B, N, J, R, seed=1)
-    q, k, v = random(B, T, J * G, D, seed=2), random(B, N, S, J, D, seed=3), random(B, N, S, J, D, seed=4)
+    q, k, v = (
+        random(B, T, J * G, D, seed=2),
+        random(B, N, S, J, D, seed=3),
+        random(B, N, S, J, D, seed=4),
+    )
     for offset in (0, S - 5, 3 * S, N * S):
         offset = torch.tensor([offset, offset // 2]) if tensor_offset else offset
         choice = retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, offset=offset)
         want = chunk_attention(q, k, v, *choice, scale=0.3)[:, -1:]
         last = dict(retrieval_q=retrieval_q[:, -1:], landmarks=landmarks, q=q[:, -1:], k=k, v=v)
-        assert_close(decode(**last, chunk_size=S, top_k=K, offset=offset + T - 1, scale=0.3), want, 1e-13)
+        assert_close(
+            decode(**last, chunk_size=S, top_k=K, offset=offset + T - 1, scale=0.3), want, 1e-13
+        )

@@ -18,13 +18,13 @@ import pytest
 from material import TINY, tiny, word_corpus, words
 from test_demo import KEYS
 
-from hsa_mini import cli
-from hsa_mini.checkpoint import fingerprint
+from hsa_mini.checkpoint.folder import fingerprint
+from hsa_mini.cli import entry as cli
+from hsa_mini.cli.report import printable
 from hsa_mini.data import corpus
-from hsa_mini.data.tasks import TASKS
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.paths import data_dir
-from hsa_mini.report import printable
+from hsa_mini.tasks.forms import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRUPTED = "corrupted"
@@ -35,10 +35,10 @@ TOKENIZER = load_tokenizer()
 def folder(tmp_path, monkeypatch) -> Path:
     """The current folder, with what the bad inputs below name; no command may leave anything in it but its results."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", word_corpus)
-    monkeypatch.setattr("hsa_mini.evaluate.load_corpus", word_corpus)
-    monkeypatch.setattr("hsa_mini.perplexity.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.evaluation.runner.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.evaluation.perplexity.load_corpus", word_corpus)
     Path("good.txt").write_text(words(3000), encoding="utf-8")
     Path("short.txt").write_text("a few words", encoding="utf-8")
     Path("empty.txt").write_text("", encoding="utf-8")
@@ -78,7 +78,10 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["demo", "--tokens", "1023"], "--tokens: got 1023, accepted is 1024 to 1073741824"),
     (["demo", "--tokens", "0"], "--tokens: got 0, accepted is 1024"),
     (["demo", "--tokens", "-5"], "--tokens: got -5, accepted is 1024"),
-    (["demo", "--tokens", "1073741825"], "--tokens: got 1073741825, accepted is 1024 to 1073741824"),
+    (
+        ["demo", "--tokens", "1073741825"],
+        "--tokens: got 1073741825, accepted is 1024 to 1073741824",
+    ),
     (["demo", "--tokens", "4096.5"], "--tokens: got '4096.5', accepted is an integer"),
     (["demo", "--tokens", "many"], "--tokens: got 'many', accepted is an integer"),
     (["demo", "--tokens", ""], "--tokens: got '', accepted is an integer"),
@@ -94,18 +97,36 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["demo", "--seed", "1.0"], "--seed: got '1.0', accepted is an integer"),
     (["demo", "--device", "tpu"], "--device: got 'tpu', accepted here are auto, cpu"),
     (["demo", "--device", "cuda:99"], "--device: got 'cuda:99', accepted here are auto, cpu"),
-    (["demo", "--out", "file"], r"--out: got file \(it is a file\), accepted is a folder to write into"),
-    (["demo", "--out", "file/deeper"], r"--out: got file/deeper \(Not a directory\), accepted is a folder"),
+    (
+        ["demo", "--out", "file"],
+        r"--out: got file \(it is a file\), accepted is a folder to write into",
+    ),
+    (
+        ["demo", "--out", "file/deeper"],
+        r"--out: got file/deeper \(Not a directory\), accepted is a folder",
+    ),
     (["demo", "--out", "/proc/nowhere"], r"--out: got /proc/nowhere \(.*\), accepted is a folder"),
-    (["demo", "--json", "dir"], r"--json: got dir \(it is a folder\), accepted is a file that can be written"),
+    (
+        ["demo", "--json", "dir"],
+        r"--json: got dir \(it is a folder\), accepted is a file that can be written",
+    ),
     (["demo", "--json", ""], r"--json: got . \(it is a folder\), accepted is a file"),
-    (["demo", "--json", "file/result.json"], r"--json: got file/result.json \(Not a directory\), accepted is a file"),
-    (["demo", "--json", "/proc/nowhere/x"], r"--json: got /proc/nowhere/x \(.*\), accepted is a file"),
+    (
+        ["demo", "--json", "file/result.json"],
+        r"--json: got file/result.json \(Not a directory\), accepted is a file",
+    ),
+    (
+        ["demo", "--json", "/proc/nowhere/x"],
+        r"--json: got /proc/nowhere/x \(.*\), accepted is a file",
+    ),
     (["demo", "--json", "x" * 300], r"--json: got x+ \(File name too long\), accepted is a file"),
     (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
     (["generate"], "the following arguments are required: --prompt-file"),
     ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: got 0, accepted is 1 to 1000000000"),
-    ([*GENERATE, "--max-new-tokens", "some"], "--max-new-tokens: got 'some', accepted is an integer"),
+    (
+        [*GENERATE, "--max-new-tokens", "some"],
+        "--max-new-tokens: got 'some', accepted is an integer",
+    ),
     ([*GENERATE, "--temperature", "-1"], "--temperature: got -1.0, accepted is 0 to 1000000"),
     ([*GENERATE, "--temperature", "nan"], "--temperature: got nan, accepted is 0 to 1000000"),
     ([*GENERATE, "--temperature", "hot"], "--temperature: got 'hot', accepted is a number"),
@@ -127,71 +148,153 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--samples", "0"], "--samples: got 0, accepted is 1"),
     (["eval", "model", "--jobs", "0"], "--jobs: got 0, accepted is 1 to 64"),
     (["eval", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
-    (["eval", "model", "--task", "poetry"], "--task: invalid choice: 'poetry' .choose from '?s_niah'?, '?mq_niah'?, '?vt"),
+    (
+        ["eval", "model", "--task", "poetry"],
+        "--task: invalid choice: 'poetry' .choose from '?s_niah'?, '?mq_niah'?, '?vt",
+    ),
     (["eval", "model", "--distractors", "-1"], "--distractors: got -1, accepted is 0 to 10000"),
-    (["eval", "model", "--distractors", "10001"], "--distractors: got 10001, accepted is 0 to 10000"),
+    (
+        ["eval", "model", "--distractors", "10001"],
+        "--distractors: got 10001, accepted is 0 to 10000",
+    ),
     (["eval", "model", "--distractors", "few"], "--distractors: got 'few', accepted is an integer"),
     (["eval", "model", "--border", "4"], "unrecognized arguments: 4"),
     (["eval", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
     (["eval"], "the following arguments are required: checkpoint"),
-    (["perplexity", "model", "--lengths", "1024", "511"], "--lengths: got 511, accepted is 512 to 1073741824"),
+    (
+        ["perplexity", "model", "--lengths", "1024", "511"],
+        "--lengths: got 511, accepted is 512 to 1073741824",
+    ),
     (["perplexity", "model", "--stretches", "0"], "--stretches: got 0, accepted is 1"),
     (["perplexity", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
-    (["perplexity", "model", "--out", "dir"], r"--out: got dir \(it is a folder\), accepted is a file"),
+    (
+        ["perplexity", "model", "--out", "dir"],
+        r"--out: got dir \(it is a folder\), accepted is a file",
+    ),
     (["perplexity"], "the following arguments are required: checkpoint"),
-    (["plan", "huge"], "preset: got 'huge', accepted are debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b"),
+    (
+        ["plan", "huge"],
+        "preset: got 'huge', accepted are debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b",
+    ),
     (["plan"], "the following arguments are required: preset"),
     (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),
     (["plan", "nano", "--tokens", "-1"], "--tokens: got -1, accepted is 1 to 1073741824"),
-    (["plan", "nano", "--tokens", "1073741825"], "--tokens: got 1073741825, accepted is 1 to 1073741824"),
+    (
+        ["plan", "nano", "--tokens", "1073741825"],
+        "--tokens: got 1073741825, accepted is 1 to 1073741824",
+    ),
     (["plan", "nano", "--tokens", "1M"], "--tokens: got '1M', accepted is an integer"),
-    (["plan", "nano", "--json", "dir"], r"--json: got dir \(it is a folder\), accepted is a file that can be written"),
-    (["plan", "nano", "--json", "file/x.json"], r"--json: got file/x.json \(Not a directory\), accepted is a file"),
+    (
+        ["plan", "nano", "--json", "dir"],
+        r"--json: got dir \(it is a folder\), accepted is a file that can be written",
+    ),
+    (
+        ["plan", "nano", "--json", "file/x.json"],
+        r"--json: got file/x.json \(Not a directory\), accepted is a file",
+    ),
     (["sing"], "invalid choice: 'sing'"),
     ([], "the following arguments are required: demo"),
 ]
 DEARER = [  # a model or a text has to be opened
-    ([*DEMO, "--checkpoint", "nosuch"], r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini"),
-    ([*DEMO, "--checkpoint", "dir"], "--checkpoint: dir has no readable manifest.json; accepted is"),
+    (
+        [*DEMO, "--checkpoint", "nosuch"],
+        r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini",
+    ),
+    (
+        [*DEMO, "--checkpoint", "dir"],
+        "--checkpoint: dir has no readable manifest.json; accepted is",
+    ),
     ([*DEMO, "--checkpoint", "good.txt"], "--checkpoint: got good.txt, accepted is the folder"),
-    ([*DEMO, "--checkpoint", CORRUPTED], f"--checkpoint: {CORRUPTED}/model.safetensors does not match its manifest"),
-    ([*DEMO, "--checkpoint", "few"], "--checkpoint: few knows 512 tokens, accepted is a model of at least 4096"),
+    (
+        [*DEMO, "--checkpoint", CORRUPTED],
+        f"--checkpoint: {CORRUPTED}/model.safetensors does not match its manifest",
+    ),
+    (
+        [*DEMO, "--checkpoint", "few"],
+        "--checkpoint: few knows 512 tokens, accepted is a model of at least 4096",
+    ),
     ([*DEMO, "--checkpoint", "wide"], "--tokens: got 2048, accepted is 2258 to 1073741824"),
-    ([*DEMO, "--haystack", "nosuch"], r"--haystack: cannot read nosuch \(No such file or directory\); accepted is any UTF-8"),
-    ([*DEMO, "--haystack", "dir"], r"--haystack: cannot read dir \(Is a directory\); accepted is any UTF-8 text file"),
-    ([*DEMO, "--haystack", "latin.txt"], r"--haystack: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8"),
-    ([*DEMO, "--haystack", "short.txt"], r"--haystack: got \d+ tokens of text, accepted are at least 64"),
-    ([*DEMO, "--haystack", "empty.txt"], "--haystack: got 0 tokens of text, accepted are at least 64"),
-    (["generate", "nosuch", *GENERATE[2:]], r"checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*mini"),
-    (["generate", CORRUPTED, *GENERATE[2:]], f"checkpoint: {CORRUPTED}/model.safetensors does not match its manifest"),
-    (["generate", "few", *GENERATE[2:]], "checkpoint: few knows 512 tokens, accepted is a model of at least 4096"),
-    ([*GENERATE[:3], "nosuch"], r"--prompt-file: cannot read nosuch \(No such file or directory\); accepted is any UTF-8"),
-    ([*GENERATE[:3], "dir"], r"--prompt-file: cannot read dir \(Is a directory\); accepted is any UTF-8 text file"),
-    ([*GENERATE[:3], "latin.txt"], r"--prompt-file: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8"),
+    (
+        [*DEMO, "--haystack", "nosuch"],
+        r"--haystack: cannot read nosuch \(No such file or directory\); accepted is any UTF-8",
+    ),
+    (
+        [*DEMO, "--haystack", "dir"],
+        r"--haystack: cannot read dir \(Is a directory\); accepted is any UTF-8 text file",
+    ),
+    (
+        [*DEMO, "--haystack", "latin.txt"],
+        r"--haystack: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8",
+    ),
+    (
+        [*DEMO, "--haystack", "short.txt"],
+        r"--haystack: got \d+ tokens of text, accepted are at least 64",
+    ),
+    (
+        [*DEMO, "--haystack", "empty.txt"],
+        "--haystack: got 0 tokens of text, accepted are at least 64",
+    ),
+    (
+        ["generate", "nosuch", *GENERATE[2:]],
+        r"checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*mini",
+    ),
+    (
+        ["generate", CORRUPTED, *GENERATE[2:]],
+        f"checkpoint: {CORRUPTED}/model.safetensors does not match its manifest",
+    ),
+    (
+        ["generate", "few", *GENERATE[2:]],
+        "checkpoint: few knows 512 tokens, accepted is a model of at least 4096",
+    ),
+    (
+        [*GENERATE[:3], "nosuch"],
+        r"--prompt-file: cannot read nosuch \(No such file or directory\); accepted is any UTF-8",
+    ),
+    (
+        [*GENERATE[:3], "dir"],
+        r"--prompt-file: cannot read dir \(Is a directory\); accepted is any UTF-8 text file",
+    ),
+    (
+        [*GENERATE[:3], "latin.txt"],
+        r"--prompt-file: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8",
+    ),
     ([*GENERATE[:3], "empty.txt"], "--prompt-file: got 0 tokens of text, accepted is at least 1"),
     (["eval", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
     (["eval", CORRUPTED], f"checkpoint: {CORRUPTED}/model.safetensors does not match"),
     (["eval", "model", "--lengths", "100"], "--lengths: got 100, accepted is 266 to 1073741824"),
     (["perplexity", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
-    (["perplexity", "model", "--lengths", "900000"], r"lengths: got 900000, accepted is 512 to \d+ \(of the validation split\)"),
+    (
+        ["perplexity", "model", "--lengths", "900000"],
+        r"lengths: got 900000, accepted is 512 to \d+ \(of the validation split\)",
+    ),
 ]
 
 
-@pytest.mark.parametrize("words, message", [*CHEAP, *DEARER], ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
-def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(folder, capfd, monkeypatch, words, message):
+@pytest.mark.parametrize(
+    "words, message",
+    [*CHEAP, *DEARER],
+    ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "",
+)
+def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(
+    folder, capfd, monkeypatch, words, message
+):
     if (words, message) in CHEAP:
-        monkeypatch.setattr("hsa_mini.checkpoint.load_model", refuse)
+        monkeypatch.setattr("hsa_mini.checkpoint.weights.load_model", refuse)
         monkeypatch.setattr("hsa_mini.data.corpus.load_text", refuse)
         monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", refuse)
     before = listing(folder)
     status, out, err = call(capfd, *words)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1 and err.endswith("\n") and len(err) < 500, err
-    assert re.match(rf"hsa-mini( {words[0] if words else ''})?: error: (argument )?(demo\|.*: )?{message}", err), err
+    assert re.match(
+        rf"hsa-mini( {words[0] if words else ''})?: error: (argument )?(demo\|.*: )?{message}", err
+    ), err
     assert listing(folder) == before
 
 
-@pytest.mark.parametrize("option", ["--haystack good.txt", "--out dir", "--json dir/x", "--checkpoint model"])
+@pytest.mark.parametrize(
+    "option", ["--haystack good.txt", "--out dir", "--json dir/x", "--checkpoint model"]
+)
 def test_files_without_permission(folder, capfd, option):
     option, path = option.split()
     target = folder / path if (folder / path).exists() else (folder / path).parent
@@ -207,38 +310,51 @@ def test_files_without_permission(folder, capfd, option):
 
 
 def test_a_run_of_other_settings(folder, capfd):
-    from hsa_mini.checkpoint import save_progress
+    from hsa_mini.checkpoint.training_state import save_progress
 
     save_progress(folder / "run", 3, {}, {"step": 3, "seconds": 1.0, "settings": {}})
     before = listing(folder)
     status, out, err = call(capfd, "train", "nano", "--run", "run", "--device", "cpu")
     assert (status, out) == (2, "") and listing(folder) == before
-    assert re.fullmatch("hsa-mini train: error: run: run holds a run of other settings; accepted is .*\n", err)
+    assert re.fullmatch(
+        "hsa-mini train: error: run: run holds a run of other settings; accepted is .*\n", err
+    )
 
 
 def test_running_out_of_memory_is_one_line(folder, capfd, monkeypatch):
     for error in (RuntimeError("CUDA out of memory.\nTried to allocate"), MemoryError()):
-        monkeypatch.setattr("hsa_mini.demo.prefill", lambda *_, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(
+            "hsa_mini.evaluation.demo.prefill", lambda *_, **__: (_ for _ in ()).throw(error)
+        )
         before = listing(folder)
         status, _, err = call(capfd, *DEMO)
-        assert status == 2 and "memory" in err.lower().splitlines()[-1] and listing(folder) == before
+        assert (
+            status == 2 and "memory" in err.lower().splitlines()[-1] and listing(folder) == before
+        )
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch):
-    monkeypatch.setattr("hsa_mini.demo.prefill", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(
+        "hsa_mini.evaluation.demo.prefill",
+        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes do not match")),
+    )
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main(DEMO)
 
 
 def test_json_on_standard_output_is_json_alone_and_the_picture_is_a_picture(folder, capfd):
-    status, out, err = call(capfd, *DEMO, "--json", "-", "--seed", "7", "--depth", "0.25", "--out", "pictures/new")
+    status, out, err = call(
+        capfd, *DEMO, "--json", "-", "--seed", "7", "--depth", "0.25", "--out", "pictures/new"
+    )
     assert status == 0
     result = json.loads(out)
     assert tuple(result) == KEYS
     assert (result["tokens"], result["depth"], result["seed"]) == (2048, 0.25, 7)
     assert result["question"] in err  # the report for people goes elsewhere
     picture = folder / "pictures" / "new" / "needle_2048_7.png"
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and picture.read_bytes().endswith(
+        b"IEND\xaeB`\x82"
+    )
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
 
 
@@ -246,19 +362,25 @@ def test_json_in_a_file_and_the_report_for_people(folder, capfd):
     status, out, _ = call(capfd, *DEMO, "--json", "new/result.json", "--device", "cpu")
     result = json.loads(Path("new/result.json").read_text())
     assert status == 0 and tuple(result) == KEYS and Path("out/needle_2048_0.png").is_file()
-    assert re.search(r"(?s)answer +.* \((right|wrong: it is \d{6}\.)\)", out) and result["question"] in out
+    assert (
+        re.search(r"(?s)answer +.* \((right|wrong: it is \d{6}\.)\)", out)
+        and result["question"] in out
+    )
     assert "needle in  chunk" in out and ">>>" in out and "<<<" in out and "GB" in out
     assert {path.name for path in Path("new").iterdir()} == {"result.json"}
 
 
 def test_the_haystack_is_held_out_text_if_none_is_given(folder, capfd):
-    first, second = ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a"), ("--seed", "1")
+    first, second = (
+        ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a"),
+        ("--seed", "1"),
+    )
     assert call(capfd, *first)[0] == call(capfd, *first, *second)[0] == 0
 
 
 def test_a_text_that_would_upset_a_terminal_or_a_picture(folder, capfd, monkeypatch):
     Path("evil.txt").write_text("\x1b[2J\x9b\x07\0\r\u202e$x$\\frac{" * 200, encoding="utf-8")
-    monkeypatch.setattr("hsa_mini.demo.continue_from", answering("\x1b$\\frac$"))
+    monkeypatch.setattr("hsa_mini.evaluation.demo.continue_from", answering("\x1b$\\frac$"))
     status, out, err = call(capfd, *DEMO, "--haystack", "evil.txt")
     assert status == 0 and Path("out/needle_2048_0.png").stat().st_size > 5000
     assert not set("\x1b\x9b\x07\0\u202e") & set(out) and "\N{MIDDLE DOT}$\\frac$" in out
@@ -269,7 +391,7 @@ def answering(text: str):
     import torch
 
     from hsa_mini.data.tokenizer import load_tokenizer
-    from hsa_mini.generate import Generation, continue_from
+    from hsa_mini.inference.generate import Generation, continue_from
 
     ids = torch.tensor([load_tokenizer().encode_ordinary(text)])
     return lambda *a, **o: Generation(ids, *list(vars(continue_from(*a, **o)).values())[1:])
@@ -277,18 +399,35 @@ def answering(text: str):
 
 def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
     from hsa_mini import PRESETS
-    from hsa_mini.data.mixture import Mixture
-    from hsa_mini.recipes import RECIPES, Recipe, Stage
+    from hsa_mini.training.mixture import Mixture
+    from hsa_mini.training.recipes import RECIPES, Recipe, Stage
 
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setitem(RECIPES, "tiny", Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)),)))
+    monkeypatch.setitem(
+        RECIPES,
+        "tiny",
+        Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)),)),
+    )
     status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--device", "cpu")
     assert status == 0 and "runs/tiny/final" in out and "runs/tiny/log.csv" in out
-    status, out, _ = call(capfd, "eval", "runs/tiny/final", "--lengths", "300", "400", "--samples", "1", "--out", "r.json")
+    status, out, _ = call(
+        capfd,
+        "eval",
+        "runs/tiny/final",
+        "--lengths",
+        "300",
+        "400",
+        "--samples",
+        "1",
+        "--out",
+        "r.json",
+    )
     assert status == 0 and out.count("control:") == 2 and "written to r.json" in out
     rows = json.loads(Path("r.json").read_text())["rows"]
     assert len(rows) == 20 and {row["tokens"] for row in rows} == {300, 400}
-    assert re.search(r"^ +300 +\d+/10 ", out, re.MULTILINE) and re.search(r"^ +400 +\d+/10 ", out, re.MULTILINE)
+    assert re.search(r"^ +300 +\d+/10 ", out, re.MULTILINE) and re.search(
+        r"^ +400 +\d+/10 ", out, re.MULTILINE
+    )
 
 
 def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd, monkeypatch):
@@ -300,17 +439,34 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
     status, out, _ = call(capfd, "eval", "own", "--lengths", "300", "--samples", "1")
     assert status == 0 and (data / "results" / "own_s_niah.json").is_file()
     for task in cli.TASKS:
-        options = ("--task", task, "--distractors", "3", "--border", "--lengths", "500", "--samples", "1")
+        options = (
+            "--task",
+            task,
+            "--distractors",
+            "3",
+            "--border",
+            "--lengths",
+            "500",
+            "--samples",
+            "1",
+        )
         status, out, _ = call(capfd, "eval", "own", *options)
-        result = json.loads((data / "results" / f"own_{task}_3_distractors_border.json").read_text())
-        assert status == 0 and [row["control"] for row in result["control_rows"]] == ["absent", "shuffled"]
+        result = json.loads(
+            (data / "results" / f"own_{task}_3_distractors_border.json").read_text()
+        )
+        assert status == 0 and [row["control"] for row in result["control_rows"]] == [
+            "absent",
+            "shuffled",
+        ]
         assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
     status, out, _ = call(capfd, "perplexity", "own", "--lengths", "700", "600", "--stretches", "2")
     result = json.loads((data / "results" / "own_perplexity.json").read_text())
     rows = result["rows"]
     assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
     assert status == 0 and [row["tokens"] for row in rows] == [600, 700]
-    assert all(f"perplexity {row['perplexity']:.2f}" in out and len(row["losses"]) == 2 for row in rows)
+    assert all(
+        f"perplexity {row['perplexity']:.2f}" in out and len(row["losses"]) == 2 for row in rows
+    )
     monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))
     status, out, err = call(capfd, "eval", "own")
     assert (status, out, err.count("\n")) == (2, "", 1) and "HSA_MINI_DATA" in err
@@ -319,8 +475,12 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
 def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch):
     monkeypatch.setattr(corpus, "fetch_archives", lambda: None)
     status, out, err = call(capfd, "fetch")
-    assert (status, err) == (0, "") and re.search(r"train: [\d,]+ tokens\n *validation: [\d,]+ tokens", out)
-    monkeypatch.setattr(corpus, "fetch_archives", lambda: (_ for _ in ()).throw(OSError("no network")))
+    assert (status, err) == (0, "") and re.search(
+        r"train: [\d,]+ tokens\n *validation: [\d,]+ tokens", out
+    )
+    monkeypatch.setattr(
+        corpus, "fetch_archives", lambda: (_ for _ in ()).throw(OSError("no network"))
+    )
     status, out, err = call(capfd, "fetch")
     assert status == 0 and "train" in out
     assert err == "no network; the standard library of this Python will serve as text instead\n"
@@ -330,25 +490,36 @@ def generated(**options) -> list[int]:
     """The tokens that `generate` makes of good.txt."""
     import torch
 
-    from hsa_mini.checkpoint import load_model
+    from hsa_mini.checkpoint.weights import load_model
 
     ids = torch.tensor([TOKENIZER.encode_ordinary(words(3000))])
     return load_model(Path("model")).generate(ids, **options).ids[0].tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_k": 900, "top_p": 0.9, "seed": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.5, "top_k": 900, "top_p": 0.9, "seed": 3}], ids=str
+)
 def test_generate_writes_the_text_of_the_tokens_that_the_model_makes(capfd, options):
-    arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     got = call(capfd, *GENERATE, "--max-new-tokens", "60", "--device", "cpu", *arguments)
     assert got == (0, TOKENIZER.decode(generated(max_new_tokens=60, **options)) + "\n", "")
 
 
-@pytest.mark.parametrize("made", [[], [65, 66], TOKENIZER.encode_ordinary("é 中 😀 \x1b[2J\r")], ids=str)
+@pytest.mark.parametrize(
+    "made", [[], [65, 66], TOKENIZER.encode_ordinary("é 中 😀 \x1b[2J\r")], ids=str
+)
 def test_generate_ends_at_the_end_of_the_text(capfd, monkeypatch, made):
     import torch
 
     later = iter([*made, end_of_text(TOKENIZER)])  # and no token is asked for behind it
-    monkeypatch.setattr("hsa_mini.generate.stream", lambda *_, **__: (torch.tensor([[next(later)]]) for _ in range(99)))
+    monkeypatch.setattr(
+        "hsa_mini.inference.generate.stream",
+        lambda *_, **__: (torch.tensor([[next(later)]]) for _ in range(99)),
+    )
     assert call(capfd, *GENERATE) == (0, TOKENIZER.decode(made) + "\n", "")
 
 
@@ -368,7 +539,15 @@ def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_m
         for token, following in zip(tokens, [*tokens[1:], tokens[0]]):
             model.head.weight[following] = 100 * model.embedding.weight[token]
     model.save_pretrained("parrot")
-    process = start("generate", "parrot", "--prompt-file", "-", "--max-new-tokens", "100000", PYTHONIOENCODING="utf-8")
+    process = start(
+        "generate",
+        "parrot",
+        "--prompt-file",
+        "-",
+        "--max-new-tokens",
+        "100000",
+        PYTHONIOENCODING="utf-8",
+    )
     process.stdin.write("😀")
     process.stdin.close()
     assert process.stdout.read(len(text) * 5) == text * 5
@@ -386,7 +565,9 @@ def test_control_c_while_generate_reads_ends_with_130_and_shows_how_far_it_came(
         shown += process.stderr.read(1)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "") and "Traceback" not in err and "interrupted" in err
+    assert (
+        (process.returncode, out) == (130, "") and "Traceback" not in err and "interrupted" in err
+    )
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen:
@@ -405,7 +586,17 @@ def start(*words: str, **environment: str) -> subprocess.Popen:
 
 def test_control_c_during_the_demo_ends_with_130_and_leaves_nothing_half_written(folder):
     before = listing(folder)
-    process = start("demo", "--tokens", "50000000", "--checkpoint", "model", "--haystack", "good.txt", "--json", "r.json")
+    process = start(
+        "demo",
+        "--tokens",
+        "50000000",
+        "--checkpoint",
+        "model",
+        "--haystack",
+        "good.txt",
+        "--json",
+        "r.json",
+    )
     assert process.stdout.readline().startswith("reading 50,000,000 tokens")
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -432,14 +623,20 @@ def test_control_c_during_training_ends_with_130_and_the_run_can_go_on(folder):
 def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
     process = start("demo", "--tokens", "12")
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "") and err.count("\n") == 1 and "--tokens: got 12" in err
+    assert (
+        (process.returncode, out) == (2, "") and err.count("\n") == 1 and "--tokens: got 12" in err
+    )
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "train", "eval", "perplexity", "plan", "fetch"])
+@pytest.mark.parametrize(
+    "command", ["demo", "generate", "train", "eval", "perplexity", "plan", "fetch"]
+)
 def test_help_explains_every_option(capfd, command):
     status, out, err = call(capfd, command, "--help")
     assert (status, err) == (0, "")
-    parser = next(a for a in cli.build_parser()._actions if a.choices and "demo" in a.choices).choices[command]
+    parser = next(
+        a for a in cli.build_parser()._actions if a.choices and "demo" in a.choices
+    ).choices[command]
     for action in parser._actions:
         assert all(name in out for name in action.option_strings)
 

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 SHARED_MEMORY = 232_448  # bytes that one block may have on Hopper
-USUAL = ("8B", "mini", "H/J of 1", "float16, odd sizes")  # not 128 tokens of 256 numbers, nor float32
+USUAL = (
+    "8B",
+    "mini",
+    "H/J of 1",
+    "float16, odd sizes",
+)  # not 128 tokens of 256 numbers, nor float32
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +28,12 @@ def compiled() -> list[dict]:
 
 def test_every_kernel_is_compiled(compiled):
     sources = (Path(__file__).parent.parent / "kernels" / "hsa_kernels").glob("*.py")
-    functions = [part for source in sources for part in source.read_text().split("@triton.jit\ndef ")[1:]]
-    kernels = {part.split("(")[0] for part in functions if "tl.program_id" in part.split("\n\n\n")[0]}
+    functions = [
+        part for source in sources for part in source.read_text().split("@triton.jit\ndef ")[1:]
+    ]
+    kernels = {
+        part.split("(")[0] for part in functions if "tl.program_id" in part.split("\n\n\n")[0]
+    }
     assert kernels == {row["kernel"] for row in compiled}
 
 
@@ -45,5 +54,8 @@ def test_nothing_else_spills_at_usual_sizes(compiled):
 
 def test_tensor_cores_by_warpgroup_where_a_tile_has_64_rows(compiled):
     for row in compiled:
-        if row["kernel"] in ("_forward", "_forward_by_chunk", "_backward") and row["case"] in ("8B", "mini"):
+        if row["kernel"] in ("_forward", "_forward_by_chunk", "_backward") and row["case"] in (
+            "8B",
+            "mini",
+        ):
             assert row["wgmma"] > 0, row

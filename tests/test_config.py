@@ -39,7 +39,9 @@ def test_errors_name_the_field_what_was_given_and_what_is_accepted(name, value, 
     with pytest.raises(ValueError) as caught:
         dataclasses.replace(DEBUG, **{name: value}, **kv_heads)
     message = str(caught.value)
-    named = "experts_active" if (name, value) == ("experts", 4) else name  # the field that is missing
+    named = (
+        "experts_active" if (name, value) == ("experts", 4) else name
+    )  # the field that is missing
     assert message.startswith(f"{named}: got ") and accepted in message.partition("accepted ")[2]
     assert named != name or repr(value) in message
 
@@ -53,7 +55,10 @@ def test_errors_name_the_field_what_was_given_and_what_is_accepted(name, value, 
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(changes):
-    with pytest.raises(ValueError, match="^query_block: got 4" if "query_block" in changes else "^experts_active: got"):
+    with pytest.raises(
+        ValueError,
+        match="^query_block: got 4" if "query_block" in changes else "^experts_active: got",
+    ):
         dataclasses.replace(DEBUG, **changes)
 
 
@@ -65,7 +70,11 @@ def test_json_round_trip(name):
 
 
 def test_json_without_a_default_s_key_takes_the_default():
-    values = {key: value for key, value in dataclasses.asdict(DEBUG).items() if key not in ("tied", "weighting")}
+    values = {
+        key: value
+        for key, value in dataclasses.asdict(DEBUG).items()
+        if key not in ("tied", "weighting")
+    }
     assert HSAConfig.from_json(json.dumps(values)) == DEBUG
 
 
@@ -91,7 +100,11 @@ def test_a_config_does_not_change():
 
 def test_every_preset_has_the_paper_s_ratios_where_it_prints_them():
     large = PRESETS["ul_8b_a1b"]
-    assert (large.experts, large.experts_active, large.hsa_heads // large.hsa_kv_heads) == (64, 4, 16)
+    assert (large.experts, large.experts_active, large.hsa_heads // large.hsa_kv_heads) == (
+        64,
+        4,
+        16,
+    )
     for config in (large, PRESETS["ul_0_5b"]):
         assert (config.window, config.chunk_size) == (4096, 64)
         assert config.lower_layers == config.upper_layers  # the lower decoder is half of the blocks

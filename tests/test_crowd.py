@@ -5,7 +5,7 @@ import torch
 from material import TINY, tiny
 
 from hsa_mini import ChunkMemory
-from hsa_mini.crowd import Crowd, Past
+from hsa_mini.training.cross_batch import Crowd, Past
 
 IDS = torch.randint(4000, (4, 50), generator=torch.Generator().manual_seed(1))
 EARLIER = torch.randint(4000, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -19,7 +19,9 @@ def filled(model, size: int) -> Past:
     return past
 
 
-@pytest.mark.parametrize("changes", [{}, dict(query_block=2), dict(exclude_window=True), dict(top_k=100)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(query_block=2), dict(exclude_window=True), dict(top_k=100)], ids=str
+)
 @pytest.mark.parametrize("size", [0, 3, 30])
 def test_a_crowd_is_what_was_read_before(size, changes):
     """The same as a memory that holds all others' chunks; only RoPE's float32 table differs by the shift."""
@@ -62,8 +64,13 @@ def test_gradients_reach_the_batch_and_not_what_was_encoded_before():
     past = filled(model, 16)
     loss = model(IDS, past=past).logits[0].square().sum()
     (gradient,) = torch.autograd.grad(loss, model.embedding.weight)
-    neighbours, earlier = ([i for i in ids.flatten().tolist() if i not in IDS[0]] for ids in (IDS[1:], EARLIER))
-    assert gradient[neighbours].any() and not gradient[[i for i in earlier if i not in neighbours]].any()
+    neighbours, earlier = (
+        [i for i in ids.flatten().tolist() if i not in IDS[0]] for ids in (IDS[1:], EARLIER)
+    )
+    assert (
+        gradient[neighbours].any()
+        and not gradient[[i for i in earlier if i not in neighbours]].any()
+    )
     assert not any(store.requires_grad for store in past.stores)
 
 
@@ -99,8 +106,12 @@ def test_the_past_is_the_newest_chunks():
             for kept in (past, small):
                 kept.push(memory, model.encoder, rows)
         for store, tail, new, before in zip(past.stores, small.stores, seen[2], seen[1]):
-            assert torch.equal(store, torch.cat((before[1, -3:], new[3], new[1]))) and torch.equal(tail, new[1, -3:])
-        assert torch.equal(model.encoder.landmarks(past.stores[2][None])[0, 3 : n + 3], seen[2][3][3])
+            assert torch.equal(store, torch.cat((before[1, -3:], new[3], new[1]))) and torch.equal(
+                tail, new[1, -3:]
+            )
+        assert torch.equal(
+            model.encoder.landmarks(past.stores[2][None])[0, 3 : n + 3], seen[2][3][3]
+        )
     for size in (-1, 2.0, None):
         with pytest.raises(ValueError, match="^size: got .*, accepted is an integer of at least 0"):
             Past(size)

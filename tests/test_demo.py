@@ -10,12 +10,12 @@ import pytest
 import torch
 from material import TINY, tiny, word_tokens, words
 
-from hsa_mini.checkpoint import load_model
-from hsa_mini.data.needles import draw_needles
-from hsa_mini.data.sentences import DEMO, encode, is_held_out
+from hsa_mini.checkpoint.weights import load_model
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.demo import find_needle
+from hsa_mini.evaluation.demo import find_needle
 from hsa_mini.paths import data_dir
+from hsa_mini.tasks.needles import draw_needles
+from hsa_mini.tasks.sentences import DEMO, encode, is_held_out
 
 TOKENIZER = load_tokenizer()
 S = TINY.chunk_size
@@ -32,7 +32,9 @@ HAYSTACKS = {
     "Chinese": "".join(map(chr, rng.integers(0x4E00, 0x9FFF, 4000))),
     "random bytes": rng.bytes(20_000).decode("latin-1"),
     "64 tokens repeated": TOKENIZER.decode(word_tokens()[:64].tolist()),
-    "source code": (data_dir().parent / "hsa_mini" / "model.py").read_text(encoding="utf-8"),
+    "source code": (data_dir().parent / "hsa_mini" / "model" / "core.py").read_text(
+        encoding="utf-8"
+    ),
     "NUL characters": "\0" * 3000 + "a\0b\0" * 3000,
     "emoji": "👩‍👩‍👧‍👦🏳️‍🌈🤖 " * 1500,
 }
@@ -62,7 +64,9 @@ def test_the_shipped_model_finds_the_needle_at_both_ends(mini, depth):
     finding = find_needle(mini, tokens_of(HAYSTACKS["English"]), tokens=5001, depth=depth, seed=2)
     assert finding.correct and finding.retrieved
     last = (5001 - mini.config.window) // mini.config.chunk_size - 1
-    assert (finding.needle_chunks[0] if depth == 0 else finding.needle_chunks[-1]) == (0 if depth == 0 else last)
+    assert (finding.needle_chunks[0] if depth == 0 else finding.needle_chunks[-1]) == (
+        0 if depth == 0 else last
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,12 @@ def test_the_report_has_exactly_the_promised_keys_and_is_json(finding):
     assert tuple(result) == KEYS
     assert json.loads(json.dumps(result)) == result
     assert result["correct"] == (result["answer"] == result["expected"])
-    assert (result["tokens"], result["depth"], result["seed"], result["device"]) == (1501, 0.4, 3, "cpu")
+    assert (result["tokens"], result["depth"], result["seed"], result["device"]) == (
+        1501,
+        0.4,
+        3,
+        "cpu",
+    )
     assert result["prefill_seconds"] >= 0 and result["decode_seconds"] >= 0
     assert result["peak_memory_bytes"] > 50e6  # at least this Python and torch
 
@@ -88,7 +97,9 @@ def test_text_needles_and_question_are_where_they_are_said_to_be(finding):
     sentence = f" The secret code of {key} is {finding.expected}"
     assert text.count(sentence) == 1 and finding.needle_text == sentence
     start = len(TOKENIZER.encode_ordinary(text[: text.index(sentence)]))
-    assert finding.needle_chunks == list(range(start // S, (start + len(encode(sentence)) - 1) // S + 1))
+    assert finding.needle_chunks == list(
+        range(start // S, (start + len(encode(sentence)) - 1) // S + 1)
+    )
     untouched = finding.ids == np.resize(np.roll(word_tokens(), -700), 1501)
     question = text[text.rindex("\nWhat is") :]
     assert untouched.sum() >= 1501 - 6 * len(encode(sentence)) - len(encode(question))
@@ -98,7 +109,10 @@ def test_text_needles_and_question_are_where_they_are_said_to_be(finding):
 def test_a_chunk_shows_the_part_of_the_needle_that_it_holds(finding):
     shown = [finding.chunk_text(chunk) for chunk in finding.needle_chunks]
     assert len(shown) > 2  # the needle spans chunks of 4 tokens
-    assert "".join(text[text.index(">>>") + 3 : text.index("<<<")] for text in shown) == finding.needle_text
+    assert (
+        "".join(text[text.index(">>>") + 3 : text.index("<<<")] for text in shown)
+        == finding.needle_text
+    )
     for chunk in range(len(finding.ids) // S):
         plain = finding.chunk_text(chunk, marks=("", ""))
         assert plain == TOKENIZER.decode(finding.ids[chunk * S : (chunk + 1) * S].tolist())
@@ -110,18 +124,27 @@ def test_scores_and_retrieved_chunks_are_those_of_the_last_prompt_token(finding)
     output = MODEL(torch.from_numpy(finding.ids)[None])
     memory = output.memory
     assert finding.scores.shape == (TINY.groups, 1501 // S) and finding.scores.dtype == np.float32
-    for row, kept, retrieval in zip(finding.scores, finding.retrieved_chunks, output.aux.retrievals):
-        scores = torch.einsum("jr,njr->jn", retrieval.queries[0, -1], memory.landmarks[0]) / TINY.retrieval_dim**0.5
+    for row, kept, retrieval in zip(
+        finding.scores, finding.retrieved_chunks, output.aux.retrievals
+    ):
+        scores = (
+            torch.einsum("jr,njr->jn", retrieval.queries[0, -1], memory.landmarks[0])
+            / TINY.retrieval_dim**0.5
+        )
         assert np.allclose(row, scores.amax(0).numpy(), atol=1e-4)
         assert kept == sorted(set(retrieval.indices[0, -1].flatten().tolist()) - {-1})
         assert int(row.argmax()) in kept
-    assert finding.retrieved == any(set(finding.needle_chunks) & set(kept) for kept in finding.retrieved_chunks)
+    assert finding.retrieved == any(
+        set(finding.needle_chunks) & set(kept) for kept in finding.retrieved_chunks
+    )
 
 
 def test_a_chunk_that_the_last_token_completes_has_no_score():
     finding = find_needle(MODEL, word_tokens(), tokens=1500)
     assert np.isneginf(finding.scores[:, -1]).all() and np.isfinite(finding.scores[:, :-1]).all()
-    assert finding.scores.shape[1] == 375 and all(374 not in kept for kept in finding.retrieved_chunks)
+    assert finding.scores.shape[1] == 375 and all(
+        374 not in kept for kept in finding.retrieved_chunks
+    )
 
 
 def test_a_finding_is_a_function_of_its_arguments(finding):
@@ -130,7 +153,10 @@ def test_a_finding_is_a_function_of_its_arguments(finding):
     assert {k: v for k, v in again.to_json().items() if k not in timed} == {
         k: v for k, v in finding.to_json().items() if k not in timed
     }
-    assert find_needle(MODEL, word_tokens(), tokens=1501, depth=0.4, seed=4).question != finding.question
+    assert (
+        find_needle(MODEL, word_tokens(), tokens=1501, depth=0.4, seed=4).question
+        != finding.question
+    )
 
 
 def test_no_key_stands_in_the_haystack():
@@ -138,7 +164,9 @@ def test_no_key_stands_in_the_haystack():
     needles = draw_needles(np.random.default_rng((DEMO, 5)), 60, held_out=True)
     text = "".join(needle.sentence for needle in needles) + words(200)
     finding = find_needle(MODEL, tokens_of(text), tokens=6000, seed=5)
-    assert finding.question not in {f"What is the secret code of {needle.key}?" for needle in needles}
+    assert finding.question not in {
+        f"What is the secret code of {needle.key}?" for needle in needles
+    }
 
 
 def test_progress_reports_every_token():
@@ -163,6 +191,8 @@ def test_wrong_arguments(options, message):
 
 
 def test_a_haystack_that_is_too_short():
-    with pytest.raises(ValueError, match="^haystack: got 63 tokens of text, accepted are at least 64$"):
+    with pytest.raises(
+        ValueError, match="^haystack: got 63 tokens of text, accepted are at least 64$"
+    ):
         find_needle(MODEL, word_tokens()[:63], tokens=1024)
     find_needle(MODEL, word_tokens()[:64], tokens=1024)

@@ -13,22 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
-from hsa_mini import HSAModel, evaluate
-from hsa_mini.data.mixture import Mixture, TrainingBatches
-from hsa_mini.data.needles import ask, draw_needles
-from hsa_mini.data.sentences import encode
-from hsa_mini.data.tasks import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
-from hsa_mini.demo import find_needle
-from hsa_mini.evaluate import (
-    CONTROLS, ControlRow, Haystack, Row, ask_one, by_length, chunks_retrieved, wilson_interval,
-)  # fmt: skip
-from hsa_mini.generate import generate
+from hsa_mini import HSAModel
+from hsa_mini.evaluation import runner as evaluate
+from hsa_mini.evaluation.demo import find_needle
+from hsa_mini.evaluation.haystack import Haystack, chunks_retrieved
+from hsa_mini.evaluation.results import CONTROLS, ControlRow, Row
+from hsa_mini.evaluation.runner import ask_one
+from hsa_mini.evaluation.statistics import by_length, wilson_interval
+from hsa_mini.inference.generate import generate
 from hsa_mini.provenance import write_results
+from hsa_mini.tasks.forms import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
+from hsa_mini.tasks.needles import ask, draw_needles
+from hsa_mini.tasks.sentences import encode
+from hsa_mini.training.mixture import Mixture, TrainingBatches
 
 S = TINY.chunk_size
 PROBLEMS = {task: draw(np.random.default_rng(0)) for task, draw in TASKS.items()}
 LEAST = max(problem.least_tokens(TINY.chunk_size, TINY.window) for problem in PROBLEMS.values())
-SENTENCE, QUESTION = len(encode(PROBLEMS["s_niah"].sentences[0])), len(encode(PROBLEMS["s_niah"].question.text))
+SENTENCE, QUESTION = (
+    len(encode(PROBLEMS["s_niah"].sentences[0])),
+    len(encode(PROBLEMS["s_niah"].question.text)),
+)
 every_task = pytest.mark.parametrize("task", TASKS)
 MODEL = tiny(torch.float64)
 
@@ -40,7 +45,9 @@ def haystack(model, tokens: int) -> Haystack:
 def draw(seed: int, tokens: int, depth: float, task="s_niah", distractors=0, **options) -> Sample:
     rng = np.random.default_rng(seed)
     problem = TASKS[task](rng, distractors=distractors)
-    return place(rng, problem, tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options)
+    return place(
+        rng, problem, tokens=tokens, depth=depth, chunk_size=S, window=TINY.window, **options
+    )
 
 
 def placed(tokens: int, places: list[int]) -> Sample:
@@ -54,7 +61,9 @@ def placed(tokens: int, places: list[int]) -> Sample:
 
 def contents(asked: Haystack) -> list[torch.Tensor]:
     memory = asked.memory
-    return [x.clone() for x in (memory.k, memory.v, memory.landmarks, asked.text)] + [torch.tensor(memory.position)]
+    return [x.clone() for x in (memory.k, memory.v, memory.landmarks, asked.text)] + [
+        torch.tensor(memory.position)
+    ]
 
 
 def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
@@ -71,7 +80,9 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
         assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
         order, twin = a.indices.argsort(-1), b.indices.argsort(-1)
         assert torch.equal(a.indices.gather(-1, order), b.indices.gather(-1, twin))
-        assert torch.allclose(a.weights.gather(-1, order), b.weights.gather(-1, twin), rtol=0, atol=1e-9)
+        assert torch.allclose(
+            a.weights.gather(-1, order), b.weights.gather(-1, twin), rtol=0, atol=1e-9
+        )
     assert chunks_retrieved(got.first) == chunks_retrieved(want.first)
 
 
@@ -106,7 +117,11 @@ def test_needles_near_each_other_and_at_the_borders(tokens):
         [S * 10, S * 10 + n],  # at the start of a chunk
         [S * 10 - 1, S * 10 + n + 1],  # across chunks, a token apart
         [S * 10 - n, S * 20],  # at the end of a chunk
-        [100, 100 + n + TINY.lower_reach, 100 + 2 * (n + TINY.lower_reach) + 1],  # as far apart as the lower decoder reaches
+        [
+            100,
+            100 + n + TINY.lower_reach,
+            100 + 2 * (n + TINY.lower_reach) + 1,
+        ],  # as far apart as the lower decoder reaches
         [body - n],  # in front of the question
         [body - 2 * n, body - n],
         [200, 40],  # in no order
@@ -140,7 +155,9 @@ def test_the_needle_is_what_the_model_reads():
     asked, sample = haystack(MODEL, tokens), draw(0, tokens, 0.5)
     with_needle = asked.ask(sample, answer_tokens=1).first
     without = asked.ask(draw(0, tokens, 0.5, absent=True), answer_tokens=1).first
-    assert torch.equal(with_needle.retrievals[0].queries[:, -1], without.retrievals[0].queries[:, -1])
+    assert torch.equal(
+        with_needle.retrievals[0].queries[:, -1], without.retrievals[0].queries[:, -1]
+    )
     assert not torch.equal(with_needle.retrievals[0].weights, without.retrievals[0].weights)
 
 
@@ -159,7 +176,9 @@ def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
     whole = asked._touched(sample)
     monkeypatch.setattr(evaluate, "SEGMENT", segment)
     parts = asked._touched(sample)
-    assert [i for part in parts for i in range(*part)] == [i for part in whole for i in range(*part)]
+    assert [i for part in parts for i in range(*part)] == [
+        i for part in whole for i in range(*part)
+    ]
     assert len(parts) > len(whole) and all((last - first) * S <= segment for first, last in parts)
     assert_as_from_scratch(asked, sample)
 
@@ -168,7 +187,11 @@ def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
 def test_a_shuffled_memory_is_that_of_the_other_sample(task):
     """Every chunk is as the other sample's text has it, but the answer begins from the sample's own last tokens."""
     tokens = LEAST + 200
-    asked, sample, other = haystack(ALL, tokens), draw(0, tokens, 0.5, task), draw(1, tokens, 0.5, task)
+    asked, sample, other = (
+        haystack(ALL, tokens),
+        draw(0, tokens, 0.5, task),
+        draw(1, tokens, 0.5, task),
+    )
     before = contents(asked)
     got = asked.ask(sample, answer_tokens=1, remembered=other)
     assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
@@ -180,7 +203,9 @@ def test_a_shuffled_memory_is_that_of_the_other_sample(task):
             tail = want._read_tail()
     for a, b in zip(got.first.retrievals, tail.aux.retrievals, strict=True):
         assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
-        assert torch.allclose(a.weights.sort(-1).values, b.weights.sort(-1).values, rtol=0, atol=1e-9)
+        assert torch.allclose(
+            a.weights.sort(-1).values, b.weights.sort(-1).values, rtol=0, atol=1e-9
+        )
     own = asked.ask(sample, answer_tokens=1).first
     assert torch.equal(own.retrievals[0].queries[:, -1], got.first.retrievals[0].queries[:, -1])
     assert not torch.equal(own.retrievals[0].weights[:, -1], got.first.retrievals[0].weights[:, -1])
@@ -197,9 +222,14 @@ class Oracle:
         ids = torch.from_numpy(sample.answer.astype(np.int64))[None]
         assert answer_tokens == ids.shape[1] and remembered.start == sample.start
         hidden = [patch.tolist() for _, patch in remembered.patches]
-        there = all(encode(sentence).tolist() in hidden for sentence in sample.problem.question.needed)
+        there = all(
+            encode(sentence).tolist() in hidden for sentence in sample.problem.question.needed
+        )
         chunk = sample.first_chunks(S)[-1] + self.retrieved
-        layers = [type("R", (), {"indices": torch.tensor(rows)[None, None]}) for rows in ([[-1, 0]], [[chunk, -1]])]
+        layers = [
+            type("R", (), {"indices": torch.tensor(rows)[None, None]})
+            for rows in ([[-1, 0]], [[chunk, -1]])
+        ]
         ids = ids if self.right and there else torch.cat((ids[:, :-2], ids[:, -2:] + 1), dim=1)
         return type("G", (), {"ids": ids, "first": type("A", (), {"retrievals": layers})})
 
@@ -208,7 +238,9 @@ class Oracle:
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("away", [0, 1])
 @pytest.mark.parametrize("control", [None, *CONTROLS])
-def test_only_a_wholly_right_answer_and_a_chunk_of_the_first_sentence_count(task, right, away, control):
+def test_only_a_wholly_right_answer_and_a_chunk_of_the_first_sentence_count(
+    task, right, away, control
+):
     got = ask_one(Oracle(right=right, retrieved=away), np.random.default_rng(0), task, 0.9, control)
     assert got == (right and control is None, away == 0)
 
@@ -218,7 +250,9 @@ def short(monkeypatch):
     monkeypatch.setattr(evaluate, "load_corpus", word_corpus)
     model = tiny()
     encoded = []
-    monkeypatch.setattr(evaluate, "Haystack", lambda m, text: encoded.append(len(text)) or Haystack(m, text))
+    monkeypatch.setattr(
+        evaluate, "Haystack", lambda m, text: encoded.append(len(text)) or Haystack(m, text)
+    )
     return model, encoded
 
 
@@ -236,9 +270,14 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
         (LEAST, "absent", 2), (LEAST, "shuffled", 2), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
     ]  # fmt: skip
     assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
-    assert encoded == [LEAST] * 8 + [LEAST + 300]  # a text for every sample below SHARED_FROM, one for all from there on
+    assert encoded == [LEAST] * 8 + [
+        LEAST + 300
+    ]  # a text for every sample below SHARED_FROM, one for all from there on
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
-    assert all(0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples for row in rows + controls)
+    assert all(
+        0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples
+        for row in rows + controls
+    )
     assert (rows, controls) == evaluate.evaluate(model, task, **options)
 
 
@@ -257,17 +296,30 @@ def test_lengths_side_by_side_are_those_one_after_the_other(short):
 @every_task
 def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
     model, seen = short[0], []
-    monkeypatch.setattr(evaluate, "place", lambda *args, **options: seen.append(options) or place(*args, **options))
+    monkeypatch.setattr(
+        evaluate, "place", lambda *args, **options: seen.append(options) or place(*args, **options)
+    )
     tokens = LEAST + 70 * 2 * 22
-    evaluate.evaluate(model, task, lengths=(tokens,), depths=(0.3,), samples=1, distractors=64, border=True)
-    assert [(options["depth"], options["absent"]) for options in seen] == [(0.3, False), (0.5, True), (0.5, False), (0.5, False)]
+    evaluate.evaluate(
+        model, task, lengths=(tokens,), depths=(0.3,), samples=1, distractors=64, border=True
+    )
+    assert [(options["depth"], options["absent"]) for options in seen] == [
+        (0.3, False),
+        (0.5, True),
+        (0.5, False),
+        (0.5, False),
+    ]
     assert all(options["border"] and options["tokens"] == tokens for options in seen)
 
 
 def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     seeds, default_rng = [], np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed))
-    TrainingBatches(Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[0]
+    monkeypatch.setattr(
+        np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed)
+    )
+    TrainingBatches(
+        Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens()
+    )[0]
     evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)
     assert len({seed[0] for seed in seeds}) == len(seeds) == 3
@@ -278,7 +330,10 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     [
         (dict(task="poetry"), "task: got 'poetry', accepted are s_niah, mq_niah, vt"),
         (dict(distractors=-1), f"distractors: got -1, accepted is 0 to {MOST_DISTRACTORS}"),
-        (dict(distractors=MOST_DISTRACTORS + 1), f"distractors: got {MOST_DISTRACTORS + 1}, accepted is 0"),
+        (
+            dict(distractors=MOST_DISTRACTORS + 1),
+            f"distractors: got {MOST_DISTRACTORS + 1}, accepted is 0",
+        ),
         (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
         (dict(depths=(2.0,)), "depth: got 2.0, accepted is 0 to 1"),
     ],
@@ -296,13 +351,19 @@ def test_text_that_is_repeated_is_said_to_be(short):
 
 
 def test_by_length_adds_up():
-    rows = [Row(4096, depth, 10, right, found, 4096, 1) for depth, right, found in ((0.0, 10, 9), (0.5, 7, 8), (1.0, 3, 10))]
+    rows = [
+        Row(4096, depth, 10, right, found, 4096, 1)
+        for depth, right, found in ((0.0, 10, 9), (0.5, 7, 8), (1.0, 3, 10))
+    ]
     rows += [Row(8192, 0.5, 5, 5, 4, 8192, 1)]
     first, second = by_length(rows)
     assert {name: first[name] for name in ("tokens", "samples", "correct", "retrieved")} == dict(
         tokens=4096, samples=30, correct=20, retrieved=27
     )
-    assert first["accuracy"] == pytest.approx(2 / 3) and (first["low"], first["high"]) == wilson_interval(20, 30)
+    assert first["accuracy"] == pytest.approx(2 / 3) and (
+        first["low"],
+        first["high"],
+    ) == wilson_interval(20, 30)
     assert (second["samples"], second["correct"], second["accuracy"]) == (5, 5, 1.0)
     assert by_length([]) == []
 
@@ -329,7 +390,9 @@ def test_wilson_interval_solves_its_equation(samples, data):
     share = correct / samples
     for bound in wilson_interval(correct, samples):
         assert 0 <= bound <= 1
-        assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / samples, abs=1e-12)
+        assert (share - bound) ** 2 == pytest.approx(
+            1.96**2 * bound * (1 - bound) / samples, abs=1e-12
+        )
 
 
 TABLES = {
@@ -358,4 +421,6 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
             patch.setattr(f"hsa_mini.paths.os.{name}", fail)
             with pytest.raises(KeyboardInterrupt):
                 write_results(path, torch.device("cpu"), **TABLES)
-        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [
+            "results.json"
+        ]

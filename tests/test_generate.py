@@ -10,11 +10,15 @@ from helpers import assert_close, living_bytes
 from test_model import DENSE, build, every_dense_option, every_option, in_segments, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.generate import Decoding, choose, continue_from, generate, prefill, probabilities, stream, tail_start
+from hsa_mini.inference.generate import continue_from, generate, stream
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.inference.sampling import Decoding, choose, probabilities
 
 DEBUG = PRESETS["debug"]
 S = DEBUG.chunk_size
-SIZES = [(option, torch.float64, 1e-10) for option in DENSE] + [(o, torch.float32, 1e-5) for o in ("default", "experts")]
+SIZES = [(option, torch.float64, 1e-10) for option in DENSE] + [
+    (o, torch.float32, 1e-5) for o in ("default", "experts")
+]
 
 
 def steps(model: HSAModel, output, ids: torch.Tensor) -> torch.Tensor:
@@ -27,9 +31,19 @@ def steps(model: HSAModel, output, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("option, dtype, bound", SIZES)
 @torch.no_grad()
-def test_prefill_equals_the_full_forward_pass_and_so_does_what_is_decoded_after_it(option, dtype, bound):
+def test_prefill_equals_the_full_forward_pass_and_so_does_what_is_decoded_after_it(
+    option, dtype, bound
+):
     model = build(option, dtype)
-    for T, segments in ((1, [1]), (3, [7]), (29, [1]), (30, [64]), (34, [7]), (61, [7, 61]), (100, [64, 100])):
+    for T, segments in (
+        (1, [1]),
+        (3, [7]),
+        (29, [1]),
+        (30, [64]),
+        (34, [7]),
+        (61, [7, 61]),
+        (100, [64, 100]),
+    ):
         ids = text(T + 6)
         want = model(ids).logits[:, T - 1 :]
         for segment in segments:
@@ -45,7 +59,9 @@ def test_logits_of_several_last_tokens_are_those_of_the_full_forward_pass(option
     whole, memory = model(ids).logits, prefill(model, ids[:, :45], segment=16).memory
     for last in (2, 33, 55):
         assert_close(prefill(model, ids, last=last, segment=16).logits, whole[:, -last:], 1e-10)
-        assert_close(prefill(model, ids[:, 45:], memory.branch(), last=last).logits, whole[:, -last:], 1e-10)
+        assert_close(
+            prefill(model, ids[:, 45:], memory.branch(), last=last).logits, whole[:, -last:], 1e-10
+        )
     lengths = torch.tensor([100, 60])
     ragged = prefill(model, ids, lengths=lengths, last=20).logits
     assert_close(ragged[1:], model(ids[1:, 40:]).logits[:, -20:], 1e-10)
@@ -71,7 +87,9 @@ def test_prefill_equals_the_full_forward_pass_at_the_size_of_nano(size):
     ids = torch.randint(4096, (1, 333))
     want = model(ids).logits[:, 299:]
     for segment in (64, 300):
-        assert_close(steps(model, prefill(model, ids[:, :300], segment=segment), ids[:, 300:]), want, bound)
+        assert_close(
+            steps(model, prefill(model, ids[:, :300], segment=segment), ids[:, 300:]), want, bound
+        )
 
 
 @every_dense_option
@@ -83,16 +101,27 @@ def test_greedy_decoding_is_the_same_token_for_token(option):
     for _ in range(8):
         want = torch.cat((want, model(want).logits[:, -1:].argmax(dim=-1)), dim=1)
     for segment in (7, 64):
-        assert torch.equal(generate(model, ids, max_new_tokens=8, segment=segment).ids, want[:, 58:])
+        assert torch.equal(
+            generate(model, ids, max_new_tokens=8, segment=segment).ids, want[:, 58:]
+        )
     assert torch.equal(model.generate(ids, max_new_tokens=8).ids, want[:, 58:])
 
 
-@pytest.mark.parametrize("option", ["default", "query block", "query block, exclude window", "exclude window", "bypass"])
+@pytest.mark.parametrize(
+    "option", ["default", "query block", "query block, exclude window", "exclude window", "bypass"]
+)
 @torch.no_grad()
 def test_a_second_turn_equals_one_long_prefill(option):
     model = build(option)
     ids = text(130)
-    for T, first, segment in ((80, 3, 7), (80, 45, 64), (80, 79, 7), (120, 7, 64), (120, 60, 9), (31, 30, 64)):
+    for T, first, segment in (
+        (80, 3, 7),
+        (80, 45, 64),
+        (80, 79, 7),
+        (120, 7, 64),
+        (120, 60, 9),
+        (31, 30, 64),
+    ):
         want = steps(model, prefill(model, ids[:, :T]), ids[:, T : T + 5])
         memory = prefill(model, ids[:, :first], segment=segment).memory
         output = prefill(model, ids[:, first:T], memory, segment=segment)
@@ -106,7 +135,12 @@ def test_a_conversation_equals_the_text_that_it_makes():
     model, ids = build(), text(70)
     first = generate(model, ids[:, :40], max_new_tokens=5)
     assert first.memory.position == 44
-    second = generate(model, torch.cat((first.ids[:, -1:], ids[:, 40:]), dim=1), max_new_tokens=5, memory=first.memory)
+    second = generate(
+        model,
+        torch.cat((first.ids[:, -1:], ids[:, 40:]), dim=1),
+        max_new_tokens=5,
+        memory=first.memory,
+    )
     whole = torch.cat((ids[:, :40], first.ids, ids[:, 40:]), dim=1)
     assert torch.equal(second.ids, generate(model, whole, max_new_tokens=5).ids)
 
@@ -128,11 +162,16 @@ def test_what_a_prefill_keeps_is_the_chunk_memory_and_nothing_else_that_grows():
         assert output.memory.partial.untyped_storage().nbytes() <= 2 * S * DEBUG.width * 4
         del output
     assert kept == [DEBUG.upper_tail] * 2
-    chunk = S * DEBUG.hsa_kv_heads * DEBUG.hsa_head_dim * 2 + DEBUG.retrieval_heads * DEBUG.retrieval_dim
+    chunk = (
+        S * DEBUG.hsa_kv_heads * DEBUG.hsa_head_dim * 2
+        + DEBUG.retrieval_heads * DEBUG.retrieval_dim
+    )
     memory = 2 * (2000 // S) * chunk * 4  # two sequences of float32
     ids = 2 * 2000 * 8
     assert alive[1] - alive[0] == memory + ids
-    assert 2 * 2000 * DEBUG.width * 4 > 2 * (alive[1] - alive[0] - memory)  # keeping hidden states would be seen
+    assert 2 * 2000 * DEBUG.width * 4 > 2 * (
+        alive[1] - alive[0] - memory
+    )  # keeping hidden states would be seen
 
 
 @torch.no_grad()
@@ -142,7 +181,10 @@ def test_after_a_prefill_window_caches_hold_no_more_than_a_segment():
     for cache in (*memory.lower, *memory.upper):
         for part in (cache.k, cache.v):
             assert part.shape[1] == DEBUG.window - 1
-            assert part.untyped_storage().nbytes() <= 2 * (100 + DEBUG.window) * DEBUG.kv_heads * DEBUG.head_dim * 4
+            assert (
+                part.untyped_storage().nbytes()
+                <= 2 * (100 + DEBUG.window) * DEBUG.kv_heads * DEBUG.head_dim * 4
+            )
 
 
 @torch.no_grad()
@@ -183,7 +225,13 @@ def test_sampling_is_a_function_of_the_seed():
     assert torch.equal(sample(temperature=1e-4, seed=3), sample())  # cold enough it is greedy
 
 
-CHANCES = [1 / 16, 1 / 2, 1 / 8, 1 / 4, 1 / 16]  # of tokens 0 to 4 at temperature 1; worked out by hand below
+CHANCES = [
+    1 / 16,
+    1 / 2,
+    1 / 8,
+    1 / 4,
+    1 / 16,
+]  # of tokens 0 to 4 at temperature 1; worked out by hand below
 FILTERED = [
     (dict(temperature=1.0), CHANCES),
     (dict(temperature=0.5), [1 / 86, 64 / 86, 4 / 86, 16 / 86, 1 / 86]),
@@ -191,7 +239,10 @@ FILTERED = [
     (dict(temperature=1.0, top_k=1), [0, 1, 0, 0, 0]),
     (dict(temperature=1.0, top_k=3), [0, 4 / 7, 1 / 7, 2 / 7, 0]),
     (dict(temperature=0.5, top_k=2), [0, 4 / 5, 0, 1 / 5, 0]),
-    (dict(temperature=1.0, top_k=4), [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0]),  # a tie: the lower id stays
+    (
+        dict(temperature=1.0, top_k=4),
+        [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0],
+    ),  # a tie: the lower id stays
     (dict(temperature=1.0, top_k=5), CHANCES),
     (dict(temperature=1.0, top_k=99), CHANCES),
     (dict(temperature=1.0, top_p=0.0), [0, 1, 0, 0, 0]),
@@ -201,23 +252,40 @@ FILTERED = [
     (dict(temperature=1.0, top_p=0.76), [0, 4 / 7, 1 / 7, 2 / 7, 0]),
     (dict(temperature=1.0, top_p=0.93), [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0]),
     (dict(temperature=1.0, top_p=0.94), CHANCES),
-    (dict(temperature=0.5, top_p=0.74), [0, 1, 0, 0, 0]),  # temperature first: 64/86 is more than 0.74, 1/2 was less
-    (dict(temperature=1.0, top_k=3, top_p=0.57), [0, 1, 0, 0, 0]),  # top-k before top-p: 4/7 is more than 0.57
+    (
+        dict(temperature=0.5, top_p=0.74),
+        [0, 1, 0, 0, 0],
+    ),  # temperature first: 64/86 is more than 0.74, 1/2 was less
+    (
+        dict(temperature=1.0, top_k=3, top_p=0.57),
+        [0, 1, 0, 0, 0],
+    ),  # top-k before top-p: 4/7 is more than 0.57
     (dict(temperature=1.0, top_k=2, top_p=0.7), [0, 2 / 3, 0, 1 / 3, 0]),
-    (dict(temperature=0.5, top_k=3, top_p=0.8), [0, 4 / 5, 0, 1 / 5, 0]),  # 16/21 is less than 0.8, 20/21 more
+    (
+        dict(temperature=0.5, top_k=3, top_p=0.8),
+        [0, 4 / 5, 0, 1 / 5, 0],
+    ),  # 16/21 is less than 0.8, 20/21 more
 ]
 
 
 @pytest.mark.parametrize("options, want", FILTERED, ids=str)
 def test_draws_follow_the_filtered_distribution(options, want):
     want = torch.tensor(want, dtype=torch.float64)
-    logits = torch.tensor(CHANCES, dtype=torch.float64).log() + 3  # what is added to all logits changes nothing
+    logits = (
+        torch.tensor(CHANCES, dtype=torch.float64).log() + 3
+    )  # what is added to all logits changes nothing
     got = probabilities(logits.expand(2, 5), **options)
     assert torch.equal(got == 0, (want == 0).expand(2, 5))  # the support is exact
     assert torch.allclose(got, want.expand(2, 5), rtol=1e-12, atol=0)
-    drawn = choose(logits.expand(40_000, 5), Decoding(max_new_tokens=1, **options), torch.Generator().manual_seed(0))
+    drawn = choose(
+        logits.expand(40_000, 5),
+        Decoding(max_new_tokens=1, **options),
+        torch.Generator().manual_seed(0),
+    )
     share = drawn.flatten().bincount(minlength=5) / 40_000
-    assert (share[want == 0] == 0).all() and torch.allclose(share.double(), want, rtol=0, atol=0.012)  # 4.8 deviations
+    assert (share[want == 0] == 0).all() and torch.allclose(
+        share.double(), want, rtol=0, atol=0.012
+    )  # 4.8 deviations
 
 
 def test_of_equal_logits_the_lowest_ids_stay():
@@ -225,14 +293,22 @@ def test_of_equal_logits_the_lowest_ids_stay():
         logits = torch.zeros(1, 4096, dtype=dtype)
         for options in (dict(top_k=1024), dict(top_p=0.24999), dict(top_k=2048, top_p=0.4999)):
             got = probabilities(logits, temperature=1.0, **options)
-            assert torch.equal(got, torch.tensor([1 / 1024] * 1024 + [0] * 3072, dtype=torch.float64)[None])
-        assert choose(logits, Decoding(max_new_tokens=1), None) == probabilities(logits, temperature=1.0, top_k=1).argmax() == 0
+            assert torch.equal(
+                got, torch.tensor([1 / 1024] * 1024 + [0] * 3072, dtype=torch.float64)[None]
+            )
+        assert (
+            choose(logits, Decoding(max_new_tokens=1), None)
+            == probabilities(logits, temperature=1.0, top_k=1).argmax()
+            == 0
+        )
 
 
 def test_no_temperature_is_too_small_or_too_large():
     logits = torch.tensor([[3e4, -3e4, 0.0]])
     assert probabilities(logits, temperature=5e-324).tolist() == [[1, 0, 0]]
-    assert torch.allclose(probabilities(logits, temperature=1e300), torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    assert torch.allclose(
+        probabilities(logits, temperature=1e300), torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    )
 
 
 @torch.no_grad()
@@ -244,7 +320,9 @@ def test_sampled_text_keeps_to_the_filters_at_every_step():
     assert sorted(set(ranks.flatten().tolist())) == [0, 1, 2]
     greedy = model.generate(ids, max_new_tokens=40).ids
     for options in (dict(top_k=1), dict(top_p=0.0)):
-        assert torch.equal(model.generate(ids, max_new_tokens=40, temperature=2.0, **options).ids, greedy)
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=40, temperature=2.0, **options).ids, greedy
+        )
 
 
 @torch.no_grad()
@@ -257,7 +335,10 @@ def test_decoding_ends_when_every_sequence_has_stopped():
     got = generate(model, ids, max_new_tokens=12, stop=tuple(ends)).ids
     assert got.shape == (2, max(places) + 1)
     for b in (0, 1):  # whoever ends first repeats its stop token until the other has ended
-        want = [*free[b, : places[b] + 1].tolist(), *[free[b, places[b]].item()] * (max(places) - places[b])]
+        want = [
+            *free[b, : places[b] + 1].tolist(),
+            *[free[b, places[b]].item()] * (max(places) - places[b]),
+        ]
         assert got[b].tolist() == want
     for b in (0, 1):
         alone = generate(model, ids[b : b + 1], max_new_tokens=12, stop=tuple(ends)).ids
@@ -322,9 +403,11 @@ def test_decoding_can_go_on_from_one_prefill_in_several_ways():
 def test_the_tail_begins_with_a_block_of_tokens_that_choose_together(query_block):
     model = build(query_block=query_block)
     for tokens in range(1, 80):
-        start = tail_start(model, tokens)
+        start = model.config.tail_start(tokens)
         assert start % query_block == 0
-        assert start == 0 or tokens - start >= model.config.upper_tail > tokens - start - query_block
+        assert (
+            start == 0 or tokens - start >= model.config.upper_tail > tokens - start - query_block
+        )
         assert start > 0 or tokens <= model.config.upper_tail + query_block - 1
 
 
@@ -352,7 +435,10 @@ def test_progress_counts_every_token_once():
         (dict(seed=1 << 63), r"seed: got 9223372036854775808, accepted is .* below 2\*\*63"),
         (dict(stop=5), "stop: got 5, accepted is a tuple of token ids"),
         (dict(stop=("a",)), r"stop: got \('a',\)"),
-        (dict(ids=text(0)), r"ids: got \[2, 0\].*accepted is an int64 tensor .* at least one token"),
+        (
+            dict(ids=text(0)),
+            r"ids: got \[2, 0\].*accepted is an int64 tensor .* at least one token",
+        ),
         (dict(ids=[[1, 2]]), "ids: got list, accepted is"),
         (dict(ids=torch.tensor(3)), r"ids: got \[\]"),
         (dict(ids=text(9).int()), "ids: got .*int32"),
@@ -371,14 +457,18 @@ def test_wrong_arguments_are_refused_before_anything_is_read(options, message):
         with pytest.raises(ValueError, match=f"^{message}") as caught:
             function(**{"ids": ids[:, 40:], "max_new_tokens": 2, "memory": memory, **options})
         assert "\n" not in str(caught.value) and memory.position == 40
-    got = model.generate(ids[:, 40:], max_new_tokens=3, memory=memory).ids  # as if nothing had happened
+    got = model.generate(
+        ids[:, 40:], max_new_tokens=3, memory=memory
+    ).ids  # as if nothing had happened
     assert torch.equal(got, model.generate(ids, max_new_tokens=3).ids)
 
 
 @torch.no_grad()
 def test_no_more_logits_than_tokens():
     for last in (0, 41, 1.0):
-        with pytest.raises(ValueError, match=f"^last: got {last}, accepted is an integer of 1 to 40"):
+        with pytest.raises(
+            ValueError, match=f"^last: got {last}, accepted is an integer of 1 to 40"
+        ):
             prefill(build(), text(58), lengths=torch.tensor([40, 58]), last=last)
 
 
@@ -386,7 +476,10 @@ def test_no_more_logits_than_tokens():
 def test_a_memory_of_another_model_is_refused_and_stays_usable():
     model, other, ids = build(), build("bypass"), text(58)
     memory = prefill(model, ids[:, :40]).memory
-    with pytest.raises(ValueError, match="^memory: got one of another configuration, accepted is one that this model made"):
+    with pytest.raises(
+        ValueError,
+        match="^memory: got one of another configuration, accepted is one that this model made",
+    ):
         other.generate(ids[:, 40:], max_new_tokens=3, memory=memory)
     assert_close(model(ids[:, 40:], memory).logits, model(ids).logits[:, 40:], 1e-10)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import random
 
-from hsa_mini import blockwise, ops, reference
+from hsa_mini import ops, reference
+from hsa_mini.ops import torch_backend as blockwise
 
 
 def retrieve(
@@ -37,8 +38,11 @@ PROMISED = (retrieve, chunk_attention, decode, sliding_window_attention)
 def test_signature(module, promised):
     if (module, promised) == ("hsa_kernels", sliding_window_attention):
         return  # PyTorch's own serve there
+
     def plain(function):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        return [
+            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
+        ]
 
     assert plain(getattr(importlib.import_module(module), promised.__name__)) == plain(promised)
 
@@ -50,7 +54,9 @@ def arguments(operation: str) -> dict:
     if operation == "retrieve":
         return retrieval | dict(chunk_size=4, top_k=3)
     if operation == "chunk_attention":
-        return attention | dict(indices=torch.zeros(2, 3, 2, 3, dtype=torch.int32), weights=random(2, 3, 2, 3))
+        return attention | dict(
+            indices=torch.zeros(2, 3, 2, 3, dtype=torch.int32), weights=random(2, 3, 2, 3)
+        )
     if operation == "decode":
         one = dict(retrieval_q=random(2, 1, 2, 6), q=random(2, 1, 4, 8))
         return retrieval | attention | one | dict(chunk_size=4, top_k=3, offset=20)
@@ -153,5 +159,7 @@ def test_a_wrong_argument_is_refused_by_name(module, operation, name, value, giv
 def test_fewer_keys_than_tokens_are_refused():
     short = dict(k=random(2, 2, 2, 8), v=random(2, 2, 2, 8))
     for function in (reference.sliding_window_attention, blockwise.sliding_window_attention):
-        with pytest.raises(ValueError, match="^k: got 2 keys, accepted are at least the 3 tokens of q"):
+        with pytest.raises(
+            ValueError, match="^k: got 2 keys, accepted are at least the 3 tokens of q"
+        ):
             function(**arguments("sliding_window_attention") | short)

@@ -20,8 +20,9 @@ import hsa_kernels
 from hsa_kernels import by_chunk, by_token, retrieval, slots
 from hsa_kernels.inverted_index import cut, invert
 from hsa_kernels.merge import merge
-from hsa_mini import blockwise, reference
-from hsa_mini.nn.rope import rope_table
+from hsa_mini import reference
+from hsa_mini.model.rope import rope_table
+from hsa_mini.ops import torch_backend as blockwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's bfloat16 is wrong, so it is tested on a GPU alone
@@ -30,7 +31,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 grid = settings(max_examples=12)
 
 
-def there(inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def there(
+    inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Inputs on the device, those that are not weights in `dtype`."""
 
     def wanted(name: str, x: torch.Tensor) -> torch.dtype:
@@ -43,21 +46,29 @@ def exact(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-def assert_as_exact(operation, twin, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options) -> None:
+def assert_as_exact(
+    operation, twin, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options
+) -> None:
     """`operation` on inputs of `dtype` equals its twin in float64 on the same numbers, for outputs and every gradient."""
     inputs = there(inputs, dtype)
     got, want = results(operation, inputs, **options), results(twin, exact(inputs), **options)
     for name, expected in want.items():
         if expected.is_floating_point():
             distance = error(got[name], expected)
-            assert got[name].isfinite().all() and distance <= TOLERANCE[dtype], f"{name}: {distance:.1e}"
+            assert got[name].isfinite().all() and distance <= TOLERANCE[dtype], (
+                f"{name}: {distance:.1e}"
+            )
         else:
             assert torch.equal(got[name], expected), name
 
 
 def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[str, torch.Tensor]:
     indices, weights = random_choice(B, T, J, K, N, seed=seed, dtype=torch.float32)
-    q, k, v = random(B, T, J * G, D), random(B, N, S, J, D, seed=seed + 1), random(B, N, S, J, D, seed=seed + 2)
+    q, k, v = (
+        random(B, T, J * G, D),
+        random(B, N, S, J, D, seed=seed + 1),
+        random(B, N, S, J, D, seed=seed + 2),
+    )
     return there(dict(q=q.float(), k=k.float(), v=v.float(), indices=indices, weights=weights))
 
 
@@ -73,13 +84,17 @@ def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[s
 @example(B=1, T=2, J=1, G=4, D=16, S=16, N=300, K=290, dtype=torch.float32, scale=None)
 def test_chunk_attention_equals_the_reference(B, T, J, G, D, S, N, K, dtype, scale):
     inputs = attention_inputs(B, T, J, G, D, N, S, K)
-    assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype, scale=scale)
+    assert_as_exact(
+        hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype, scale=scale
+    )
 
 
 @pytest.mark.parametrize("slots_bytes", [1, 4000, 1 << 30])
 @pytest.mark.parametrize("segment", [1, 7])
 def test_gradients_over_several_tiles_launches_and_segments(monkeypatch, slots_bytes, segment):
-    for name, value in dict(TILE=4, LONGEST_TILE=4, SEGMENT=segment, SLOTS_BYTES=slots_bytes).items():
+    for name, value in dict(
+        TILE=4, LONGEST_TILE=4, SEGMENT=segment, SLOTS_BYTES=slots_bytes
+    ).items():
         monkeypatch.setattr(slots, name, value)
     inputs = attention_inputs(B=3, T=11, N=5, K=2)
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
@@ -97,10 +112,16 @@ def test_both_ways_equal_the_reference(monkeypatch, way):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_block_of_tokens_goes_its_own_way(monkeypatch, dtype):
     """Neighbours that choose alike go by token, others by chunk, in one call."""
-    operator, pass_over, counts = importlib.import_module("hsa_kernels.chunk_attention"), by_token.pass_over, []
+    operator, pass_over, counts = (
+        importlib.import_module("hsa_kernels.chunk_attention"),
+        by_token.pass_over,
+        [],
+    )
     monkeypatch.setattr(operator, "CHOICES", 1)
     monkeypatch.setattr(operator, "SORTING", 1)
-    monkeypatch.setattr(by_token, "pass_over", lambda *args: counts.append(args[3].counts) or pass_over(*args))
+    monkeypatch.setattr(
+        by_token, "pass_over", lambda *args: counts.append(args[3].counts) or pass_over(*args)
+    )
     inputs = attention_inputs(B=2, T=75, J=2, G=2 if dtype == torch.float32 else 4, N=96, S=16, K=3)
     inputs["indices"][:, 16:40] = inputs["indices"][:, 16:17]
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype)
@@ -110,7 +131,9 @@ def test_every_block_of_tokens_goes_its_own_way(monkeypatch, dtype):
 @pytest.mark.parametrize(("T", "N", "K"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])
 def test_nothing_to_attend_to(T, N, K):
     inputs = attention_inputs(T=T, N=N, K=K)
-    got, want = (results(f, inputs) for f in (hsa_kernels.chunk_attention, reference.chunk_attention))
+    got, want = (
+        results(f, inputs) for f in (hsa_kernels.chunk_attention, reference.chunk_attention)
+    )
     assert_close(got, want, 0)
 
 
@@ -136,23 +159,33 @@ def test_chunks_that_no_copy_engine_can_read():
     inputs = attention_inputs()
     want = reference.chunk_attention(**exact(inputs))
     for name in ("k", "v"):
-        inputs[name] = torch.cat((inputs[name].new_zeros(1), inputs[name].flatten()))[1:].view_as(inputs[name])
+        inputs[name] = torch.cat((inputs[name].new_zeros(1), inputs[name].flatten()))[1:].view_as(
+            inputs[name]
+        )
     assert inputs["k"].data_ptr() % 16 and error(hsa_kernels.chunk_attention(**inputs), want) < 2e-6
 
 
 def test_a_memory_with_room_behind_its_chunks():
     inputs = attention_inputs(N=4)
-    roomy = {name: torch.full((2, 9, 16, 2, 16), float("nan"), device=DEVICE) for name in ("k", "v")}
+    roomy = {
+        name: torch.full((2, 9, 16, 2, 16), float("nan"), device=DEVICE) for name in ("k", "v")
+    }
     for name, room in roomy.items():
         room[:, :4] = inputs[name]
     with torch.no_grad():
-        got = hsa_kernels.chunk_attention(**{**inputs, **{name: room[:, :4] for name, room in roomy.items()}})
+        got = hsa_kernels.chunk_attention(
+            **{**inputs, **{name: room[:, :4] for name, room in roomy.items()}}
+        )
     assert torch.equal(got, hsa_kernels.chunk_attention(**inputs))
 
 
 def test_a_chunk_named_twice_counts_twice():
     inputs = attention_inputs(T=6, N=2, K=3)
-    inputs["indices"] = torch.randint(-1, 2, (2, 6, 2, 3), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    inputs["indices"] = (
+        torch.randint(-1, 2, (2, 6, 2, 3), generator=torch.Generator().manual_seed(0))
+        .int()
+        .to(DEVICE)
+    )
     assert (inputs["indices"][..., 0] == inputs["indices"][..., 1]).any()
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
 
@@ -160,7 +193,11 @@ def test_a_chunk_named_twice_counts_twice():
 def test_an_index_beyond_the_memory_counts_as_empty_or_is_refused_in_debugging(monkeypatch):
     inputs = attention_inputs(N=4)
     beyond = {**inputs, "indices": inputs["indices"].masked_fill(inputs["indices"] < 0, 4)}
-    assert_close(results(hsa_kernels.chunk_attention, beyond), results(hsa_kernels.chunk_attention, inputs), 0)
+    assert_close(
+        results(hsa_kernels.chunk_attention, beyond),
+        results(hsa_kernels.chunk_attention, inputs),
+        0,
+    )
     monkeypatch.setattr("hsa_kernels.checks.DEBUG", True)
     hsa_kernels.chunk_attention(**inputs)
     with pytest.raises(ValueError, match="^indices: got 0 to 4, accepted are -1 .empty. to 3$"):
@@ -184,28 +221,51 @@ def poisoned():
 
 def test_every_number_of_a_result_is_written(poisoned):
     assert torch.empty(3).isnan().all()
-    assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, attention_inputs(T=9, N=6, K=2), torch.float32)
+    assert_as_exact(
+        hsa_kernels.chunk_attention,
+        reference.chunk_attention,
+        attention_inputs(T=9, N=6, K=2),
+        torch.float32,
+    )
     assert_as_exact(*RETRIEVE, retrieval_inputs(T=9, N=6), torch.float32, chunk_size=2, top_k=4)
     inputs, options = decode_inputs(N=9), dict(chunk_size=16, top_k=4, offset=70)
-    assert error(hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)) < 2e-6
+    assert (
+        error(hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options))
+        < 2e-6
+    )
 
 
-@given(T=st.integers(1, 12), K=st.integers(1, 5), N=st.integers(1, 6), tokens=st.sampled_from([1, 2, 4]))
+@given(
+    T=st.integers(1, 12),
+    K=st.integers(1, 5),
+    N=st.integers(1, 6),
+    tokens=st.sampled_from([1, 2, 4]),
+)
 def test_merged_lists_name_every_chunk_of_a_block_once(T, K, N, tokens):
     indices, weights = random_choice(2, T, 2, K, N, dtype=torch.float32)
     indices, weights = indices.to(DEVICE), weights.to(DEVICE)
     lists = merge(indices, weights, N, tokens)
-    for b, i, j in ((b, i, j) for b in range(2) for i in range(lists.counts.shape[1]) for j in range(2)):
+    for b, i, j in (
+        (b, i, j) for b in range(2) for i in range(lists.counts.shape[1]) for j in range(2)
+    ):
         block = indices[b, i * tokens : (i + 1) * tokens, j]
         count = lists.counts[b, i, j]
         names = lists.chunks[b, i, j, :count].tolist()
         assert names == sorted(set(block.flatten().tolist()) - {-1})
         for m, t in enumerate(range(i * tokens, min((i + 1) * tokens, T))):
             weight_of = dict(zip(indices[b, t, j].tolist(), weights[b, t, j].tolist()))
-            assert lists.weights[b, i, j, :count, m].tolist() == [weight_of.get(n, 0.0) for n in names]
+            assert lists.weights[b, i, j, :count, m].tolist() == [
+                weight_of.get(n, 0.0) for n in names
+            ]
 
 
-@given(T=st.integers(0, 12), K=st.integers(1, 5), N=st.integers(1, 6), size=st.sampled_from([1, 3, 512]), tile=st.integers(1, 12))
+@given(
+    T=st.integers(0, 12),
+    K=st.integers(1, 5),
+    N=st.integers(1, 6),
+    size=st.sampled_from([1, 3, 512]),
+    tile=st.integers(1, 12),
+)
 def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
     indices, _ = random_choice(2, T, 2, K, N)
     index = invert(indices.to(DEVICE), N, tile)
@@ -215,7 +275,10 @@ def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
     for row in range(rows):
         (b, p, j), n = (row // N // 2 // tiles, row // N // 2 % tiles, row // N % 2), row % N
         first, last = index.starts[row], index.starts[row + 1]
-        own = [(e // K // 2 // T, e // K // 2 % T // tile, e // K % 2, chunk) for e, chunk in enumerate(flat)]
+        own = [
+            (e // K // 2 // T, e // K // 2 % T // tile, e // K % 2, chunk)
+            for e, chunk in enumerate(flat)
+        ]
         want = [e for e, place in enumerate(own) if place == (b, p, j, n)]
         assert index.entries[first:last].tolist() == want  # by token: always in the same order
         mine = slice(segments.starts[row], segments.starts[row + 1])
@@ -248,7 +311,9 @@ RETRIEVE = sorted_retrieve(hsa_kernels.retrieve), sorted_retrieve(reference.retr
 
 
 def retrieval_inputs(B=2, T=20, J=2, R=16, N=5) -> dict[str, torch.Tensor]:
-    return there(dict(retrieval_q=random(B, T, J, R).float(), landmarks=random(B, N, J, R, seed=1).float()))
+    return there(
+        dict(retrieval_q=random(B, T, J, R).float(), landmarks=random(B, N, J, R, seed=1).float())
+    )
 
 
 @grid
@@ -266,18 +331,29 @@ def test_retrieve_equals_the_reference(B, T, J, R, N, **options):
     assert_as_exact(*RETRIEVE, retrieval_inputs(B, T, J, R, N), torch.float32, **options)
 
 
-@pytest.mark.parametrize("order", ["the older the better", "the newer the better", "all the same", "random"])
+@pytest.mark.parametrize(
+    "order", ["the older the better", "the newer the better", "all the same", "random"]
+)
 @pytest.mark.parametrize("gumbel_seed", [None, 5])
 def test_retrieve_from_more_chunks_than_a_room_holds(monkeypatch, order, gumbel_seed):
     monkeypatch.setattr(retrieval, "ROOMS_BYTES", 1)  # as many launches as tiles of tokens
     inputs = retrieval_inputs(B=1, T=35, J=1, R=16, N=700)
     if order != "random":
-        slope = {"the older the better": -0.01, "the newer the better": 0.01, "all the same": 0.0}[order]
-        one = (4 * inputs["landmarks"][:, :1]).round() / 4  # its square is exact: equal scores are equal on every processor
-        inputs["landmarks"] = (one * (1 + slope * torch.arange(700, device=DEVICE)[:, None, None])).contiguous()
+        slope = {"the older the better": -0.01, "the newer the better": 0.01, "all the same": 0.0}[
+            order
+        ]
+        one = (
+            4 * inputs["landmarks"][:, :1]
+        ).round() / 4  # its square is exact: equal scores are equal on every processor
+        inputs["landmarks"] = (
+            one * (1 + slope * torch.arange(700, device=DEVICE)[:, None, None])
+        ).contiguous()
         inputs["retrieval_q"] = inputs["landmarks"][:, :1].expand(-1, 35, -1, -1).contiguous()
     options = dict(chunk_size=4, top_k=5, offset=2780, gumbel_seed=gumbel_seed)
-    (got, weights), (want, exact_weights) = RETRIEVE[0](**inputs, **options), RETRIEVE[1](**exact(inputs), **options)
+    (got, weights), (want, exact_weights) = (
+        RETRIEVE[0](**inputs, **options),
+        RETRIEVE[1](**exact(inputs), **options),
+    )
     assert torch.equal(got, want) and error(weights, exact_weights) < 1e-5
 
 
@@ -288,12 +364,17 @@ def test_retrieve_in_half_precision_chooses_by_unrounded_scores():
     assert torch.equal(got["output 0"], want["output 0"])
     assert error(got["output 1"], want["output 1"]) < 2e-6  # weights are float32
     for name in ("retrieval_q", "landmarks"):
-        assert error(got[f"gradient of {name}"], want[f"gradient of {name}"]) < TOLERANCE[torch.float16]
+        assert (
+            error(got[f"gradient of {name}"], want[f"gradient of {name}"])
+            < TOLERANCE[torch.float16]
+        )
 
 
 def test_sequences_may_stand_at_different_positions():
     offset = torch.tensor([0, 30], device=DEVICE)
-    assert_as_exact(*RETRIEVE, retrieval_inputs(), torch.float32, chunk_size=4, top_k=3, offset=offset)
+    assert_as_exact(
+        *RETRIEVE, retrieval_inputs(), torch.float32, chunk_size=4, top_k=3, offset=offset
+    )
 
 
 @grid
@@ -310,7 +391,9 @@ def test_of_equal_scores_the_newest_chunk_is_kept(N, top_k, seed):
 def test_equal_scores_of_either_sign_of_zero():
     q, landmarks = torch.ones(1, 1, 1, 16), torch.zeros(1, 6, 1, 16)
     landmarks[:, ::2] = -0.0
-    indices, _ = hsa_kernels.retrieve(q.to(DEVICE), landmarks.to(DEVICE), chunk_size=4, top_k=3, offset=24)
+    indices, _ = hsa_kernels.retrieve(
+        q.to(DEVICE), landmarks.to(DEVICE), chunk_size=4, top_k=3, offset=24
+    )
     assert sorted(indices.flatten().tolist()) == [3, 4, 5]
 
 
@@ -318,12 +401,24 @@ def test_landmarks_that_are_not_visible_are_not_kept_whatever_they_hold():
     inputs = retrieval_inputs(T=6, N=8)
     want = hsa_kernels.retrieve(**inputs, chunk_size=4, top_k=3, offset=9)
     inputs["landmarks"][:, 3:] = float("nan")  # position 14 is the last: chunk 3 ends at 15
-    assert_close(dict(enumerate(hsa_kernels.retrieve(**inputs, chunk_size=4, top_k=3, offset=9))), dict(enumerate(want)), 0)
+    assert_close(
+        dict(enumerate(hsa_kernels.retrieve(**inputs, chunk_size=4, top_k=3, offset=9))),
+        dict(enumerate(want)),
+        0,
+    )
 
 
 def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tensor]:
-    shapes = dict(retrieval_q=(B, 1, J, R), landmarks=(B, N, J, R), q=(B, 1, J * G, D), k=(B, N, S, J, D), v=(B, N, S, J, D))
-    return there({name: random(*shape, seed=i).float() for i, (name, shape) in enumerate(shapes.items())})
+    shapes = dict(
+        retrieval_q=(B, 1, J, R),
+        landmarks=(B, N, J, R),
+        q=(B, 1, J * G, D),
+        k=(B, N, S, J, D),
+        v=(B, N, S, J, D),
+    )
+    return there(
+        {name: random(*shape, seed=i).float() for i, (name, shape) in enumerate(shapes.items())}
+    )
 
 
 @grid
@@ -333,7 +428,9 @@ def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tenso
     short=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(B=1, J=1, G=1, D=16, R=16, N=200, S=16, top_k=80, short=3, dtype=torch.float32)
-@example(B=1, J=2, G=2, D=16, R=16, N=1500, S=16, top_k=3, short=5000, dtype=torch.float32)  # more blocks than are kept
+@example(
+    B=1, J=2, G=2, D=16, R=16, N=1500, S=16, top_k=3, short=5000, dtype=torch.float32
+)  # more blocks than are kept
 def test_decode_equals_the_reference(B, J, G, D, R, N, S, top_k, short, dtype):
     inputs = there(decode_inputs(B, J, G, D, R, N, S), dtype)
     options = dict(chunk_size=S, top_k=top_k, offset=max(N * S - short, 0))
@@ -348,7 +445,10 @@ def test_decode_equals_the_reference(B, J, G, D, R, N, S, top_k, short, dtype):
 def test_decode_at_different_positions_and_before_the_first_chunk():
     inputs = decode_inputs()
     options = dict(chunk_size=16, top_k=3, offset=torch.tensor([7, 140], device=DEVICE))
-    got, want = hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)
+    got, want = (
+        hsa_kernels.decode(**inputs, **options),
+        reference.decode(**exact(inputs), **options),
+    )
     assert error(got, want) < 2e-6 and not got[0].any()
 
 
@@ -360,7 +460,10 @@ def test_decode_at_different_positions_and_before_the_first_chunk():
 def test_ring_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
     """Over the same keys in order of time. Slots in which nothing stands yet may hold anything."""
     B = len(positions)
-    q, *rings = (random(B, n, heads, D, seed=i).to(DEVICE, dtype) for i, (n, heads) in enumerate(((1, J * G), (W, J), (W, J))))
+    q, *rings = (
+        random(B, n, heads, D, seed=i).to(DEVICE, dtype)
+        for i, (n, heads) in enumerate(((1, J * G), (W, J), (W, J)))
+    )
     for b, position in enumerate(positions):
         for ring in rings:
             ring[b, position + 1 :] = float("nan")
@@ -372,7 +475,15 @@ def test_ring_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
         want = reference.sliding_window_attention(q[b : b + 1].double(), k, v, window=W)
         assert error(got[b : b + 1], want) < TOLERANCE[dtype]
         tidy = [ring.nan_to_num(0.0).double() for ring in rings]
-        assert error(blockwise.ring_attention(q.double(), *tidy, torch.tensor(positions, device=DEVICE))[b : b + 1], want) < 1e-12
+        assert (
+            error(
+                blockwise.ring_attention(q.double(), *tidy, torch.tensor(positions, device=DEVICE))[
+                    b : b + 1
+                ],
+                want,
+            )
+            < 1e-12
+        )
 
 
 @grid
@@ -382,23 +493,42 @@ def test_ring_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
 )  # fmt: skip
 def test_entering_a_ring_equals_the_portable_operation(J, G, D, W, slots, dtype):
     B = len(slots)
-    shapes = dict(q=(B, 1, J * G, D), k=(B, 1, J, D), v=(B, 1, J, D), ring_k=(B, W, J, D), ring_v=(B, W, J, D))
-    inputs = there({name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype)
-    gains = {name: random(D, seed=i).to(DEVICE, dtype) for i, name in enumerate(("q_gain", "k_gain"))}
+    shapes = dict(
+        q=(B, 1, J * G, D), k=(B, 1, J, D), v=(B, 1, J, D), ring_k=(B, W, J, D), ring_v=(B, W, J, D)
+    )
+    inputs = there(
+        {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype
+    )
+    gains = {
+        name: random(D, seed=i).to(DEVICE, dtype) for i, name in enumerate(("q_gain", "k_gain"))
+    }
     table = tuple(part.to(DEVICE) for part in rope_table(torch.tensor(slots)[:, None], D, 100.0))
     options = dict(slots=torch.tensor(slots, device=DEVICE) % W, eps=1e-6)
     twin = {name: x.double() for name, x in (inputs | gains).items()}
     got = hsa_kernels.enter_ring(**inputs, **gains, **options, table=table)
     want = blockwise.enter_ring(**twin, **options, table=table)
-    for a, b in ((got, want), (inputs["ring_k"], twin["ring_k"]), (inputs["ring_v"], twin["ring_v"])):
+    for a, b in (
+        (got, want),
+        (inputs["ring_k"], twin["ring_k"]),
+        (inputs["ring_v"], twin["ring_v"]),
+    ):
         assert error(a, b) < TOLERANCE[dtype]
 
 
 @grid
-@given(M=st.integers(1, 64), E=st.integers(1, 70), A=st.integers(1, 6), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
+@given(
+    M=st.integers(1, 64),
+    E=st.integers(1, 70),
+    A=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
 def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
     A = min(A, E)
-    scores, bias = random(M, E, seed=seed).to(DEVICE, dtype), random(E, seed=seed + 1).to(DEVICE, torch.float32)
+    scores, bias = (
+        random(M, E, seed=seed).to(DEVICE, dtype),
+        random(E, seed=seed + 1).to(DEVICE, torch.float32),
+    )
     ends, tokens, places, gates = hsa_kernels.dispatch(scores, bias, A)
     want = reference.dispatch(scores, bias, A)
     assert torch.equal(ends, want[0]) and torch.equal(tokens, want[1])
@@ -416,16 +546,24 @@ def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
 @example(M=9, C=1032, H=8, E=9, A=2, dtype=torch.float32)
 def test_experts_say_what_each_would_alone(M, C, H, E, A, dtype):
     A = min(A, E)
-    weights = dict(up_and_gate=random(E, C, 2 * H, seed=1) * C**-0.5, down=random(E, H, C, seed=2) * H**-0.5)
+    weights = dict(
+        up_and_gate=random(E, C, 2 * H, seed=1) * C**-0.5, down=random(E, H, C, seed=2) * H**-0.5
+    )
     inputs = there(dict(x=random(M, C)) | weights, dtype)
-    choice = reference.dispatch(random(M, E, seed=3).to(DEVICE, torch.float32), torch.zeros(E, device=DEVICE), A)
+    choice = reference.dispatch(
+        random(M, E, seed=3).to(DEVICE, torch.float32), torch.zeros(E, device=DEVICE), A
+    )
     got = hsa_kernels.experts(inputs["x"], *choice, inputs["up_and_gate"], inputs["down"])
     ends, _, places, gates = choice
     twin, want = exact(inputs), []
     for m in range(M):
         asked = torch.searchsorted(ends, places[m], right=True)  # [A]
-        up, gate = torch.einsum("c,ach->ah", twin["x"][m], twin["up_and_gate"][asked]).chunk(2, dim=-1)
-        want.append(torch.einsum("ah,ahc,a->c", up * silu(gate), twin["down"][asked], gates[m].double()))
+        up, gate = torch.einsum("c,ach->ah", twin["x"][m], twin["up_and_gate"][asked]).chunk(
+            2, dim=-1
+        )
+        want.append(
+            torch.einsum("ah,ahc,a->c", up * silu(gate), twin["down"][asked], gates[m].double())
+        )
     assert error(got, torch.stack(want)) < TOLERANCE[dtype]
 
 
@@ -433,19 +571,33 @@ def test_decode_keeps_the_newest_of_equal_scores():
     inputs = decode_inputs(B=1, J=1, N=1500)  # more blocks than are kept, too
     inputs["landmarks"] = inputs["landmarks"][:, :1].expand(-1, 1500, -1, -1).contiguous()
     options = dict(chunk_size=16, top_k=5, offset=24000)
-    assert error(hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options)) < 2e-6
+    assert (
+        error(hsa_kernels.decode(**inputs, **options), reference.decode(**exact(inputs), **options))
+        < 2e-6
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_custom_operators_keep_their_promises():
     """Schema, fake tensors, autograd registration and tracing, as PyTorch checks them."""
     inputs = attention_inputs(T=3, N=2, K=2)
-    leaves = [inputs[name].requires_grad_(name in "q k v weights".split()) for name in ("q", "k", "v", "indices", "weights")]
+    leaves = [
+        inputs[name].requires_grad_(name in "q k v weights".split())
+        for name in ("q", "k", "v", "indices", "weights")
+    ]
     torch.library.opcheck(torch.ops.hsa_kernels.chunk_attention.default, (*leaves, 0.3))
     inputs = retrieval_inputs(T=9, N=2)
     leaves = [x.requires_grad_() for x in inputs.values()]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # the fourth adds up outputs, integers too
-    torch.library.opcheck(torch.ops.hsa_kernels.retrieve.default, (*leaves, None, 0, 1, 4, 2, 0, None), test_utils=checks)
+    checks = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+    )  # the fourth adds up outputs, integers too
+    torch.library.opcheck(
+        torch.ops.hsa_kernels.retrieve.default,
+        (*leaves, None, 0, 1, 4, 2, 0, None),
+        test_utils=checks,
+    )
 
 
 def test_a_whole_graph_is_captured():
@@ -465,7 +617,9 @@ def test_flops_are_counted():
     inputs["q"].requires_grad_()
     with FlopCounterMode(display=False) as counter:
         out = hsa_kernels.chunk_attention(**inputs)
-    assert counter.get_total_flops() == 4 * 1 * 4 * 2 * 2 * 16 * 16  # two products of B*T*H*K*S*D multiply-adds
+    assert (
+        counter.get_total_flops() == 4 * 1 * 4 * 2 * 2 * 16 * 16
+    )  # two products of B*T*H*K*S*D multiply-adds
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 10 * 1 * 4 * 2 * 2 * 16 * 16  # five

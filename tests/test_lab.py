@@ -15,24 +15,33 @@ from helpers import assert_close, error, random, random_choice, results
 from material import word_corpus, word_tokens
 
 from hsa_mini import ChunkMemory, HSAModel, reference
-from hsa_mini.crowd import Past
-from hsa_mini.data.mixture import ANSWER, NONE, TrainingBatches
-from hsa_mini.generate import prefill
+from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import measure as measuring
 from hsa_mini.lab import variants
 from hsa_mini.lab.arms import ARMS, SCALES, Scale
 from hsa_mini.lab.reading import concatenated, grouped_gates
 from hsa_mini.lab.run import PackedBatches, run
-from hsa_mini.nn.rope import apply_rope, rope_table
-from hsa_mini.recipes import Stage
-from hsa_mini.train import make_optimizer, recorded_steps, take_step
+from hsa_mini.model.rope import apply_rope, rope_table
+from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.mixture import ANSWER, NONE, TrainingBatches
+from hsa_mini.training.recipes import Stage
+from hsa_mini.training.trainer import make_optimizer, recorded_steps, take_step
 
 CPU = torch.device("cpu")
 TINY = SCALES["tiny"]
 # The sizes of `debug`, on sequences of 12 chunks of 4 tokens: what a test can afford.
 SMALL = Scale(
     "small",
-    dataclasses.replace(TINY.config, vocab_size=64, chunk_size=4, window=4, top_k=2, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8),
+    dataclasses.replace(
+        TINY.config,
+        vocab_size=64,
+        chunk_size=4,
+        window=4,
+        top_k=2,
+        hsa_heads=4,
+        hsa_kv_heads=2,
+        hsa_head_dim=8,
+    ),
     Stage(steps=30, batch=2, tokens=48),
     multiples=(1, 2),
 )
@@ -46,7 +55,9 @@ def made(arm, dtype=torch.float64, scale=SMALL) -> HSAModel:
 
 
 def some_ids(tokens: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
-    return torch.randint(SMALL.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        SMALL.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def filled(config, chunks: int) -> ChunkMemory:
@@ -67,9 +78,15 @@ def test_arms_have_equal_parameters_and_see_equally_many_tokens(scale):
     for arm in ARMS.values():
         mine, others = arm.parameters(scale)[arm.counted], base.parameters(scale)[arm.counted]
         assert abs(mine / others - 1) < 0.01, (arm.name, mine, others)
-        stages, usual = ([(s.steps, s.batch, s.tokens, s.text_weight) for s in a.recipe(scale).stages] for a in (arm, base))
+        stages, usual = (
+            [(s.steps, s.batch, s.tokens, s.text_weight) for s in a.recipe(scale).stages]
+            for a in (arm, base)
+        )
         assert stages == usual and stages[-1][2] == scale.stage.tokens, arm.name
-        assert (arm.recipe(scale).learning_rate, arm.recipe(scale).warmup) == (scale.learning_rate, scale.warmup)
+        assert (arm.recipe(scale).learning_rate, arm.recipe(scale).warmup) == (
+            scale.learning_rate,
+            scale.warmup,
+        )
     assert [arm.name for arm in ARMS.values() if arm.counted == "active"] == ["moe_chains"]
 
 
@@ -80,15 +97,32 @@ def test_an_arm_changes_what_it_says_and_widths_of_mlps():
     changed = {}
     for arm in ARMS.values():
         config, recipe = arm.config(lab), arm.recipe(lab)
-        names = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(base, f.name)} - {"mlp_width"}
+        names = {
+            f.name
+            for f in dataclasses.fields(config)
+            if getattr(config, f.name) != getattr(base, f.name)
+        } - {"mlp_width"}
         changed[arm.name] = (names, recipe != usual, arm.packed, arm.model)
     sizes = {"hsa_heads", "hsa_head_dim", "retrieval_dim"}  # of HSA, which is not there
     assert changed["window"][0] == sizes and changed["full_rope"][0] == sizes | {"window"}
-    assert all(not names for name, (names, *_) in changed.items() if name in ("hsa_rope", "mean_landmark", "concatenated", "full_k"))
+    assert all(
+        not names
+        for name, (names, *_) in changed.items()
+        if name in ("hsa_rope", "mean_landmark", "concatenated", "full_k")
+    )
     assert changed["mean_key"][0] == changed["grouped_softmax"][0] == {"retrieval_dim"}
-    assert changed["no_noise"][0] == {"exploration"} and all(changed[f"window_{n}x"][0] == {"window"} for n in (4, 8, 16))
-    assert len({json.dumps(arm.settings(lab) | {"arm": ""}) for arm in ARMS.values()}) == len(ARMS)  # no two are the same
-    assert lab.config.window * 8 == lab.stage.tokens // 2 >= lab.stage.mixture.copy_least > lab.config.window
+    assert changed["no_noise"][0] == {"exploration"} and all(
+        changed[f"window_{n}x"][0] == {"window"} for n in (4, 8, 16)
+    )
+    assert len({json.dumps(arm.settings(lab) | {"arm": ""}) for arm in ARMS.values()}) == len(
+        ARMS
+    )  # no two are the same
+    assert (
+        lab.config.window * 8
+        == lab.stage.tokens // 2
+        >= lab.stage.mixture.copy_least
+        > lab.config.window
+    )
 
 
 def test_contexts_grow_and_with_them_windows_and_distances_of_copies():
@@ -101,25 +135,37 @@ def test_contexts_grow_and_with_them_windows_and_distances_of_copies():
             assert stage.mixture.copy_least == share * lab.stage.mixture.copy_least
             warms = arm.name == "warmup_short_window" and share < 1
             window = lab.config.window if warms else arm.config(lab).window
-            assert stage.window == (stage.tokens if "full_rope" in arm.name else share * window), arm.name
-            assert stage.crowd == (lab.lengths[-1] // lab.config.chunk_size if arm.name == "text_crowd" and share == 1 else None)
+            assert stage.window == (stage.tokens if "full_rope" in arm.name else share * window), (
+                arm.name
+            )
+            assert stage.crowd == (
+                lab.lengths[-1] // lab.config.chunk_size
+                if arm.name == "text_crowd" and share == 1
+                else None
+            )
     for stage in ARMS["hsa"].recipe(lab).stages:
         assert stage.window < stage.mixture.copy_least
 
 
-@pytest.mark.parametrize("arm", [ARMS["hsa"], ARMS["moe_chains"], ARMS["warmup_none"], ARMS["data_short"]], ids=lambda arm: arm.name)
+@pytest.mark.parametrize(
+    "arm",
+    [ARMS["hsa"], ARMS["moe_chains"], ARMS["warmup_none"], ARMS["data_short"]],
+    ids=lambda arm: arm.name,
+)
 def test_sequences_of_every_stage_hold_what_they_are_asked(arm, monkeypatch):
-    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     recipe = arm.recipe(SCALES["lab"], 24)
     batches = PackedBatches(recipe, 0, arm.packed)
     for step in range(24):
         stage = recipe.stage(step)
         ids, parts = batches[step]
-        assert ids.shape == parts.shape == (stage.batch, stage.tokens + 1) and (parts == ANSWER).any()
+        assert (
+            ids.shape == parts.shape == (stage.batch, stage.tokens + 1) and (parts == ANSWER).any()
+        )
 
 
 def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
-    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     recipe = ARMS["data_short"].recipe(TINY)
     short = TINY.stage.tokens // 4
     step = recipe.steps - 1
@@ -129,20 +175,34 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
     assert ids.shape == parts.shape == (2, TINY.stage.tokens + 1)
     for row in range(2):
         for place in range(1, 4):
-            here = slice((place - 1) * (short + 1) + short - 2, None)  # three tokens of the first are cut off
+            here = slice(
+                (place - 1) * (short + 1) + short - 2, None
+            )  # three tokens of the first are cut off
             stretch = slice(here.start, here.start + short + 1)
             assert torch.equal(ids[row, stretch], alone[4 * row + place])
-            assert parts[row, stretch][0] == NONE and torch.equal(parts[row, stretch][1:], its_parts[4 * row + place, 1:])
+            assert parts[row, stretch][0] == NONE and torch.equal(
+                parts[row, stretch][1:], its_parts[4 * row + place, 1:]
+            )
     plain = PackedBatches(recipe, 3, 1)
-    assert torch.equal(plain[step][0], TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[step][0])
+    assert torch.equal(
+        plain[step][0],
+        TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[step][0],
+    )
     first = PackedBatches(recipe, 3, 4)[0]  # of a stage that is short already
-    assert first[0].shape == (4, short + 1) and torch.equal(first[0], PackedBatches(recipe, 3, 1)[0][0])
+    assert first[0].shape == (4, short + 1) and torch.equal(
+        first[0], PackedBatches(recipe, 3, 1)[0][0]
+    )
 
 
 def test_the_core_knows_nothing_of_the_laboratory():
     root = Path(variants.__file__).resolve().parents[1]
-    users = {path.name for path in root.rglob("*.py") if path.parent.name not in ("lab", "viz") and re.search(r"\blab\b.* import", path.read_text())}
-    assert users == {"cli.py"}
+    users = {
+        path.name
+        for path in root.rglob("*.py")
+        if path.parent.name not in ("lab", "viz")
+        and re.search(r"\blab\b.* import", path.read_text())
+    }
+    assert users == {"entry.py"}
 
 
 # Reading
@@ -164,7 +224,9 @@ def naive_concatenated(q, k, v, indices):
 @pytest.mark.parametrize("N", [0, 5])
 def test_concatenated_is_dense_softmax_over_the_tokens_of_the_chosen_chunks(J, N):
     indices, _ = random_choice(2, 6, J, 3, N)
-    inputs = dict(q=random(2, 6, 4, 8), k=random(2, N, 4, J, 8, seed=1), v=random(2, N, 4, J, 8, seed=2))
+    inputs = dict(
+        q=random(2, 6, 4, 8), k=random(2, N, 4, J, 8, seed=1), v=random(2, N, 4, J, 8, seed=2)
+    )
     indices[0, 1] = -1  # a token that sees nothing
     got = results(lambda **x: concatenated(**x, indices=indices), inputs)
     assert_close(got, results(lambda **x: naive_concatenated(**x, indices=indices), inputs), 1e-10)
@@ -173,15 +235,26 @@ def test_concatenated_is_dense_softmax_over_the_tokens_of_the_chosen_chunks(J, N
 def test_concatenated_of_one_chunk_is_chunk_attention_and_of_several_is_not():
     q, k, v = random(2, 6, 4, 8), random(2, 5, 4, 2, 8, seed=1), random(2, 5, 4, 2, 8, seed=2)
     one, _ = random_choice(2, 6, 2, 1, 5)
-    assert_close(concatenated(q, k, v, one), reference.chunk_attention(q, k, v, one, (one >= 0).double()), 1e-10)
+    assert_close(
+        concatenated(q, k, v, one),
+        reference.chunk_attention(q, k, v, one, (one >= 0).double()),
+        1e-10,
+    )
     several, weights = random_choice(2, 6, 2, 3, 5)
     even = (several >= 0) / (several >= 0).sum(-1, keepdim=True).clamp(min=1).double()
-    assert error(concatenated(q, k, v, several), reference.chunk_attention(q, k, v, several, even)) > 0.05
+    assert (
+        error(concatenated(q, k, v, several), reference.chunk_attention(q, k, v, several, even))
+        > 0.05
+    )
 
 
 def test_gates_are_one_softmax_of_landmarks_and_own_key():
     indices, _ = random_choice(2, 6, 2, 3, 5)
-    query, landmarks, own = random(2, 6, 2, 8), random(2, 5, 2, 8, seed=1), random(2, 6, 2, 8, seed=2)
+    query, landmarks, own = (
+        random(2, 6, 2, 8),
+        random(2, 5, 2, 8, seed=1),
+        random(2, 6, 2, 8, seed=2),
+    )
     near, far = grouped_gates(query, landmarks, own, indices)
     for b, t, j in np.ndindex(2, 6, 2):
         exp = lambda key: float(((query[b, t, j] @ key) / 8**0.5).exp())  # noqa: E731
@@ -209,7 +282,10 @@ def test_the_grouped_layer_reads_chunks_through_their_landmarks_gates():
         kept = scores.topk(2).indices.tolist()
         assert sorted(kept) == sorted(retrieval.indices[b, t, j].tolist())
         gates = torch.stack([shared @ own_k[b, t, j] / 8**0.5, *scores[kept]]).softmax(0)
-        inside = [(memory.k[b, i, :, j] @ q[b, t, h] / 8**0.5).softmax(0) @ memory.v[b, i, :, j] for i in kept]
+        inside = [
+            (memory.k[b, i, :, j] @ q[b, t, h] / 8**0.5).softmax(0) @ memory.v[b, i, :, j]
+            for i in kept
+        ]
         want[b, t, h] = gates[0] * own_v[b, t, j] + gates[1] * inside[0] + gates[2] * inside[1]
     assert_close(out, hsa.out(want.flatten(-2)), 1e-10)
 
@@ -225,7 +301,9 @@ def test_mean_keys_choose_with_the_queries_of_attention():
     q = hsa.q_norm(hsa.q(x).unflatten(-1, (4, 8))).unflatten(2, (2, 2)).sum(3)
     best = torch.einsum("btjd,bnjd->btjn", q, landmarks).topk(2).indices
     assert torch.equal(retrieval.indices.sort(-1).values.long(), best.sort(-1).values)
-    assert not any(name.startswith(("encoder.cls", "encoder.landmark")) for name, _ in model.named_parameters())
+    assert not any(
+        name.startswith(("encoder.cls", "encoder.landmark")) for name, _ in model.named_parameters()
+    )
 
 
 def test_a_mean_landmark_is_that_of_the_mean_and_knows_no_order():
@@ -233,7 +311,9 @@ def test_a_mean_landmark_is_that_of_the_mean_and_knows_no_order():
     shuffled = hidden[:, :, [2, 0, 3, 1]]
     encoder = made(ARMS["mean_landmark"]).encoder
     k, v, landmarks = encoder(hidden)
-    assert_close(landmarks, encoder.landmark(encoder.norm(hidden).mean(2)).unflatten(-1, (1, -1)), 1e-12)
+    assert_close(
+        landmarks, encoder.landmark(encoder.norm(hidden).mean(2)).unflatten(-1, (1, -1)), 1e-12
+    )
     assert_close(encoder(shuffled)[2], landmarks, 1e-12)
     assert_close(k[:, :, 1], encoder(hidden[:, :, 1:2])[0][:, :, 0], 1e-12)  # of one token alone
     whole = made(ARMS["hsa"]).encoder
@@ -247,10 +327,19 @@ def test_with_rope_inside_a_chunk_reads_otherwise_from_further_away_and_without_
     near, far = (model.attend(memory, position, q, indices, weights) for position in (12, 400))
     assert error(far, near) > 0.1
     shifted = ChunkMemory(model.config)  # query and chunks moved together: 5 chunks in front
-    shifted.append(*(torch.cat((random(2, 5, *x.shape[2:], seed=9), x), dim=1) for x in (memory.k, memory.v, memory.landmarks)))
+    shifted.append(
+        *(
+            torch.cat((random(2, 5, *x.shape[2:], seed=9), x), dim=1)
+            for x in (memory.k, memory.v, memory.landmarks)
+        )
+    )
     moved = torch.where(indices < 0, indices, indices + 5)
-    assert_close(model.attend(shifted, 12 + 20, q, moved, weights), near, 1e-6)  # angles are float32
-    assert_close(memory.attend(q, indices, weights), shifted.attend(q, moved, weights), 1e-12)  # no position to move
+    assert_close(
+        model.attend(shifted, 12 + 20, q, moved, weights), near, 1e-6
+    )  # angles are float32
+    assert_close(
+        memory.attend(q, indices, weights), shifted.attend(q, moved, weights), 1e-12
+    )  # no position to move
 
 
 def test_rope_inside_turns_queries_and_keys_by_their_places():
@@ -259,8 +348,13 @@ def test_rope_inside_turns_queries_and_keys_by_their_places():
     indices, weights = random_choice(2, 5, 2, 2, 3)
     turned = random(2, 3, 4, 2, 8)
     for n, s in np.ndindex(3, 4):
-        turned[:, n, s] = apply_rope(memory.k[:, n, s], rope_table(torch.tensor(4 * n + s), 8, 10_000.0))
-    q_turned = torch.stack([apply_rope(q[:, t], rope_table(torch.tensor(13 + t), 8, 10_000.0)) for t in range(5)], dim=1)
+        turned[:, n, s] = apply_rope(
+            memory.k[:, n, s], rope_table(torch.tensor(4 * n + s), 8, 10_000.0)
+        )
+    q_turned = torch.stack(
+        [apply_rope(q[:, t], rope_table(torch.tensor(13 + t), 8, 10_000.0)) for t in range(5)],
+        dim=1,
+    )
     want = reference.chunk_attention(q_turned, turned, memory.v, indices, weights)
     assert_close(model.attend(memory, 13, q, indices, weights), want, 1e-6)
 
@@ -271,9 +365,16 @@ def test_a_score_that_only_selects_has_no_gradient_and_one_that_weighs_has():
     def gradients(name: str) -> dict[str, float]:
         model = made(ARMS[name]).train()
         model(ids, gumbel_seed=1).logits.square().sum().backward()
-        return {n: 0.0 if p.grad is None else float(p.grad.abs().sum()) for n, p in model.named_parameters()}
+        return {
+            n: 0.0 if p.grad is None else float(p.grad.abs().sum())
+            for n, p in model.named_parameters()
+        }
 
-    choosing = ("encoder.landmark.weight", "upper.0.hsa.retrieval_q.weight", "upper.1.hsa.retrieval_q.weight")
+    choosing = (
+        "encoder.landmark.weight",
+        "upper.0.hsa.retrieval_q.weight",
+        "upper.1.hsa.retrieval_q.weight",
+    )
     fused, selected = gradients("hsa"), gradients("concatenated")
     assert all(fused[name] > 0 for name in choosing)
     assert all(selected[name] == 0 for name in choosing) and selected["encoder.k.weight"] > 0
@@ -288,13 +389,24 @@ def test_without_hsa_nothing_beyond_the_windows_is_seen_and_a_long_window_sees_a
     assert torch.equal(narrow(ids).logits[:, reach + 1 :], narrow(other).logits[:, reach + 1 :])
     assert not torch.equal(narrow(ids).logits[:, reach], narrow(other).logits[:, reach])
     assert not torch.equal(full(ids).logits[:, -1], full(other).logits[:, -1])
-    assert not narrow(ids).aux.retrievals and not any("hsa" in name or "encoder" in name for name, _ in narrow.named_parameters())
+    assert not narrow(ids).aux.retrievals and not any(
+        "hsa" in name or "encoder" in name for name, _ in narrow.named_parameters()
+    )
 
 
 def test_without_qk_norm_no_attention_has_one():
     names = [name for name, _ in made(ARMS["no_qk_norm"]).named_parameters()]
     assert not [name for name in names if "q_norm" in name or "k_norm" in name]
-    assert len([name for name, _ in made(ARMS["hsa"]).named_parameters() if "q_norm" in name or "k_norm" in name]) == 11
+    assert (
+        len(
+            [
+                name
+                for name, _ in made(ARMS["hsa"]).named_parameters()
+                if "q_norm" in name or "k_norm" in name
+            ]
+        )
+        == 11
+    )
 
 
 @pytest.mark.parametrize("arm", [ARMS["hsa"], *VARIED.values()], ids=lambda arm: arm.name)
@@ -307,7 +419,9 @@ def test_training_is_streaming_is_token_by_token(arm):
         for part in ids.split(segment, dim=1):
             parts.append(model(part, memory).logits)
         assert_close(torch.cat(parts, dim=1), whole, 1e-9)
-    output = prefill(model, ids[:, :25], segment=6)  # the upper decoder reads no more than it has to
+    output = prefill(
+        model, ids[:, :25], segment=6
+    )  # the upper decoder reads no more than it has to
     assert_close(output.logits[:, -1], whole[:, 24], 1e-9)
     for t in range(25, 30):
         output = model(ids[:, t : t + 1], output.memory)
@@ -322,7 +436,9 @@ def test_a_variant_refuses_single_steps_and_every_forward_is_its_own(arm):
     twin.load_state_dict(model.state_dict(), strict=False)
     assert error(model(ids).logits, twin(ids).logits) > 1e-4
     if any(block.hsa for block in model.upper):
-        with pytest.raises((NotImplementedError, AttributeError)):  # the ring asks for the gains of QK norm first
+        with pytest.raises(
+            (NotImplementedError, AttributeError)
+        ):  # the ring asks for the gains of QK norm first
             model.generate(ids, max_new_tokens=3)
 
 
@@ -333,7 +449,9 @@ def test_every_arm_learns_a_batch_by_heart(arm):
     past, optimizer = Past(0), make_optimizer(model, recipe)
     steps_of = recorded_steps(model, optimizer, recipe, past)
     batch = some_ids(49), torch.ones(2, 49, dtype=torch.int8)
-    losses = [float(take_step(steps_of, recipe, 0, step, batch, CPU)[0]) for step in range(recipe.steps)]
+    losses = [
+        float(take_step(steps_of, recipe, 0, step, batch, CPU)[0]) for step in range(recipe.steps)
+    ]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -362,7 +480,10 @@ def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin
 
     def watched(model, scale, texts):
         seen.setdefault(len(texts[0]), []).append(np.stack(texts))
-        yield torch.zeros(len(texts), scale.tail, 4096), torch.zeros(len(texts), scale.tail, dtype=torch.int64)
+        yield (
+            torch.zeros(len(texts), scale.tail, 4096),
+            torch.zeros(len(texts), scale.tail, dtype=torch.int64),
+        )
 
     monkeypatch.setattr(measuring, "_tails", watched)
     scale, tail = TINY, TINY.tail
@@ -372,7 +493,9 @@ def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin
     (short, short_copies), (long, long_copies) = (seen[tokens] for tokens in scale.lengths)
     assert (long[:, -scale.lengths[0] :] == short).all() and len(short) == scale.texts
     for copies in (short_copies, long_copies):
-        assert (copies[:, :tail] == copies[:, -tail:]).all() and (copies[:, tail : 2 * tail] != copies[:, -tail:]).any()
+        assert (copies[:, :tail] == copies[:, -tail:]).all() and (
+            copies[:, tail : 2 * tail] != copies[:, -tail:]
+        ).any()
 
 
 def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
@@ -382,30 +505,39 @@ def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
     assert set(found) == {"s_niah", "mq_niah", "vt", "perplexity", "copy"}
     assert all([row["tokens"] for row in rows] == [512, 2048] for rows in found.values())
     texts, tails = [], measuring._tails
-    monkeypatch.setattr(measuring, "_tails", lambda model, scale, few: texts.extend(few) or tails(model, scale, few))
+    monkeypatch.setattr(
+        measuring, "_tails", lambda model, scale, few: texts.extend(few) or tails(model, scale, few)
+    )
     with torch.no_grad():
         measuring.perplexity(model, TINY, 512, word_corpus("validation").tokens, 1)
     ids = torch.from_numpy(np.stack(texts).astype(np.int64))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")[:, -TINY.tail :]
-    assert found["perplexity"][0]["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+    losses = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")[
+        :, -TINY.tail :
+    ]
+    assert found["perplexity"][0]["perplexity"] == pytest.approx(
+        losses.mean().exp().item(), rel=1e-4
+    )
     assert found["perplexity"][0]["scored"] == losses.numel()
     monkeypatch.undo()
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
     monkeypatch.setattr(measuring, "TOKENS_AT_ONCE", 512)  # one text at a time
     again = measuring.measure(model, TINY)
-    assert again["perplexity"][1]["perplexity"] == pytest.approx(found["perplexity"][1]["perplexity"], rel=1e-5)
+    assert again["perplexity"][1]["perplexity"] == pytest.approx(
+        found["perplexity"][1]["perplexity"], rel=1e-5
+    )
     assert again["s_niah"] == found["s_niah"]
 
 
 def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
-    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
     scale = dataclasses.replace(TINY, multiples=(1,), questions=1)
     done = []
     one, two, other = (
-        run(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append) for seed in (5, 5, 6)
+        run(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append)
+        for seed in (5, 5, 6)
     )
     assert sum(done) == 9 and one["curve"]["step"] == [1, 2, 3]
     assert sum(stage["steps"] for stage in one["settings"]["recipe"]["stages"]) == 3

@@ -16,24 +16,48 @@ import pytest
 import torch
 from material import small_archives
 
+from hsa_mini.inference.cuda_graph import WARM_UP
 from hsa_mini.lab import claims as judging
 from hsa_mini.lab import harness
 from hsa_mini.lab.arms import ARMS, SCALES
-from hsa_mini.lab.claims import CLAIMS, DIFFERENT, NOT_REPRODUCED, NOT_RUN, REPRODUCED, Measure, Spread, judge, table, verdict
+from hsa_mini.lab.claims import (
+    CLAIMS,
+    DIFFERENT,
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    Measure,
+    Spread,
+    judge,
+    table,
+    verdict,
+)
 from hsa_mini.lab.harness import append_record, current, read_records, run_missing
-from hsa_mini.replay import WARM_UP
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 LAB = SCALES["lab"]
 
 
-def record(arm: str, seed: int, value: float = 0.5, *, scale: str = "lab", perplexity: float | None = 20.0) -> dict:
+def record(
+    arm: str, seed: int, value: float = 0.5, *, scale: str = "lab", perplexity: float | None = 20.0
+) -> dict:
     """A made-up one, with the same accuracy everywhere."""
-    rows = [{"tokens": tokens, "samples": 32, "correct": 0, "accuracy": value} for tokens in SCALES[scale].lengths]
+    rows = [
+        {"tokens": tokens, "samples": 32, "correct": 0, "accuracy": value}
+        for tokens in SCALES[scale].lengths
+    ]
     found = {name: rows for name in ("s_niah", "mq_niah", "vt", "copy")}
-    found["perplexity"] = [{"tokens": tokens, "scored": 1, "perplexity": perplexity} for tokens in SCALES[scale].lengths]
-    return {"arm": arm, "seed": seed, "settings": json.loads(json.dumps(ARMS[arm].settings(SCALES[scale]))), "found": found}
+    found["perplexity"] = [
+        {"tokens": tokens, "scored": 1, "perplexity": perplexity}
+        for tokens in SCALES[scale].lengths
+    ]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "settings": json.loads(json.dumps(ARMS[arm].settings(SCALES[scale]))),
+        "found": found,
+    }
 
 
 class Worker:
@@ -85,23 +109,39 @@ def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     assert run_missing(["hsa", "window"], [0, 1], path=path, device=CPU, jobs=3) == 4
     assert Worker.most == 3 and Worker.alive == 0
     lines = path.read_text().splitlines()
-    assert sorted((r["arm"], r["seed"]) for r in map(json.loads, lines)) == [(a, s) for a in ("hsa", "window") for s in (0, 1)]
+    assert sorted((r["arm"], r["seed"]) for r in map(json.loads, lines)) == [
+        (a, s) for a in ("hsa", "window") for s in (0, 1)
+    ]
     assert {"hardware", "versions", "commit", "command"} <= json.loads(lines[0]).keys()
     before = path.read_bytes()
-    assert run_missing(["hsa", "window"], [0, 1], path=path, device=CPU) == 0 and path.read_bytes() == before
+    assert (
+        run_missing(["hsa", "window"], [0, 1], path=path, device=CPU) == 0
+        and path.read_bytes() == before
+    )
     assert run_missing(["window", "no_noise"], [1, 2], path=path, device=CPU) == 3
     assert path.read_bytes().startswith(before) and len(read_records(path)) == 7
-    assert run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1  # other settings are another run
+    assert (
+        run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1
+    )  # other settings are another run
 
 
 def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp_path, capfd):
     path = tmp_path / "lab.jsonl"
     workers |= {("window", 0), ("hsa", 1)}
-    with pytest.raises(ChildProcessError, match=r"^2 of 4 runs failed \(window with seed 0, hsa with seed 1\); all others are in"):
+    with pytest.raises(
+        ChildProcessError,
+        match=r"^2 of 4 runs failed \(window with seed 0, hsa with seed 1\); all others are in",
+    ):
         run_missing(["hsa", "window"], [0, 1], path=path, device=CPU)
-    assert [(r["arm"], r["seed"]) for r in read_records(path)] == [("hsa", 0), ("window", 1)] and Worker.alive == 0
+    assert [(r["arm"], r["seed"]) for r in read_records(path)] == [
+        ("hsa", 0),
+        ("window", 1),
+    ] and Worker.alive == 0
     lines = re.findall(r"[^\r\n]*failed: [^\r\n]*", capfd.readouterr().err)
-    assert lines == ["window with seed 0 failed: its process ended", "hsa with seed 1 failed: RuntimeError: too hot"]
+    assert lines == [
+        "window with seed 0 failed: its process ended",
+        "hsa with seed 1 failed: RuntimeError: too hot",
+    ]
 
 
 def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
@@ -120,7 +160,13 @@ def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
 
 def test_a_worker_makes_itself_ready_with_a_few_steps_of_every_stage(monkeypatch):
     seen = []
-    monkeypatch.setattr(harness, "run", lambda arm, scale, seed, **options: seen.append((arm.recipe(scale, options["steps"]), scale)))
+    monkeypatch.setattr(
+        harness,
+        "run",
+        lambda arm, scale, seed, **options: seen.append(
+            (arm.recipe(scale, options["steps"]), scale)
+        ),
+    )
     harness.prepare(LAB, CPU)
     [(recipe, scale)] = seen
     assert min(stage.steps for stage in recipe.stages) > WARM_UP  # a step is recorded after these
@@ -135,9 +181,14 @@ def test_commands_that_write_at_once_lose_no_line(tmp_path):
     code = "import sys, pathlib; from hsa_mini.lab.harness import append_record\n"
     code += "for i in range(20): append_record(pathlib.Path(sys.argv[1]), dict(arm=sys.argv[2], seed=i, settings={}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([sys.executable, "-c", code, path, arm], env=environment) for arm in ("hsa", "window")]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, path, arm], env=environment)
+        for arm in ("hsa", "window")
+    ]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
-    assert sorted((r["arm"], r["seed"]) for r in read_records(path)) == [(arm, i) for arm in ("hsa", "window") for i in range(20)]
+    assert sorted((r["arm"], r["seed"]) for r in read_records(path)) == [
+        (arm, i) for arm in ("hsa", "window") for i in range(20)
+    ]
 
 
 def test_a_record_that_is_cut_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
@@ -158,18 +209,28 @@ def test_a_file_of_other_things_is_refused(tmp_path, line):
     path = tmp_path / "lab.jsonl"
     append_record(path, record("hsa", 0))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=f"^path: line 2 of {path} is no record of a run, accepted is a file of them$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^path: line 2 of {path} is no record of a run, accepted is a file of them$",
+    ):
         read_records(path)
 
 
 def test_records_of_other_settings_are_left_out_and_younger_options_do_not_matter():
     same, other, older, gone = (record("hsa", seed) for seed in range(4))
     other["settings"]["recipe"]["stages"][0]["batch"] += 1
-    del older["settings"]["config"]["exclude_window"]  # as if the record were from before there was such an option
+    del older["settings"]["config"][
+        "exclude_window"
+    ]  # as if the record were from before there was such an option
     gone["settings"]["recipe"]["of_old"] = 1
-    assert set(current([same, other, older, gone, record("window", 0, scale="tiny")])) == {("hsa", 0), ("hsa", 2)}
+    assert set(current([same, other, older, gone, record("window", 0, scale="tiny")])) == {
+        ("hsa", 0),
+        ("hsa", 2),
+    }
     assert set(current([same, record("window", 0, scale="tiny")], "tiny")) == {("window", 0)}
-    assert current([same, record("hsa", 0, 0.7)])["hsa", 0]["found"]["vt"][0]["accuracy"] == 0.7  # the newest
+    assert (
+        current([same, record("hsa", 0, 0.7)])["hsa", 0]["found"]["vt"][0]["accuracy"] == 0.7
+    )  # the newest
 
 
 # The command, with real runs
@@ -177,8 +238,25 @@ def test_records_of_other_settings_are_left_out_and_younger_options_do_not_matte
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
     small_archives(folder / "cache" / "archives")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HSA_MINI_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "hsa_mini", "lab", "--scale", "tiny", "--out", "lab.jsonl", "--device", "cpu", *words]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HSA_MINI_CACHE": str(folder / "cache"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "hsa_mini",
+        "lab",
+        "--scale",
+        "tiny",
+        "--out",
+        "lab.jsonl",
+        "--device",
+        "cpu",
+        *words,
+    ]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -195,10 +273,16 @@ def test_two_arms_from_the_command_line(tmp_path):
     assert sorted((r["arm"], r["seed"]) for r in records) == [("hsa", 3), ("window", 3)]
     for r in records:
         arm = ARMS[r["arm"]]
-        assert r["settings"] == json.loads(json.dumps(arm.settings(SCALES["tiny"], 2))) and r["curve"]["step"] == [1, 2]
-        assert r["parameters"] == arm.parameters(SCALES["tiny"])["parameters"] and r["command"].startswith("python -m hsa_mini lab")
+        assert r["settings"] == json.loads(json.dumps(arm.settings(SCALES["tiny"], 2))) and r[
+            "curve"
+        ]["step"] == [1, 2]
+        assert r["parameters"] == arm.parameters(SCALES["tiny"])["parameters"] and r[
+            "command"
+        ].startswith("python -m hsa_mini lab")
         assert [row["tokens"] for row in r["found"]["mq_niah"]] == [512, 2048]
-        assert all(row["samples"] == 2 for task in ("s_niah", "mq_niah", "vt") for row in r["found"][task])
+        assert all(
+            row["samples"] == 2 for task in ("s_niah", "mq_niah", "vt") for row in r["found"][task]
+        )
     before = (tmp_path / "lab.jsonl").read_bytes()
     process = start(tmp_path, *words)
     assert process.communicate(timeout=60)[0] == "0 runs were missing and are now in lab.jsonl\n"
@@ -206,7 +290,9 @@ def test_two_arms_from_the_command_line(tmp_path):
 
 
 def descendants(pid: int) -> set[int]:
-    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
+    listed = subprocess.run(
+        ["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True
+    ).stdout.split("\n")[1:]
     parents = {int(child): int(parent) for child, parent in map(str.split, filter(None, listed))}
     found = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
@@ -232,7 +318,9 @@ def test_a_run_that_is_cut_off_leaves_no_line_and_no_process(tmp_path, how):
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     shown += process.stderr.read()
     assert (tmp_path / "lab.jsonl").read_bytes() == before
-    assert "Traceback" not in shown and (how == signal.SIGKILL or (process.returncode == 130 and "interrupted" in shown))
+    assert "Traceback" not in shown and (
+        how == signal.SIGKILL or (process.returncode == 130 and "interrupted" in shown)
+    )
 
 
 # Claims
@@ -265,18 +353,25 @@ def test_the_rule_of_a_verdict(measure, better, worse, want):
 def test_every_claim_names_arms_that_are_there_and_measures_that_are_taken():
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS) == 10
     for claim in CLAIMS:
-        assert set(claim.arms) <= set(ARMS) and {m.multiple for m in claim.measures} <= set(LAB.multiples)
+        assert set(claim.arms) <= set(ARMS) and {m.multiple for m in claim.measures} <= set(
+            LAB.multiples
+        )
         assert all(measure.read(record("hsa", 0)) in (0.5, 20.0) for measure in claim.measures)
     assert {arm for claim in CLAIMS for arm in claim.arms} == set(ARMS)
 
 
 def all_records(**accuracy: float) -> list[dict]:
     """Three seeds of every arm, with 0.5 but for the arms named."""
-    return [record(arm, seed, accuracy.get(arm, 0.5) + seed / 1000) for arm in ARMS for seed in range(3)]
+    return [
+        record(arm, seed, accuracy.get(arm, 0.5) + seed / 1000) for arm in ARMS for seed in range(3)
+    ]
 
 
 def test_claims_from_records_of_all_arms():
-    verdicts = {f.claim.name: f.verdict for f in judge(all_records(hsa=0.9, hsa_rope=0.1, full_rope=0.2, mean_landmark=0.95))}
+    verdicts = {
+        f.claim.name: f.verdict
+        for f in judge(all_records(hsa=0.9, hsa_rope=0.1, full_rope=0.2, mean_landmark=0.95))
+    }
     assert verdicts["positions"] == verdicts["blindness"] == verdicts["fusion"] == REPRODUCED
     assert verdicts["encoder"] == verdicts["scale"] == verdicts["QK norm"] == NOT_REPRODUCED
     verdicts = {f.claim.name: f.verdict for f in judge(all_records(hsa=0.3, mean_key=0.0))}
@@ -298,7 +393,9 @@ def test_the_table_says_mean_lowest_highest_and_verdict():
     records = [record("hsa", seed, value) for seed, value in enumerate((0.25, 0.5, 0.9))]
     records += [record("window", seed, 0.0, perplexity=None) for seed in range(3)]
     text = table(judge(records))
-    assert re.search(r"^blindness: reproduced$", text, re.MULTILINE) and text.count("not yet run") == 9
+    assert (
+        re.search(r"^blindness: reproduced$", text, re.MULTILINE) and text.count("not yet run") == 9
+    )
     assert re.search(r"s_niah at 1x +hsa +55\.0% +\(25\.0% to 90\.0%, 3 seeds\)", text)
     assert re.search(r"perplexity at 1x +window +inf", text)
     assert judging.SEEDS == 3

@@ -11,7 +11,7 @@ from helpers import living_bytes
 from material import tiny
 
 from hsa_mini import ChunkMemory
-from hsa_mini.generate import prefill
+from hsa_mini.inference.prefill import prefill
 
 T = 37  # 9 chunks of 4 tokens, and one token that waits
 
@@ -36,7 +36,11 @@ def test_a_memory_from_disk_goes_on_like_the_one_that_was_saved(tmp_path, change
     ids, memory = read(model, tokens=tokens)
     memory.save(tmp_path / "memory")
     loaded = ChunkMemory.load(tmp_path / "memory")
-    assert (loaded.position, loaded.chunks, loaded.batch) == (memory.position, memory.chunks, memory.batch)
+    assert (loaded.position, loaded.chunks, loaded.batch) == (
+        memory.position,
+        memory.chunks,
+        memory.batch,
+    )
     assert torch.equal(rest(model, ids, loaded), rest(model, ids, memory))
 
 
@@ -46,7 +50,9 @@ def test_what_is_written_into_a_mapped_memory_stays_out_of_the_file(tmp_path):
     memory.save(tmp_path / "memory")
     before = (tmp_path / "memory" / "memory.safetensors").read_bytes()
     loaded = ChunkMemory.load(tmp_path / "memory")
-    loaded.replace(0, *(torch.zeros_like(store[:, :2]) for store in (loaded.k, loaded.v, loaded.landmarks)))
+    loaded.replace(
+        0, *(torch.zeros_like(store[:, :2]) for store in (loaded.k, loaded.v, loaded.landmarks))
+    )
     rest(model, ids, loaded)
     assert not loaded.k[:, :2].any()
     assert (tmp_path / "memory" / "memory.safetensors").read_bytes() == before
@@ -66,7 +72,9 @@ def test_an_empty_or_altered_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="^memory: got an empty one"):
         ChunkMemory(model.config).save(tmp_path / "memory")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="^path: got .*memory, accepted is the folder of a checkpoint"):
+    with pytest.raises(
+        ValueError, match="^path: got .*memory, accepted is the folder of a checkpoint"
+    ):
         ChunkMemory.load(tmp_path / "memory")
     read(model)[1].save(tmp_path / "memory")
     (tmp_path / "memory" / "position.json").write_text(json.dumps({"position": T + 4}))
@@ -91,7 +99,16 @@ def test_selected_sequences_go_on_as_themselves(rows, changes):
     assert (rest(model, ids[rows], memory) - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("rows", [torch.tensor([0, 3]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([]).long()])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([0, 3]),
+        torch.tensor([-1]),
+        torch.tensor([0.0]),
+        torch.tensor([[0]]),
+        torch.tensor([]).long(),
+    ],
+)
 def test_sequences_that_are_not_there_cannot_be_selected(rows):
     with pytest.raises(ValueError, match="^rows: got .*, accepted are int64 .B'. of 0 to 2$"):
         read(tiny(), rows=3)[1].select(rows)
@@ -102,7 +119,10 @@ def test_growing_holds_no_more_than_one_store_twice(monkeypatch):
     """Of K, V and landmarks: the largest of the three beside all that is held."""
     config = tiny().config
     memory = ChunkMemory(config)
-    kv, landmark = (config.chunk_size, config.hsa_kv_heads, config.hsa_head_dim), (config.retrieval_heads, config.retrieval_dim)
+    kv, landmark = (
+        (config.chunk_size, config.hsa_kv_heads, config.hsa_head_dim),
+        (config.retrieval_heads, config.retrieval_dim),
+    )
     shapes = (kv, kv, landmark)
     fresh = [torch.randn(1, 4096, *shape) for shape in shapes]
     want = [part.clone() for part in fresh]
@@ -128,16 +148,22 @@ def test_growing_holds_no_more_than_one_store_twice(monkeypatch):
 @torch.no_grad()
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read(monkeypatch, offload):
     model, free = tiny(), 1 << 40
-    monkeypatch.setattr("hsa_mini.room.free_bytes", lambda device: free)
+    monkeypatch.setattr("hsa_mini.memory.memory_budget.free_bytes", lambda device: free)
     ids = torch.randint(4096, (2, 300))
     memory = ChunkMemory(model.config, offload=offload)
     prefill(model, ids[:, :50], memory)
     copy = rest(model, ids[:, 50:60], memory.branch())
     free, stores = 1_000_000, [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)]
     long = torch.randint(4096, (2, 40_000))
-    with pytest.raises(MemoryError, match=r"^memory: got 48,240 tokens, .* GB more .* on cpu .* up to [\d,]+ tokens$") as caught:
+    with pytest.raises(
+        MemoryError,
+        match=r"^memory: got 48,240 tokens, .* GB more .* on cpu .* up to [\d,]+ tokens$",
+    ) as caught:
         prefill(model, long, memory)
-    assert memory.position == 50 and [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)] == stores
+    assert (
+        memory.position == 50
+        and [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)] == stores
+    )
     fits = int(str(caught.value).split("up to ")[1].split(" tokens")[0].replace(",", ""))
     room = dict(batch=2, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(MemoryError, match=f"up to {fits:,} tokens"):
@@ -178,12 +204,16 @@ def test_a_segment_that_is_cut_short_leaves_the_memory_as_it_was(monkeypatch, pa
         patch.setattr(model, part, fails)
         with pytest.raises(torch.OutOfMemoryError):
             model(torch.randint(4096, (2, 50)), memory)
-    assert memory.position == T and torch.equal(rest(model, ids, memory), rest(model, ids, read(model)[1]))
+    assert memory.position == T and torch.equal(
+        rest(model, ids, memory), rest(model, ids, read(model)[1])
+    )
 
 
 def test_a_memory_of_another_dtype_is_refused_and_stays_usable():
     model = tiny()
     ids, memory = read(model)
-    with pytest.raises(ValueError, match="^memory: got torch.float32 on cpu, accepted is torch.float64 on cpu"):
+    with pytest.raises(
+        ValueError, match="^memory: got torch.float32 on cpu, accepted is torch.float64 on cpu"
+    ):
         tiny(torch.float64)(ids[:, -10:], memory)
     assert torch.equal(rest(model, ids, memory), rest(model, ids, read(model)[1]))

@@ -14,10 +14,10 @@ from material import word_corpus, word_tokens
 from test_tasks import read
 from torch.utils.data import DataLoader
 
-from hsa_mini.data import mixture as module
-from hsa_mini.data.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
-from hsa_mini.data.sentences import LETTERS, encode, is_held_out
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from hsa_mini.tasks.sentences import LETTERS, encode, is_held_out
+from hsa_mini.training import mixture as module
+from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 
 TOKENIZER = load_tokenizer()
 ORDINARY = TOKENIZER.n_vocab - len(SPECIAL_TOKENS)
@@ -35,7 +35,9 @@ every_kind = pytest.mark.parametrize("kind", ["needle_questions", "chain_questio
 def batches(name: str, *, seed=0, batch=4, **changes) -> TrainingBatches:
     tokens, mixture = RECIPES[name]
     mixture = type(mixture)(**{**vars(mixture), **changes})
-    return TrainingBatches(mixture, batch=batch, tokens=tokens, steps=50, seed=seed, text=word_tokens())
+    return TrainingBatches(
+        mixture, batch=batch, tokens=tokens, steps=50, seed=seed, text=word_tokens()
+    )
 
 
 def sequences(name: str, kind: str, count: int = 60, **changes):
@@ -80,7 +82,9 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(name):
 
 def test_worker_processes_draw_the_same_batches():
     source = batches("nano")
-    for step, batch in zip((2, 3), DataLoader(source, batch_size=None, sampler=[2, 3], num_workers=1)):
+    for step, batch in zip(
+        (2, 3), DataLoader(source, batch_size=None, sampler=[2, 3], num_workers=1)
+    ):
         assert all(torch.equal(x, y) for x, y in zip(batch, source[step]))
 
 
@@ -98,7 +102,9 @@ def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
         if part == ANSWER:
             text = TOKENIZER.decode(ids[:first].tolist())
             question = QUESTION.search(text)[0]
-            found.append((text.removesuffix(question), question, TOKENIZER.decode(ids[first:last].tolist())))
+            found.append(
+                (text.removesuffix(question), question, TOKENIZER.decode(ids[first:last].tolist()))
+            )
     return found
 
 
@@ -135,12 +141,20 @@ def test_mostly_few_sentences_are_hidden_and_half_of_a_sequence_is_text(name, ki
 
 
 def test_a_quarter_of_the_questions_asks_for_two_codes():
-    questions = [q for ids, parts in sequences("mini", "needle_questions", 200) for _, q, _ in asked(ids, parts)]
+    questions = [
+        q
+        for ids, parts in sequences("mini", "needle_questions", 200)
+        for _, q, _ in asked(ids, parts)
+    ]
     pairs = sum(" and " in question for question in questions)
-    assert 0.12 * len(questions) < pairs < 0.3 * len(questions)  # a quarter where two needles are left
+    assert (
+        0.12 * len(questions) < pairs < 0.3 * len(questions)
+    )  # a quarter where two needles are left
     for share, accepted in ((0.0, {False}), (1.0, {False, True})):
         drawn = [asked(*row) for row in sequences("mini", "needle_questions", two_codes=share)]
-        assert {" and " in question for questions in drawn for _, question, _ in questions} == accepted
+        assert {
+            " and " in question for questions in drawn for _, question, _ in questions
+        } == accepted
     for questions in drawn:  # one code alone is asked for only where there is no second needle
         needles = len(re.findall(SENTENCE, questions[0][0]))
         assert " and " in questions[0][1] or len(questions) > 1 or needles == 1
@@ -150,7 +164,10 @@ def test_links_of_a_chain_come_in_any_order():
     orders = set()
     for ids, parts in sequences("mini", "chain_questions"):
         for before, question, answer in asked(ids, parts):
-            places = [before.index(f" is given to {name}.") for name in answer.removesuffix(".").split(", ")]
+            places = [
+                before.index(f" is given to {name}.")
+                for name in answer.removesuffix(".").split(", ")
+            ]
             orders.add(tuple(np.argsort(places).tolist()))
     assert orders == {(0, 1), (1, 0), *itertools.permutations(range(3))}
 
@@ -163,7 +180,9 @@ def test_neither_sentences_nor_questions_count_as_text(name, kind):
         for part, first, last in stretches:
             if part == TEXT:
                 assert is_real_text(ids[first:last])
-            elif part == NONE:  # sentences that follow each other, or a question with nothing in between
+            elif (
+                part == NONE
+            ):  # sentences that follow each other, or a question with nothing in between
                 text = TOKENIZER.decode(ids[first:last].tolist())
                 assert re.fullmatch(rf"(?:{SENTENCE})*(?:\n.*\?\n.* )?", text), text
         assert (parts == TEXT).sum() >= 0.2 * len(parts)
@@ -180,8 +199,12 @@ def test_keys_that_differ_in_one_letter_are_among_the_needles():
         return sum(x != y for x, y in zip(a, b))
 
     near = 0
-    for ids, _ in sequences("mini", "needle_questions", two_codes=0.0):  # an answer about two repeats a sentence
-        keys = re.findall(rf" The secret code of ([{LETTERS}]{{4}}) is", TOKENIZER.decode(ids.tolist()))
+    for ids, _ in sequences(
+        "mini", "needle_questions", two_codes=0.0
+    ):  # an answer about two repeats a sentence
+        keys = re.findall(
+            rf" The secret code of ([{LETTERS}]{{4}}) is", TOKENIZER.decode(ids.tolist())
+        )
         assert len(set(keys)) == len(keys)
         near += any(distance(a, b) == 1 for i, a in enumerate(keys) for b in keys[:i])
     assert 6 <= near <= 36  # about three in ten of sixty
@@ -212,7 +235,9 @@ def test_the_kinds_come_in_the_stated_shares():
     for _ in range(600):
         ids, parts = source.sequence(rng)
         about = "chains" if " is given to " in TOKENIZER.decode(ids.tolist()) else "needles"
-        kinds.append("copy" if (parts == COPY).any() else about if (parts == ANSWER).any() else "text")
+        kinds.append(
+            "copy" if (parts == COPY).any() else about if (parts == ANSWER).any() else "text"
+        )
     shares = [kinds.count(kind) / 600 for kind in ("copy", "needles", "chains", "text")]
     assert np.allclose(shares, (0.3, 0.4, 0.2, 0.1), atol=0.06)
 

@@ -27,7 +27,9 @@ OPTIONS = {
     "untied": dict(tied=False),
     "experts": dict(experts=4, experts_active=2, expert_width=16),
 }
-DENSE = [name for name in OPTIONS if name != "experts"]  # what runs in float64: `grouped_mm` does not
+DENSE = [
+    name for name in OPTIONS if name != "experts"
+]  # what runs in float64: `grouped_mm` does not
 every_option = pytest.mark.parametrize("option", OPTIONS)
 every_dense_option = pytest.mark.parametrize("option", DENSE)
 
@@ -53,7 +55,8 @@ def loss(model: HSAModel, ids: torch.Tensor, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "option, dtype, bound", [*((o, torch.float64, 1e-12) for o in DENSE), *((o, torch.float32, 1e-5) for o in OPTIONS)]
+    "option, dtype, bound",
+    [*((o, torch.float64, 1e-12) for o in DENSE), *((o, torch.float32, 1e-5) for o in OPTIONS)],
 )
 @torch.no_grad()
 def test_whole_text_equals_segments_equals_token_by_token(option, dtype, bound):
@@ -88,7 +91,10 @@ def test_gradients_through_segments_equal_those_of_the_whole(option):
 @every_option
 @torch.no_grad()
 def test_changing_a_token_changes_nothing_before_it(option):
-    model, ids = build(option, torch.float32 if option == "experts" else torch.float64).train(), text(40)
+    model, ids = (
+        build(option, torch.float32 if option == "experts" else torch.float64).train(),
+        text(40),
+    )
     before = model(ids, gumbel_seed=1).logits
     for t in (0, S - 1, S, 2 * W, 39):
         changed = ids.clone()
@@ -170,7 +176,9 @@ def test_replaced_chunks_are_read_and_can_be_put_back():
         return model(ids[:, 24:], memory).logits
 
     def replace(memory):
-        return memory.replace(1, *(torch.ones_like(part[:, 1:3]) for part in (memory.k, memory.v, memory.landmarks)))
+        return memory.replace(
+            1, *(torch.ones_like(part[:, 1:3]) for part in (memory.k, memory.v, memory.landmarks))
+        )
 
     assert error(answer(replace), answer()) > 1e-6
     assert_close(answer(lambda memory: memory.replace(1, *replace(memory))), answer(), 0)
@@ -181,38 +189,67 @@ def test_every_parameter_gets_a_gradient_once_two_chunks_can_be_chosen(option):
     model = build(option, torch.float32)
     for T, idle in (
         (S, ("encoder.", ".hsa.", ".hsa_norm.")),  # no chunk is visible to any token
-        (S + 2, (".retrieval_", "encoder.landmark")),  # one is: softmax gives it 1 whatever its score
+        (
+            S + 2,
+            (".retrieval_", "encoder.landmark"),
+        ),  # one is: softmax gives it 1 whatever its score
         (30, ()),
     ):
         model.zero_grad()
         loss(model, text(T)).backward()
-        without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-        if T == S + 2 and option in ("exclude window", "query block, exclude window", "stick breaking"):
+        without = {
+            name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+        }
+        if T == S + 2 and option in (
+            "exclude window",
+            "query block, exclude window",
+            "stick breaking",
+        ):
             continue  # no chunk lies outside the window yet; stick-breaking weighs a lone chunk too
-        assert without == {name for name, _ in model.named_parameters() if any(part in name for part in idle)}, T
+        assert without == {
+            name for name, _ in model.named_parameters() if any(part in name for part in idle)
+        }, T
 
 
 @every_dense_option
 def test_gradient_of_the_loss_equals_its_slope(option):
     """Along a random direction of all parameters, and of the landmark projection alone: retrieval learns from the loss."""
-    model, ids = build(option), text(40, seed=2)  # of this text no choice of chunks is so near a tie that a step changes it
+    model, ids = (
+        build(option),
+        text(40, seed=2),
+    )  # of this text no choice of chunks is so near a tie that a step changes it
     parameters = dict(model.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss(model, ids), parameters.values())))
     for names in (list(parameters), ["encoder.landmark.weight"]):
         directions = {name: torch.randn_like(parameters[name]) for name in names}
-        want = sum((gradients[name] * direction).sum() for name, direction in directions.items()).item()
+        want = sum(
+            (gradients[name] * direction).sum() for name, direction in directions.items()
+        ).item()
         values, step = [], 1e-6
         for sign in (1, -1):
             with torch.no_grad():
-                moved = {name: parameters[name] + sign * step * direction for name, direction in directions.items()}
+                moved = {
+                    name: parameters[name] + sign * step * direction
+                    for name, direction in directions.items()
+                }
                 output = torch.func.functional_call(model, moved, (ids,))
-            values.append(cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
+            values.append(
+                cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+            )
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(want, rel=1e-5, abs=1e-9)
         assert want != 0
 
 
 @pytest.mark.parametrize(
-    "option", ["bypass", "stick breaking", "exclude window", "query block", "query block, exclude window", "retrieval norm"]
+    "option",
+    [
+        "bypass",
+        "stick breaking",
+        "exclude window",
+        "query block",
+        "query block, exclude window",
+        "retrieval norm",
+    ],
 )
 @torch.no_grad()
 def test_options_without_weights_of_their_own_change_the_logits(option):
@@ -243,7 +280,10 @@ def test_exploration_acts_in_training_on_the_choice_alone():
     assert not torch.equal(model(ids).logits, first)
     torch.manual_seed(5)
     assert torch.equal(model(ids).logits, first)
-    for changes in (dict(exploration=False), dict(top_k=100)):  # with every chunk kept there is nothing to choose
+    for changes in (
+        dict(exploration=False),
+        dict(top_k=100),
+    ):  # with every chunk kept there is nothing to choose
         model = build(**changes)
         want = model(ids).logits
         assert_close(model.train()(ids, gumbel_seed=1).logits, want, 1e-13)
@@ -257,7 +297,9 @@ def test_groups_explore_differently():
     for block in model.upper:  # equal scores: the noise alone chooses
         if block.hsa is not None:
             block.hsa.retrieval_q.weight.zero_()
-    first, second = (r.indices.sort(-1).values for r in model(text(100), gumbel_seed=0).aux.retrievals)
+    first, second = (
+        r.indices.sort(-1).values for r in model(text(100), gumbel_seed=0).aux.retrievals
+    )
     assert not torch.equal(first, second)
     again = model(text(100), gumbel_seed=1).aux.retrievals[0].indices.sort(-1).values
     assert not torch.equal(second, again)  # nor is a group's noise the next seed's of another group
@@ -320,5 +362,9 @@ def test_size_of_a_preset(preset, millions, within):
 def test_size_of_debug_and_of_the_dense_model_without_hsa():
     assert sum(p.numel() for p in build().parameters()) < 200_000
     model = HSAModel(PRESETS["ul_0_5b"], device="meta")
-    base = sum(p.numel() for name, p in model.named_parameters() if "hsa" not in name and "encoder" not in name)
+    base = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "hsa" not in name and "encoder" not in name
+    )
     assert base / 1e6 == pytest.approx(519.6, rel=0.02)

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_close, random, results
 from torch.nn.functional import silu
 
-from hsa_mini.nn.moe import MoE
+from hsa_mini.model.moe import MoE
 from hsa_mini.reference.dispatch import route
 
 C, HIDDEN, E = 16, 8, 6
@@ -41,7 +41,10 @@ def both(layer: MoE, x: torch.Tensor):
     """Outputs and gradients of the layer in float32 and of the loop in float64."""
     inputs = dict(x=x, **dict(layer.named_parameters()))
     got = results(lambda x, **weights: torch.func.functional_call(layer, weights, x), inputs)
-    want = results(lambda x, **weights: loop_experts(layer, x, **weights), {n: p.double() for n, p in inputs.items()})
+    want = results(
+        lambda x, **weights: loop_experts(layer, x, **weights),
+        {n: p.double() for n, p in inputs.items()},
+    )
     return got, {name: value.float() for name, value in want.items()}
 
 
@@ -56,7 +59,8 @@ def test_equals_a_loop_over_experts(active, B, T):
 
 
 @pytest.mark.parametrize(
-    "bias, idle", [([-9, 0, 0, 0, 0, 0], [0]), ([0, -9, 9, -9, 9, -9], [0, 1, 3, 5]), ([0, 0, 0, 0, 0, -9], [5])]
+    "bias, idle",
+    [([-9, 0, 0, 0, 0, 0], [0]), ([0, -9, 9, -9, 9, -9], [0, 1, 3, 5]), ([0, 0, 0, 0, 0, -9], [5])],
 )
 def test_experts_without_tokens_give_nothing_and_get_no_gradient(bias, idle):
     layer = build(2, bias)
@@ -70,7 +74,9 @@ def test_bias_moves_the_choice_and_never_the_gates():
     x = random(40, C, dtype=torch.float32)
     plain, biased = build(2), build(2, [0, 0, 0, 5, 0, 0])
     chosen, gates = route(biased.router(x), biased.bias, biased.active)
-    assert (chosen == 3).any(-1).all() and not (route(plain.router(x), plain.bias, plain.active)[0] == 3).any(-1).all()
+    assert (chosen == 3).any(-1).all() and not (
+        route(plain.router(x), plain.bias, plain.active)[0] == 3
+    ).any(-1).all()
     affinity = torch.sigmoid(x.double() @ biased.router.weight.double().T).gather(-1, chosen)
     assert_close(gates, (affinity / affinity.sum(-1, keepdim=True)).float(), 1e-6)
 
@@ -90,12 +96,16 @@ def test_statistics_count_what_was_chosen_in_training_alone():
     layer.train()
     for _ in range(2):
         layer(x)
-    chosen = torch.bincount(route(layer.router(x.flatten(0, 1)), layer.bias, layer.active)[0].flatten(), minlength=E)
+    chosen = torch.bincount(
+        route(layer.router(x.flatten(0, 1)), layer.bias, layer.active)[0].flatten(), minlength=E
+    )
     found = layer.statistics()
     assert torch.equal(layer.asked, 2 * chosen)
     assert_close(found.load, chosen / chosen.sum(), 1e-6)
     assert found.imbalance == pytest.approx((chosen.max() / chosen.float().mean()).item())
-    assert found.entropy == pytest.approx(torch.distributions.Categorical(probs=found.load).entropy().item(), abs=1e-5)
+    assert found.entropy == pytest.approx(
+        torch.distributions.Categorical(probs=found.load).entropy().item(), abs=1e-5
+    )
 
 
 def test_balance_moves_the_bias_by_the_sign_of_the_error():
@@ -108,7 +118,9 @@ def test_balance_moves_the_bias_by_the_sign_of_the_error():
 
 def test_balance_evens_the_load_of_a_lopsided_router():
     layer, x = build(2), random(1, 512, C, dtype=torch.float32) + 0.5
-    layer.train().router.weight.data[:2] += 0.2  # what tokens have in common makes two experts dear to all
+    layer.train().router.weight.data[:2] += (
+        0.2  # what tokens have in common makes two experts dear to all
+    )
     imbalances = []
     for _ in range(150):
         layer(x)

@@ -13,11 +13,11 @@ from helpers import assert_close, error, random, results
 from torch.nn.functional import rms_norm, silu
 
 from hsa_mini import PRESETS, reference
-from hsa_mini.nn.chunk_encoder import ChunkEncoder
-from hsa_mini.nn.hsa import HSA
-from hsa_mini.nn.mlp import MLP
-from hsa_mini.nn.rope import apply_rope, rope_table
-from hsa_mini.nn.swa import SlidingWindowAttention
+from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.model.hsa import HSA
+from hsa_mini.model.mlp import MLP
+from hsa_mini.model.rope import apply_rope, rope_table
+from hsa_mini.model.swa import SlidingWindowAttention
 
 CONFIG = dataclasses.replace(PRESETS["debug"], width=24, head_dim=8)
 
@@ -39,7 +39,9 @@ def test_mlp_is_the_gated_unit_and_all_its_gradients():
         return (up * silu(gate)) @ weight_out.T
 
     def layer(x, weight_in, weight_out):
-        return torch.func.functional_call(mlp, {"up_and_gate.weight": weight_in, "down.weight": weight_out}, x)
+        return torch.func.functional_call(
+            mlp, {"up_and_gate.weight": weight_in, "down.weight": weight_out}, x
+        )
 
     inputs = dict(x=x, weight_in=mlp.up_and_gate.weight, weight_out=mlp.down.weight)
     assert_close(results(layer, inputs), results(formula, inputs), 1e-13)
@@ -52,7 +54,11 @@ def test_rope_turns_each_pair_by_its_angle():
     pairs = torch.complex(x[..., :4], x[..., 4:])
     angles = positions[:, None, None] * 100.0 ** -(torch.arange(4).double() / 4)
     want = pairs * torch.polar(torch.ones_like(angles), angles)
-    assert_close(torch.cat((turned[..., :4], turned[..., 4:]), -1), torch.cat((want.real, want.imag), -1), 1e-7)
+    assert_close(
+        torch.cat((turned[..., :4], turned[..., 4:]), -1),
+        torch.cat((want.real, want.imag), -1),
+        1e-7,
+    )
 
 
 @pytest.mark.parametrize("shift", [1, 4096, 16_777_000])
@@ -76,7 +82,10 @@ def test_rope_is_exact_at_position_16m(position, base):
         turn = 2 * Decimal("3.14159265358979323846264338327950288419716939937511")
         for i in range(dim // 2):
             angle = float(position * Decimal(base) ** (Decimal(-2 * i) / dim) % turn)
-            assert abs(cos[0, i].item() - math.cos(angle)) < 1e-7 and abs(sin[0, i].item() - math.sin(angle)) < 1e-7
+            assert (
+                abs(cos[0, i].item() - math.cos(angle)) < 1e-7
+                and abs(sin[0, i].item() - math.sin(angle)) < 1e-7
+            )
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 30, (30,), (7, 8, 15), (13, 1, 16)], ids=str)
@@ -123,7 +132,9 @@ def test_window_layer_is_normed_turned_heads_around_the_reference():
     def computed(x):
         return layer(x, rope_table(torch.arange(70, 100), 8, CONFIG.rope_base))[0]
 
-    assert_close(results(computed, dict(x=x)), results(formula, dict(x=x)), 1e-6)  # the table is float32
+    assert_close(
+        results(computed, dict(x=x)), results(formula, dict(x=x)), 1e-6
+    )  # the table is float32
 
 
 def test_chunk_encoder_is_bidirectional_attention_with_cls_last():
@@ -140,7 +151,12 @@ def test_chunk_encoder_is_bidirectional_attention_with_cls_last():
         x = x + by_hand(normed, block.qkv, 0, everywhere) @ block.out.weight.T
         x = x + block.mlp(rms_norm(x, (24,), block.mlp_norm.weight, eps))
         x = rms_norm(x, (24,), encoder.norm.weight, eps).unflatten(0, (2, 3))
-        k = rms_norm((x[:, :, :4] @ encoder.k.weight.T).unflatten(-1, (2, 8)), (8,), encoder.k_norm.weight, eps)
+        k = rms_norm(
+            (x[:, :, :4] @ encoder.k.weight.T).unflatten(-1, (2, 8)),
+            (8,),
+            encoder.k_norm.weight,
+            eps,
+        )
         v = (x[:, :, :4] @ encoder.v.weight.T).unflatten(-1, (2, 8))
         landmarks = (x[:, :, 4] @ encoder.landmark.weight.T).unflatten(-1, (2, 16))
         return k, v, landmarks
@@ -182,9 +198,14 @@ def test_landmark_knows_the_order_of_its_tokens():
 
 
 def test_keys_and_landmarks_are_normed_and_values_are_not():
-    encoder, hidden = build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))), random(2, 3, 4, 24)
+    encoder, hidden = (
+        build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))),
+        random(2, 3, 4, 24),
+    )
     k, v, landmarks = encoder(hidden)
-    assert_close(k, rms_norm(k / encoder.k_norm.weight, (CONFIG.hsa_head_dim,)) * encoder.k_norm.weight, 1e-5)
+    assert_close(
+        k, rms_norm(k / encoder.k_norm.weight, (CONFIG.hsa_head_dim,)) * encoder.k_norm.weight, 1e-5
+    )
     gain = encoder.landmark_norm.weight
     assert_close(landmarks, rms_norm(landmarks / gain, (CONFIG.retrieval_dim,)) * gain, 1e-5)
     with torch.no_grad():
@@ -198,20 +219,34 @@ def reading(k: torch.Tensor, v: torch.Tensor):
     return lambda q, *choice: reference.chunk_attention(q, k, v, *choice)
 
 
-@pytest.mark.parametrize("options", [{}, dict(retrieval_heads=1), dict(retrieval_norm=True), dict(weighting="stick_breaking")])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(retrieval_heads=1), dict(retrieval_norm=True), dict(weighting="stick_breaking")],
+)
 def test_hsa_layer_is_its_projections_around_the_reference(options):
     config = dataclasses.replace(CONFIG, **options)
     layer, x = build(HSA(config)), random(2, 11, 24)
-    memory = random(2, 5, 4, 2, 8, seed=1), random(2, 5, 4, 2, 8, seed=2), random(2, 5, config.retrieval_heads, 16, seed=3)
+    memory = (
+        random(2, 5, 4, 2, 8, seed=1),
+        random(2, 5, 4, 2, 8, seed=2),
+        random(2, 5, config.retrieval_heads, 16, seed=3),
+    )
     position = 9
 
     def formula(x, k, v, landmarks):
-        q = rms_norm((x @ layer.q.weight.T).unflatten(-1, (4, 8)), (8,), layer.q_norm.weight, config.norm_eps)
+        q = rms_norm(
+            (x @ layer.q.weight.T).unflatten(-1, (4, 8)), (8,), layer.q_norm.weight, config.norm_eps
+        )
         asked = (x @ layer.retrieval_q.weight.T).unflatten(-1, (config.retrieval_heads, 16))
         if config.retrieval_norm:
             asked = rms_norm(asked, (16,), layer.retrieval_norm.weight, config.norm_eps)
         choice = reference.retrieve(
-            asked, landmarks, chunk_size=4, top_k=config.top_k, offset=position, weighting=config.weighting
+            asked,
+            landmarks,
+            chunk_size=4,
+            top_k=config.top_k,
+            offset=position,
+            weighting=config.weighting,
         )
         choice = (part.repeat(1, 1, 2 // config.retrieval_heads, 1) for part in choice)
         return reference.chunk_attention(q, k, v, *choice).flatten(2) @ layer.out.weight.T
@@ -229,7 +264,11 @@ def test_hsa_layer_does_not_know_where_its_chunks_lie():
     """No positions: with every chunk visible and kept, moving the text around changes nothing."""
     config = dataclasses.replace(CONFIG, top_k=5)
     layer, x, order = build(HSA(config)), random(1, 3, 24), [3, 0, 4, 2, 1]
-    k, v, landmarks = random(1, 5, 4, 2, 8, seed=1), random(1, 5, 4, 2, 8, seed=2), random(1, 5, 2, 16, seed=3)
+    k, v, landmarks = (
+        random(1, 5, 4, 2, 8, seed=1),
+        random(1, 5, 4, 2, 8, seed=2),
+        random(1, 5, 2, 16, seed=3),
+    )
     near = layer(x, landmarks, reading(k, v), position=20)[0]
     far = layer(x, landmarks[:, order], reading(k[:, order], v[:, order]), position=16_777_216)[0]
     assert_close(far, near, 1e-12)

@@ -50,7 +50,9 @@ def test_triton_philox_with_counter_chunk_position_head_batch_gives_the_same_wor
     script = tmp_path / "words.py"  # a file, because triton reads the source of its functions
     script.write_text(TRITON_PHILOX)
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     chunk = torch.arange(8)
     for seed, line in zip((0, 12345, 5_000_000_000), run.stdout.splitlines(), strict=True):
@@ -63,7 +65,9 @@ def test_noise_is_the_gumbel_of_each_counters_word():
     for b, t, j, n in ((0, 0, 0, 0), (0, 1, 2, 5), (1, 1, 1, 3), (1, 0, 2, 4)):
         position = ((5, 1_000_003), (70, 16_777_216))[b][t]
         word = philox(9, tuple(torch.tensor(c) for c in (n, position, j, b))).item()
-        assert noise[b, t, j, n].item() == pytest.approx(-math.log(-math.log((word + 0.5) / 2**32)), rel=1e-6)
+        assert noise[b, t, j, n].item() == pytest.approx(
+            -math.log(-math.log((word + 0.5) / 2**32)), rel=1e-6
+        )
 
 
 def test_noise_of_a_position_does_not_depend_on_how_much_else_is_asked():
@@ -82,13 +86,19 @@ def test_noise_follows_the_gumbel_law():
     assert noise.mean().item() == pytest.approx(0.5772156649, abs=4 * math.sqrt(variance / n))
     assert noise.var().item() == pytest.approx(variance, abs=4 * variance * math.sqrt(4.4 / n))
     law = torch.exp(-torch.exp(-noise.sort().values))
-    assert (law - (torch.arange(n) + 0.5) / n).abs().max() < 1.63 / math.sqrt(n)  # Kolmogorov-Smirnov, 1 %
+    assert (law - (torch.arange(n) + 0.5) / n).abs().max() < 1.63 / math.sqrt(
+        n
+    )  # Kolmogorov-Smirnov, 1 %
     for lag in (1, 100, 400):  # the next chunk, the next head, the next position
-        assert abs(torch.corrcoef(torch.stack((noise[lag:], noise[:-lag])))[0, 1]) < 4 / math.sqrt(n)
+        assert abs(torch.corrcoef(torch.stack((noise[lag:], noise[:-lag])))[0, 1]) < 4 / math.sqrt(
+            n
+        )
 
 
 @pytest.mark.parametrize("word, least, most", [(0, -3.2, -3.0), (2**32 - 1, 22.0, 23.5)])
 def test_noise_is_finite_at_both_ends(word, least, most, monkeypatch):
-    monkeypatch.setattr("hsa_mini.reference.noise.philox", lambda seed, counter: torch.full_like(counter[0], word))
+    monkeypatch.setattr(
+        "hsa_mini.reference.noise.philox", lambda seed, counter: torch.full_like(counter[0], word)
+    )
     noise = gumbel_noise(0, torch.zeros(1, 1, dtype=torch.int64), 1, 1).item()
     assert least < noise < most

@@ -20,17 +20,17 @@ from helpers import assert_close, random, random_choice
 from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
 from hsa_kernels.chunk_attention import _ways
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
-from hsa_mini.crowd import Crowd, Past
-from hsa_mini.data.mixture import COPY, TEXT
-from hsa_mini.evaluate import wilson_interval
-from hsa_mini.generate import prefill
+from hsa_mini.evaluation.statistics import wilson_interval
+from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import claims
-from hsa_mini.nn.moe import MoE
-from hsa_mini.nn.rope import apply_rope, rope_table
-from hsa_mini.plan import plan
-from hsa_mini.recipes import RECIPES
+from hsa_mini.model.cost_estimate import plan
+from hsa_mini.model.moe import MoE
+from hsa_mini.model.rope import apply_rope, rope_table
 from hsa_mini.reference.dispatch import route
-from hsa_mini.train import mixture_loss
+from hsa_mini.training.cross_batch import Crowd, Past
+from hsa_mini.training.mixture import COPY, TEXT
+from hsa_mini.training.recipes import RECIPES
+from hsa_mini.training.trainer import mixture_loss
 
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -102,7 +102,9 @@ def _split_into_chunks(ours):
 @twin("02_chunks", "rope")
 def _rope(ours):
     x = random(3, 7, 16)  # heads, positions, numbers
-    theirs = apply_rope(x.transpose(0, 1), rope_table(torch.arange(7), 16, 10_000.0)).transpose(0, 1)
+    theirs = apply_rope(x.transpose(0, 1), rope_table(torch.arange(7), 16, 10_000.0)).transpose(
+        0, 1
+    )
     assert_close(ours(x), theirs, 1e-6)  # the package keeps its table in float32
 
 
@@ -142,7 +144,9 @@ def _retrieve_plainly(ours):
     queries, landmarks = random(30, 6), random(8, 6, seed=1)
     for top_k in (1, 3, 10):
         indices, weights = ours(queries, landmarks, 4, top_k)
-        theirs = reference.retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=top_k)
+        theirs = reference.retrieve(
+            queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=top_k
+        )
         theirs = theirs[0][0, :, 0].long(), theirs[1][0, :, 0]
         assert_close(_by_chunk(indices, weights), _by_chunk(*theirs), 1e-12)
 
@@ -156,25 +160,42 @@ def _break_stick(ours):
 @twin("04_fusion", "chunk_attention")
 def _chunk_attention(ours):
     q, k, v = random(2, 9, 4, 8), random(2, 3, 4, 2, 8, seed=1), random(2, 3, 4, 2, 8, seed=2)
-    chosen = reference.retrieve(random(2, 9, 2, 8, seed=3), random(2, 3, 2, 8, seed=4), chunk_size=4, top_k=2)
+    chosen = reference.retrieve(
+        random(2, 9, 2, 8, seed=3), random(2, 3, 2, 8, seed=4), chunk_size=4, top_k=2
+    )
     assert_close(ours(q, k, v, *chosen), reference.chunk_attention(q, k, v, *chosen), 1e-12)
-    assert_close(ours(q, k, v, *chosen, scale=0.1), reference.chunk_attention(q, k, v, *chosen, scale=0.1), 1e-12)
+    assert_close(
+        ours(q, k, v, *chosen, scale=0.1),
+        reference.chunk_attention(q, k, v, *chosen, scale=0.1),
+        1e-12,
+    )
 
 
 @twin("04_fusion", "select_then_concatenate")
 def _select_then_concatenate(ours):
     q, k, v = random(2, 9, 4, 8), random(2, 1, 6, 2, 8, seed=1), random(2, 1, 6, 2, 8, seed=2)
-    halves = torch.tensor([1, 0], dtype=torch.int32).expand(2, 9, 2, 2)  # both halves of one chunk are that chunk
-    whole, sure = torch.zeros(2, 9, 2, 1, dtype=torch.int32), torch.ones(2, 9, 2, 1, dtype=torch.float64)
+    halves = torch.tensor([1, 0], dtype=torch.int32).expand(
+        2, 9, 2, 2
+    )  # both halves of one chunk are that chunk
+    whole, sure = (
+        torch.zeros(2, 9, 2, 1, dtype=torch.int32),
+        torch.ones(2, 9, 2, 1, dtype=torch.float64),
+    )
     in_halves = (x.unflatten(2, (2, 3)).flatten(1, 2) for x in (k, v))
-    assert_close(ours(q, *in_halves, halves), reference.chunk_attention(q, k, v, whole, sure), 1e-12)
+    assert_close(
+        ours(q, *in_halves, halves), reference.chunk_attention(q, k, v, whole, sure), 1e-12
+    )
 
 
 @twin("05_layer", "sliding_window_attention")
 def _sliding_window_attention(ours):
     q, k, v = random(2, 9, 4, 8), random(2, 12, 2, 8, seed=1), random(2, 12, 2, 8, seed=2)
     for window in (1, 4, 20):
-        assert_close(ours(q, k, v, window=window), reference.sliding_window_attention(q, k, v, window=window), 1e-12)
+        assert_close(
+            ours(q, k, v, window=window),
+            reference.sliding_window_attention(q, k, v, window=window),
+            1e-12,
+        )
 
 
 @twin("05_layer", "layer")
@@ -185,7 +206,9 @@ def _layer(ours):
     x = model.read(torch.randint(config.vocab_size, (2, 21)), memory)
     rope = rope_table(torch.arange(21), config.head_dim, config.rope_base)
     for block in (block for block in model.upper if block.hsa is not None):
-        theirs, _ = block(x, rope, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0])
+        theirs, _ = block(
+            x, rope, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0]
+        )
         assert_close(ours(block, x, memory), theirs, 1e-12)
 
 
@@ -196,11 +219,19 @@ def _one_head(T=24, K=3, N=5, S=16, G=3, D=16):
     """One sequence with one key/value head in float32: q [T, G, D], k and v [N, S, D], indices and weights [T, K]."""
     indices, weights = random_choice(1, T, 1, K, N, dtype=torch.float32)
     q, k, v = random(T, G, D), random(N, S, D, seed=1), random(N, S, D, seed=2)
-    return [x.to(DEVICE) for x in (q.float(), k.float(), v.float(), indices[0, :, 0], weights[0, :, 0])]
+    return [
+        x.to(DEVICE) for x in (q.float(), k.float(), v.float(), indices[0, :, 0], weights[0, :, 0])
+    ]
 
 
 def _with_heads(q, k, v, indices, weights):
-    return q[None], k[None, :, :, None], v[None, :, :, None], indices[None, :, None], weights[None, :, None]
+    return (
+        q[None],
+        k[None, :, :, None],
+        v[None, :, :, None],
+        indices[None, :, None],
+        weights[None, :, None],
+    )
 
 
 @twin("06_forward_kernel", "run_token_kernel")
@@ -224,7 +255,9 @@ for _name in ("token_order", "block_order", "chunk_order"):
 def _package_order(ours):
     names = {"by block": {by_token}, "by chunk": {by_chunk}, "either": {by_token, by_chunk}}
     seen = set()
-    for T, J, K in product((1024, 8192, 32768, 49152, 1 << 17, 1 << 20), (1, 2, 8, 16), (4, 64, 256)):
+    for T, J, K in product(
+        (1024, 8192, 32768, 49152, 1 << 17, 1 << 20), (1, 2, 8, 16), (4, 64, 256)
+    ):
         q, k, indices = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (
             (1, T, 16, 128), (1, T // 64, 64, J, 128), (1, T, J, K)
         ))  # fmt: skip
@@ -239,17 +272,24 @@ def _gradients(ours):
     grad_out = random(*q.shape, seed=9).float().to(DEVICE)
     theirs = backward.backward(*_with_heads(q, k, v, indices, weights), grad_out[None], 0.3)
     plain = ours(q[:, 0], k, v, indices, weights, grad_out[:, 0], 0.3)
-    for got, want in zip(plain, (theirs[0][0, :, 0], theirs[1][0, :, :, 0], theirs[2][0, :, :, 0], theirs[3][0, :, 0])):
+    for got, want in zip(
+        plain,
+        (theirs[0][0, :, 0], theirs[1][0, :, :, 0], theirs[2][0, :, :, 0], theirs[3][0, :, 0]),
+    ):
         assert_close(got, want, 2e-6)
 
 
 @twin("07_backward_kernel", "gradient_of_landmarks")
 def _gradient_of_landmarks(ours):
     queries, landmarks = random(30, 6), random(8, 6, seed=1).requires_grad_()
-    indices, weights = reference.retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=3)
+    indices, weights = reference.retrieve(
+        queries[None, :, None], landmarks[None, :, None], chunk_size=4, top_k=3
+    )
     dweights = random(30, 3, seed=2)
     (theirs,) = torch.autograd.grad(weights[0, :, 0], landmarks, dweights)
-    assert_close(ours(dweights, indices[0, :, 0], weights[0, :, 0].detach(), queries, 8), theirs, 1e-12)
+    assert_close(
+        ours(dweights, indices[0, :, 0], weights[0, :, 0].detach(), queries, 8), theirs, 1e-12
+    )
 
 
 @twin("07_backward_kernel", "invert_by_hand")
@@ -271,9 +311,17 @@ def _judge_pair(ours):
     for what, seeds in product(("vt", "perplexity"), (2, 3, 5)):
         measure, seen = claims.Measure(what, 64), set()
         for gap in np.linspace(-0.5, 0.5, 40):
-            better, worse = (tuple(rng.uniform(0.1, 0.6, seeds) + shift) for shift in (max(gap, 0), max(-gap, 0)))
+            better, worse = (
+                tuple(rng.uniform(0.1, 0.6, seeds) + shift) for shift in (max(gap, 0), max(-gap, 0))
+            )
             theirs = claims.verdict(measure, claims.Spread(better), claims.Spread(worse))
-            assert ours(*(tuple(map(measure.goodness, values)) for values in (better, worse)), measure.margin) == theirs
+            assert (
+                ours(
+                    *(tuple(map(measure.goodness, values)) for values in (better, worse)),
+                    measure.margin,
+                )
+                == theirs
+            )
             seen.add(theirs)
         assert len(seen) == (3 if seeds > 2 else 1)
 
@@ -295,7 +343,10 @@ def selected(x, K, known=None) -> tuple:
     """What the kernels' `selection` makes of x [rows, n]: keys, floats again, which are the K largest, and the floor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = torch.zeros(len(x), dtype=torch.int64) if known is None else known
-    results = [torch.empty(x.shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32, torch.int32)]
+    results = [
+        torch.empty(x.shape, dtype=dtype, device=device)
+        for dtype in (torch.int64, torch.float32, torch.int32)
+    ]
     floors = torch.empty(len(x), dtype=torch.int64, device=device)
     _select[(len(x),)](x.to(device), *results, floors, known.to(device), K=K, n=x.shape[1])
     return tuple(y.cpu() for y in (*results, floors))
@@ -336,7 +387,9 @@ def _stream_top_k(ours):
     for x in _scores():
         for K, room in ((1, 2), (5, 9), (40, 50)):
             kept = reference.retrieval.newest_top_k(x, min(K, len(x)))
-            assert sorted(ours(x.tolist(), K, room)[0]) == sorted(n for n in kept.tolist() if n >= 0 and x[n] > -float("inf"))
+            assert sorted(ours(x.tolist(), K, room)[0]) == sorted(
+                n for n in kept.tolist() if n >= 0 and x[n] > -float("inf")
+            )
 
 
 @twin("08_retrieval_and_decode_kernels", "noise_at")
@@ -353,14 +406,28 @@ def _retrieve_by_tiles(ours):
         indices, weights = ours(queries, landmarks, 4, top_k, offset + torch.arange(30), tile=tile)
         options = dict(chunk_size=4, top_k=top_k, offset=offset)
         theirs = reference.retrieve(queries[None, :, None], landmarks[None, :, None], **options)
-        assert_close(_by_chunk(indices, weights), _by_chunk(theirs[0][0, :, 0].long(), theirs[1][0, :, 0]), 1e-6)
+        assert_close(
+            _by_chunk(indices, weights),
+            _by_chunk(theirs[0][0, :, 0].long(), theirs[1][0, :, 0]),
+            1e-6,
+        )
 
 
 @twin("08_retrieval_and_decode_kernels", "decode_in_phases")
 def _decode_in_phases(ours):
-    asked, landmarks, q = random(6).float(), random(50, 6, seed=1).float(), random(4, 16, seed=2).float()
+    asked, landmarks, q = (
+        random(6).float(),
+        random(50, 6, seed=1).float(),
+        random(4, 16, seed=2).float(),
+    )
     k, v = random(50, 4, 16, seed=3).float(), random(50, 4, 16, seed=4).float()
-    there = asked[None, None, None], landmarks[None, :, None], q[None, None], k[None, :, :, None], v[None, :, :, None]
+    there = (
+        asked[None, None, None],
+        landmarks[None, :, None],
+        q[None, None],
+        k[None, :, :, None],
+        v[None, :, :, None],
+    )
     for K, tile in ((1, 8), (7, 8), (50, 3)):
         theirs = reference.decode(*there, chunk_size=4, top_k=K, offset=200)
         assert_close(ours(asked, landmarks, q, k, v, K, tile), theirs[0, 0], 1e-6)
@@ -383,7 +450,11 @@ def _filled(ours, *options):
         ids = torch.randint(512, (2, tokens))
         theirs, (logits, memory) = prefill(model, ids, segment=16), ours(model, ids, *options)
         assert memory.position == theirs.memory.position
-        assert_close({"logits": logits, **contents(memory)}, {"logits": theirs.logits, **contents(theirs.memory)}, 1e-10)
+        assert_close(
+            {"logits": logits, **contents(memory)},
+            {"logits": theirs.logits, **contents(theirs.memory)},
+            1e-10,
+        )
 
 
 for _name in ("full", "token_by_token"):
@@ -405,14 +476,21 @@ def _bill(ours):
         ]  # fmt: skip
         assert rows["HSA, library outside"][1] == counted.kv_bytes
         more, grown = plan(name, 2 * tokens), ours(PRESETS[name], 2 * tokens)
-        assert grown["HSA"][4] - rows["HSA"][4] == more.decode_flops_per_token - counted.decode_flops_per_token
+        assert (
+            grown["HSA"][4] - rows["HSA"][4]
+            == more.decode_flops_per_token - counted.decode_flops_per_token
+        )
 
 
 @twin("09_memory", "attend_fetching")
 def _attend_fetching(ours):
     q, k, v = random(1, 9, 4, 8), random(1, 7, 4, 2, 8, seed=1), random(1, 7, 4, 2, 8, seed=2)
     indices, weights = random_choice(1, 9, 2, 3, 7)
-    for chosen, w in ((indices, weights), (indices.clamp(min=0), weights), (torch.full_like(indices, -1), 0 * weights)):
+    for chosen, w in (
+        (indices, weights),
+        (indices.clamp(min=0), weights),
+        (torch.full_like(indices, -1), 0 * weights),
+    ):
         out, fetched = ours(q, k, v, chosen, w)
         assert_close(out, reference.chunk_attention(q, k, v, chosen, w), 1e-12)
         assert fetched == len(set(chosen.flatten().tolist()) - {-1})
@@ -420,7 +498,9 @@ def _attend_fetching(ours):
 
 def _mixture(experts: int = 6, active: int = 2) -> MoE:
     torch.manual_seed(0)
-    config = dataclasses.replace(PRESETS["debug"], experts=experts, experts_active=active, expert_width=24)
+    config = dataclasses.replace(
+        PRESETS["debug"], experts=experts, experts_active=active, expert_width=24
+    )
     layer = HSAModel(config).upper[0].mlp.requires_grad_(False)
     layer.bias.copy_(random(experts) / 10)
     return layer
@@ -476,7 +556,9 @@ def _parameters(ours):
 @twin("10_model_and_experts", "decode_flop")
 def _decode_flop(ours):
     for name, tokens in (("ul_8b_a1b", 1 << 24), ("ul_8b_a1b", 1000), ("ul_0_5b", 1 << 20)):
-        assert sum(ours(PRESETS[name], tokens).values()) == pytest.approx(plan(name, tokens).decode_flops_per_token, rel=0.01)
+        assert sum(ours(PRESETS[name], tokens).values()) == pytest.approx(
+            plan(name, tokens).decode_flops_per_token, rel=0.01
+        )
 
 
 @twin("11_training", "mixed_loss")
@@ -485,13 +567,17 @@ def _mixed_loss(ours):
     for parts in (torch.randint(4, (3, 20)), torch.full((3, 20), TEXT), torch.full((3, 20), COPY)):
         loss, means = ours(logits, targets, parts, text_weight=0.3)
         theirs, shares, _ = mixture_loss(logits, targets, parts, text_weight=0.3)
-        assert_close(torch.stack((loss, *means)), torch.stack((theirs, *shares)).to(loss.dtype), 1e-6)
+        assert_close(
+            torch.stack((loss, *means)), torch.stack((theirs, *shares)).to(loss.dtype), 1e-6
+        )
 
 
 @twin("11_training", "learning_rate")
 def _learning_rate(ours):
     for recipe in RECIPES.values():
-        assert [ours(recipe, step) for step in range(recipe.steps)] == [recipe.rate(step) for step in range(recipe.steps)]
+        assert [ours(recipe, step) for step in range(recipe.steps)] == [
+            recipe.rate(step) for step in range(recipe.steps)
+        ]
 
 
 @twin("11_training", "in_a_crowd")
@@ -500,7 +586,10 @@ def _in_a_crowd(ours):
     for _ in range(2):
         memory = model(torch.randint(512, (3, 30))).memory
         past.push(memory, model.encoder, torch.tensor([2, 0]))
-    crowd, old = Crowd(memory, model.encoder, past).landmarks, model.encoder.landmarks(past.stores[2][None])
+    crowd, old = (
+        Crowd(memory, model.encoder, past).landmarks,
+        model.encoder.landmarks(past.stores[2][None]),
+    )
     for j in range(PRESETS["debug"].retrieval_heads):
         assert torch.equal(ours(memory.landmarks[:, :, j], old[0, :, j]), crowd[:, :, j])
 
@@ -534,8 +623,14 @@ def executed(source: Path):
 
 def solutions(source: Path) -> list[str]:
     """The Python of the folded solutions, in order."""
-    folded = re.findall(r"<details>.*?</details>", "\n".join(cells(source, "markdown")), flags=re.DOTALL)
-    return [block for text in folded for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
+    folded = re.findall(
+        r"<details>.*?</details>", "\n".join(cells(source, "markdown")), flags=re.DOTALL
+    )
+    return [
+        block
+        for text in folded
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    ]
 
 
 @each_notebook
@@ -550,7 +645,9 @@ def test_ipynb_is_executed_and_small(source):
     for cell in executed(source).cells:
         if cell.cell_type == "code":
             assert cell.execution_count, cell.source
-            assert not [output for output in cell.outputs if output.output_type == "error"], cell.source
+            assert not [output for output in cell.outputs if output.output_type == "error"], (
+                cell.source
+            )
 
 
 @each_notebook
@@ -559,13 +656,17 @@ def test_ipynb_keeps_pictures_and_no_widgets(source):
     assert "widgets" not in executed(source).metadata
     for cell in executed(source).cells:
         for output in cell.get("outputs", ()):
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), cell.source
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), (
+                cell.source
+            )
 
 
 @each_notebook
 def test_links_lead_somewhere(source):
     links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(cells(source, "markdown")))
-    assert not [link for link in links if not link.startswith("https://") and not (FOLDER / link).is_file()]
+    assert not [
+        link for link in links if not link.startswith("https://") and not (FOLDER / link).is_file()
+    ]
 
 
 @each_notebook
@@ -584,8 +685,16 @@ def test_something_is_checked_and_something_moves(source):
 
 @each_notebook
 def test_nothing_stalls_a_headless_run(source):
-    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(code(source))) if isinstance(node, ast.Call)}
-    assert not {name for name in called if name.split(".")[-1] in ("interact", "interactive") or name == "plt.show"}
+    called = {
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(code(source)))
+        if isinstance(node, ast.Call)
+    }
+    assert not {
+        name
+        for name in called
+        if name.split(".")[-1] in ("interact", "interactive") or name == "plt.show"
+    }
 
 
 @each_notebook
@@ -599,7 +708,11 @@ def test_functions_are_short(source):
 def test_no_code_is_commented_out(source):
     tokens = tokenize.generate_tokens(io.StringIO(code(source)).readline)
     comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
-    assert not [text for text in comments if re.match(r"#\s*(import |from \w+ import|def |for .*:$|print\()", text)]
+    assert not [
+        text
+        for text in comments
+        if re.match(r"#\s*(import |from \w+ import|def |for .*:$|print\()", text)
+    ]
 
 
 @each_notebook
@@ -615,7 +728,10 @@ def test_two_exercises_with_folded_solutions_and_a_way_on(source):
     closing = "\n".join(cells(source, "markdown"))[-12_000:]
     assert closing.count("<summary>Solution</summary>") >= 2
     assert closing.count("<details>") == closing.count("</details>")
-    assert re.search(r"\]\(\d\d_\w+\.ipynb\)", closing.split("What comes next")[-1]) or source == SOURCES[-1]
+    assert (
+        re.search(r"\]\(\d\d_\w+\.ipynb\)", closing.split("What comes next")[-1])
+        or source == SOURCES[-1]
+    )
 
 
 @each_notebook

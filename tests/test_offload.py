@@ -9,10 +9,12 @@ import torch
 from helpers import assert_close, random, random_choice
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import build, every_dense_option, in_segments, text
+from test_model import build, every_dense_option, text
 
-from hsa_mini import ChunkMemory, offload, ops, reference
-from hsa_mini.generate import generate, prefill
+from hsa_mini import ChunkMemory, ops, reference
+from hsa_mini.inference.generate import generate
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.memory import host_chunks as offload
 
 
 @given(
@@ -21,7 +23,10 @@ from hsa_mini.generate import generate, prefill
 )  # fmt: skip
 def test_attention_equals_the_reference_in_blocks_of_any_size(B, T, J, K, N, spare, block, seed):
     S, D = 3, 4
-    q, (k, v) = random(B, T, 2 * J, D, seed=seed), (random(B, N + spare, S, J, D, seed=seed + i)[:, :N] for i in (1, 2))
+    q, (k, v) = (
+        random(B, T, 2 * J, D, seed=seed),
+        (random(B, N + spare, S, J, D, seed=seed + i)[:, :N] for i in (1, 2)),
+    )
     indices, weights = random_choice(B, T, J, K, N, seed=seed)
     before, offload.FETCH_BYTES = offload.FETCH_BYTES, block * B * J * K * 2 * 8 * S * J * D
     try:
@@ -33,12 +38,17 @@ def test_attention_equals_the_reference_in_blocks_of_any_size(B, T, J, K, N, spa
 
 def test_no_block_fetches_more_than_it_may(monkeypatch):
     fetched = []
-    monkeypatch.setattr(ops, "fetch", lambda store, rows: fetched.append(store[rows]) or fetched[-1])
+    monkeypatch.setattr(
+        ops, "fetch", lambda store, rows: fetched.append(store[rows]) or fetched[-1]
+    )
     monkeypatch.setattr(offload, "FETCH_BYTES", 40_000)
     q, k, v = random(2, 50, 4, 8), random(2, 40, 4, 2, 8), random(2, 40, 4, 2, 8)
     indices, weights = random_choice(2, 50, 2, 3, 40)
     offload.chunk_attention(q, k, v, indices, weights)
-    assert len(fetched) > 2 and max(x.nbytes + y.nbytes for x, y in zip(fetched[::2], fetched[1::2])) <= 40_000
+    assert (
+        len(fetched) > 2
+        and max(x.nbytes + y.nbytes for x, y in zip(fetched[::2], fetched[1::2])) <= 40_000
+    )
     offload.chunk_attention(q, k, v, indices.fill_(5), weights)
     assert len(fetched[-1]) == 2  # chunks that all tokens chose are fetched once a sequence
 
@@ -46,7 +56,9 @@ def test_no_block_fetches_more_than_it_may(monkeypatch):
 @every_dense_option
 @torch.no_grad()
 def test_a_model_reads_and_writes_the_same_numbers(option, monkeypatch):
-    monkeypatch.setattr(offload, "FETCH_BYTES", 20_000)  # several blocks, in the upper decoder's tail too
+    monkeypatch.setattr(
+        offload, "FETCH_BYTES", 20_000
+    )  # several blocks, in the upper decoder's tail too
     model, ids = build(option), text(90)
     want = model(ids).logits
     memory = ChunkMemory(model.config, offload=True)
@@ -71,7 +83,9 @@ def test_an_offloaded_memory_goes_on_after(change, tmp_path):
         elif change == "selected":
             memory.select(torch.tensor([1, 1]))
         elif change == "replaced":
-            memory.replace(3, *(store[:, :2] + 1 for store in (memory.k, memory.v, memory.landmarks)))
+            memory.replace(
+                3, *(store[:, :2] + 1 for store in (memory.k, memory.v, memory.landmarks))
+            )
         elif change == "branched":
             memories[i] = memory.branch()
             model(text(30, seed=1), memories[i])
@@ -86,11 +100,18 @@ def in_segments_on(model, ids, memory):
 @torch.no_grad()
 def test_only_k_and_v_leave_the_device():
     model, ids = build(), text(400)
-    near, far = (prefill(model, ids, ChunkMemory(model.config, offload=offloaded)).memory for offloaded in (False, True))
-    assert near.device_bytes - far.device_bytes == sum(x.untyped_storage().nbytes() for x in (far.k, far.v))
+    near, far = (
+        prefill(model, ids, ChunkMemory(model.config, offload=offloaded)).memory
+        for offloaded in (False, True)
+    )
+    assert near.device_bytes - far.device_bytes == sum(
+        x.untyped_storage().nbytes() for x in (far.k, far.v)
+    )
     caches = [x for cache in (*far.lower, *far.upper) for x in (cache.k, cache.v)]
     # of storages, not of tensors: no view keeps a whole segment alive
-    assert far.device_bytes == sum(x.untyped_storage().nbytes() for x in (far.landmarks, *caches, far.partial))
+    assert far.device_bytes == sum(
+        x.untyped_storage().nbytes() for x in (far.landmarks, *caches, far.partial)
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")

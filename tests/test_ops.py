@@ -7,17 +7,23 @@ import pytest
 import torch
 from helpers import assert_close, random, random_choice, results
 
-from hsa_mini import flex_window, ops, reference
+from hsa_mini import ops, reference
+from hsa_mini.ops import flex_window
 
 
 def attention_inputs() -> dict[str, torch.Tensor]:
     indices, weights = random_choice(2, 9, 1, 3, 5, dtype=torch.float32)
-    q, k, v = (random(*shape, seed=i).float() for i, shape in enumerate(((2, 9, 4, 16), (2, 5, 16, 1, 16), (2, 5, 16, 1, 16))))
+    q, k, v = (
+        random(*shape, seed=i).float()
+        for i, shape in enumerate(((2, 9, 4, 16), (2, 5, 16, 1, 16), (2, 5, 16, 1, 16)))
+    )
     return dict(q=q, k=k, v=v, indices=indices, weights=weights)
 
 
 def retrieval_inputs() -> dict[str, torch.Tensor]:
-    return dict(retrieval_q=random(2, 9, 1, 16).float(), landmarks=random(2, 5, 1, 16, seed=1).float())
+    return dict(
+        retrieval_q=random(2, 9, 1, 16).float(), landmarks=random(2, 5, 1, 16, seed=1).float()
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")
@@ -30,7 +36,9 @@ def retrieval_inputs() -> dict[str, torch.Tensor]:
 )
 def test_kernels_and_portable_operations_are_the_same(monkeypatch, name, inputs, options):
     called = []
-    monkeypatch.setattr("hsa_mini.ops._kernels", lambda kernels=ops._kernels: called.append(name) or kernels())
+    monkeypatch.setattr(
+        "hsa_mini.ops._kernels", lambda kernels=ops._kernels: called.append(name) or kernels()
+    )
     with ops.implementation("kernels"):
         got = results(getattr(ops, name), inputs(), **options)
     assert called == [name]
@@ -46,32 +54,54 @@ def test_the_override_ends_with_its_block():
     with pytest.raises(RuntimeError), ops.implementation("kernels"):
         raise RuntimeError
     assert ops._choice == "auto"
-    with pytest.raises(ValueError, match="^name: got 'fast', accepted are auto, kernels, portable$"), ops.implementation("fast"):
+    with (
+        pytest.raises(ValueError, match="^name: got 'fast', accepted are auto, kernels, portable$"),
+        ops.implementation("fast"),
+    ):
         pass
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("T", "P", "W"),
-    [(1, 0, 1), (300, 0, 128), (300, 63, 64), (512, 0, 512), (129, 399, 400), (700, 37, 129), (128, 5, 1000)],
+    [
+        (1, 0, 1),
+        (300, 0, 128),
+        (300, 63, 64),
+        (512, 0, 512),
+        (129, 399, 400),
+        (700, 37, 129),
+        (128, 5, 1000),
+    ],
 )
 def test_the_mask_of_blocks_is_the_window(T, P, W):
     mask = flex_window.block_mask(T, P, W, torch.device("cpu"))
-    side, rows, columns = flex_window.BLOCK, -(-T // flex_window.BLOCK), -(-(P + T) // flex_window.BLOCK)
+    side, rows, columns = (
+        flex_window.BLOCK,
+        -(-T // flex_window.BLOCK),
+        -(-(P + T) // flex_window.BLOCK),
+    )
     i, j = torch.arange(rows * side)[:, None], torch.arange(columns * side)
     seen = ((j <= i + P) & (j > i + P - W) & (i < T) & (j < P + T)).view(rows, side, columns, side)
     assert torch.equal(mask.to_dense()[0, 0].bool()[:rows, :columns], seen.any(3).any(1))
     for row in range(rows):
         full = mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].long()
         assert seen[row, : min(side, T - row * side)][:, full].all()
-    q, k, v = random(1, T, 2, 16).float(), random(1, P + T, 1, 16, seed=1).float(), random(1, P + T, 1, 16, seed=2).float()
+    q, k, v = (
+        random(1, T, 2, 16).float(),
+        random(1, P + T, 1, 16, seed=1).float(),
+        random(1, P + T, 1, 16, seed=2).float(),
+    )
     parts = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_window.flex_attention(*parts, block_mask=mask, enable_gqa=True).transpose(1, 2)
     assert_close({"out": out}, {"out": reference.sliding_window_attention(q, k, v, window=W)}, 1e-5)
 
 
 def ring_inputs() -> dict[str, torch.Tensor]:
-    q, k, v = (random(*shape, seed=i).float() for i, shape in enumerate(((2, 1, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16))))
+    q, k, v = (
+        random(*shape, seed=i).float()
+        for i, shape in enumerate(((2, 1, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16)))
+    )
     return dict(q=q, k=k, v=v, positions=torch.tensor([3, 12]))
 
 
@@ -79,12 +109,30 @@ def ring_inputs() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(q=random(2, 2, 4, 16).float()), r"q: got shape \[2, 2, 4, 16\], accepted is \[B, 1, H, D\] with 1=1"),
-        (dict(v=random(2, 8, 2, 16).float()), r"v: got shape \[2, 8, 2, 16\], accepted is \[B, W, J, D\] with W=9"),
-        (dict(k=random(2, 9, 2, 16)), r"k: got torch.float64, accepted is that of q \(torch.float32\)"),
-        (dict(positions=torch.tensor([3, 12]).int()), "positions: got torch.int32, accepted are int64"),
-        (dict(positions=torch.tensor([3])), r"positions: got shape \[1\], accepted is \[B\] with B=2"),
-        (dict(q=random(2, 1, 3, 16).float()), "q: got 3 heads, accepted are multiples of the 2 heads of k and v"),
+        (
+            dict(q=random(2, 2, 4, 16).float()),
+            r"q: got shape \[2, 2, 4, 16\], accepted is \[B, 1, H, D\] with 1=1",
+        ),
+        (
+            dict(v=random(2, 8, 2, 16).float()),
+            r"v: got shape \[2, 8, 2, 16\], accepted is \[B, W, J, D\] with W=9",
+        ),
+        (
+            dict(k=random(2, 9, 2, 16)),
+            r"k: got torch.float64, accepted is that of q \(torch.float32\)",
+        ),
+        (
+            dict(positions=torch.tensor([3, 12]).int()),
+            "positions: got torch.int32, accepted are int64",
+        ),
+        (
+            dict(positions=torch.tensor([3])),
+            r"positions: got shape \[1\], accepted is \[B\] with B=2",
+        ),
+        (
+            dict(q=random(2, 1, 3, 16).float()),
+            "q: got 3 heads, accepted are multiples of the 2 heads of k and v",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -16,7 +16,18 @@ TOP_LEVEL = {
     "README.md", "Makefile", "environment.yml", "pyproject.toml", "LICENSE", ".gitignore", ".ci",
     "notebooks", "hsa_mini", "kernels", "tests", "data",
 }  # fmt: skip
-OPTIONAL = ("triton", "matplotlib", "IPython", "ipywidgets", "anywidget", "ipykernel", "jupyterlab", "jupyter_core", "nbclient", "nbformat")
+OPTIONAL = (
+    "triton",
+    "matplotlib",
+    "IPython",
+    "ipywidgets",
+    "anywidget",
+    "ipykernel",
+    "jupyterlab",
+    "jupyter_core",
+    "nbclient",
+    "nbformat",
+)
 
 
 def pyproject() -> dict:
@@ -26,9 +37,16 @@ def pyproject() -> dict:
 def direct_dependencies() -> list[Requirement]:
     """Every requirement of pyproject.toml, extras included, without the package's own name."""
     project = pyproject()["project"]
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     requirements = [Requirement(line) for line in lines]
-    return [requirement for requirement in requirements if canonicalize_name(requirement.name) != project["name"]]
+    return [
+        requirement
+        for requirement in requirements
+        if canonicalize_name(requirement.name) != project["name"]
+    ]
 
 
 def pip_section() -> list[str]:
@@ -45,18 +63,26 @@ def pins() -> list[Requirement]:
 def test_every_direct_dependency_is_pinned_once_and_nothing_else_is():
     pinned = [canonicalize_name(pin.name) for pin in pins()]
     assert len(pinned) == len(set(pinned))
-    assert set(pinned) == {canonicalize_name(requirement.name) for requirement in direct_dependencies()}
+    assert set(pinned) == {
+        canonicalize_name(requirement.name) for requirement in direct_dependencies()
+    }
 
 
 def test_pins_are_exact_and_satisfy_the_ranges():
     exact = {canonicalize_name(pin.name): pin for pin in pins()}
     for name, pin in exact.items():
-        assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)), f"{name}: {pin} is not an exact pin"
+        assert re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)), (
+            f"{name}: {pin} is not an exact pin"
+        )
     for requirement in direct_dependencies():
         pin = exact[canonicalize_name(requirement.name)]
         version = str(pin.specifier).removeprefix("==")
-        assert requirement.specifier.contains(version, prereleases=True), f"{pin} is outside {requirement}"
-        assert str(pin.marker) == str(requirement.marker), f"{pin} and {requirement} speak of different systems"
+        assert requirement.specifier.contains(version, prereleases=True), (
+            f"{pin} is outside {requirement}"
+        )
+        assert str(pin.marker) == str(requirement.marker), (
+            f"{pin} and {requirement} speak of different systems"
+        )
 
 
 def test_versions_are_pinned_in_environment_yml_alone():
@@ -69,23 +95,43 @@ def test_versions_are_pinned_in_environment_yml_alone():
 def test_conda_installs_the_same_package_last():
     text = (ROOT / "environment.yml").read_text()
     assert pip_section()[-1] == "-e .[notebooks,dev]"
-    assert re.search(r"channels:\n  - conda-forge\ndependencies:", text), "conda-forge is the one channel"
+    assert re.search(r"channels:\n  - conda-forge\ndependencies:", text), (
+        "conda-forge is the one channel"
+    )
     python = re.search(r"- python=(3\.\d+)\n", text).group(1)
     assert python in Requirement("python" + pyproject()["project"]["requires-python"]).specifier
 
 
 def test_make_hands_every_pin_to_pip():
-    script = re.search(r"sed -n '(.*)' environment\.yml", (ROOT / "Makefile").read_text()).group(1).replace("$$", "$")
-    run = subprocess.run(["sed", "-n", script, "environment.yml"], cwd=ROOT, capture_output=True, text=True, check=True)
+    script = (
+        re.search(r"sed -n '(.*)' environment\.yml", (ROOT / "Makefile").read_text())
+        .group(1)
+        .replace("$$", "$")
+    )
+    run = subprocess.run(
+        ["sed", "-n", script, "environment.yml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.splitlines() == [line for line in pip_section() if "==" in line]
 
 
 def test_the_distribution_lists_every_package():
     listed = set(pyproject()["tool"]["setuptools"]["packages"])
-    folders = {path.parent for path in [*ROOT.glob("hsa_mini/**/*.py"), *ROOT.glob("kernels/hsa_kernels/**/*.py")]}
+    folders = {
+        path.parent
+        for path in [*ROOT.glob("hsa_mini/**/*.py"), *ROOT.glob("kernels/hsa_kernels/**/*.py")]
+    }
     for folder in folders:
-        assert (folder / "__init__.py").is_file(), f"{folder} has no __init__.py: an editable install would not find it"
-    relative = {folder.relative_to(ROOT / "kernels" if "hsa_kernels" in folder.parts else ROOT) for folder in folders}
+        assert (folder / "__init__.py").is_file(), (
+            f"{folder} has no __init__.py: an editable install would not find it"
+        )
+    relative = {
+        folder.relative_to(ROOT / "kernels" if "hsa_kernels" in folder.parts else ROOT)
+        for folder in folders
+    }
     assert listed == {".".join(folder.parts) for folder in relative}
 
 
@@ -113,16 +159,32 @@ import hsa_mini.ops
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_alone_lists_every_target_with_its_description():
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
-    run = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
+    targets = (
+        re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        .group(1)
+        .split()
+    )
+    run = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     described = dict(re.findall(r"^  (\S+) +(\S.*)$", run.stdout, re.MULTILINE))
     assert list(described) == targets
-    asked = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert asked.stdout == run.stdout
 
 
 def test_top_level_holds_only_what_the_design_names():
-    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    run = (
+        subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+        if shutil.which("git")
+        else None
+    )
     if run is None or run.returncode:
         pytest.skip("not a git checkout")
     assert {line.partition("/")[0] for line in run.stdout.splitlines()} <= TOP_LEVEL

@@ -11,8 +11,8 @@ import torch
 from material import TINY, tiny, word_corpus
 from torch.nn.functional import cross_entropy
 
-from hsa_mini import perplexity
-from hsa_mini.perplexity import loss_of_last, measure
+from hsa_mini.evaluation import perplexity
+from hsa_mini.evaluation.perplexity import loss_of_last, measure
 
 REACH = (TINY.lower_layers + TINY.upper_layers) * (TINY.window - 1)
 
@@ -26,7 +26,9 @@ def some_text(tokens: int) -> torch.Tensor:
     return torch.from_numpy(word_corpus("validation").tokens[:tokens].astype(np.int64))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(query_block=4), dict(top_k=300, exclude_window=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(query_block=4), dict(top_k=300, exclude_window=True)], ids=str
+)
 @pytest.mark.parametrize("tokens, targets", [(301, 1), (301, 40), (300, 300)])
 @torch.no_grad()
 def test_the_streamed_loss_is_that_of_one_forward_pass(changes, tokens, targets):
@@ -48,7 +50,9 @@ def test_the_targets_are_the_same_at_every_length():
     near = measure(without_retrieval(tiny(torch.float64)), **options)
     assert [row.tokens for row in near] == [40 + REACH, 400, 1000]
     for row in near[1:]:
-        assert row.losses == pytest.approx(near[0].losses, abs=1e-5)  # the table of RoPE is in float32
+        assert row.losses == pytest.approx(
+            near[0].losses, abs=1e-5
+        )  # the table of RoPE is in float32
     assert len({round(loss, 6) for loss in near[0].losses}) == 3  # of three places
     far = measure(tiny(torch.float64), **options)
     assert abs(far[1].loss - far[0].loss) > 1e-4
@@ -58,10 +62,14 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     model, seen = tiny(), []
     torch.nn.init.zeros_(model.embedding.weight)
     rows = measure(model, lengths=(100, 200), stretches=2, targets=50, seed=3, report=seen.append)
-    assert rows == seen and [(row.tokens, row.stretches, row.targets, row.seed) for row in rows] == [(100, 2, 50, 3), (200, 2, 50, 3)]
+    assert rows == seen and [
+        (row.tokens, row.stretches, row.targets, row.seed) for row in rows
+    ] == [(100, 2, 50, 3), (200, 2, 50, 3)]
     for row in rows:
         assert row.perplexity == pytest.approx(TINY.vocab_size, rel=1e-5)
-        assert row.loss == pytest.approx(sum(row.losses) / 2) and row.perplexity == pytest.approx(math.exp(row.loss))
+        assert row.loss == pytest.approx(sum(row.losses) / 2) and row.perplexity == pytest.approx(
+            math.exp(row.loss)
+        )
 
 
 def test_the_seed_chooses_the_places():
@@ -72,5 +80,8 @@ def test_the_seed_chooses_the_places():
 
 @pytest.mark.parametrize("tokens", [19, len(word_corpus("validation"))])
 def test_text_is_neither_repeated_nor_shorter_than_what_is_predicted(tokens):
-    with pytest.raises(ValueError, match=f"^lengths: got {tokens}, accepted is 20 to {len(word_corpus('validation')) - 1}"):
+    with pytest.raises(
+        ValueError,
+        match=f"^lengths: got {tokens}, accepted is 20 to {len(word_corpus('validation')) - 1}",
+    ):
         measure(tiny(), lengths=(100, tokens), stretches=1, targets=20)

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel
 from hsa_mini.config import MOST_TOKENS
-from hsa_mini.generate import prefill
-from hsa_mini.nn.norm import RMSNorm
-from hsa_mini.plan import mean_keys, plan, table, training_flops
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.model.cost_estimate import mean_keys, plan, table, training_flops
+from hsa_mini.model.norm import RMSNorm
 
 # K = 2 of 64 chunks: few enough that attention gathers the kept ones, as the plan charges, and does not attend to all
 SMALL = dataclasses.replace(PRESETS["nano"], vocab_size=512, top_k=2)
@@ -47,28 +47,49 @@ def size(parameters) -> int:
 def test_parts_are_those_of_a_real_model_and_sum_to_its_total(config, changes):
     model = build(dataclasses.replace(config, **changes))
     got = plan(model.config)
-    outside = [*model.lower.modules(), *(m for name, m in model.upper.named_modules() if "hsa" not in name), model.norm]
+    outside = [
+        *model.lower.modules(),
+        *(m for name, m in model.upper.named_modules() if "hsa" not in name),
+        model.norm,
+    ]
     assert got.params_by_part == {
         "embedding and head": size({model.embedding.weight, model.head.weight}),
-        "lower window attention": size(p for block in model.lower for p in block.swa.parameters() if p.dim() > 1),
+        "lower window attention": size(
+            p for block in model.lower for p in block.swa.parameters() if p.dim() > 1
+        ),
         "lower MLPs and experts": size(p for block in model.lower for p in block.mlp.parameters()),
         "chunk encoder": size(model.encoder.parameters()),
-        "upper window attention": size(p for block in model.upper for p in block.swa.parameters() if p.dim() > 1),
-        "HSA": size(p for block in model.upper if block.hsa for m in (block.hsa, block.hsa_norm) for p in m.parameters()),
+        "upper window attention": size(
+            p for block in model.upper for p in block.swa.parameters() if p.dim() > 1
+        ),
+        "HSA": size(
+            p
+            for block in model.upper
+            if block.hsa
+            for m in (block.hsa, block.hsa_norm)
+            for p in m.parameters()
+        ),
         "upper MLPs and experts": size(p for block in model.upper for p in block.mlp.parameters()),
         "norms": size(m.weight for m in outside if isinstance(m, RMSNorm)),
     }
     assert sum(got.params_by_part.values()) == got.params_total == size(model.parameters())
-    assert got.params_base_without_hsa == got.params_total - got.params_by_part["chunk encoder"] - got.params_by_part["HSA"]
+    assert (
+        got.params_base_without_hsa
+        == got.params_total - got.params_by_part["chunk encoder"] - got.params_by_part["HSA"]
+    )
     assert got.params_active_with_head == got.params_active + model.head.weight.numel()
     assert got.weight_bytes == sum(p.nbytes for p in model.bfloat16().parameters())
 
 
-@pytest.mark.parametrize("config", [SMALL, MOE, dataclasses.replace(MOE, tied=False)], ids=["dense", "experts", "untied"])
+@pytest.mark.parametrize(
+    "config", [SMALL, MOE, dataclasses.replace(MOE, tied=False)], ids=["dense", "experts", "untied"]
+)
 def test_active_parameters_are_those_that_one_token_gives_a_gradient(config):
     model = build(config)
     with torch.no_grad():
-        memory = model(text(8 * config.chunk_size)).memory  # the encoder's work is done: the token reads what it made
+        memory = model(
+            text(8 * config.chunk_size)
+        ).memory  # the encoder's work is done: the token reads what it made
     model(text(1), memory).logits.sum().backward()
     reached = 0
     for name, parameter in model.named_parameters():
@@ -83,7 +104,9 @@ def test_active_parameters_are_those_that_one_token_gives_a_gradient(config):
 def test_active_parameters_by_hand():
     got = plan(MOE)
     # 3 of the 4 blocks have experts (the first is dense), and each leaves 3 of its 5 idle: [C, 2*24] and [24, C], C = 64
-    assert got.params_total - got.params_by_part["embedding and head"] - got.params_active == 3 * 3 * (64 * 48 + 24 * 64)
+    assert got.params_total - got.params_by_part[
+        "embedding and head"
+    ] - got.params_active == 3 * 3 * (64 * 48 + 24 * 64)
     assert plan(SMALL).params_active == plan(SMALL).params_total - 512 * 64
 
 
@@ -96,8 +119,12 @@ def test_bytes_are_those_of_the_tensors_that_a_real_memory_holds(name, tokens):
     assert (got.preset, got.tokens) == (name, tokens)
     assert got.kv_bytes == memory.k.nbytes + memory.v.nbytes
     assert got.landmark_bytes == memory.landmarks.nbytes
-    assert got.window_cache_bytes == sum(cache.k.nbytes + cache.v.nbytes for cache in memory.lower + memory.upper)
-    wide = dataclasses.replace(PRESETS[name], window=tokens + 1)  # full attention: a window that forgets nothing
+    assert got.window_cache_bytes == sum(
+        cache.k.nbytes + cache.v.nbytes for cache in memory.lower + memory.upper
+    )
+    wide = dataclasses.replace(
+        PRESETS[name], window=tokens + 1
+    )  # full attention: a window that forgets nothing
     assert got.full_attention_kv_bytes == plan(wide, tokens).window_cache_bytes
 
 
@@ -110,7 +137,11 @@ def multiplied(step) -> int:
 
 def expert_flops(config: HSAConfig) -> float:
     """A token's share of what the counter does not see (`grouped_mm`), less what the plan leaves out (gates times outputs)."""
-    return 2 * config.experts_active * (3 * config.width * config.expert_width - config.width) if config.experts else 0
+    return (
+        2 * config.experts_active * (3 * config.width * config.expert_width - config.width)
+        if config.experts
+        else 0
+    )
 
 
 def window_surplus(config: HSAConfig, tokens: int) -> float:
@@ -122,7 +153,12 @@ def window_surplus(config: HSAConfig, tokens: int) -> float:
 @pytest.mark.parametrize("tokens", [1024, 1000])
 @pytest.mark.parametrize(
     "config",
-    [SMALL, MOE, dataclasses.replace(SMALL, tied=False, query_block=4, encoder_layers=2), PRESETS["debug"]],
+    [
+        SMALL,
+        MOE,
+        dataclasses.replace(SMALL, tied=False, query_block=4, encoder_layers=2),
+        PRESETS["debug"],
+    ],
     ids=["dense", "experts", "options", "debug"],
 )
 def test_flops_are_what_the_counter_sees(config, tokens):
@@ -130,13 +166,17 @@ def test_flops_are_what_the_counter_sees(config, tokens):
     model, memory, got = build(config), ChunkMemory(config), plan(config, tokens)
     tail = min(config.upper_tail + (tokens - config.upper_tail) % config.query_block, tokens)
     counted = multiplied(lambda: prefill(model, text(tokens), memory))
-    counted -= config.lower_layers * window_surplus(config, tokens) + config.upper_layers * window_surplus(config, tail)
+    counted -= config.lower_layers * window_surplus(
+        config, tokens
+    ) + config.upper_layers * window_surplus(config, tail)
     lower_experts = config.lower_layers - 1  # the first block is dense
     counted += expert_flops(config) * (lower_experts * tokens + config.upper_layers * tail)
     assert got.prefill_flops_per_token == pytest.approx(counted / tokens, rel=1e-4)
 
     S, layers = config.chunk_size, config.lower_layers + config.upper_layers
-    counted = multiplied(lambda: [model(text(1), memory) for _ in range(S)]) / S  # one of them completes a chunk
+    counted = (
+        multiplied(lambda: [model(text(1), memory) for _ in range(S)]) / S
+    )  # one of them completes a chunk
     counted -= layers * 4 * config.heads * config.head_dim  # a key in front of the window, masked
     counted += expert_flops(config) * (layers - 1)
     assert got.decode_flops_per_token == pytest.approx(counted, rel=2e-4)
@@ -148,7 +188,15 @@ def test_flops_of_training_are_three_times_those_of_a_forward_pass(config, token
     counted = multiplied(lambda: model(text(tokens))) - layers * window_surplus(config, tokens)
     counted += expert_flops(config) * (layers - 1) * tokens
     # the operation scores all chunks; half of them lie in front of a token
-    counted -= config.groups * 2 * config.retrieval_heads * config.retrieval_dim * tokens * (tokens // config.chunk_size) / 2
+    counted -= (
+        config.groups
+        * 2
+        * config.retrieval_heads
+        * config.retrieval_dim
+        * tokens
+        * (tokens // config.chunk_size)
+        / 2
+    )
     assert training_flops(model, tokens) == pytest.approx(3 * counted, rel=1e-4)
 
 
@@ -158,19 +206,25 @@ def test_full_attention_is_a_model_whose_window_is_everything():
     for block in model.upper:
         block.hsa = None
     memory = ChunkMemory(model.config)
-    model.remember = lambda _, memory: setattr(memory, "_stores", (torch.zeros(1, 0),) * 3)  # no chunk is encoded
+    model.remember = lambda _, memory: setattr(
+        memory, "_stores", (torch.zeros(1, 0),) * 3
+    )  # no chunk is encoded
     counted = multiplied(lambda: model(text(tokens), memory))
     step = multiplied(lambda: model(text(1), memory))
     head, all_keys = 2 * 512 * 64, 4 * SMALL.heads * SMALL.head_dim * 4
     # prefill multiplies every query with tokens + (tokens + 1) keys of a block, and predicts every token
-    want = counted / tokens - all_keys * (2 * tokens + 1 - (tokens + 1) / 2) - head * (1 - 1 / tokens)
+    want = (
+        counted / tokens - all_keys * (2 * tokens + 1 - (tokens + 1) / 2) - head * (1 - 1 / tokens)
+    )
     assert got.full_attention_prefill_flops_per_token == pytest.approx(want, abs=1)
     assert got.full_attention_decode_flops_per_token == step - all_keys  # one key more, masked
 
 
 @pytest.mark.parametrize("tokens, window", [(1, 1), (1, 8), (5, 8), (8, 8), (20, 8), (20, 1)])
 def test_mean_keys(tokens, window):
-    assert mean_keys(tokens, window) == pytest.approx(sum(min(t + 1, window) for t in range(tokens)) / tokens)
+    assert mean_keys(tokens, window) == pytest.approx(
+        sum(min(t + 1, window) for t in range(tokens)) / tokens
+    )
 
 
 def test_totals_of_the_paper():
@@ -186,10 +240,16 @@ def test_a_longer_text_costs_no_more_a_token():
     short, long = (plan("ul_8b_a1b", tokens) for tokens in (1 << 20, 1 << 24))
     ratio = long.prefill_flops_per_token / short.prefill_flops_per_token
     assert 0.9 < ratio < 1
-    full = long.full_attention_prefill_flops_per_token / short.full_attention_prefill_flops_per_token
+    full = (
+        long.full_attention_prefill_flops_per_token / short.full_attention_prefill_flops_per_token
+    )
     assert 15 < full < 16
-    assert long.decode_flops_per_token < 1.2 * short.decode_flops_per_token  # landmarks alone grow with the text
-    assert long.window_cache_bytes == short.window_cache_bytes and long.kv_bytes == 16 * short.kv_bytes
+    assert (
+        long.decode_flops_per_token < 1.2 * short.decode_flops_per_token
+    )  # landmarks alone grow with the text
+    assert (
+        long.window_cache_bytes == short.window_cache_bytes and long.kv_bytes == 16 * short.kv_bytes
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, True, "4096", MOST_TOKENS + 1])
@@ -215,7 +275,9 @@ def test_json_on_standard_output_is_json_alone(capfd):
     status, out, err = call(capfd, "plan", "ul_8b_a1b", "--tokens", "4096", "--json", "-")
     result = json.loads(out)
     assert (status, err) == (0, "") and result == plan("ul_8b_a1b", 4096).to_json()
-    assert set(REQUIRED) < set(result) and all(isinstance(result[name], int) for name in REQUIRED[1:])
+    assert set(REQUIRED) < set(result) and all(
+        isinstance(result[name], int) for name in REQUIRED[1:]
+    )
 
 
 def test_json_in_a_file_and_the_table_for_people(tmp_path, capfd):
@@ -230,10 +292,19 @@ def test_json_in_a_file_and_the_table_for_people(tmp_path, capfd):
 def test_the_table_says_every_number_and_what_it_stands_beside(name):
     got = plan(name)
     text = table(got)
-    assert f"{name} at 1,048,576 tokens" in text and "full attention" in text.lower() and max(map(len, text.split("\n"))) < 160
-    assert all(f"{number:>16,}" in text for number in [got.params_active, *got.params_by_part.values()])
+    assert (
+        f"{name} at 1,048,576 tokens" in text
+        and "full attention" in text.lower()
+        and max(map(len, text.split("\n"))) < 160
+    )
+    assert all(
+        f"{number:>16,}" in text for number in [got.params_active, *got.params_by_part.values()]
+    )
     assert ("ours, chosen to meet" in text) == ("paper prints" in text) == name.startswith("ul_")
-    printed = {"ul_0_5b": ("519.6 M", "537.7 M", "1.001", "1.002"), "ul_8b_a1b": ("8,000.0 M", "1,000.0 M", "0.998", "0.971")}
+    printed = {
+        "ul_0_5b": ("519.6 M", "537.7 M", "1.001", "1.002"),
+        "ul_8b_a1b": ("8,000.0 M", "1,000.0 M", "0.998", "0.971"),
+    }
     assert all(number in text for number in printed.get(name, ()))
 
 
@@ -242,7 +313,9 @@ class MetaAlone(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        assert all(leaf.is_meta for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)), operation
+        assert all(leaf.is_meta for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)), (
+            operation
+        )
         return out
 
 

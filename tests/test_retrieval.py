@@ -23,7 +23,9 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def loop_retrieve(retrieval_q, landmarks, S, K, offsets, weighting, seed, exclude_window, query_block):
+def loop_retrieve(
+    retrieval_q, landmarks, S, K, offsets, weighting, seed, exclude_window, query_block
+):
     """Python numbers only: [(chunk, weight), ...] of each (b, t, j), best first or, for stick-breaking, newest first."""
     (B, T, J, _), N = retrieval_q.shape, landmarks.shape[1]
     kept = {}
@@ -37,7 +39,10 @@ def loop_retrieve(retrieval_q, landmarks, S, K, offsets, weighting, seed, exclud
         for i in range(N):
             if (i + 1) * S > position or i * S > position - exclude_window:
                 continue
-            score = sum(x * y for x, y in zip(retrieval_q[b, chooser, j].tolist(), landmarks[b, i, j].tolist())) / math.sqrt(R)
+            score = sum(
+                x * y
+                for x, y in zip(retrieval_q[b, chooser, j].tolist(), landmarks[b, i, j].tolist())
+            ) / math.sqrt(R)
             candidates.append((score + noise[i].item(), i, score))
         best = sorted(candidates, reverse=True)[:K]
         if weighting == "softmax":
@@ -78,24 +83,40 @@ def test_equals_a_loop_over_tokens_and_chunks(case):
     retrieval_q, landmarks = make(B, T, J, R, seed=1), make(B, N, J, R, seed=2)
     options = {name: case[name] for name in ("weighting", "exclude_window", "query_block")}
     indices, weights = retrieve(
-        retrieval_q, landmarks, chunk_size=S, top_k=K, offset=torch.tensor(case["offsets"]), gumbel_seed=case["seed"], **options
+        retrieval_q,
+        landmarks,
+        chunk_size=S,
+        top_k=K,
+        offset=torch.tensor(case["offsets"]),
+        gumbel_seed=case["seed"],
+        **options,
     )
     assert indices.shape == weights.shape == (B, T, J, K)
-    want = loop_retrieve(retrieval_q, landmarks, S, K, case["offsets"], seed=case["seed"], **options)
+    want = loop_retrieve(
+        retrieval_q, landmarks, S, K, case["offsets"], seed=case["seed"], **options
+    )
     for (b, t, j), row in want.items():
-        got = [(i, w) for i, w in zip(indices[b, t, j].tolist(), weights[b, t, j].tolist()) if i >= 0]
+        got = [
+            (i, w) for i, w in zip(indices[b, t, j].tolist(), weights[b, t, j].tolist()) if i >= 0
+        ]
         if case["weighting"] == "softmax":
             got, row = sorted(got), sorted(row)  # the order of slots is open
         assert [i for i, _ in got] == [i for i, _ in row], (b, t, j)
         assert [w for _, w in got] == pytest.approx([w for _, w in row], rel=1e-12), (b, t, j)
-        assert all(w == 0.0 for i, w in zip(indices[b, t, j].tolist(), weights[b, t, j].tolist()) if i < 0)
+        assert all(
+            w == 0.0 for i, w in zip(indices[b, t, j].tolist(), weights[b, t, j].tolist()) if i < 0
+        )
 
 
 @pytest.mark.parametrize("S", [1, 16, 64])
-@pytest.mark.parametrize("offset", [0, 5, 128, torch.tensor([0, 131]), torch.tensor([64, 7], dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "offset", [0, 5, 128, torch.tensor([0, 131]), torch.tensor([64, 7], dtype=torch.int32)]
+)
 def test_a_chunk_is_visible_from_the_token_after_its_last(S, offset):
     T, N = 140, 5
-    indices, _ = retrieve(random(2, T, 1, R), random(2, N, 1, R), chunk_size=S, top_k=N, offset=offset)
+    indices, _ = retrieve(
+        random(2, T, 1, R), random(2, N, 1, R), chunk_size=S, top_k=N, offset=offset
+    )
     for b in range(2):
         start = int(offset[b]) if isinstance(offset, torch.Tensor) else offset
         for t in range(T):
@@ -108,19 +129,29 @@ def test_a_chunk_is_visible_from_the_token_after_its_last(S, offset):
 def test_of_equal_scores_the_newest_chunks_are_kept(dtype):
     landmarks = torch.ones(1, 9, 1, R, dtype=dtype)
     for visible in range(10):
-        indices, _ = retrieve(torch.ones(1, 1, 1, R, dtype=dtype), landmarks, chunk_size=16, top_k=3, offset=16 * visible)
+        indices, _ = retrieve(
+            torch.ones(1, 1, 1, R, dtype=dtype),
+            landmarks,
+            chunk_size=16,
+            top_k=3,
+            offset=16 * visible,
+        )
         assert set(indices.flatten().tolist()) - {-1} == set(range(max(visible - 3, 0), visible))
 
 
 def test_a_tie_at_the_last_kept_place_is_settled_by_age():
     scores = torch.tensor([3.0, 1.0, 1.0, 1.0, 2.0])  # three chunks compete for the third place
-    indices, _ = retrieve(torch.ones(1, 1, 1, 1), scores.reshape(1, 5, 1, 1), chunk_size=16, top_k=3, offset=80)
+    indices, _ = retrieve(
+        torch.ones(1, 1, 1, 1), scores.reshape(1, 5, 1, 1), chunk_size=16, top_k=3, offset=80
+    )
     assert set(indices.flatten().tolist()) == {0, 4, 3}
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_empty_slots_are_minus_one_with_weight_exactly_zero(weighting):
-    indices, weights = retrieve(random(2, 70, 2, R), random(2, 3, 2, R, seed=1), chunk_size=16, top_k=5, weighting=weighting)
+    indices, weights = retrieve(
+        random(2, 70, 2, R), random(2, 3, 2, R, seed=1), chunk_size=16, top_k=5, weighting=weighting
+    )
     visible = torch.clamp(torch.arange(70) // 16, max=3)
     assert torch.equal((indices >= 0).sum(-1), visible[None, :, None].expand(2, 70, 2))
     assert (weights[indices < 0] == 0).all() and (weights[indices >= 0] > 0).all()
@@ -128,19 +159,27 @@ def test_empty_slots_are_minus_one_with_weight_exactly_zero(weighting):
 
 def test_softmax_weights_sum_to_one_where_a_chunk_is_visible():
     for K in (1, 2, 20):
-        _, weights = retrieve(random(2, 70, 2, R), random(2, 4, 2, R, seed=1), chunk_size=16, top_k=K)
+        _, weights = retrieve(
+            random(2, 70, 2, R), random(2, 4, 2, R, seed=1), chunk_size=16, top_k=K
+        )
         assert (weights[:, :16] == 0).all()
         assert_close(weights[:, 16:].sum(-1), torch.ones(2, 54, 2, dtype=torch.float64), 1e-14)
 
 
 def test_stick_breaking_goes_from_the_newest_and_follows_its_formula():
     retrieval_q, landmarks = random(1, 1, 1, R), random(1, 7, 1, R, seed=1)
-    indices, weights = retrieve(retrieval_q, landmarks, chunk_size=16, top_k=4, offset=112, weighting="stick_breaking")
+    indices, weights = retrieve(
+        retrieval_q, landmarks, chunk_size=16, top_k=4, offset=112, weighting="stick_breaking"
+    )
     kept = indices.flatten().tolist()
     assert kept == sorted(kept, reverse=True)
     scores = [(retrieval_q.flatten() @ landmarks[0, i, 0]).item() / 2 for i in kept]
-    for slot, score in enumerate(scores):  # its share, sigmoid(s), of what every newer chunk left over
-        share = math.prod(1 - 1 / (1 + math.exp(-newer)) for newer in scores[:slot]) / (1 + math.exp(-score))
+    for slot, score in enumerate(
+        scores
+    ):  # its share, sigmoid(s), of what every newer chunk left over
+        share = math.prod(1 - 1 / (1 + math.exp(-newer)) for newer in scores[:slot]) / (
+            1 + math.exp(-score)
+        )
         assert weights[0, 0, 0, slot].item() == pytest.approx(share, rel=1e-12)
     assert weights.sum() < 1
 
@@ -153,7 +192,9 @@ def test_gumbel_noise_changes_the_choice_and_never_the_weights():
     assert_close(weights, clean.gather(-1, indices.long()).softmax(-1), 1e-14)
     noisy = clean + gumbel_noise(3, torch.arange(650, 700)[None], 2, 40)
     want = noisy.topk(4, dim=-1).indices.int()
-    assert torch.equal(indices.sort(-1).values, want.sort(-1).values)  # the noise of the absolute position
+    assert torch.equal(
+        indices.sort(-1).values, want.sort(-1).values
+    )  # the noise of the absolute position
     plain, _ = retrieve(retrieval_q, landmarks, **options)
     other, _ = retrieve(retrieval_q, landmarks, gumbel_seed=4, **options)
     again, _ = retrieve(retrieval_q, landmarks, gumbel_seed=3, **options)
@@ -168,14 +209,19 @@ def test_segments_with_their_offset_give_what_the_whole_gives(gumbel_seed, query
     retrieval_q, landmarks = random(2, 90, 2, R), random(2, 5, 2, R, seed=1)
     options = dict(chunk_size=16, top_k=2, gumbel_seed=gumbel_seed, query_block=query_block)
     whole = retrieve(retrieval_q, landmarks, **options)
-    parts = [retrieve(retrieval_q[:, a:b], landmarks, offset=a, **options) for a, b in ((0, 20), (20, 24), (24, 90))]
+    parts = [
+        retrieve(retrieval_q[:, a:b], landmarks, offset=a, **options)
+        for a, b in ((0, 20), (20, 24), (24, 90))
+    ]
     assert_close(torch.cat([p[0] for p in parts], dim=1), whole[0], 0)
     assert_close(torch.cat([p[1] for p in parts], dim=1), whole[1], 1e-14)
 
 
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 40, 1000])
 def test_a_chunk_wholly_inside_the_window_is_not_chosen(window):
-    indices, _ = retrieve(random(1, 100, 1, R), random(1, 6, 1, R), chunk_size=16, top_k=6, exclude_window=window)
+    indices, _ = retrieve(
+        random(1, 100, 1, R), random(1, 6, 1, R), chunk_size=16, top_k=6, exclude_window=window
+    )
     for t in range(100):
         near = range(t - window + 1, t + 1)  # the keys that a window of this length shows
         want = {i for i in range(t // 16) if not all(s in near for s in range(i * 16, i * 16 + 16))}
@@ -193,19 +239,35 @@ def test_the_first_token_of_a_query_block_chooses_for_all(weighting):
         assert_close(got, want[:, first], 1e-14)
 
 
-@pytest.mark.parametrize("options", [{}, dict(query_block=4), dict(gumbel_seed=5), dict(exclude_window=24)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(query_block=4), dict(gumbel_seed=5), dict(exclude_window=24)], ids=str
+)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_gradients_of_the_weights_equal_finite_differences(weighting, options):
-    retrieval_q, landmarks = random(1, 5, 2, 1).requires_grad_(), random(1, 5, 2, 1, seed=1).requires_grad_()
+    retrieval_q, landmarks = (
+        random(1, 5, 2, 1).requires_grad_(),
+        random(1, 5, 2, 1, seed=1).requires_grad_(),
+    )
 
     def weights(retrieval_q, landmarks):
-        return retrieve(retrieval_q, landmarks, chunk_size=16, top_k=3, offset=77, weighting=weighting, **options)[1]
+        return retrieve(
+            retrieval_q,
+            landmarks,
+            chunk_size=16,
+            top_k=3,
+            offset=77,
+            weighting=weighting,
+            **options,
+        )[1]
 
     assert torch.autograd.gradcheck(weights, (retrieval_q, landmarks))
 
 
 def test_empty_slots_and_tokens_without_chunks_have_finite_gradients():
-    retrieval_q, landmarks = random(1, 40, 1, R).requires_grad_(), random(1, 2, 1, R).requires_grad_()
+    retrieval_q, landmarks = (
+        random(1, 40, 1, R).requires_grad_(),
+        random(1, 2, 1, R).requires_grad_(),
+    )
     for weighting in WEIGHTINGS:
         _, weights = retrieve(retrieval_q, landmarks, chunk_size=16, top_k=4, weighting=weighting)
         gradients = torch.autograd.grad(weights.square().sum(), (retrieval_q, landmarks))
@@ -213,7 +275,11 @@ def test_empty_slots_and_tokens_without_chunks_have_finite_gradients():
         assert (gradients[0][:, :16] == 0).all() and (gradients[0][:, 32:] != 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, dict(query_block=4), dict(gumbel_seed=5), dict(weighting="stick_breaking")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(query_block=4), dict(gumbel_seed=5), dict(weighting="stick_breaking")],
+    ids=str,
+)
 def test_nothing_reaches_a_token_from_a_chunk_that_is_not_complete(options):
     retrieval_q, landmarks = random(1, 80, 1, R), random(1, 5, 1, R, seed=1).requires_grad_()
     _, weights = retrieve(retrieval_q, landmarks, chunk_size=16, top_k=3, **options)
@@ -223,15 +289,23 @@ def test_nothing_reaches_a_token_from_a_chunk_that_is_not_complete(options):
         assert (gradient[:, i:] == 0).all()
         changed = landmarks.detach().clone()
         changed[:, i:] = 1e4
-        assert torch.equal(retrieve(retrieval_q, changed, chunk_size=16, top_k=3, **options)[1][:, : (i + 1) * 16], early)
+        assert torch.equal(
+            retrieve(retrieval_q, changed, chunk_size=16, top_k=3, **options)[1][:, : (i + 1) * 16],
+            early,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_float64_for_float64_and_float32_for_the_rest(dtype):
-    retrieval_q, landmarks = random(1, 40, 1, 64, dtype=dtype), random(1, 3, 1, 64, seed=1, dtype=dtype)
+    retrieval_q, landmarks = (
+        random(1, 40, 1, 64, dtype=dtype),
+        random(1, 3, 1, 64, seed=1, dtype=dtype),
+    )
     indices, weights = retrieve(retrieval_q, landmarks, chunk_size=8, top_k=8)
     exact, exact_weights = retrieve(retrieval_q.double(), landmarks.double(), chunk_size=8, top_k=8)
     assert indices.dtype == torch.int32
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(indices, exact)
-    assert error(weights, exact_weights) <= (0 if dtype == torch.float64 else 1e-6)  # 16-bit inputs, exact products
+    assert error(weights, exact_weights) <= (
+        0 if dtype == torch.float64 else 1e-6
+    )  # 16-bit inputs, exact products

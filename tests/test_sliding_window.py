@@ -15,7 +15,9 @@ SIZES = [  # T, P, W
 ]  # fmt: skip
 
 
-def inputs(T: int, P: int = 0, J: int = 2, G: int = 2, dtype=torch.float64) -> dict[str, torch.Tensor]:
+def inputs(
+    T: int, P: int = 0, J: int = 2, G: int = 2, dtype=torch.float64
+) -> dict[str, torch.Tensor]:
     k, v = (random(2, P + T, J, 8, seed=seed, dtype=dtype) for seed in (1, 2))
     return dict(q=random(2, T, J * G, 8, dtype=dtype), k=k, v=v)
 
@@ -40,31 +42,44 @@ def test_every_split_with_cached_keys_in_front_gives_the_same(W):
     case = inputs(20)
     whole = sliding_window_attention(**case, window=W)
     for split in range(1, 20):
-        for first in (0, max(split - W + 1, 0)):  # everything in front, or what the window still shows
+        for first in (
+            0,
+            max(split - W + 1, 0),
+        ):  # everything in front, or what the window still shows
             rest = dict(q=case["q"][:, split:], k=case["k"][:, first:], v=case["v"][:, first:])
             assert_close(sliding_window_attention(**rest, window=W), whole[:, split:], 1e-13)
 
 
 def test_a_window_longer_than_everything_is_causal_attention():
     case = inputs(17)
-    causal = scaled_dot_product_attention(*(x.transpose(1, 2) for x in case.values()), is_causal=True, enable_gqa=True)
+    causal = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in case.values()), is_causal=True, enable_gqa=True
+    )
     assert_close(sliding_window_attention(**case, window=1000), causal.transpose(1, 2), 1e-13)
 
 
 def test_a_window_of_one_returns_the_token_s_own_value():
     case = inputs(9)
-    assert_close(sliding_window_attention(**case, window=1), case["v"].repeat_interleave(2, dim=2), 0)
+    assert_close(
+        sliding_window_attention(**case, window=1), case["v"].repeat_interleave(2, dim=2), 0
+    )
 
 
 def test_gradients_equal_finite_differences():
     leaves = tuple(x[:1, :, :, :2].clone().requires_grad_() for x in inputs(4, 1, J=1).values())
-    assert torch.autograd.gradcheck(lambda q, k, v: sliding_window_attention(q, k, v, window=2), leaves)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: sliding_window_attention(q, k, v, window=2), leaves
+    )
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)]
+)
 def test_error_against_float64_is_the_rounding_of_the_result(dtype, bound):
     case = inputs(200, 3, dtype=dtype)
-    want = results(sliding_window_attention, {name: x.double() for name, x in case.items()}, window=50)
+    want = results(
+        sliding_window_attention, {name: x.double() for name, x in case.items()}, window=50
+    )
     got = results(sliding_window_attention, case, window=50)
     assert all(x.dtype == dtype for x in got.values())
     assert_close({name: x.double() for name, x in got.items()}, want, bound)

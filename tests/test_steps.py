@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from test_model import DEBUG, DENSE, OPTIONS, build, every_option, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel, ops
-from hsa_mini.generate import generate, prefill, stream
-from hsa_mini.replay import Replay
-from hsa_mini.room import free_bytes
-from hsa_mini.steps import Steps
+from hsa_mini.inference.cuda_graph import Replay
+from hsa_mini.inference.decode_step import Steps
+from hsa_mini.inference.generate import generate, stream
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.memory.memory_budget import free_bytes
 
-SIZES = [*((option, torch.float64, 1e-10) for option in DENSE), *((option, torch.float32, 1e-5) for option in OPTIONS)]
+SIZES = [
+    *((option, torch.float64, 1e-10) for option in DENSE),
+    *((option, torch.float32, 1e-5) for option in OPTIONS),
+]
 
 
 def spoken(model: HSAModel, memory: ChunkMemory, ids: torch.Tensor) -> torch.Tensor:
@@ -31,7 +35,9 @@ def spoken(model: HSAModel, memory: ChunkMemory, ids: torch.Tensor) -> torch.Ten
 def padded(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """ids [B, T] with junk in front of the shorter texts, and lengths [B]."""
     longest = max(map(len, texts))
-    junk = torch.randint(DEBUG.vocab_size, (len(texts), longest), generator=torch.Generator().manual_seed(9))
+    junk = torch.randint(
+        DEBUG.vocab_size, (len(texts), longest), generator=torch.Generator().manual_seed(9)
+    )
     for row, words in zip(junk, texts):
         row[longest - len(words) :] = words
     return junk, torch.tensor([len(words) for words in texts])
@@ -57,7 +63,16 @@ def test_steps_equal_the_forward_pass_from_the_first_token_on(option, dtype, bou
 def test_steps_and_segments_follow_each_other_in_any_order(option):
     model, ids = build(option, torch.float32), text(90)
     want, memory, got, start = model(ids).logits, ChunkMemory(build(option).config), [], 0
-    for n, by_steps in ((3, False), (5, True), (9, False), (1, True), (30, False), (13, True), (1, False), (28, True)):
+    for n, by_steps in (
+        (3, False),
+        (5, True),
+        (9, False),
+        (1, True),
+        (30, False),
+        (13, True),
+        (1, False),
+        (28, True),
+    ):
         part = ids[:, start : start + n]
         got.append(spoken(model, memory, part) if by_steps else model(part, memory).logits)
         start += n
@@ -72,13 +87,18 @@ def test_texts_of_different_lengths_are_read_as_if_each_were_alone(option, offlo
     texts = [text(n, seed=n)[0] for n in (1, 3, 8, 37, 61, 62)]
     after = torch.stack([text(30, seed=50 + n)[0] for n in range(len(texts))])
     ids, lengths = padded(texts)
-    output = prefill(model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths, segment=7)
+    output = prefill(
+        model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths, segment=7
+    )
     assert output.memory.positions == lengths.tolist() and output.memory.position == 62
     got = torch.cat((output.logits, spoken(model, output.memory, after)), dim=1)
     for b, words in enumerate(texts):
         want = model(torch.cat((words, after[b]))[None]).logits[:, len(words) - 1 :]
         assert largest(got[b : b + 1], want) <= 1e-5
-        assert torch.equal(output.memory.landmarks[b, : (len(words) + 30) // 4].isfinite().all(), torch.tensor(True))
+        assert torch.equal(
+            output.memory.landmarks[b, : (len(words) + 30) // 4].isfinite().all(),
+            torch.tensor(True),
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")
@@ -87,14 +107,24 @@ def test_texts_of_different_lengths_are_read_as_if_each_were_alone(option, offlo
 def test_steps_in_kernels_equal_the_forward_pass(offload):
     """All that a step does on a GPU, in Triton's interpreter."""
     torch.manual_seed(0)
-    model = HSAModel(dataclasses.replace(PRESETS["nano"], experts=6, experts_active=2, expert_width=16)).eval()
+    model = HSAModel(
+        dataclasses.replace(PRESETS["nano"], experts=6, experts_active=2, expert_width=16)
+    ).eval()
     texts = [text(n, seed=n)[0] for n in (10, 60)]
     ids, lengths = padded(texts)
-    output, after = prefill(model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths), text(7, seed=1)
+    output, after = (
+        prefill(model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths),
+        text(7, seed=1),
+    )
     with ops.implementation("kernels"):
         got = spoken(model, output.memory, after)
     for b, words in enumerate(texts):
-        assert largest(got[b : b + 1], model(torch.cat((words, after[b]))[None]).logits[:, len(words) :]) <= 1e-5
+        assert (
+            largest(
+                got[b : b + 1], model(torch.cat((words, after[b]))[None]).logits[:, len(words) :]
+            )
+            <= 1e-5
+        )
 
 
 @torch.no_grad()
@@ -102,7 +132,9 @@ def test_what_stands_in_the_padding_changes_nothing():
     model, (ids, lengths) = build(), padded([text(n, seed=n)[0] for n in (2, 40)])
     other = ids.clone()
     other[0, :-2] = 0
-    first, second = (generate(model, x, lengths=lengths, max_new_tokens=9).ids for x in (ids, other))
+    first, second = (
+        generate(model, x, lengths=lengths, max_new_tokens=9).ids for x in (ids, other)
+    )
     assert torch.equal(first, second)
 
 
@@ -124,8 +156,14 @@ def test_the_first_retrieval_of_a_batch_of_different_lengths_is_that_of_each_alo
     ids, lengths = padded(texts)
     first = generate(model, ids, lengths=lengths, max_new_tokens=1).first
     for b, words in enumerate(texts):
-        for got, want in zip(first.retrievals, generate(model, words[None], max_new_tokens=1).first.retrievals, strict=True):
-            assert torch.equal(got.indices[b, -1].sort(-1).values, want.indices[0, -1].sort(-1).values)
+        for got, want in zip(
+            first.retrievals,
+            generate(model, words[None], max_new_tokens=1).first.retrievals,
+            strict=True,
+        ):
+            assert torch.equal(
+                got.indices[b, -1].sort(-1).values, want.indices[0, -1].sort(-1).values
+            )
             assert_close(got.queries[b, -1], want.queries[0, -1], 1e-10)
 
 
@@ -139,7 +177,9 @@ def test_a_second_turn_of_different_lengths_goes_on_from_the_first(option):
     assert said.shape[:2] == (3, 6)
     more, lengths = padded(turns)
     output = prefill(model, more, output.memory, lengths=lengths, segment=7)
-    assert output.memory.positions == [51, 51, 51] and output.memory.clock is None  # of one length again: segments go on
+    assert (
+        output.memory.positions == [51, 51, 51] and output.memory.clock is None
+    )  # of one length again: segments go on
     after = text(9, seed=4)[[0, 1, 0]]
     got = torch.cat((output.logits, model(after, output.memory).logits), dim=1)
     for b in range(3):
@@ -177,17 +217,29 @@ def test_a_memory_that_is_stepping_goes_on_after(change, option, tmp_path):
 def test_segments_for_sequences_of_different_lengths_are_refused_and_change_nothing():
     model, (ids, lengths) = build(), padded([text(n, seed=n)[0] for n in (5, 20)])
     memory = prefill(model, ids, lengths=lengths).memory
-    with pytest.raises(ValueError, match=r"^memory: got sequences of \[5, 20\] tokens, accepted are equal lengths"):
+    with pytest.raises(
+        ValueError, match=r"^memory: got sequences of \[5, 20\] tokens, accepted are equal lengths"
+    ):
         model(text(3), memory)
     twin = prefill(model, ids, lengths=lengths).memory
     assert torch.equal(spoken(model, memory, text(9)), spoken(model, twin, text(9)))
 
 
 @pytest.mark.parametrize(
-    "lengths", [torch.tensor([3]), torch.tensor([0, 3]), torch.tensor([3, 10]), torch.tensor([3.0, 3.0]), [3, 3], torch.tensor(3)]
+    "lengths",
+    [
+        torch.tensor([3]),
+        torch.tensor([0, 3]),
+        torch.tensor([3, 10]),
+        torch.tensor([3.0, 3.0]),
+        [3, 3],
+        torch.tensor(3),
+    ],
 )
 def test_wrong_lengths_are_refused(lengths):
-    with pytest.raises(ValueError, match=r"^lengths: got .*, accepted is an int64 tensor \[2\] of 1 to 9$"):
+    with pytest.raises(
+        ValueError, match=r"^lengths: got .*, accepted is an int64 tensor \[2\] of 1 to 9$"
+    ):
         generate(build(), text(9), lengths=lengths, max_new_tokens=2)
 
 
@@ -196,12 +248,15 @@ def test_wrong_lengths_are_refused(lengths):
 def test_a_recorded_step_sees_no_more_than_it_should(option, monkeypatch):
     """On a processor nothing is recorded, but the step is the same: it looks at all the room there is, filled with junk."""
     recorded = []
-    monkeypatch.setattr("hsa_mini.steps.Replay", lambda function: recorded.append(Replay(function)) or recorded[-1])
+    monkeypatch.setattr(
+        "hsa_mini.inference.decode_step.Replay",
+        lambda function: recorded.append(Replay(function)) or recorded[-1],
+    )
     model = build(option, torch.float32)
     texts = [text(n, seed=n)[0] for n in (3, 20, 37)]
     after = torch.stack([text(50, seed=n)[0] for n in range(3)])
     ids, lengths = padded(texts)
-    monkeypatch.setattr("hsa_mini.memory.SPARE", 5)
+    monkeypatch.setattr("hsa_mini.memory.chunk_memory.SPARE", 5)
     memory = ChunkMemory(model.config)
     memory.make_room(8192 + 37, batch=3, dtype=torch.float32, device=ids.device)
     for store in memory.stores:
@@ -226,7 +281,7 @@ def test_a_step_for_which_there_is_no_room_is_refused_and_can_be_repeated(monkey
     memory, want = ChunkMemory(model.config), model(ids).logits
     model(ids[:, :39], memory)
     with monkeypatch.context() as patch:
-        patch.setattr("hsa_mini.room.free_bytes", lambda device: 100)
+        patch.setattr("hsa_mini.memory.memory_budget.free_bytes", lambda device: 100)
         with pytest.raises(MemoryError, match="accepted are up to 36 tokens$"):
             Steps(model, memory)(ids[:, 39:])
     assert memory.position == 39
@@ -257,11 +312,15 @@ def configurations(draw) -> HSAConfig:
 )  # fmt: skip
 @settings(max_examples=60)
 @torch.no_grad()
-def test_forward_equals_prefill_equals_steps_for_any_configuration(config, lengths, new, segment, offload, seed):
+def test_forward_equals_prefill_equals_steps_for_any_configuration(
+    config, lengths, new, segment, offload, seed
+):
     torch.manual_seed(seed)
     model = HSAModel(config).eval()
     ids = torch.randint(50, (len(lengths), max(lengths) + new))
-    whole = [model(row[max(lengths) - n :][None]).logits[:, n - 1 :] for row, n in zip(ids, lengths)]
+    whole = [
+        model(row[max(lengths) - n :][None]).logits[:, n - 1 :] for row, n in zip(ids, lengths)
+    ]
     memory = ChunkMemory(config, offload=offload)
     prompt = ids[:, : max(lengths)]
     output = prefill(model, prompt, memory, lengths=torch.tensor(lengths), segment=segment)
@@ -282,7 +341,15 @@ def settled(model: HSAModel, ids: torch.Tensor) -> bool:
     return all(torch.equal(a.indices.sort(-1).values, b.indices.sort(-1).values) for a, b in pairs)
 
 
-LARGE = dataclasses.replace(DEBUG, chunk_size=64, window=16, hsa_head_dim=256, hsa_kv_heads=4, hsa_heads=4, retrieval_heads=1)
+LARGE = dataclasses.replace(
+    DEBUG,
+    chunk_size=64,
+    window=16,
+    hsa_head_dim=256,
+    hsa_kv_heads=4,
+    hsa_heads=4,
+    retrieval_heads=1,
+)
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from material import word_tokens
 
-from hsa_mini.data.chains import Chain, draw_chains
-from hsa_mini.data.needles import VALUE_DIGITS, Needle, ask, draw_needles
-from hsa_mini.data.sentences import KEY_LETTERS, LETTERS, draw_keys, encode, is_held_out
-from hsa_mini.data.tasks import TASKS, place, s_niah, scatter, tile
 from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.tasks.chains import Chain, draw_chains
+from hsa_mini.tasks.forms import TASKS, place, s_niah, scatter, tile
+from hsa_mini.tasks.needles import VALUE_DIGITS, Needle, ask, draw_needles
+from hsa_mini.tasks.sentences import KEY_LETTERS, LETTERS, draw_keys, encode, is_held_out
 
 TOKENIZER = load_tokenizer()
 SIZES = st.sampled_from([(4, 8), (16, 32), (64, 128)])  # (S, W) of debug, nano and mini
@@ -28,10 +28,22 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def draw(task="s_niah", seed=0, *, tokens=1000, depth=0.5, sizes=(16, 32), distractors=0, absent_from="", **options):
+def draw(
+    task="s_niah",
+    seed=0,
+    *,
+    tokens=1000,
+    depth=0.5,
+    sizes=(16, 32),
+    distractors=0,
+    absent_from="",
+    **options,
+):
     source = rng(seed)
     problem = TASKS[task](source, distractors=distractors, absent_from=absent_from)
-    return place(source, problem, tokens=tokens, depth=depth, chunk_size=sizes[0], window=sizes[1], **options)
+    return place(
+        source, problem, tokens=tokens, depth=depth, chunk_size=sizes[0], window=sizes[1], **options
+    )
 
 
 def least(task: str, sizes, distractors=0, border=False) -> int:
@@ -43,55 +55,97 @@ def read(text: str, question: str) -> str:
     codes = dict(re.findall(r" The secret code of ([A-Z]{4}) is ([0-9]{6})\.", text))
     heads = dict(re.findall(r" The number ([0-9]{8}) is given to ([A-Z]{4})\.", text))
     links = dict(re.findall(r" The number of ([A-Z]{4}) is given to ([A-Z]{4})\.", text))
-    asked = re.fullmatch(r"\nWhat (?:is|are) the secret codes? of ([A-Z and]+)\?\nThe secret code of ([A-Z]{4}) is ", question)
+    asked = re.fullmatch(
+        r"\nWhat (?:is|are) the secret codes? of ([A-Z and]+)\?\nThe secret code of ([A-Z]{4}) is ",
+        question,
+    )
     if asked:
         first, *others = asked[1].split(" and ")
         assert first == asked[2]
-        return f"{codes[first]}." + "".join(f" The secret code of {key} is {codes[key]}." for key in others)
-    asked = re.fullmatch(r"\nWhich names are given the number ([0-9]{8})\?\nThe number \1 is given to ", question)
+        return f"{codes[first]}." + "".join(
+            f" The secret code of {key} is {codes[key]}." for key in others
+        )
+    asked = re.fullmatch(
+        r"\nWhich names are given the number ([0-9]{8})\?\nThe number \1 is given to ", question
+    )
     names = [heads[asked[1]]]
     while names[-1] in links:
         names.append(links[names[-1]])
     return ", ".join(names) + "."
 
 
-COUNTS = {"s_niah": (1, 6), "mq_niah": (2, 6), "vt": (3, 6)}  # sentences that the question needs, and all
+COUNTS = {
+    "s_niah": (1, 6),
+    "mq_niah": (2, 6),
+    "vt": (3, 6),
+}  # sentences that the question needs, and all
 
 
-@given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), DEPTHS, st.integers(0, 1000), st.integers(0, 7))
-def test_a_sample_has_the_stated_length_and_its_answer_is_in_the_text(task, sizes, more, depth, seed, distractors):
+@given(
+    st.sampled_from(list(TASKS)),
+    SIZES,
+    st.integers(0, 3000),
+    DEPTHS,
+    st.integers(0, 1000),
+    st.integers(0, 7),
+)
+def test_a_sample_has_the_stated_length_and_its_answer_is_in_the_text(
+    task, sizes, more, depth, seed, distractors
+):
     tokens = least(task, sizes, distractors) + more
     sample = draw(task, seed, tokens=tokens, depth=depth, sizes=sizes, distractors=distractors)
     haystack = tile(word_tokens(), tokens)
     ids, question = sample.apply(haystack), sample.problem.question
     assert ids.shape == (tokens,) and ids.dtype == np.int64
-    assert len(question.needed) == COUNTS[task][0] and len(sample.patches) == COUNTS[task][1] + distractors + 1
+    assert (
+        len(question.needed) == COUNTS[task][0]
+        and len(sample.patches) == COUNTS[task][1] + distractors + 1
+    )
 
     ranges = sorted((first, first + len(patch)) for first, patch in sample.patches)
-    assert all(last <= first for (_, last), (first, _) in itertools.pairwise([(0, 0), *ranges, (tokens, tokens)]))
-    assert ranges[-1] == (tokens - len(encode(question.text)), tokens)  # the question ends the text: the answer follows
+    assert all(
+        last <= first
+        for (_, last), (first, _) in itertools.pairwise([(0, 0), *ranges, (tokens, tokens)])
+    )
+    assert ranges[-1] == (
+        tokens - len(encode(question.text)),
+        tokens,
+    )  # the question ends the text: the answer follows
     touched = np.zeros(tokens, dtype=bool)
     for first, last in ranges:
         touched[first:last] = True
     assert np.array_equal(ids[~touched], haystack[~touched])
 
     text = TOKENIZER.decode(ids.tolist())
-    assert text.endswith(question.text) and TOKENIZER.decode(sample.answer.tolist()) == question.answer
+    assert (
+        text.endswith(question.text) and TOKENIZER.decode(sample.answer.tolist()) == question.answer
+    )
     assert read(text.removesuffix(question.text), question.text) == question.answer
     assert all(text.count(sentence) == 1 for sentence in sample.problem.sentences)
-    first = TOKENIZER.decode(ids[sample.start : sample.start + len(encode(question.needed[0]))].tolist())
+    first = TOKENIZER.decode(
+        ids[sample.start : sample.start + len(encode(question.needed[0]))].tolist()
+    )
     assert first == question.needed[0] == sample.problem.sentences[0]
     keys = set(re.findall(rf"[{LETTERS}]{{4}}", text))
     assert len(keys) == COUNTS[task][1] + distractors and all(is_held_out(key) for key in keys)
 
 
 @given(st.sampled_from(list(TASKS)), SIZES, DEPTHS, st.integers(0, 1000))
-def test_where_it_is_absent_nothing_that_the_question_needs_is_in_the_text(task, sizes, depth, seed):
+def test_where_it_is_absent_nothing_that_the_question_needs_is_in_the_text(
+    task, sizes, depth, seed
+):
     tokens = least(task, sizes) + 500
-    sample, control = (draw(task, seed, tokens=tokens, depth=depth, sizes=sizes, absent=x) for x in (False, True))
+    sample, control = (
+        draw(task, seed, tokens=tokens, depth=depth, sizes=sizes, absent=x) for x in (False, True)
+    )
     question = control.problem.question
-    text = TOKENIZER.decode(control.apply(tile(word_tokens(), tokens)).tolist()).removesuffix(question.text)
-    needed, others = control.problem.sentences[: len(question.needed)], control.problem.sentences[len(question.needed) :]
+    text = TOKENIZER.decode(control.apply(tile(word_tokens(), tokens)).tolist()).removesuffix(
+        question.text
+    )
+    needed, others = (
+        control.problem.sentences[: len(question.needed)],
+        control.problem.sentences[len(question.needed) :],
+    )
     assert needed == question.needed and not any(sentence in text for sentence in needed)
     assert all(sentence in text for sentence in others)
     with pytest.raises(KeyError):
@@ -100,7 +154,14 @@ def test_where_it_is_absent_nothing_that_the_question_needs_is_in_the_text(task,
         assert kept[0] == same[0] and np.array_equal(kept[1], same[1])
 
 
-@given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), DEPTHS, st.integers(0, 1000), st.integers(0, 40))
+@given(
+    st.sampled_from(list(TASKS)),
+    SIZES,
+    st.integers(0, 3000),
+    DEPTHS,
+    st.integers(0, 1000),
+    st.integers(0, 40),
+)
 def test_across_borders(task, sizes, more, depth, seed, distractors):
     """Every sentence has tokens in two chunks, none is lost, and the first is near where it would be otherwise."""
     (S, W), tokens = sizes, least(task, sizes, distractors, border=True) + more
@@ -113,19 +174,25 @@ def test_across_borders(task, sizes, more, depth, seed, distractors):
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise([*hidden, question]))
     n = len(encode(sample.problem.sentences[0]))
     assert abs(sample.start - plain.start) <= S + n
-    assert sample.start + n <= (tokens - max(W, question[1] - question[0])) // S * S  # in complete chunks outside the window
+    assert (
+        sample.start + n <= (tokens - max(W, question[1] - question[0])) // S * S
+    )  # in complete chunks outside the window
 
 
 @given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), st.integers(0, 1000))
 def test_depth_runs_from_the_first_chunk_to_the_last_outside_the_window(task, sizes, more, seed):
     (S, W), tokens = sizes, least(task, sizes) + more
-    samples = [draw(task, seed, tokens=tokens, depth=depth, sizes=sizes) for depth in np.linspace(0, 1, 11)]
+    samples = [
+        draw(task, seed, tokens=tokens, depth=depth, sizes=sizes) for depth in np.linspace(0, 1, 11)
+    ]
     starts = [sample.start for sample in samples]
     assert starts[0] == 0 and starts == sorted(starts)
     q = len(encode(samples[0].problem.question.text))
     end = starts[-1] + len(encode(samples[0].problem.sentences[0]))
     assert end % S == 0  # it fills the end of a chunk, which is complete,
-    assert tokens - max(W, q) - S < end <= tokens - max(W, q)  # the last one that neither window nor question reaches
+    assert (
+        tokens - max(W, q) - S < end <= tokens - max(W, q)
+    )  # the last one that neither window nor question reaches
     assert np.allclose(starts, np.linspace(0, starts[-1], 11), atol=0.5)
     assert samples[0].first_chunks(S)[0] == 0 and samples[-1].first_chunks(S)[-1] == end // S - 1
 
@@ -134,7 +201,10 @@ def test_depth_runs_from_the_first_chunk_to_the_last_outside_the_window(task, si
 @given(st.integers(1, 128), st.integers(0, 2000))
 def test_first_chunks_are_those_that_hold_a_token_of_the_first_sentence(task, S, start):
     sample = draw(task)
-    moved, length = type(sample)(**{**vars(sample), "start": start}), len(encode(sample.problem.sentences[0]))
+    moved, length = (
+        type(sample)(**{**vars(sample), "start": start}),
+        len(encode(sample.problem.sentences[0])),
+    )
     assert moved.first_chunks(S) == sorted({place // S for place in range(start, start + length)})
 
 
@@ -161,7 +231,9 @@ def test_scattered_stretches_lie_in_the_room_and_never_overlap(lengths, seed, da
 def test_scattered_stretches_may_lie_anywhere():
     drawn = [scatter(rng(seed), 3, [2, 2], 10)[1] for seed in range(700)]
     counts = {place_: drawn.count(place_) for place_ in set(drawn)}
-    assert counts.keys() == {0, 1, 5, 6, 7, 8} and all(80 < count < 160 for count in counts.values())
+    assert counts.keys() == {0, 1, 5, 6, 7, 8} and all(
+        80 < count < 160 for count in counts.values()
+    )
 
 
 def test_keys_and_values_have_the_stated_form_and_are_spread_evenly():
@@ -169,9 +241,16 @@ def test_keys_and_values_have_the_stated_form_and_are_spread_evenly():
         needles = draw_needles(rng(), 2000, held_out=held_out)
         assert len({needle.key for needle in needles}) == 2000
         for needle in needles:
-            assert len(needle.key) == KEY_LETTERS and set(needle.key) <= set(LETTERS) and is_held_out(needle.key) == held_out
+            assert (
+                len(needle.key) == KEY_LETTERS
+                and set(needle.key) <= set(LETTERS)
+                and is_held_out(needle.key) == held_out
+            )
             assert len(needle.value) == VALUE_DIGITS and needle.value.isdecimal()
-        for symbols, drawn in ((LETTERS, "".join(x.key for x in needles)), ("0123456789", "".join(x.value for x in needles))):
+        for symbols, drawn in (
+            (LETTERS, "".join(x.key for x in needles)),
+            ("0123456789", "".join(x.value for x in needles)),
+        ):
             share = len(drawn) / len(symbols)
             assert all(0.8 * share < drawn.count(symbol) < 1.2 * share for symbol in symbols)
 
@@ -179,7 +258,11 @@ def test_keys_and_values_have_the_stated_form_and_are_spread_evenly():
 def test_one_key_in_ten_is_held_out():
     every = ["".join(letters) for letters in itertools.product(LETTERS, repeat=KEY_LETTERS)]
     assert sum(map(is_held_out, every)) == pytest.approx(0.1 * len(every), rel=0.01)
-    assert {key[0] for key in every if is_held_out(key)} == {key[-1] for key in every if is_held_out(key)} == set(LETTERS)
+    assert (
+        {key[0] for key in every if is_held_out(key)}
+        == {key[-1] for key in every if is_held_out(key)}
+        == set(LETTERS)
+    )
 
 
 def test_names_and_numbers_of_chains_differ():
@@ -221,7 +304,9 @@ def test_depth_out_of_range(task, depth):
 def test_too_few_tokens(task, sizes, distractors):
     fewest = least(task, sizes, distractors)
     draw(task, tokens=fewest, sizes=sizes, depth=1.0, distractors=distractors)
-    with pytest.raises(ValueError, match=f"^tokens: got {fewest - 1}, accepted are at least {fewest}$"):
+    with pytest.raises(
+        ValueError, match=f"^tokens: got {fewest - 1}, accepted are at least {fewest}$"
+    ):
         draw(task, tokens=fewest - 1, sizes=sizes, distractors=distractors)
 
 
@@ -229,7 +314,11 @@ def test_sentences_fit_the_shortest_demo_of_every_shipped_size():
     assert max(least(task, (64, 128)) for task in TASKS) <= 1024
 
 
-@given(st.lists(st.integers(0, 4000), min_size=1, max_size=50), st.integers(0, 200), st.integers(0, 200))
+@given(
+    st.lists(st.integers(0, 4000), min_size=1, max_size=50),
+    st.integers(0, 200),
+    st.integers(0, 200),
+)
 def test_tile_starts_over_at_the_end(text, tokens, first):
     got = tile(np.array(text, dtype=np.uint16), tokens, first)
     assert got.tolist() == [text[(first + i) % len(text)] for i in range(tokens)]
@@ -239,19 +328,32 @@ def test_needles_and_chains_say_what_they_are():
     needles = Needle("QXZB", "482913"), Needle("WQNH", "394149")
     one, two = ask(needles[:1]), ask(needles)
     assert one.needed == (" The secret code of QXZB is 482913.",)
-    assert one.text + one.answer == "\nWhat is the secret code of QXZB?\nThe secret code of QXZB is 482913."
+    assert (
+        one.text + one.answer
+        == "\nWhat is the secret code of QXZB?\nThe secret code of QXZB is 482913."
+    )
     assert two.needed == (*one.needed, " The secret code of WQNH is 394149.")
     assert two.text == "\nWhat are the secret codes of QXZB and WQNH?\nThe secret code of QXZB is "
     assert two.answer == "482913. The secret code of WQNH is 394149."
     chain = Chain("48291307", ("QXZB", "WQNH", "JKLM"))
     head, *links = chain.sentences
     assert head == " The number 48291307 is given to QXZB."
-    assert links == [" The number of QXZB is given to WQNH.", " The number of WQNH is given to JKLM."]
+    assert links == [
+        " The number of QXZB is given to WQNH.",
+        " The number of WQNH is given to JKLM.",
+    ]
     assert chain.question.needed == chain.sentences and chain.question.answer == "QXZB, WQNH, JKLM."
-    assert chain.question.text == "\nWhich names are given the number 48291307?\nThe number 48291307 is given to "
+    assert (
+        chain.question.text
+        == "\nWhich names are given the number 48291307?\nThe number 48291307 is given to "
+    )
 
 
 def test_the_shipped_form_of_a_needle_keeps_its_token_counts():
     """A shipped model was trained on them."""
     question = s_niah(rng()).question
-    assert [len(encode(text)) for text in (*question.needed, question.text, question.answer)] == [19, 26, 7]
+    assert [len(encode(text)) for text in (*question.needed, question.text, question.answer)] == [
+        19,
+        26,
+        7,
+    ]

@@ -10,21 +10,33 @@ from hypothesis import strategies as st
 from material import real_archives, words
 
 from hsa_mini.data.corpus import read_documents
-from hsa_mini.data.chains import Chain
-from hsa_mini.data.needles import Needle, ask
-from hsa_mini.data.sentences import LETTERS
 from hsa_mini.data.tokenizer import (
-    RANKS_FILE, SPECIAL_TOKENS, VOCAB_SIZE, decode_stream, end_of_text, load_tokenizer, pad, save_ranks, train_ranks,
-)  # fmt: skip
+    RANKS_FILE,
+    SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    decode_stream,
+    end_of_text,
+    load_tokenizer,
+    pad,
+    save_ranks,
+    train_ranks,
+)
 from hsa_mini.paths import data_dir
+from hsa_mini.tasks.chains import Chain
+from hsa_mini.tasks.needles import Needle, ask
+from hsa_mini.tasks.sentences import LETTERS
 
 TOKENIZER = load_tokenizer()
 encode, decode = TOKENIZER.encode_ordinary, TOKENIZER.decode
 LATIN = st.text(st.characters(max_codepoint=255))
 KEYS = st.text(LETTERS, min_size=4, max_size=4)
 NEEDLES = st.builds(Needle, KEYS, st.text("0123456789", min_size=6, max_size=6))
-CHAINS = st.builds(Chain, st.text("0123456789", min_size=8, max_size=8), st.lists(KEYS, min_size=2, max_size=3))
-QUESTIONS = st.one_of(st.lists(NEEDLES, min_size=1, max_size=2).map(ask), CHAINS.map(lambda chain: chain.question))
+CHAINS = st.builds(
+    Chain, st.text("0123456789", min_size=8, max_size=8), st.lists(KEYS, min_size=2, max_size=3)
+)
+QUESTIONS = st.one_of(
+    st.lists(NEEDLES, min_size=1, max_size=2).map(ask), CHAINS.map(lambda chain: chain.question)
+)
 
 
 def pieces(text: str) -> list[bytes]:
@@ -33,7 +45,9 @@ def pieces(text: str) -> list[bytes]:
 
 @given(st.one_of(st.text(), LATIN))
 @example("\0\0a\0")
-@example("e\u0301 \u0301\u0301x \u0301")  # combining marks, two of them with nothing to combine with
+@example(
+    "e\u0301 \u0301\u0301x \u0301"
+)  # combining marks, two of them with nothing to combine with
 @example("👩‍👩‍👧‍👦🏳️‍🌈 \U0010ffff\ufeff")
 @example("\r\n\r\r\n \t\x0b\x0c\x85\u2028\u3000 end  ")
 @example("ΑΣ ǅungla ʰ ª 中文 עברית ١٢٣ Ⅳ ½")
@@ -76,7 +90,9 @@ def test_every_digit_is_a_token_whatever_stands_beside_it(before, digits, after)
 def test_keys_and_numbers_of_the_tasks_are_read_symbol_by_symbol(question):
     for text in (*question.needed, question.text, question.answer):
         symbols = "".join(re.findall(r"[A-Z]{4}|[0-9]{6,}", text))
-        assert symbols and [p.decode() for p in pieces(text) if re.fullmatch(rb"[A-Z0-9]", p)] == list(symbols)
+        assert symbols and [
+            p.decode() for p in pieces(text) if re.fullmatch(rb"[A-Z0-9]", p)
+        ] == list(symbols)
 
 
 @given(st.text(), QUESTIONS, st.text())
@@ -87,12 +103,20 @@ def test_a_sentence_in_a_text_encodes_as_it_does_alone(before, question, after):
     """
     before, after = before + "x", " " + after
     for sentence in question.needed:
-        assert encode(before + sentence + after) == [*encode(before), *encode(sentence), *encode(after)]
+        assert encode(before + sentence + after) == [
+            *encode(before),
+            *encode(sentence),
+            *encode(after),
+        ]
     joined = encode(before + question.text + question.answer)
     assert joined == [*encode(before), *encode(question.text), *encode(question.answer)]
 
 
-@given(st.one_of(st.text().map(lambda text: list(text.encode())), st.lists(st.integers(0, VOCAB_SIZE - 1))))
+@given(
+    st.one_of(
+        st.text().map(lambda text: list(text.encode())), st.lists(st.integers(0, VOCAB_SIZE - 1))
+    )
+)
 @example([0xE4, 0xB8])  # a character that never ends
 @example([0xE4, 65, 0x80, 0xFF])
 def test_text_that_comes_token_by_token_is_the_text_of_all_tokens(numbers):
@@ -109,12 +133,16 @@ def test_text_comes_no_later_than_its_last_byte():
     text = ""
     for part in decode_stream(TOKENIZER, (asked.append(i) or i for i in ids)):
         text += part
-        assert text == "né 中 x".encode()[: len(TOKENIZER.decode_bytes(asked))].decode(errors="ignore")
+        assert text == "né 中 x".encode()[: len(TOKENIZER.decode_bytes(asked))].decode(
+            errors="ignore"
+        )
     assert text == "né 中 x"
 
 
 def test_an_id_without_a_token_is_a_replacement_character():
-    assert "".join(decode_stream(TOKENIZER, [*encode("ab"), VOCAB_SIZE, *encode("c")])) == "ab\ufffdc"
+    assert (
+        "".join(decode_stream(TOKENIZER, [*encode("ab"), VOCAB_SIZE, *encode("c")])) == "ab\ufffdc"
+    )
 
 
 def test_it_pickles():
@@ -131,7 +159,9 @@ def test_ranks_come_from_the_training_text_alone():
     if not real_archives():
         pytest.skip("the corpus archives are not in the cache")
     documents = read_documents(list(real_archives()))
-    assert train_ranks(d.text for d in documents if d.split == "train") == TOKENIZER._mergeable_ranks
+    assert (
+        train_ranks(d.text for d in documents if d.split == "train") == TOKENIZER._mergeable_ranks
+    )
 
 
 def test_ranks_are_learnt_written_and_read_back(tmp_path):

@@ -16,15 +16,25 @@ import torch
 from material import TINY, tiny, word_corpus, word_tokens
 from torch.nn.functional import cross_entropy
 
-from hsa_mini import PRESETS, ChunkMemory, HSAModel, provenance
-from hsa_mini import train as module
-from hsa_mini.checkpoint import load_progress
-from hsa_mini.data.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
-from hsa_mini.nn.moe import MoE
+from hsa_mini import PRESETS, HSAModel, provenance
+from hsa_mini.checkpoint.training_state import load_progress
+from hsa_mini.model.moe import MoE
 from hsa_mini.paths import data_dir, write_whole
-from hsa_mini.crowd import Past
-from hsa_mini.recipes import RECIPES, Recipe, Stage
-from hsa_mini.train import AHEAD, COLUMNS, drawn_ahead, make_optimizer, mixture_loss, noise_seed, shared, train, train_step
+from hsa_mini.training import trainer as module
+from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
+from hsa_mini.training.recipes import RECIPES, Recipe, Stage
+from hsa_mini.training.trainer import (
+    AHEAD,
+    COLUMNS,
+    drawn_ahead,
+    make_optimizer,
+    mixture_loss,
+    noise_seed,
+    shared,
+    train,
+    train_step,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -39,7 +49,7 @@ GOLDEN_RECIPE = Recipe((GOLDEN_STAGE,), learning_rate=2e-3, warmup=10)
 def a_preset_of_seconds(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.setitem(RECIPES, "tiny", RECIPE)
-    monkeypatch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
 
 
 def run_tiny(run: Path, **options) -> HSAModel:
@@ -73,7 +83,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setitem(RECIPES, "tiny", RECIPE)
-        patch.setattr("hsa_mini.data.mixture.load_corpus", word_corpus)
+        patch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
         return run, run_tiny(run)
 
 
@@ -119,14 +129,19 @@ def test_batches_are_drawn_in_order_a_few_ahead_and_no_more_once_nobody_asks():
 
 
 def test_a_run_with_experts_is_resumed_with_its_bias(tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, experts=4, experts_active=2, expert_width=16))
+    monkeypatch.setitem(
+        PRESETS, "tiny", dataclasses.replace(TINY, experts=4, experts_active=2, expert_width=16)
+    )
     want = run_tiny(tmp_path / "whole")
     run_tiny(tmp_path / "cut", stop_after=5)
     assert_same(run_tiny(tmp_path / "cut"), want)
     assert any(layer.bias.any() for layer in want.modules() if isinstance(layer, MoE))
     imbalance = [float(row[COLUMNS.index("imbalance")]) for row in log(tmp_path / "cut")]
     assert all(1 <= x <= 4 for x in imbalance) and log(tmp_path / "cut") == log(tmp_path / "whole")
-    counted = [json.loads((tmp_path / name / "final" / "training.json").read_text())["imbalance"] for name in ("cut", "whole")]
+    counted = [
+        json.loads((tmp_path / name / "final" / "training.json").read_text())["imbalance"]
+        for name in ("cut", "whole")
+    ]
     assert counted[0] == counted[1] and len(counted[0]) == TINY.lower_layers + TINY.upper_layers - 1
     assert all(1 < x <= 4 for x in counted[0])
 
@@ -135,7 +150,9 @@ def test_rows_of_the_log_behind_the_state_are_written_again(tmp_path, whole):
     run, want = whole
     run_tiny(tmp_path, stop_after=5)
     with (tmp_path / "log.csv").open("a") as file:
-        file.write("6,1,1,1,1,1,1,1,1\n8,1,1")  # what a run had logged when it was killed, after its last state
+        file.write(
+            "6,1,1,1,1,1,1,1,1\n8,1,1"
+        )  # what a run had logged when it was killed, after its last state
     assert_same(run_tiny(tmp_path), want)
     assert log(tmp_path) == log(run)
 
@@ -159,8 +176,8 @@ import torch
 from test_train import *
 torch.set_num_threads(1)
 PRESETS["tiny"], RECIPES["tiny"] = TINY, RECIPE
-import hsa_mini.data.mixture
-hsa_mini.data.mixture.load_corpus = word_corpus
+import hsa_mini.training.mixture
+hsa_mini.training.mixture.load_corpus = word_corpus
 run = Path(sys.argv[1])
 for stage in range(20):
     pid = os.fork()
@@ -181,7 +198,9 @@ for stage in range(20):
         break
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("killed") >= 2, run.stdout
     want_run, want = whole
@@ -193,7 +212,9 @@ for stage in range(20):
 def test_a_run_of_other_settings_is_refused(tmp_path, other):
     run_tiny(tmp_path, stop_after=1)
     before = (tmp_path / "log.csv").read_bytes()
-    with pytest.raises(ValueError, match=f"^run: {tmp_path} holds a run of other settings; accepted is"):
+    with pytest.raises(
+        ValueError, match=f"^run: {tmp_path} holds a run of other settings; accepted is"
+    ):
         run_tiny(tmp_path, **other)
     assert (tmp_path / "log.csv").read_bytes() == before
 
@@ -212,8 +233,14 @@ def test_another_seed_is_another_model(whole, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     nothing = torch.zeros(())
-    monkeypatch.setattr(module, "mixture_loss", lambda logits, *_, **__: (logits.sum() * float("nan"), (nothing,) * 3, nothing))
-    with pytest.raises(FloatingPointError, match="^the loss is nan after step 2: the run is stopped$"):
+    monkeypatch.setattr(
+        module,
+        "mixture_loss",
+        lambda logits, *_, **__: (logits.sum() * float("nan"), (nothing,) * 3, nothing),
+    )
+    with pytest.raises(
+        FloatingPointError, match="^the loss is nan after step 2: the run is stopped$"
+    ):
         run_tiny(tmp_path)
     assert not (tmp_path / "final").exists() and log(tmp_path) == []
 
@@ -231,7 +258,9 @@ def test_matrices_decay_and_vectors_do_not():
     matrices, vectors = make_optimizer(model, RECIPE).param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (RECIPE.weight_decay, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)] for p in vectors["params"]} == {n for n in names.values() if "norm" in n or n == "encoder.cls"}
+    assert {names[id(p)] for p in vectors["params"]} == {
+        n for n in names.values() if "norm" in n or n == "encoder.cls"
+    }
     assert len(matrices["params"]) + len(vectors["params"]) == len(names)
 
 
@@ -242,29 +271,51 @@ def test_loss_is_the_sum_of_the_mean_of_every_part():
     parts = torch.randint(4, (3, 20), generator=generator)
     loss, shares, accuracy = mixture_loss(logits, targets, parts)
     for part, share in zip((TEXT, COPY, ANSWER), shares):
-        assert share == pytest.approx(cross_entropy(logits[parts == part], targets[parts == part]).item(), rel=1e-5)
+        assert share == pytest.approx(
+            cross_entropy(logits[parts == part], targets[parts == part]).item(), rel=1e-5
+        )
     assert loss.item() == pytest.approx(sum(float(share) for share in shares), rel=1e-6)
     right = (logits.argmax(-1) == targets)[parts == ANSWER].float().mean()
     assert accuracy == pytest.approx(right.item())
     loss.backward()
     assert not logits.grad[parts == NONE].any() and logits.grad[parts != NONE].any(-1).all()
     loss, shares, accuracy = mixture_loss(logits, targets, torch.full((3, 20), TEXT))
-    assert (shares[1], shares[2], accuracy) == (0, 0, 0) and loss == shares[0]  # a batch without copies and answers
+    assert (shares[1], shares[2], accuracy) == (0, 0, 0) and loss == shares[
+        0
+    ]  # a batch without copies and answers
 
 
 def test_a_step_clips_the_gradient_and_reports_its_norm_before():
-    batches = TrainingBatches(ALONE.mixture, batch=2, tokens=96, steps=1, seed=0, text=word_tokens())
+    batches = TrainingBatches(
+        ALONE.mixture, batch=2, tokens=96, steps=1, seed=0, text=word_tokens()
+    )
     ids, parts = batches[0]
     model = tiny().train()
-    loss, _, _ = mixture_loss(model(ids[:, :-1], gumbel_seed=3 << 32).logits, ids[:, 1:], parts[:, 1:])
+    loss, _, _ = mixture_loss(
+        model(ids[:, :-1], gumbel_seed=3 << 32).logits, ids[:, 1:], parts[:, 1:]
+    )
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     norm = torch.stack([g.norm() for g in gradients]).norm()
     recipe = dataclasses.replace(RECIPE, clip=norm.item() / 4)
     optimizer = make_optimizer(model, recipe)
     used = []
-    optimizer.register_step_pre_hook(lambda *_: used.extend(p.grad.clone() for p in model.parameters()))
-    figures = train_step(model, optimizer, recipe, ALONE, Past(0), ids, parts, torch.tensor(0.0), torch.tensor(3 << 32))
-    assert figures[0] == pytest.approx(loss.item(), rel=1e-6) and figures[5] == pytest.approx(norm.item(), rel=1e-5)
+    optimizer.register_step_pre_hook(
+        lambda *_: used.extend(p.grad.clone() for p in model.parameters())
+    )
+    figures = train_step(
+        model,
+        optimizer,
+        recipe,
+        ALONE,
+        Past(0),
+        ids,
+        parts,
+        torch.tensor(0.0),
+        torch.tensor(3 << 32),
+    )
+    assert figures[0] == pytest.approx(loss.item(), rel=1e-6) and figures[5] == pytest.approx(
+        norm.item(), rel=1e-5
+    )
     assert torch.stack([g.norm() for g in used]).norm() == pytest.approx(norm.item() / 4, rel=1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(figure.requires_grad for figure in figures)
@@ -275,7 +326,9 @@ def test_a_stage_has_its_own_noise_crowd_and_choice(monkeypatch, tmp_path):
 
     def watched(self, ids, **options):
         past = options["past"]
-        seen.append((self.config.top_k, options["explore"], past and past.size, int(options["gumbel_seed"])))
+        seen.append(
+            (self.config.top_k, options["explore"], past and past.size, int(options["gumbel_seed"]))
+        )
         return forward(self, ids, **options)
 
     monkeypatch.setattr(HSAModel, "forward", watched)
@@ -291,9 +344,13 @@ def test_the_noise_seed_of_any_run_fits_a_signed_number(seed):
 
 def test_a_recipe_scaled_keeps_the_shares_of_its_stages():
     recipe = Recipe(tuple(Stage(steps=n, batch=1, tokens=8, top_k=n) for n in (10, 30, 60)))
-    assert [stage.steps for stage in recipe.scaled(13).stages] == [1, 4, 8] and recipe.scaled(100) == recipe
+    assert [stage.steps for stage in recipe.scaled(13).stages] == [1, 4, 8] and recipe.scaled(
+        100
+    ) == recipe
     assert [recipe.stage(step).top_k for step in (0, 9, 10, 39, 40, 99)] == [10, 10, 30, 30, 60, 60]
-    with pytest.raises(ValueError, match="^step: got one beyond the recipe's 100, accepted is 0 to 99"):
+    with pytest.raises(
+        ValueError, match="^step: got one beyond the recipe's 100, accepted is 0 to 99"
+    ):
         recipe.stage(100)
 
 
@@ -303,7 +360,10 @@ def test_a_stage_of_another_window_trains_the_same_parameters():
     ids = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(1))
     assert not torch.allclose(twin(ids).logits, model(ids).logits)
     twin(ids).logits.sum().backward()
-    assert all(a is b and a.grad is not None for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        a is b and a.grad is not None
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def golden_losses() -> list[list[float]]:
@@ -312,12 +372,26 @@ def golden_losses() -> list[list[float]]:
     model = HSAModel(PRESETS["nano"]).train()
     recipe, stage, optimizer = GOLDEN_RECIPE, GOLDEN_STAGE, make_optimizer(model, GOLDEN_RECIPE)
     batches = TrainingBatches(
-        stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=stage.steps, seed=0, text=word_tokens()
+        stage.mixture,
+        batch=stage.batch,
+        tokens=stage.tokens,
+        steps=stage.steps,
+        seed=0,
+        text=word_tokens(),
     )
     past = Past(0)
 
     def step(i: int) -> tuple[torch.Tensor, ...]:
-        return train_step(model, optimizer, recipe, stage, past, *batches[i], torch.tensor(recipe.rate(i)), torch.tensor(i))
+        return train_step(
+            model,
+            optimizer,
+            recipe,
+            stage,
+            past,
+            *batches[i],
+            torch.tensor(recipe.rate(i)),
+            torch.tensor(i),
+        )
 
     return [[float(x) for x in step(i)[:4]] for i in range(recipe.steps)]
 
@@ -340,5 +414,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     values = [[float(f"{x:.7g}") for x in row] for row in golden_losses()]
     rows = ",\n  ".join(json.dumps(row) for row in values)
-    header = {**provenance.record(CPU), "recipe": dataclasses.asdict(GOLDEN_RECIPE), "columns": COLUMNS[1:5], "losses": None}
-    write_whole(GOLDEN, json.dumps(header, indent=1).replace('"losses": null', f'"losses": [\n  {rows}\n ]').encode() + b"\n")
+    header = {
+        **provenance.record(CPU),
+        "recipe": dataclasses.asdict(GOLDEN_RECIPE),
+        "columns": COLUMNS[1:5],
+        "losses": None,
+    }
+    write_whole(
+        GOLDEN,
+        json.dumps(header, indent=1)
+        .replace('"losses": null', f'"losses": [\n  {rows}\n ]')
+        .encode()
+        + b"\n",
+    )

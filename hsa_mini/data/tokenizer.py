@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from ..paths import data_dir
+from hsa_mini.paths import data_dir
 
 PATTERN = (
     r"\p{N}"  # one digit
@@ -31,13 +31,18 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> dict[byte
     import rustbpe  # only whoever trains a tokenizer needs it
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size=vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN)
+    trainer.train_from_iterator(
+        iter(texts), vocab_size=vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN
+    )
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
 def save_ranks(ranks: dict[bytes, int], path: Path) -> None:
     """Write ranks in tiktoken's text format: one `base64 rank` pair a line."""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+    lines = (
+        f"{base64.b64encode(token).decode()} {rank}\n"
+        for token, rank in sorted(ranks.items(), key=lambda x: x[1])
+    )
     path.write_text("".join(lines), encoding="ascii")
 
 
@@ -48,7 +53,9 @@ def load_tokenizer(path: Path | None = None) -> tiktoken.Encoding:
     pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-    return tiktoken.Encoding("hsa-mini", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        "hsa-mini", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def decode_stream(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[str]:
@@ -58,7 +65,11 @@ def decode_stream(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
-        token = tokenizer.decode_single_token_bytes(i) if i < tokenizer.n_vocab else "\N{REPLACEMENT CHARACTER}".encode()
+        token = (
+            tokenizer.decode_single_token_bytes(i)
+            if i < tokenizer.n_vocab
+            else "\N{REPLACEMENT CHARACTER}".encode()
+        )
         if text := decoder.decode(token):
             yield text
     if text := decoder.decode(b"", final=True):

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
-from ..config import PRESETS, HSAConfig
-from ..data.mixture import Mixture
-from ..model import HSAModel
-from ..plan import idle
-from ..recipes import Recipe, Stage
-from . import variants
+from hsa_mini.config import PRESETS, HSAConfig
+from hsa_mini.hsa_model import HSAModel
+from hsa_mini.lab import variants
+from hsa_mini.model.cost_estimate import idle
+from hsa_mini.training.mixture import Mixture
+from hsa_mini.training.recipes import Recipe, Stage
 
 MLP_STEP = 8  # widths of MLPs are multiples of it
 
@@ -30,7 +30,12 @@ class Scale:
     growth: tuple[tuple[float, int, int], ...] = ()
     learning_rate: float = 1e-3
     warmup: int = 100
-    multiples: tuple[int, ...] = (1, 4, 16, 64)  # of the training length, at which a model is evaluated
+    multiples: tuple[int, ...] = (
+        1,
+        4,
+        16,
+        64,
+    )  # of the training length, at which a model is evaluated
     questions: int = 32  # of a task, at each length
     texts: int = 16  # for perplexity and copies, at each length
     tail: int = 256  # tokens at the end of each text that are scored
@@ -43,9 +48,14 @@ class Scale:
         """Contexts grow, and with them the window of the arm and the distance of copies: what it cannot reach stays so."""
 
         def part(share: float, batch: int, steps: int) -> Stage:
-            mixture = dataclasses.replace(self.stage.mixture, copy_least=round(share * self.stage.mixture.copy_least))
-            tokens, near = round(share * self.stage.tokens), max(round(share * window), 1)
-            return dataclasses.replace(self.stage, steps=steps, batch=batch, tokens=tokens, window=near, mixture=mixture)
+            mixture = dataclasses.replace(
+                self.stage.mixture, copy_least=round(share * self.stage.mixture.copy_least)
+            )
+            tokens = round(share * self.stage.tokens)
+            near = max(round(share * window), 1)
+            return dataclasses.replace(
+                self.stage, steps=steps, batch=batch, tokens=tokens, window=near, mixture=mixture
+            )
 
         return *(part(*row) for row in self.growth), part(1, self.stage.batch, self.stage.steps)
 
@@ -60,7 +70,9 @@ class Arm:
     changes: Callable[[Scale], dict] = lambda scale: {}  # of the configuration
     training: Callable[[Scale, Stage], dict] = lambda scale, stage: {}  # changes of every stage
     packed: int = 1  # sequences that make one of the training length: what lies further back than a shorter one never helps
-    counted: str = field(default="parameters", kw_only=True)  # what is equal to the baseline's: these, or "active" ones
+    counted: str = field(
+        default="parameters", kw_only=True
+    )  # what is equal to the baseline's: these, or "active" ones
 
     def config(self, scale: Scale) -> HSAConfig:
         return _matched(self, scale)
@@ -68,9 +80,15 @@ class Arm:
     def recipe(self, scale: Scale, steps: int | None = None) -> Recipe:
         """steps: instead of the scale's."""
         stages = scale.stages(self.config(scale).window)
-        stages = tuple(dataclasses.replace(stage, **self.training(scale, stage)) for stage in stages)
+        stages = tuple(
+            dataclasses.replace(stage, **self.training(scale, stage)) for stage in stages
+        )
         recipe = Recipe(stages, learning_rate=scale.learning_rate, warmup=scale.warmup)
-        return recipe if steps is None else dataclasses.replace(recipe, warmup=min(recipe.warmup, steps)).scaled(steps)
+        return (
+            recipe
+            if steps is None
+            else dataclasses.replace(recipe, warmup=min(recipe.warmup, steps)).scaled(steps)
+        )
 
     def parameters(self, scale: Scale) -> dict[str, int]:
         """All of them, and those that one token meets."""
@@ -85,7 +103,9 @@ class Arm:
             "packed": self.packed,
             "config": dataclasses.asdict(self.config(scale)),
             "recipe": dataclasses.asdict(self.recipe(scale, steps)),
-            "evaluation": {name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")},
+            "evaluation": {
+                name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")
+            },
         }
 
 
@@ -101,15 +121,21 @@ def _matched(arm: Arm, scale: Scale) -> HSAConfig:
     config = dataclasses.replace(scale.config, **arm.changes(scale))
     wanted = _count(HSAModel, scale.config)[arm.counted]
     narrow, wide = (
-        _count(arm.model, dataclasses.replace(config, mlp_width=width))[arm.counted] for width in (MLP_STEP, 2 * MLP_STEP)
+        _count(arm.model, dataclasses.replace(config, mlp_width=width))[arm.counted]
+        for width in (MLP_STEP, 2 * MLP_STEP)
     )
-    width = MLP_STEP * max(1 + round((wanted - narrow) / (wide - narrow)), 1)  # parameters are linear in the width
+    width = MLP_STEP * max(
+        1 + round((wanted - narrow) / (wide - narrow)), 1
+    )  # parameters are linear in the width
     return dataclasses.replace(config, mlp_width=width)
 
 
 def _one_query(scale: Scale) -> dict:
     """Attention's queries in the place of retrieval's: as large, and one for each key/value head."""
-    return {"retrieval_dim": scale.config.hsa_head_dim, "retrieval_heads": scale.config.hsa_kv_heads}
+    return {
+        "retrieval_dim": scale.config.hsa_head_dim,
+        "retrieval_heads": scale.config.hsa_kv_heads,
+    }
 
 
 def _full_rope(scale: Scale) -> dict:
@@ -128,7 +154,11 @@ def _every_chunk(scale: Scale) -> int:
 
 def _experts(scale: Scale) -> dict:
     """Eight experts; the shared one and two of the others are together as wide as the baseline's MLP."""
-    return {"experts": 8, "experts_active": 2, "expert_width": scale.config.mlp_width // (3 * MLP_STEP) * MLP_STEP}
+    return {
+        "experts": 8,
+        "experts_active": 2,
+        "expert_width": scale.config.mlp_width // (3 * MLP_STEP) * MLP_STEP,
+    }
 
 
 def _mixture(**shares) -> Callable[[Scale, Stage], dict]:
@@ -154,7 +184,9 @@ def _warm_up(**changes) -> Callable[[Scale, Stage], dict]:
 
     def training(scale: Scale, stage: Stage) -> dict:
         warming = changes if stage.tokens < scale.stage.tokens else {}
-        return _mixture(self_copy=0.0)(scale, stage) | {name: change(scale, stage) for name, change in warming.items()}
+        return _mixture(self_copy=0.0)(scale, stage) | {
+            name: change(scale, stage) for name, change in warming.items()
+        }
 
     return training
 

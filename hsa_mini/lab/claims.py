@@ -13,12 +13,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .arms import ARMS
-from .harness import current
+from hsa_mini.lab.arms import ARMS
+from hsa_mini.lab.harness import current
 
 SEEDS = 3  # that a verdict needs
-REPRODUCED, NOT_REPRODUCED, DIFFERENT, NOT_RUN = "reproduced", "not reproduced", "different in small", "not yet run"
-NEAR, FAR = 1, 64  # times the training length
+REPRODUCED = "reproduced"
+NOT_REPRODUCED = "not reproduced"
+DIFFERENT = "different in small"
+NOT_RUN = "not yet run"
+# times the training length
+NEAR = 1
+FAR = 64
 TEXTS = tuple(name for name in ARMS if name.startswith("text"))  # arms trained on plain text alone
 
 
@@ -60,12 +65,18 @@ class Claim:
     name: str
     says: str
     comparisons: tuple[Comparison, ...]
-    beside: tuple[str, ...] = ()  # arms whose numbers belong to the picture, without a say in the verdict
+    beside: tuple[
+        str, ...
+    ] = ()  # arms whose numbers belong to the picture, without a say in the verdict
     shown: tuple[Measure, ...] = ()  # measures too
 
     @property
     def arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*(arm for c in self.comparisons for arm in (c.better, c.worse)), *self.beside)))
+        return tuple(
+            dict.fromkeys(
+                (*(arm for c in self.comparisons for arm in (c.better, c.worse)), *self.beside)
+            )
+        )
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -105,7 +116,9 @@ def _claim(name: str, says: str, *comparisons: tuple[str, str, Measure], **more)
 
 
 _S, _MQ, _VT = (Measure(task, FAR) for task in ("s_niah", "mq_niah", "vt"))
-_S_NEAR, _VT_NEAR, _PERPLEXITY = Measure("s_niah", NEAR), Measure("vt", NEAR), Measure("perplexity", NEAR)
+_S_NEAR = Measure("s_niah", NEAR)
+_VT_NEAR = Measure("vt", NEAR)
+_PERPLEXITY = Measure("perplexity", NEAR)
 CLAIMS = (
     _claim(
         "positions", "without positions far away, retrieval goes on beyond the training length; with RoPE it does not",
@@ -150,10 +163,17 @@ def judge(records: Iterable[dict]) -> list[Finding]:
 
 def _judge(claim: Claim, runs: dict[str, list[dict]]) -> Finding:
     numbers = {
-        measure: {arm: Spread(tuple(measure.read(record) for record in runs[arm])) for arm in claim.arms if arm in runs}
+        measure: {
+            arm: Spread(tuple(measure.read(record) for record in runs[arm]))
+            for arm in claim.arms
+            if arm in runs
+        }
         for measure in claim.measures
     }
-    verdicts = {verdict(c.by, numbers[c.by].get(c.better), numbers[c.by].get(c.worse)) for c in claim.comparisons}
+    verdicts = {
+        verdict(c.by, numbers[c.by].get(c.better), numbers[c.by].get(c.worse))
+        for c in claim.comparisons
+    }
     for found in (NOT_RUN, DIFFERENT, NOT_REPRODUCED):
         if found in verdicts:
             return Finding(claim, numbers, found)
@@ -164,7 +184,9 @@ def verdict(measure: Measure, better: Spread | None, worse: Spread | None) -> st
     """The rule of a comparison, as it stands at the top of this file."""
     if any(spread is None or len(spread.values) < SEEDS for spread in (better, worse)):
         return NOT_RUN
-    better, worse = (Spread(tuple(map(measure.goodness, spread.values))) for spread in (better, worse))
+    better, worse = (
+        Spread(tuple(map(measure.goodness, spread.values))) for spread in (better, worse)
+    )
     for one, other, found in ((better, worse, REPRODUCED), (worse, better, DIFFERENT)):
         if one.low > other.high and one.mean - other.mean >= measure.margin:
             return found
@@ -178,6 +200,11 @@ def table(findings: Iterable[Finding]) -> str:
         lines += ["", f"{finding.claim.name}: {finding.verdict}", f"  {finding.claim.says}"]
         for measure, spreads in finding.numbers.items():
             for arm, spread in spreads.items():
-                mean, low, high = (f"{x:.2f}" if measure.what == "perplexity" else f"{x:.1%}" for x in (spread.mean, spread.low, spread.high))
-                lines.append(f"  {measure!s:<20} {arm:<20} {mean:>8}  ({low} to {high}, {len(spread.values)} seeds)")
+                mean, low, high = (
+                    f"{x:.2f}" if measure.what == "perplexity" else f"{x:.1%}"
+                    for x in (spread.mean, spread.low, spread.high)
+                )
+                lines.append(
+                    f"  {measure!s:<20} {arm:<20} {mean:>8}  ({low} to {high}, {len(spread.values)} seeds)"
+                )
     return "\n".join(lines)

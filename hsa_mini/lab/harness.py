@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import provenance
-from ..paths import write_whole
-from .arms import ARMS, SCALES, Scale
-from .run import run
+from hsa_mini import provenance
+from hsa_mini.lab.arms import ARMS, SCALES, Scale
+from hsa_mini.lab.run import run
+from hsa_mini.paths import write_whole
 
 Task = tuple[str, int]  # arm and seed
 WINDOWS = 64  # of different arms, for which one process may have to compile attention anew
@@ -31,12 +31,16 @@ WINDOWS = 64  # of different arms, for which one process may have to compile att
 def read_records(path: Path) -> list[dict]:
     """The records of a file, none if it is not there. Raises ValueError for a line that is none."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1
+    ):
         try:
             records.append(json.loads(line))
             records[-1]["arm"], records[-1]["seed"], records[-1]["settings"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"path: line {number} of {path} is no record of a run, accepted is a file of them") from None
+            raise ValueError(
+                f"path: line {number} of {path} is no record of a run, accepted is a file of them"
+            ) from None
     return records
 
 
@@ -61,16 +65,27 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def current(records: Iterable[dict], scale: str = "lab", steps: int | None = None) -> dict[Task, dict]:
+def current(
+    records: Iterable[dict], scale: str = "lab", steps: int | None = None
+) -> dict[Task, dict]:
     """The newest record of each arm and seed whose settings are those declared now: what was run with others is left out."""
-    declared = {name: json.loads(json.dumps(arm.settings(SCALES[scale], steps))) for name, arm in ARMS.items()}
-    return {(r["arm"], r["seed"]): r for r in records if r["arm"] in declared and _agrees(r["settings"], declared[r["arm"]])}
+    declared = {
+        name: json.loads(json.dumps(arm.settings(SCALES[scale], steps)))
+        for name, arm in ARMS.items()
+    }
+    return {
+        (r["arm"], r["seed"]): r
+        for r in records
+        if r["arm"] in declared and _agrees(r["settings"], declared[r["arm"]])
+    }
 
 
 def _agrees(recorded, declared) -> bool:
     """Whether two settings say the same; an option that is younger than the record did not matter to it."""
     if isinstance(recorded, dict) and isinstance(declared, dict):
-        return all(name in declared and _agrees(value, declared[name]) for name, value in recorded.items())
+        return all(
+            name in declared and _agrees(value, declared[name]) for name, value in recorded.items()
+        )
     if isinstance(recorded, list) and isinstance(declared, list):
         return len(recorded) == len(declared) and all(map(_agrees, recorded, declared))
     return recorded == declared
@@ -84,19 +99,23 @@ def run_missing(
 
     Raises ChildProcessError, after all others, if a run ended without a record; why is said when it happens.
     """
-    done, seeds = current(read_records(path), scale, steps), tuple(seeds)
+    done = current(read_records(path), scale, steps)
+    seeds = tuple(seeds)
     todo = [(arm, seed) for seed in seeds for arm in arms if (arm, seed) not in done]
     total = sum(ARMS[arm].recipe(SCALES[scale], steps).steps for arm, _ in todo)
     jobs = max(min(jobs, len(todo)), 1)
     source = provenance.record(device)  # before this very file changes the checkout
-    waiting, failed = list(todo), []
+    waiting = list(todo)
+    failed = []
     workers: dict[Connection, tuple[multiprocessing.Process, Task]] = {}
     bar = tqdm(total=total, desc=f"{len(todo)} runs", unit="step", mininterval=0.5, smoothing=0.05)
 
     def give_next(link: Connection, process: multiprocessing.Process) -> None:
         if waiting:
             workers[link] = process, waiting.pop(0)
-            with suppress(BrokenPipeError, ConnectionResetError):  # a process that has ended is found below
+            with suppress(
+                BrokenPipeError, ConnectionResetError
+            ):  # a process that has ended is found below
                 link.send(workers[link][1])
         else:
             workers.pop(link, None)
@@ -127,11 +146,15 @@ def run_missing(
         for link, (process, _) in workers.items():
             _stop(link, process)
     if failed:
-        raise ChildProcessError(f"{len(failed)} of {len(todo)} runs failed ({', '.join(failed)}); all others are in {path}")
+        raise ChildProcessError(
+            f"{len(failed)} of {len(todo)} runs failed ({', '.join(failed)}); all others are in {path}"
+        )
     return len(todo)
 
 
-def _start(scale: str, steps: int | None, device: torch.device, jobs: int) -> tuple[Connection, multiprocessing.Process]:
+def _start(
+    scale: str, steps: int | None, device: torch.device, jobs: int
+) -> tuple[Connection, multiprocessing.Process]:
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     link, other = context.Pipe()
     process = context.Process(target=_work, args=(other, SCALES[scale], steps, device, jobs))
@@ -146,7 +169,9 @@ def _stop(link: Connection, process: multiprocessing.Process) -> None:
     process.join()
 
 
-def _work(link: Connection, scale: Scale, steps: int | None, device: torch.device, jobs: int) -> None:
+def _work(
+    link: Connection, scale: Scale, steps: int | None, device: torch.device, jobs: int
+) -> None:
     """Of each (arm, seed) received, send steps as they are done, and the record or what went wrong; until the link ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))

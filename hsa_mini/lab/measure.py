@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..data.corpus import load_corpus
-from ..data.sentences import EVALUATION
-from ..data.tasks import TASKS, Sample, place, tile
-from ..generate import prefill
-from ..model import HSAModel
-from .arms import Scale
+from hsa_mini.data.corpus import load_corpus
+from hsa_mini.hsa_model import HSAModel
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.lab.arms import Scale
+from hsa_mini.tasks.forms import TASKS, Sample, place, tile
+from hsa_mini.tasks.sentences import EVALUATION
 
 TOKENS_AT_ONCE = 1 << 19  # of all texts that are read together
 
@@ -23,32 +23,54 @@ TOKENS_AT_ONCE = 1 << 19  # of all texts that are read together
 def measure(model: HSAModel, scale: Scale, *, seed: int = 1) -> dict[str, list[dict]]:
     """Rows by length for each task, and for "perplexity" and "copy"; held-out text and keys, the same for every model."""
     corpus = load_corpus("validation").tokens
-    found = {task: [ask(model, scale, task, tokens, corpus, seed) for tokens in scale.lengths] for task in TASKS}
-    found["perplexity"] = [perplexity(model, scale, tokens, corpus, seed) for tokens in scale.lengths]
+    found = {
+        task: [ask(model, scale, task, tokens, corpus, seed) for tokens in scale.lengths]
+        for task in TASKS
+    }
+    found["perplexity"] = [
+        perplexity(model, scale, tokens, corpus, seed) for tokens in scale.lengths
+    ]
     found["copy"] = [copies(model, scale, tokens, corpus, seed) for tokens in scale.lengths]
     return found
 
 
-def ask(model: HSAModel, scale: Scale, task: str, tokens: int, corpus: np.ndarray, seed: int) -> dict:
+def ask(
+    model: HSAModel, scale: Scale, task: str, tokens: int, corpus: np.ndarray, seed: int
+) -> dict:
     """Questions of one task over texts of one length, at depths from 0 to 1; right: the greedy answer is, to its last token."""
     rng = np.random.default_rng((EVALUATION, seed, tokens))
-    config, right, samples = model.config, 0, []
+    config = model.config
+    right = 0
+    samples = []
     for depth in np.linspace(0, 1, scale.questions):
         text = tile(corpus, tokens, int(rng.integers(len(corpus))))
         # with the scale's window: all arms are asked the same
-        sizes = dict(tokens=tokens, depth=float(depth), chunk_size=config.chunk_size, window=scale.config.window)
+        sizes = dict(
+            tokens=tokens,
+            depth=float(depth),
+            chunk_size=config.chunk_size,
+            window=scale.config.window,
+        )
         sample = place(rng, TASKS[task](rng), **sizes)
         samples.append((sample.apply(text), sample))
     for few in _at_once(samples, tokens):
         ids = torch.from_numpy(np.stack([ids for ids, _ in few]))
         right += _right(model, ids.to(model.norm.weight.device), [sample for _, sample in few])
-    return {"tokens": tokens, "samples": len(samples), "correct": right, "accuracy": right / len(samples)}
+    return {
+        "tokens": tokens,
+        "samples": len(samples),
+        "correct": right,
+        "accuracy": right / len(samples),
+    }
 
 
 def _right(model: HSAModel, ids: torch.Tensor, samples: list[Sample]) -> int:
     """How many of the answers to ids [B, T] are right."""
-    wanted = torch.from_numpy(np.stack([sample.answer.astype(np.int64) for sample in samples])).to(ids.device)
-    output, made = prefill(model, ids), []
+    wanted = torch.from_numpy(np.stack([sample.answer.astype(np.int64) for sample in samples])).to(
+        ids.device
+    )
+    output = prefill(model, ids)
+    made = []
     for _ in range(wanted.shape[1]):
         made.append(output.logits[:, -1:].argmax(dim=-1))
         output = model(made[-1], output.memory)
@@ -58,9 +80,21 @@ def _right(model: HSAModel, ids: torch.Tensor, samples: list[Sample]) -> int:
 def perplexity(model: HSAModel, scale: Scale, tokens: int, corpus: np.ndarray, seed: int) -> dict:
     """Of the last `tail` tokens of texts: the same ones at every length, so only what lies before them differs."""
     rng = np.random.default_rng((EVALUATION, seed, 0))
-    texts = [tile(corpus, tokens, (int(end) - tokens) % len(corpus)) for end in rng.integers(len(corpus), size=scale.texts)]
-    losses = torch.cat([cross_entropy(logits.mT, targets, reduction="none") for logits, targets in _tails(model, scale, texts)])
-    return {"tokens": tokens, "scored": losses.numel(), "perplexity": losses.double().mean().exp().item()}
+    texts = [
+        tile(corpus, tokens, (int(end) - tokens) % len(corpus))
+        for end in rng.integers(len(corpus), size=scale.texts)
+    ]
+    losses = torch.cat(
+        [
+            cross_entropy(logits.mT, targets, reduction="none")
+            for logits, targets in _tails(model, scale, texts)
+        ]
+    )
+    return {
+        "tokens": tokens,
+        "scored": losses.numel(),
+        "perplexity": losses.double().mean().exp().item(),
+    }
 
 
 def copies(model: HSAModel, scale: Scale, tokens: int, corpus: np.ndarray, seed: int) -> dict:
@@ -71,13 +105,17 @@ def copies(model: HSAModel, scale: Scale, tokens: int, corpus: np.ndarray, seed:
         passage = tile(corpus, scale.tail, int(first))
         between = tile(corpus, tokens - 2 * scale.tail, int(rng.integers(len(corpus))))
         texts.append(np.concatenate((passage, between, passage)))
-    right = torch.cat([logits.argmax(dim=-1) == targets for logits, targets in _tails(model, scale, texts)])
+    right = torch.cat(
+        [logits.argmax(dim=-1) == targets for logits, targets in _tails(model, scale, texts)]
+    )
     # nothing announces the copy: its first half tells the model that it is one
     right = right[:, scale.tail // 2 :]
     return {"tokens": tokens, "scored": right.numel(), "accuracy": right.double().mean().item()}
 
 
-def _tails(model: HSAModel, scale: Scale, texts: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _tails(
+    model: HSAModel, scale: Scale, texts: list[np.ndarray]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits float32 [B, tail, vocabulary] and targets [B, tail] of the last tokens of texts of one length."""
     for few in _at_once(texts, len(texts[0])):
         ids = torch.from_numpy(np.stack(few).astype(np.int64)).to(model.norm.weight.device)

@@ -7,23 +7,34 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def concatenated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def concatenated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
     """One softmax over all tokens of the kept chunks, as NSA (arXiv 2502.11089) and MoBA (arXiv 2502.13189) read them.
 
     q [B, T, H, D], k and v [B, N, S, J, D], indices [B, T, J, K] (-1: empty slot) -> [B, T, H, D]; 0 where all slots are
     empty. Scores of chunks are no part of it, so what chose them gets no gradient. Holds a mask [B, J, T, N*S].
     """
-    H, (N, S, J) = q.shape[2], k.shape[1:4]
+    H = q.shape[2]
+    N, S, J = k.shape[1:4]
     if N == 0:
         return torch.zeros_like(q)
     kept = torch.zeros(*indices.shape[:3], N + 1, dtype=torch.bool, device=q.device)
     kept = kept.scatter_(3, indices.long() + 1, True)[..., 1:].transpose(1, 2)  # [B, J, T, N]
     blind = ~kept.any(-1, keepdim=True)
-    seen = (kept | blind).repeat_interleave(S, dim=-1)  # a softmax over nothing would be NaN: what a blind token sees is dropped
-    rows = (x.flatten(1, 2).transpose(1, 2).repeat_interleave(H // J, dim=1) for x in (k, v))  # [B, H, N*S, D]
+    seen = (kept | blind).repeat_interleave(
+        S, dim=-1
+    )  # a softmax over nothing would be NaN: what a blind token sees is dropped
+    rows = (
+        x.flatten(1, 2).transpose(1, 2).repeat_interleave(H // J, dim=1) for x in (k, v)
+    )  # [B, H, N*S, D]
     if J > 1:
         seen, blind = (x.repeat_interleave(H // J, dim=1) for x in (seen, blind))
-    return scaled_dot_product_attention(q.transpose(1, 2), *rows, attn_mask=seen).masked_fill(blind, 0.0).transpose(1, 2)
+    return (
+        scaled_dot_product_attention(q.transpose(1, 2), *rows, attn_mask=seen)
+        .masked_fill(blind, 0.0)
+        .transpose(1, 2)
+    )
 
 
 def mean_query(q: torch.Tensor, kv_heads: int) -> torch.Tensor:

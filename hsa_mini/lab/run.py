@@ -8,13 +8,20 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import Dataset
 
-from ..crowd import Past
-from ..data.mixture import NONE
-from ..model import HSAModel
-from ..recipes import Recipe, Stage
-from ..train import COLUMNS, StagedBatches, drawn_ahead, make_optimizer, recorded_steps, take_step
-from .arms import Arm, Scale
-from .measure import measure
+from hsa_mini.hsa_model import HSAModel
+from hsa_mini.lab.arms import Arm, Scale
+from hsa_mini.lab.measure import measure
+from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.mixture import NONE
+from hsa_mini.training.recipes import Recipe, Stage
+from hsa_mini.training.trainer import (
+    COLUMNS,
+    StagedBatches,
+    drawn_ahead,
+    make_optimizer,
+    recorded_steps,
+    take_step,
+)
 
 FIGURES = COLUMNS[1:8]  # of a training step
 POINTS = 40  # of the curves that a record keeps
@@ -48,18 +55,34 @@ def run(
         "seed": seed,
         "settings": arm.settings(scale, steps),
         **arm.parameters(scale),
-        "seconds": {"training": round(trained - began, 1), "evaluation": round(time.monotonic() - trained, 1)},
-        "final": {name: _finite(sum(values[-LAST:]) / len(values[-LAST:])) for name, values in curve.items() if name != "step"},
+        "seconds": {
+            "training": round(trained - began, 1),
+            "evaluation": round(time.monotonic() - trained, 1),
+        },
+        "final": {
+            name: _finite(sum(values[-LAST:]) / len(values[-LAST:]))
+            for name, values in curve.items()
+            if name != "step"
+        },
         "curve": {name: [_finite(value) for value in values] for name, values in curve.items()},
-        "found": {name: [{key: _finite(x) for key, x in row.items()} for row in rows] for name, rows in found.items()},
+        "found": {
+            name: [{key: _finite(x) for key, x in row.items()} for row in rows]
+            for name, rows in found.items()
+        },
     }
 
 
 def _train(
-    model: HSAModel, recipe: Recipe, batches: Dataset, seed: int, device: torch.device, progress: Callable[[int], None]
+    model: HSAModel,
+    recipe: Recipe,
+    batches: Dataset,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int], None],
 ) -> dict[str, list[float]]:
     """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
-    optimizer, past = make_optimizer(model, recipe), Past(recipe.crowd)
+    optimizer = make_optimizer(model, recipe)
+    past = Past(recipe.crowd)
     steps_of = recorded_steps(model, optimizer, recipe, past)
     every = max(recipe.steps // POINTS, 1)
     curve: dict[str, list[float]] = {name: [] for name in ("step", *FIGURES)}
@@ -82,9 +105,13 @@ class PackedBatches(Dataset):
 
         def shortened(stage: Stage) -> Stage:
             count = max(stage.tokens // longest, 1)
-            return dataclasses.replace(stage, batch=count * stage.batch, tokens=stage.tokens // count)
+            return dataclasses.replace(
+                stage, batch=count * stage.batch, tokens=stage.tokens // count
+            )
 
-        self.batches = StagedBatches(dataclasses.replace(recipe, stages=tuple(map(shortened, recipe.stages))), seed)
+        self.batches = StagedBatches(
+            dataclasses.replace(recipe, stages=tuple(map(shortened, recipe.stages))), seed
+        )
         self.recipe = recipe
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

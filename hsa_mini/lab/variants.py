@@ -12,34 +12,45 @@ from functools import partial
 import torch
 from torch import nn
 
-from .. import ops
-from ..config import HSAConfig
-from ..memory import ChunkMemory
-from ..model import HSAModel
-from ..nn.chunk_encoder import ChunkEncoder
-from ..nn.hsa import HSA
-from ..nn.norm import RMSNorm
-from ..nn.qkv import QKV
-from ..nn.rope import apply_rope, rope_table
-from .reading import concatenated, grouped_gates, mean_query
+from hsa_mini import ops
+from hsa_mini.config import HSAConfig
+from hsa_mini.hsa_model import HSAModel
+from hsa_mini.lab.reading import concatenated, grouped_gates, mean_query
+from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.model.hsa import HSA
+from hsa_mini.model.norm import RMSNorm
+from hsa_mini.model.qkv import QKV
+from hsa_mini.model.rope import apply_rope, rope_table
 
 
 class Chunks:
     """What the upper decoder uses of a memory, with another way to read chunks: `attend(q, indices, weights)`."""
 
     def __init__(self, memory: ChunkMemory, attend: Callable[..., torch.Tensor]) -> None:
-        self.landmarks, self.attend = memory.landmarks, attend
-        self.upper, self.block_queries = memory.upper, memory.block_queries  # the memory's own lists, which are written into
+        self.landmarks = memory.landmarks
+        self.attend = attend
+        # the memory's own lists, which are written into
+        self.upper = memory.upper
+        self.block_queries = memory.block_queries
 
 
 def _refuse(*_, **__):
-    raise NotImplementedError("a variant has no step for single tokens, accepted is `forward` with one token")
+    raise NotImplementedError(
+        "a variant has no step for single tokens, accepted is `forward` with one token"
+    )
 
 
 class Variant(HSAModel):
     """An `HSAModel` of which `change` makes another one, and whose chunks are read by `attend`."""
 
-    def __init__(self, config: HSAConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: HSAConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(config, device=device)
         with torch.device(device or "cpu"):
             self.change()
@@ -58,10 +69,14 @@ class Variant(HSAModel):
         return memory.attend(q, indices, weights)
 
     def look_up(self, hidden: torch.Tensor, position: int, memory: ChunkMemory, **options):
-        return super().look_up(hidden, position, Chunks(memory, partial(self.attend, memory, position)), **options)
+        return super().look_up(
+            hidden, position, Chunks(memory, partial(self.attend, memory, position)), **options
+        )
 
 
-NO_HSA = dict.fromkeys(("hsa_heads", "hsa_kv_heads", "hsa_head_dim", "retrieval_dim", "retrieval_heads"), 1)
+NO_HSA = dict.fromkeys(
+    ("hsa_heads", "hsa_kv_heads", "hsa_head_dim", "retrieval_dim", "retrieval_heads"), 1
+)
 
 
 class WithoutHSA(Variant):
@@ -84,7 +99,8 @@ class NoEncoder(nn.Module):
         self.config = config
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        c, (B, N, S) = self.config, hidden.shape[:3]
+        c = self.config
+        B, N, S = hidden.shape[:3]
         k = hidden.new_zeros(B, N, S, c.hsa_kv_heads, c.hsa_head_dim)
         return k, k.clone(), hidden.new_zeros(B, N, c.retrieval_heads, c.retrieval_dim)
 
@@ -94,9 +110,12 @@ class RopeInside(Variant):
 
     def attend(self, memory, position, q, indices, weights):
         turn = partial(rope_table, dim=self.config.hsa_head_dim, base=self.config.rope_base)
-        (N, S), T = memory.k.shape[1:3], q.shape[1]
+        N, S = memory.k.shape[1:3]
+        T = q.shape[1]
         q = apply_rope(q, turn(torch.arange(position, position + T, device=q.device)))
-        k = apply_rope(memory.k.flatten(1, 2), turn(torch.arange(N * S, device=q.device))).unflatten(1, (N, S))
+        k = apply_rope(
+            memory.k.flatten(1, 2), turn(torch.arange(N * S, device=q.device))
+        ).unflatten(1, (N, S))
         return ops.chunk_attention(q, k, memory.v, indices, weights)
 
 
@@ -188,12 +207,15 @@ class GroupedHSA(OneQuery):
         self.own_norm = RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
 
     def forward(self, x, landmarks, attend, **where):
-        J, D = self.config.hsa_kv_heads, self.config.hsa_head_dim
+        J = self.config.hsa_kv_heads
+        D = self.config.hsa_head_dim
         own_k, own_v = (project(x).unflatten(-1, (J, D)) for project in (self.own_k, self.own_v))
 
         def gated(q, indices, weights):
             near, far = grouped_gates(mean_query(q, J), landmarks, self.own_norm(own_k), indices)
-            own = (near.to(own_v.dtype) * own_v).repeat_interleave(q.shape[2] // J, dim=2)  # [B, T, J, D] -> [B, T, H, D]
+            own = (near.to(own_v.dtype) * own_v).repeat_interleave(
+                q.shape[2] // J, dim=2
+            )  # [B, T, J, D] -> [B, T, H, D]
             return attend(q, indices, far) + own
 
         return super().forward(x, landmarks, gated, **where)

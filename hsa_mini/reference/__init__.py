@@ -1,9 +1,9 @@
 """The operations in plain PyTorch: the oracle of every test and of every faster version."""
 
-from .chunk_attention import chunk_attention
-from .decode import decode
-from .dispatch import dispatch
-from .retrieval import retrieve
-from .sliding_window import sliding_window_attention
+from hsa_mini.reference.chunk_attention import chunk_attention
+from hsa_mini.reference.decode import decode
+from hsa_mini.reference.dispatch import dispatch
+from hsa_mini.reference.retrieval import retrieve
+from hsa_mini.reference.sliding_window import sliding_window_attention
 
 __all__ = ["chunk_attention", "decode", "dispatch", "retrieve", "sliding_window_attention"]

@@ -5,26 +5,42 @@ import torch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, tensor: torch.Tensor, shape: str, sizes: dict[str, int], dtypes: tuple = FLOATS) -> None:
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: str, sizes: dict[str, int], dtypes: tuple = FLOATS
+) -> None:
     """Check `tensor` against a shape such as "B T J R"; letters seen first are learnt into `sizes`."""
     letters = shape.split()
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name}: got {type(tensor).__name__}, accepted is a tensor [{', '.join(letters)}]")
+        raise ValueError(
+            f"{name}: got {type(tensor).__name__}, accepted is a tensor [{', '.join(letters)}]"
+        )
     if tensor.dim() != len(letters):
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted is [{', '.join(letters)}]")
+        raise ValueError(
+            f"{name}: got shape {list(tensor.shape)}, accepted is [{', '.join(letters)}]"
+        )
     for letter, size in zip(letters, tensor.shape):
         if sizes.setdefault(letter, size) != size:
-            raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted is [{', '.join(letters)}] with {letter}={sizes[letter]}")
+            raise ValueError(
+                f"{name}: got shape {list(tensor.shape)}, accepted is [{', '.join(letters)}] with {letter}={sizes[letter]}"
+            )
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: got {tensor.dtype}, accepted are {', '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+        raise ValueError(
+            f"{name}: got {tensor.dtype}, accepted are {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+        )
 
 
-def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
+def check_same(
+    name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True
+) -> None:
     """Check that two tensors share device and, unless told otherwise, dtype."""
     if tensor.device != other.device:
-        raise ValueError(f"{name}: got device {tensor.device}, accepted is that of {other_name} ({other.device})")
+        raise ValueError(
+            f"{name}: got device {tensor.device}, accepted is that of {other_name} ({other.device})"
+        )
     if dtype and tensor.dtype != other.dtype:
-        raise ValueError(f"{name}: got {tensor.dtype}, accepted is that of {other_name} ({other.dtype})")
+        raise ValueError(
+            f"{name}: got {tensor.dtype}, accepted is that of {other_name} ({other.dtype})"
+        )
 
 
 def check_integer(name: str, value: int, least: int) -> None:
@@ -32,7 +48,17 @@ def check_integer(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {least}")
 
 
-def check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window, query_block) -> None:
+def check_retrieve(
+    retrieval_q,
+    landmarks,
+    chunk_size,
+    top_k,
+    offset,
+    weighting,
+    gumbel_seed,
+    exclude_window,
+    query_block,
+) -> None:
     """The arguments of `retrieve`."""
     sizes: dict[str, int] = {}
     check_tensor("retrieval_q", retrieval_q, "B T J R", sizes)
@@ -87,7 +113,9 @@ def check_decode(retrieval_q, landmarks, q, k, v, chunk_size) -> None:
 
 def check_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"q: got {heads} heads, accepted are multiples of the {kv_heads} heads of k and v")
+        raise ValueError(
+            f"q: got {heads} heads, accepted are multiples of the {kv_heads} heads of k and v"
+        )
 
 
 def check_sliding_window(q, k, v, window) -> None:
@@ -101,7 +129,9 @@ def check_sliding_window(q, k, v, window) -> None:
     check_integer("window", window, 1)
     check_heads(sizes["H"], sizes["J"])
     if sizes["P+T"] < sizes["T"]:
-        raise ValueError(f"k: got {sizes['P+T']} keys, accepted are at least the {sizes['T']} tokens of q")
+        raise ValueError(
+            f"k: got {sizes['P+T']} keys, accepted are at least the {sizes['T']} tokens of q"
+        )
 
 
 def check_ring(q, k, v, positions) -> None:

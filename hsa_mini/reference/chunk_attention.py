@@ -5,7 +5,7 @@ Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head
 
 import torch
 
-from .checks import check_chunk_attention
+from hsa_mini.reference.checks import check_chunk_attention
 
 
 def chunk_attention(
@@ -25,7 +25,8 @@ def chunk_attention(
     """
     check_chunk_attention(q, k, v, indices, weights)
     B, T, H, D = q.shape
-    N, J = k.shape[1], k.shape[3]
+    N = k.shape[1]
+    J = k.shape[3]
     if N == 0:
         return torch.zeros_like(q)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -33,13 +34,20 @@ def chunk_attention(
     b = torch.arange(B, device=q.device)[:, None, None, None]
     j = torch.arange(J, device=q.device)[:, None]
     chunk = indices.clamp(min=0).long()
-    if k.requires_grad or v.requires_grad:  # before the gather, which would sum gradients in 16 bits
-        k, v = k.to(dtype), v.to(dtype)
+    if (
+        k.requires_grad or v.requires_grad
+    ):  # before the gather, which would sum gradients in 16 bits
+        k = k.to(dtype)
+        v = v.to(dtype)
     # [B, N, S, J, D] -> [B, T, J, K, S, D]: every token's chunks side by side, the plain and memory-hungry way
     k_kept, v_kept = (x.transpose(2, 3)[b, chunk, j].to(dtype) for x in (k, v))
     q_grouped = q.to(dtype).unflatten(2, (J, H // J))  # [B, T, H, D] -> [B, T, J, G, D]
 
-    scores = torch.einsum("btjgd,btjksd->btjgks", q_grouped, k_kept) * (D**-0.5 if scale is None else scale)
+    scores = torch.einsum("btjgd,btjksd->btjgks", q_grouped, k_kept) * (
+        D**-0.5 if scale is None else scale
+    )
     out = torch.einsum("btjgks,btjksd->btjgkd", scores.softmax(dim=-1), v_kept)
-    out = out.masked_fill(~kept[:, :, :, None, :, None], 0.0)  # an empty slot adds nothing, whatever chunk 0 holds
+    out = out.masked_fill(
+        ~kept[:, :, :, None, :, None], 0.0
+    )  # an empty slot adds nothing, whatever chunk 0 holds
     return torch.einsum("btjgkd,btjk->btjgd", out, weights.to(dtype)).flatten(2, 3).to(q.dtype)

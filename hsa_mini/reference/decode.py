@@ -2,9 +2,9 @@
 
 import torch
 
-from .checks import check_decode
-from .chunk_attention import chunk_attention
-from .retrieval import retrieve
+from hsa_mini.reference.checks import check_decode
+from hsa_mini.reference.chunk_attention import chunk_attention
+from hsa_mini.reference.retrieval import retrieve
 
 
 def decode(
@@ -25,5 +25,7 @@ def decode(
     offset: position of the new token. Raises ValueError for wrong shapes, dtypes or devices.
     """
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
-    indices, weights = retrieve(retrieval_q, landmarks, chunk_size=chunk_size, top_k=top_k, offset=offset)
+    indices, weights = retrieve(
+        retrieval_q, landmarks, chunk_size=chunk_size, top_k=top_k, offset=offset
+    )
     return chunk_attention(q, k, v, indices, weights, scale=scale)

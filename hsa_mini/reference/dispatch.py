@@ -6,7 +6,9 @@ Dimensions: M tokens, E experts, A experts active.
 import torch
 
 
-def route(scores: torch.Tensor, bias: torch.Tensor, active: int) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    scores: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's scores [M, E] -> chosen experts int64 [M, A] and their gates float32 [M, A], which sum to 1.
 
     `bias` [E] moves the choice alone, never the gates.
@@ -28,5 +30,7 @@ def dispatch(
     chosen, gates = route(scores, bias, active)
     experts, order = chosen.flatten().sort(stable=True)
     # not by counting, for which the host has to wait, and which no CUDA graph can hold
-    ends = torch.searchsorted(experts, torch.arange(len(bias), device=bias.device), right=True, out_int32=True)
+    ends = torch.searchsorted(
+        experts, torch.arange(len(bias), device=bias.device), right=True, out_int32=True
+    )
     return ends, order // active, order.argsort().unflatten(0, (-1, active)), gates

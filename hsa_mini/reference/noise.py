@@ -9,23 +9,32 @@ def philox(seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]) -> torch
     """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32). Of the seed,
     an int or an int64 tensor [], the low 64 bits count; `counter`: four int64 tensors."""
     c0, c1, c2, c3 = counter
-    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    key0 = seed & _MASK
+    key1 = (seed >> 32) & _MASK
     for _ in range(10):
         low0, high0 = _multiply(c0, 0xD2511F53)
         low1, high1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
+        c0 = high1 ^ c1 ^ key0
+        c1 = low1
+        c2 = high0 ^ c3 ^ key1
+        c3 = low0
+        key0 = (key0 + 0x9E3779B9) & _MASK
+        key1 = (key1 + 0xBB67AE85) & _MASK
     return c0
 
 
 def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Low and high 32 bits of x * constant; in halves, since the product may not fit in a signed 64-bit integer."""
-    low, high = x * (constant & 0xFFFF), x * (constant >> 16)  # each below 2^48
+    # each below 2^48
+    low = x * (constant & 0xFFFF)
+    high = x * (constant >> 16)
     total = low + ((high & 0xFFFF) << 16)
     return total & _MASK, (total >> 32) + (high >> 16)
 
 
-def gumbel_noise(seed: int | torch.Tensor, positions: torch.Tensor, heads: int, chunks: int) -> torch.Tensor:
+def gumbel_noise(
+    seed: int | torch.Tensor, positions: torch.Tensor, heads: int, chunks: int
+) -> torch.Tensor:
     """Gumbel(0, 1) noise [B, T, J, N] fp32 for tokens at `positions` [B, T] (int64, counted from the sequence's start)."""
     device = positions.device
     b = torch.arange(positions.shape[0], device=device)[:, None, None, None]

@@ -5,8 +5,8 @@ Dimensions: B batch, T tokens, J retrieval heads, R retrieval dimension, N chunk
 
 import torch
 
-from .checks import check_retrieve
-from .noise import gumbel_noise
+from hsa_mini.reference.checks import check_retrieve
+from hsa_mini.reference.noise import gumbel_noise
 
 
 def retrieve(
@@ -35,19 +35,35 @@ def retrieve(
     NOTE: differs from the paper, which prints `i <= floor(t/S)`: read with indices from 0 that shows a token the chunk
     that holds its own future. Here chunk i is visible from token (i+1)*S on, when it is complete.
     """
-    check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window, query_block)
+    check_retrieve(
+        retrieval_q,
+        landmarks,
+        chunk_size,
+        top_k,
+        offset,
+        weighting,
+        gumbel_seed,
+        exclude_window,
+        query_block,
+    )
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
     dtype = torch.promote_types(retrieval_q.dtype, torch.float32)
     steps = torch.arange(0, T, query_block, device=retrieval_q.device)
     # an int stays one: as a tensor it would have to be copied to a GPU, which waits for all work before it
-    positions = (steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)).expand(B, -1)
+    positions = (
+        steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)
+    ).expand(B, -1)
 
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
-    scores = scores.masked_fill(~visible_chunks(positions, N, chunk_size, exclude_window)[:, :, None], float("-inf"))
+    scores = scores.masked_fill(
+        ~visible_chunks(positions, N, chunk_size, exclude_window)[:, :, None], float("-inf")
+    )
     with torch.no_grad():
-        choice = scores if gumbel_seed is None else scores + gumbel_noise(gumbel_seed, positions, J, N)
+        choice = (
+            scores if gumbel_seed is None else scores + gumbel_noise(gumbel_seed, positions, J, N)
+        )
         indices = newest_top_k(choice, min(top_k, N))
         if weighting == "stick_breaking":
             indices = indices.sort(dim=-1, descending=True).values
@@ -56,11 +72,15 @@ def retrieve(
     indices = torch.nn.functional.pad(indices, (0, top_k - indices.shape[-1]), value=-1).int()
     weights = torch.nn.functional.pad(weights, (0, top_k - weights.shape[-1]))
     if query_block > 1:
-        indices, weights = (x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights))
+        indices, weights = (
+            x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights)
+        )
     return indices, weights
 
 
-def visible_chunks(positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0) -> torch.Tensor:
+def visible_chunks(
+    positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0
+) -> torch.Tensor:
     """positions [..., T] -> bool [..., T, N]: complete, and not wholly inside the last `exclude_window` tokens."""
     start = torch.arange(chunks, device=positions.device) * chunk_size
     complete = start + chunk_size <= positions[..., None]
@@ -75,7 +95,9 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     # torch.topk leaves ties open, so it only finds the k-th value: what exceeds it is kept, then equals by age.
     threshold = scores.topk(k, dim=-1).values[..., -1:]
     index = torch.arange(chunks, device=scores.device)
-    rank = torch.where(scores > threshold, index + chunks, torch.where(scores == threshold, index, -1))
+    rank = torch.where(
+        scores > threshold, index + chunks, torch.where(scores == threshold, index, -1)
+    )
     chosen = rank.topk(k, dim=-1).values % chunks
     return chosen.masked_fill(scores.gather(-1, chosen) == float("-inf"), -1)
 
@@ -83,7 +105,9 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
 def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Tensor:
     """Weights of the kept scores along the last axis; 0 in `empty` slots, whatever score they hold."""
     kept = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-    return (torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)).masked_fill(empty, 0.0)
+    return (
+        torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)
+    ).masked_fill(empty, 0.0)
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,12 @@ Dimensions: B batch, T tokens, P cached keys in front, H query heads, J key/valu
 
 import torch
 
-from .checks import check_sliding_window
+from hsa_mini.reference.checks import check_sliding_window
 
 
-def sliding_window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
+def sliding_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int
+) -> torch.Tensor:
     """Token t attends the `window` keys that end at its own.
 
     q [B, T, H, D], k and v [B, P+T, J, D] with P cached keys in front -> [B, T, H, D] in q's dtype.
@@ -16,7 +18,8 @@ def sliding_window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     """
     check_sliding_window(q, k, v, window)
     T, H, D = q.shape[1:]
-    P, J = k.shape[1] - T, k.shape[2]
+    P = k.shape[1] - T
+    J = k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     own = torch.arange(T, device=q.device)[:, None] + P  # index of each token's own key
     key = torch.arange(P + T, device=q.device)

@@ -12,14 +12,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..lab.claims import NOT_RUN, Finding, Measure, Spread, verdict
-from .plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
-from .results import TITLES
+from hsa_mini.lab.claims import NOT_RUN, Finding, Measure, Spread, verdict
+from hsa_mini.viz.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
+from hsa_mini.viz.results import TITLES
 
-BETTER, WORSE, BOTH, BESIDE = "should be better", "should be worse", "both, by turns", "beside, has no say"
+BETTER = "should be better"
+WORSE = "should be worse"
+BOTH = "both, by turns"
+BESIDE = "beside, has no say"
 MARKS = {BETTER: (BLUE, "o"), WORSE: (ORANGE, "s"), BOTH: (PURPLE, "^"), BESIDE: (GREY, "D")}
 PARTS = ("text", "copy", "answer")  # of the loss; 0 where a batch had none
-TASK_LOOKS = {"s_niah": (BLUE, "o", "-"), "mq_niah": (ORANGE, "s", "--"), "vt": (RED, "^", "-."), "copy": (GREEN, "D", ":")}
+TASK_LOOKS = {
+    "s_niah": (BLUE, "o", "-"),
+    "mq_niah": (ORANGE, "s", "--"),
+    "vt": (RED, "^", "-."),
+    "copy": (GREEN, "D", ":"),
+}
 ARM_LOOKS = ((BLUE, "-"), (RED, "--"), (ORANGE, "-."), (GREEN, ":"))
 
 
@@ -34,7 +42,9 @@ def in_figures(measure: Measure, value: float) -> str:
 
 
 def _perplexity(value: float) -> str:
-    return "not finite" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+    return (
+        "not finite" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+    )
 
 
 def role(finding: Finding, measure: Measure, arm: str) -> str:
@@ -45,15 +55,35 @@ def role(finding: Finding, measure: Measure, arm: str) -> str:
 
 
 def seed_rows(
-    ax: Axes, rows: Mapping[str, Spread | None], say: Callable[[float], str], roles: Sequence[str] | None = None
+    ax: Axes,
+    rows: Mapping[str, Spread | None],
+    say: Callable[[float], str],
+    roles: Sequence[str] | None = None,
 ) -> None:
     """One row a name: a mark for every seed, a bar at their mean, and the mean beside it; None: not yet run."""
     for y, (spread, kind) in enumerate(zip(rows.values(), roles or [BETTER] * len(rows))):
         if spread is None:
-            ax.text(0.5, y, NOT_RUN, ha="center", va="center", fontsize=10, color=GREY, transform=ax.get_yaxis_transform())
+            ax.text(
+                0.5,
+                y,
+                NOT_RUN,
+                ha="center",
+                va="center",
+                fontsize=10,
+                color=GREY,
+                transform=ax.get_yaxis_transform(),
+            )
             continue
         _seeds(ax, y, spread, kind)
-        ax.text(1.02, y, say(spread.mean), va="center", fontsize=10, color=INK, transform=ax.get_yaxis_transform())
+        ax.text(
+            1.02,
+            y,
+            say(spread.mean),
+            va="center",
+            fontsize=10,
+            color=INK,
+            transform=ax.get_yaxis_transform(),
+        )
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(axis="y", length=0)
     ax.set(ylim=(len(rows) - 0.4, -0.6))
@@ -66,11 +96,22 @@ def _seeds(ax: Axes, y: float, spread: Spread, kind: str, size: float = 6) -> No
     """The seeds of one row, one above the other, so that equal ones can be counted; what is not finite is counted in words."""
     color, mark = MARKS[kind]
     heights = y + np.linspace(-0.22, 0.22, len(spread.values))
-    seen = [(value, height) for value, height in zip(spread.values, heights) if math.isfinite(value)]
+    seen = [
+        (value, height) for value, height in zip(spread.values, heights) if math.isfinite(value)
+    ]
     ax.plot(*zip(*seen) if seen else ((), ()), mark, color=color, markersize=size, linestyle="none")
     if len(seen) < len(spread.values):
         words = f"{len(spread.values) - len(seen)} not finite"
-        ax.text(0.99, y, words, ha="right", va="center", fontsize=8, color=INK, transform=ax.get_yaxis_transform())
+        ax.text(
+            0.99,
+            y,
+            words,
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=INK,
+            transform=ax.get_yaxis_transform(),
+        )
     if math.isfinite(spread.mean):
         ax.plot([spread.mean] * 2, [y - 0.36, y + 0.36], color=INK, linewidth=2)
 
@@ -81,7 +122,9 @@ def measure_axis(ax: Axes, measure: Measure) -> None:
         ax.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
         ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
         return
-    _log_axis(ax, [x for line in ax.lines if line.get_linestyle() == "None" for x in line.get_xdata()])
+    _log_axis(
+        ax, [x for line in ax.lines if line.get_linestyle() == "None" for x in line.get_xdata()]
+    )
 
 
 def _log_axis(ax: Axes, seen: Sequence[float], which: str = "x") -> None:
@@ -97,14 +140,34 @@ def _log_axis(ax: Axes, seen: Sequence[float], which: str = "x") -> None:
 def ratio_rows(ax: Axes, rows: Mapping[str, Spread | None]) -> None:
     """Ratios of perplexities, one row a name, a mark for every seed; a dotted line where both are equal."""
     seed_rows(ax, rows, lambda ratio: f"{ratio:,.3f}" if ratio < 100 else _perplexity(ratio))
-    _log_axis(ax, [x for x in (1.0, *(x for spread in rows.values() if spread for x in spread.values)) if math.isfinite(x)])
+    _log_axis(
+        ax,
+        [
+            x
+            for x in (1.0, *(x for spread in rows.values() if spread for x in spread.values))
+            if math.isfinite(x)
+        ],
+    )
     ax.axvline(1, color=RED, linewidth=1.2, linestyle=":", zorder=0)
-    ax.text(1, 1.01, "equal", ha="center", va="bottom", fontsize=9, color=RED, transform=ax.get_xaxis_transform())
+    ax.text(
+        1,
+        1.01,
+        "equal",
+        ha="center",
+        va="bottom",
+        fontsize=9,
+        color=RED,
+        transform=ax.get_xaxis_transform(),
+    )
 
 
 def measures_of(finding: Finding, brief: bool = False) -> list[Measure]:
     """Those of a claim, or those alone that decide."""
-    return [measure for measure in finding.claim.measures if not brief or measure in {c.by for c in finding.claim.comparisons}]
+    return [
+        measure
+        for measure in finding.claim.measures
+        if not brief or measure in {c.by for c in finding.claim.comparisons}
+    ]
 
 
 def claim(figure: Figure, finding: Finding, *, brief: bool = False) -> str:
@@ -112,16 +175,24 @@ def claim(figure: Figure, finding: Finding, *, brief: bool = False) -> str:
 
     brief: the measures that decide alone, without the verdict above and the meaning of the marks below.
     """
-    measures, arms, used = measures_of(finding, brief), finding.claim.arms, []
+    measures = measures_of(finding, brief)
+    arms = finding.claim.arms
+    used = []
     figure.get_layout_engine().set(w_pad=0.12)
-    for ax, measure in zip(figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures):
+    for ax, measure in zip(
+        figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures
+    ):
         roles = [role(finding, measure, arm) for arm in arms]
         used += roles
         spreads = finding.numbers[measure]
         seed_rows(ax, {arm: spreads.get(arm) for arm in arms}, partial(in_figures, measure), roles)
         measure_axis(ax, measure)
         decides = any(kind != BESIDE for kind in roles)
-        title = title_of(measure) if brief else f"{title_of(measure)}\n{'decides' if decides else 'beside'}"
+        title = (
+            title_of(measure)
+            if brief
+            else f"{title_of(measure)}\n{'decides' if decides else 'beside'}"
+        )
         ax.set_title(title, fontsize=11, color=INK if decides else GREY)
     if not brief:
         figure.suptitle(f"{finding.claim.name}: {finding.verdict}", fontsize=13)
@@ -131,7 +202,10 @@ def claim(figure: Figure, finding: Finding, *, brief: bool = False) -> str:
 
 def _legend(figure: Figure, roles: Iterable[str]) -> None:
     used = [(kind, *MARKS[kind]) for kind in MARKS if kind in set(roles)]
-    handles = [Line2D([], [], color=color, marker=mark, linestyle="none", label=kind) for kind, color, mark in used]
+    handles = [
+        Line2D([], [], color=color, marker=mark, linestyle="none", label=kind)
+        for kind, color, mark in used
+    ]
     mean = dict(color=INK, marker="|", markersize=12, markeredgewidth=2)
     handles.append(Line2D([], [], linestyle="none", label="mean of the seeds", **mean))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=10)
@@ -153,7 +227,9 @@ def board(figure: Figure, findings: Sequence[Finding]) -> str:
     A comparison that is not the only one of its claim has its own verdict beside it.
     """
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    labels, heads, y = [], [], 0
+    labels = []
+    heads = []
+    y = 0
     beside = dict(va="center", fontsize=8.5, color=INK, transform=right.get_yaxis_transform())
     for finding in findings:
         heads.append(y)
@@ -161,15 +237,21 @@ def board(figure: Figure, findings: Sequence[Finding]) -> str:
         right.text(1.03, y, finding.verdict, fontweight="bold", **beside)
         for c in finding.claim.comparisons:
             y += 1
-            ax, spreads = right if c.by.what == "perplexity" else left, finding.numbers[c.by]
+            ax = right if c.by.what == "perplexity" else left
+            spreads = finding.numbers[c.by]
             for arm, kind in ((c.better, BETTER), (c.worse, WORSE)):
                 if arm in spreads:
                     _seeds(ax, y, spreads[arm], kind, size=5)
             if len(finding.claim.comparisons) > 1:
-                right.text(1.03, y, verdict(c.by, spreads.get(c.better), spreads.get(c.worse)), **beside)
+                right.text(
+                    1.03, y, verdict(c.by, spreads.get(c.better), spreads.get(c.worse)), **beside
+                )
             labels.append(f"{c.better} > {c.worse}, {title_of(c.by)}")
         y += 1
-    for ax, measure, name in ((left, Measure("s_niah", 1), "share right"), (right, Measure("perplexity", 1), "perplexity")):
+    for ax, measure, name in (
+        (left, Measure("s_niah", 1), "share right"),
+        (right, Measure("perplexity", 1), "perplexity"),
+    ):
         measure_axis(ax, measure)
         ax.tick_params(axis="y", length=0)
         ax.spines[["top", "right", "left"]].set_visible(False)
@@ -195,7 +277,11 @@ def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> 
     ax.set(xlabel="step", ylabel=f"loss of {name}" if name in PARTS else name.replace("_", " "))
     ax.xaxis.get_major_locator().set_params(integer=True)
     if drawn:
-        stages = next(record["settings"]["recipe"]["stages"] for records in runs.values() for record in records)
+        stages = next(
+            record["settings"]["recipe"]["stages"]
+            for records in runs.values()
+            for record in records
+        )
         for end in np.cumsum([stage["steps"] for stage in stages])[:-1]:
             ax.axvline(end, color=GREY, linewidth=1, linestyle=":", zorder=0)
         ax.legend(frameon=False, fontsize=10)
@@ -207,7 +293,11 @@ def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> 
 def _measured(curve: Mapping[str, Sequence], name: str) -> tuple[list, list]:
     """Steps and values, without the steps whose batch had no token of that part."""
     part = "answer" if name == "answer_accuracy" else name
-    kept = [i for i, value in enumerate(curve[name]) if value is not None and (part not in PARTS or curve[part][i])]
+    kept = [
+        i
+        for i, value in enumerate(curve[name])
+        if value is not None and (part not in PARTS or curve[part][i])
+    ]
     return [curve["step"][i] for i in kept], [curve[name][i] for i in kept]
 
 
@@ -218,13 +308,27 @@ def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
     """
     for i, name in enumerate(names):
         color, mark, line = TASK_LOOKS.get(name, (BLUE, "o", "-"))
-        key, shift = "perplexity" if name == "perplexity" else "accuracy", 1.07 ** (i - (len(names) - 1) / 2)
-        rows = [[math.nan if row[key] is None else row[key] for row in record["found"][name]] for record in records]
+        key = "perplexity" if name == "perplexity" else "accuracy"
+        shift = 1.07 ** (i - (len(names) - 1) / 2)
+        rows = [
+            [math.nan if row[key] is None else row[key] for row in record["found"][name]]
+            for record in records
+        ]
         lengths = [row["tokens"] for record in records[:1] for row in record["found"][name]]
         for row in rows:
-            ax.plot(np.multiply(lengths, shift), row, mark, color=color, markersize=5, alpha=0.6, linestyle="none")
+            ax.plot(
+                np.multiply(lengths, shift),
+                row,
+                mark,
+                color=color,
+                markersize=5,
+                alpha=0.6,
+                linestyle="none",
+            )
         if rows:
-            look = dict(color=color, linestyle=line, linewidth=2, marker=mark, label=TITLES.get(name, name))
+            look = dict(
+                color=color, linestyle=line, linewidth=2, marker=mark, label=TITLES.get(name, name)
+            )
             ax.plot(np.multiply(lengths, shift), np.mean(rows, axis=0), **look)
             ax.set_xscale("log", base=2)
             ax.set_xticks(lengths, [f"{tokens // lengths[0]}×\n{tokens:,}" for tokens in lengths])
@@ -243,5 +347,7 @@ def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
 
 
 def _nothing(ax: Axes, why: str) -> None:
-    ax.text(0.5, 0.5, why, ha="center", va="center", fontsize=12, color=GREY, transform=ax.transAxes)
+    ax.text(
+        0.5, 0.5, why, ha="center", va="center", fontsize=12, color=GREY, transform=ax.transAxes
+    )
     ax.set(xticks=[], yticks=[])

@@ -4,14 +4,19 @@ from collections.abc import Callable
 
 from IPython.display import display
 
-from .widgets import as_display, make_figure
+from hsa_mini.viz.widgets import as_display, make_figure
 
 
 class LivePicture:
     """`draw(figure, *values)` draws, and returns one line that says what is seen; `alt` says what the picture shows."""
 
-    def __init__(self, draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6)) -> None:
-        self.draw, self.alt, self.figure, self._place = draw, alt, make_figure(*size), None
+    def __init__(
+        self, draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6)
+    ) -> None:
+        self.draw = draw
+        self.alt = alt
+        self.figure = make_figure(*size)
+        self._place = None
 
     def paint(self, *values) -> None:
         """Show the picture of these values, in the place of the one before."""

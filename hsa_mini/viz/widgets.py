@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from . import plots
+from hsa_mini.viz import plots
 
 DPI = 110
 HERE = Path(__file__).parent
@@ -73,7 +73,9 @@ def as_display(figure: Figure, alt: str, colors: int = 256) -> tuple[dict, dict]
     return data, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
 
-def explore(draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6), **controls) -> "FigureExplorer":
+def explore(
+    draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6), **controls
+) -> "FigureExplorer":
     """A picture with controls: `draw(figure, **values)` draws, and returns one line that says what is seen.
 
     Each keyword names an argument of `draw` and says what it may be: a `Control`, or its `offers` alone.
@@ -84,7 +86,9 @@ def explore(draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (
     return FigureExplorer(draw, alt, size, controls)
 
 
-def explore_map(compute: Callable[..., tuple], *, alt: str, token: int = 0, **controls) -> "MapExplorer":
+def explore_map(
+    compute: Callable[..., tuple], *, alt: str, token: int = 0, **controls
+) -> "MapExplorer":
     """A score map in which mouse and arrow keys move the token at once; controls as in `explore`.
 
     `compute(**values)` returns scores [T, N] (-inf where a chunk is not visible), indices [T, K] (-1: empty slot) and
@@ -97,7 +101,8 @@ class Explorer(ipywidgets.VBox):
     """Controls above a picture. `values` is what they say; `controls[name].value = x` moves one of them."""
 
     def __init__(self, controls: dict, picture: ipywidgets.DOMWidget, alt: str) -> None:
-        self.alt, self.picture = alt, picture
+        self.alt = alt
+        self.picture = picture
         self.controls = {name: _make_control(name, control) for name, control in controls.items()}
         self.summary = ipywidgets.Label(layout=ipywidgets.Layout(height="auto"))
         self.paint()  # not caught: the first drawing must work
@@ -120,7 +125,9 @@ class Explorer(ipywidgets.VBox):
     def _repaint(self, _change) -> None:
         try:
             self.paint()
-        except Exception as error:  # an error in a callback would vanish: it takes the place of the summary
+        except (
+            Exception
+        ) as error:  # an error in a callback would vanish: it takes the place of the summary
             settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
             self.summary.value = f"Could not draw {settings}: {type(error).__name__}: {error}"
 
@@ -136,15 +143,19 @@ class Explorer(ipywidgets.VBox):
 class FigureExplorer(Explorer):
     """What `explore` returns: one figure, drawn anew into one image widget."""
 
-    def __init__(self, draw: Callable[..., str], alt: str, size: tuple[float, float], controls: dict) -> None:
-        self.draw, self.figure = draw, make_figure(*size)
+    def __init__(
+        self, draw: Callable[..., str], alt: str, size: tuple[float, float], controls: dict
+    ) -> None:
+        self.draw = draw
+        self.figure = make_figure(*size)
         layout = ipywidgets.Layout(max_width="100%", align_self="flex-start")
         super().__init__(controls, ipywidgets.Image(format="png", layout=layout), alt)
 
     def paint(self) -> None:
         self.figure.clear()
         summary = self.draw(self.figure, **self.values)
-        self.picture.value, self.summary.value = to_png(self.figure), summary
+        self.picture.value = to_png(self.figure)
+        self.summary.value = summary
 
     def still(self) -> tuple[bytes, str]:
         return self.picture.value, self.summary.value
@@ -169,14 +180,17 @@ class MapExplorer(Explorer):
 
     def still(self) -> tuple[bytes, str]:
         scores, indices, weights = map(plots.as_array, self.compute(**self.values))
-        token, figure = self.picture.token, make_figure(11, 4)
+        token = self.picture.token
+        figure = make_figure(11, 4)
         left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))
         plots.score_map(left, scores, indices, token=token)
         kept = {int(i): float(w) for i, w in zip(indices[token], weights[token]) if i >= 0}
         plots.weight_bars(right, [kept.get(i, 0.0) for i in range(scores.shape[1])])
         right.set(title=f"weights of token {token}", ylabel="chunk")
         named = ", ".join(f"chunk {i} with {w:.2f}" for i, w in kept.items())
-        return to_png(figure), f"Token {token} keeps {named or 'nothing: no chunk is complete before it'}."
+        return to_png(
+            figure
+        ), f"Token {token} keeps {named or 'nothing: no chunk is complete before it'}."
 
 
 class ScoreMap(anywidget.AnyWidget):
@@ -209,7 +223,9 @@ def _make_control(name: str, control) -> ipywidgets.DOMWidget:
         return ipywidgets.Checkbox(**{"value": False, **options})
     if isinstance(offers, tuple):
         if len(offers) not in (2, 3):
-            raise ValueError(f"{name}: got {offers!r}, accepted are (low, high) and (low, high, step)")
+            raise ValueError(
+                f"{name}: got {offers!r}, accepted are (low, high) and (low, high, step)"
+            )
         low, high = offers[:2]
         whole = all(isinstance(number, int) for number in offers)
         slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider

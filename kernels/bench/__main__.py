@@ -15,7 +15,7 @@ from timing import measure
 from tqdm import tqdm
 
 from hsa_mini import PRESETS, ops
-from hsa_mini.arguments import Parser, choose_device
+from hsa_mini.cli.arguments import Parser, choose_device
 from hsa_mini.paths import check_writable
 from hsa_mini.provenance import write_results
 
@@ -52,11 +52,19 @@ def inputs(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator(device).manual_seed(SEED)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
+        return torch.randn(
+            shape, generator=generator, device=device, dtype=getattr(torch, case.dtype)
+        )
 
-    B, T, N, J, K = case.B, case.T, case.N, case.J, min(case.K, case.N)
+    B = case.B
+    T = case.T
+    N = case.N
+    J = case.J
+    K = min(case.K, case.N)
     rows = []
-    for part in range(0, T, 256):  # the random numbers of all tokens at once would need more memory than what is timed
+    for part in range(
+        0, T, 256
+    ):  # the random numbers of all tokens at once would need more memory than what is timed
         drawn = torch.rand(B, min(256, T - part), J, N, generator=generator, device=device)
         rows.append(drawn.topk(K, dim=-1).indices.int())
     return {
@@ -72,7 +80,9 @@ def inputs(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     }
 
 
-def operations(case: Case, x: dict[str, torch.Tensor]) -> Iterator[tuple[str, Callable, tuple[str, ...]]]:
+def operations(
+    case: Case, x: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, Callable, tuple[str, ...]]]:
     """Name, call and differentiable inputs of each operation."""
     sizes = dict(chunk_size=case.S, top_k=case.K)
     context = case.N * case.S
@@ -98,7 +108,8 @@ def operations(case: Case, x: dict[str, torch.Tensor]) -> Iterator[tuple[str, Ca
 
 def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> list[dict]:
     """One row for each operation, forward, and forward with backward where the sizes are those of training."""
-    x, rows = inputs(case, device), []
+    x = inputs(case, device)
+    rows = []
     for name, call, learnt in operations(case, x):
         for passes in ("forward", "forward+backward") if case.trains and learnt else ("forward",):
             if passes == "forward":
@@ -111,7 +122,16 @@ def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> 
                 for leaf in leaves:
                     leaf.requires_grad_(False)
             sizes = asdict(case) | ({"T": 1} if name == "decode" else {})
-            rows.append({"op": name, "pass": passes, **sizes, "choices": "random", "ms": ms, "peak_bytes": peak})
+            rows.append(
+                {
+                    "op": name,
+                    "pass": passes,
+                    **sizes,
+                    "choices": "random",
+                    "ms": ms,
+                    "peak_bytes": peak,
+                }
+            )
             advance()
     return rows
 
@@ -120,27 +140,51 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
     """The rows for people; columns: key and format of each."""
     cells = [[*columns]]
     for row in rows:
-        values = {**row, "peak_bytes": None if row.get("peak_bytes") is None else row["peak_bytes"] / 1e6}
-        cells.append(["" if values.get(key) is None else format(values[key], how) for key, how in columns.items()])
-    cells[0] = ["peak MB" if key == "peak_bytes" else key.removesuffix("_ms") + " ms" * key.endswith("_ms") for key in columns]
+        values = {
+            **row,
+            "peak_bytes": None if row.get("peak_bytes") is None else row["peak_bytes"] / 1e6,
+        }
+        cells.append(
+            [
+                "" if values.get(key) is None else format(values[key], how)
+                for key, how in columns.items()
+            ]
+        )
+    cells[0] = [
+        "peak MB" if key == "peak_bytes" else key.removesuffix("_ms") + " ms" * key.endswith("_ms")
+        for key in columns
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells
+    )
 
 
-COLUMNS = {"op": "", "pass": "", **dict.fromkeys("BTNHDK", ","), "dtype": "", "ms": ",.3f", "peak_bytes": ",.1f"}
+COLUMNS = {
+    "op": "",
+    "pass": "",
+    **dict.fromkeys("BTNHDK", ","),
+    "dtype": "",
+    "ms": ",.3f",
+    "peak_bytes": ",.1f",
+}
 COLUMNS_ON_GPU = {
     "op": "", "choices": "", **dict.fromkeys("THJK", ","), "ms": ",.3f", "cudnn_ms": ",.3f", "fa2_ms": ",.3f",
     "portable_ms": ",.3f", "floor_ms": ",.3f", "peak_bytes": ",.1f",
 }  # fmt: skip
 COLUMNS_OF_WINDOWS = {"op": "", **dict.fromkeys("TWHJD", ",")} | {
-    f"{which}{passes}_ms": ",.3f" for which in ("", "portable_") for passes in ("forward", "forward_backward")
+    f"{which}{passes}_ms": ",.3f"
+    for which in ("", "portable_")
+    for passes in ("forward", "forward_backward")
 }
 
 
 def run_on_cpu(device: torch.device) -> tuple[dict, str]:
     """The portable operations, on sizes that a processor takes seconds for."""
     rows = []
-    with tqdm(total=sum(7 if case.trains else 4 for case in CASES), unit="measurement", desc=str(device)) as bar:
+    with tqdm(
+        total=sum(7 if case.trains else 4 for case in CASES), unit="measurement", desc=str(device)
+    ) as bar:
         for case in CASES:
             rows += rows_of(case, device, bar.update)
     return {"rows": rows}, table(rows, COLUMNS)
@@ -151,8 +195,12 @@ def run_on_gpu(device: torch.device) -> tuple[dict, str]:
     import on_gpu
 
     torch.manual_seed(SEED)
-    ceilings = {"flops_per_second": flops_per_second(device), "bytes_per_second": bytes_per_second(device)}
-    steps, rows = list(on_gpu.steps(ceilings["bytes_per_second"])), []
+    ceilings = {
+        "flops_per_second": flops_per_second(device),
+        "bytes_per_second": bytes_per_second(device),
+    }
+    steps = list(on_gpu.steps(ceilings["bytes_per_second"]))
+    rows = []
     with tqdm(steps, unit="step") as bar:
         for name, measure_rows in bar:
             bar.set_description(name)
@@ -170,7 +218,9 @@ def run_model(preset: str, device: torch.device) -> tuple[dict, str]:
     from of_training import measure_training
 
     result = measure_training(preset, device) | measure_model(preset, device)
-    return {"preset": preset, **result}, "\n".join(f"{name:<32}{value}" for name, value in result.items())
+    return {"preset": preset, **result}, "\n".join(
+        f"{name:<32}{value}" for name, value in result.items()
+    )
 
 
 def draw(result: dict, folder: Path) -> list[Path]:
@@ -180,13 +230,20 @@ def draw(result: dict, folder: Path) -> list[Path]:
 
     from hsa_mini.viz.plots import crossover, length_name, roofline, save_figure
 
-    shown = [row for row in result["rows"] if row["op"].startswith("forward") and (row["choices"], row["J"]) == ("random", 1)]
+    shown = [
+        row
+        for row in result["rows"]
+        if row["op"].startswith("forward") and (row["choices"], row["J"]) == ("random", 1)
+    ]
     both = Figure(figsize=(10, 3.8), layout="constrained")
     for ax, op in zip(both.subplots(1, 2), ("forward", "forward_backward")):
         crossover(ax, [row for row in shown if row["op"] == op], title=op.replace("_", " + "))
     one = Figure(figsize=(8, 4.2), layout="constrained")
     some = [row for row in shown if row["T"] in (16384, 131072)]
-    points = {f"{row['op'].replace('_', ' + ')}, {length_name(row['T'])}": (*needed(row), row["ms"]) for row in some}
+    points = {
+        f"{row['op'].replace('_', ' + ')}, {length_name(row['T'])}": (*needed(row), row["ms"])
+        for row in some
+    }
     roofline(one.subplots(), result["ceilings"], points)
     paths = []
     for name, figure in (("kernels_crossover", both), ("kernels_roofline", one)):
@@ -196,17 +253,32 @@ def draw(result: dict, folder: Path) -> list[Path]:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = Parser(prog="kernels/bench", description="Time the operations of hierarchical sparse attention.")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--model", metavar="PRESET", help="a whole model with random weights instead, such as ul_8b_a1b")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default out/bench.json, on a GPU data/results/NAME.json")
+    parser = Parser(
+        prog="kernels/bench", description="Time the operations of hierarchical sparse attention."
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PRESET",
+        help="a whole model with random weights instead, such as ul_8b_a1b",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default out/bench.json, on a GPU data/results/NAME.json",
+    )
     arguments = parser.parse_args(words)
     try:
         device = choose_device(arguments.device)
         if arguments.model not in (None, *PRESETS):
             raise ValueError(f"--model: got {arguments.model!r}, accepted are {', '.join(PRESETS)}")
         name = arguments.model or "kernels"
-        out = arguments.out or Path("out/bench.json" if device.type == "cpu" else f"data/results/{name}.json")
+        out = arguments.out or Path(
+            "out/bench.json" if device.type == "cpu" else f"data/results/{name}.json"
+        )
         check_writable("--out", out)
     except ValueError as error:
         parser.error(str(error))

@@ -3,7 +3,10 @@
 import torch
 from timing import measure
 
-PRODUCT = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}  # rows of the matrices, dtype
+PRODUCT = {
+    "cuda": (8192, torch.bfloat16),
+    "cpu": (512, torch.float32),
+}  # rows of the matrices, dtype
 COPIED = {"cuda": 1 << 31, "cpu": 1 << 26}  # bytes
 
 

@@ -10,4 +10,6 @@ def needed(row: dict) -> tuple[float, float]:
         return 2 * (N * row["R"] + 2 * K * S * D * H), 2 * (N * row["R"] + 2 * K * S * D)
     # scores and mixture; with backward five products more, which read all again and write as many gradients
     products, passes = {"forward": (2, 1), "forward_backward": (7, 3)}[row["op"]]
-    return products * 2 * row["chosen"] * (H // J) * S * D, passes * 2 * (2 * T * H * D + 2 * T * J * D + 4 * row["chosen"])
+    return products * 2 * row["chosen"] * (H // J) * S * D, passes * 2 * (
+        2 * T * H * D + 2 * T * J * D + 4 * row["chosen"]
+    )

@@ -12,13 +12,18 @@ from timing import peak_bytes
 from tqdm import tqdm
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.generate import prefill
-from hsa_mini.model import Output
-from hsa_mini.plan import plan
-from hsa_mini.steps import Steps
+from hsa_mini.inference.decode_step import Steps
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.model.core import Output
+from hsa_mini.model.cost_estimate import plan
 
-NEAR, LONG, LONGEST = 1 << 16, 1 << 20, 1 << 24  # tokens: 64k, 1m and 16m of the keys
-WARM, DECODED = 16, 256  # tokens decoded before, and while, time is taken
+# tokens: 64k, 1m and 16m of the keys
+NEAR = 1 << 16
+LONG = 1 << 20
+LONGEST = 1 << 24
+# tokens decoded before, and while, time is taken
+WARM = 16
+DECODED = 256
 
 
 def waited(device: torch.device) -> float:
@@ -30,15 +35,22 @@ def waited(device: torch.device) -> float:
 
 def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
     """What decoding one token behind `tokens` others has to read: weights it meets, windows, landmarks, chosen chunks."""
-    counted, config = plan(preset, tokens), PRESETS[preset]
-    weights = 2 * (counted.params_active_with_head - counted.params_by_part["chunk encoder"])  # 2 bytes each, as in the plan
+    counted = plan(preset, tokens)
+    config = PRESETS[preset]
+    weights = 2 * (
+        counted.params_active_with_head - counted.params_by_part["chunk encoder"]
+    )  # 2 bytes each, as in the plan
     chosen = counted.kv_bytes * min(config.top_k / (tokens // config.chunk_size), 1)
-    needed = weights + counted.window_cache_bytes + config.groups * (counted.landmark_bytes + chosen)
+    needed = (
+        weights + counted.window_cache_bytes + config.groups * (counted.landmark_bytes + chosen)
+    )
     return needed * dtype.itemsize / 2
 
 
 @torch.no_grad()
-def read(model: HSAModel, tokens: int, advance: Callable[[int], object], *, offload: bool = False) -> tuple[Output, float]:
+def read(
+    model: HSAModel, tokens: int, advance: Callable[[int], object], *, offload: bool = False
+) -> tuple[Output, float]:
     """A random text of so many tokens; the seconds it takes. Peak memory is counted from here on."""
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(0)
@@ -55,7 +67,8 @@ def seconds_per_token(model: HSAModel, output: Output) -> float:
     """Greedy decoding from a prefill on, one sequence, chunks that complete on the way included."""
     device = model.norm.weight.device
     output.memory.grow(output.memory.position + WARM + DECODED)
-    steps, token = Steps(model, output.memory, graph=device.type == "cuda"), output.logits[:, -1].argmax(-1, keepdim=True)
+    steps = Steps(model, output.memory, graph=device.type == "cuda")
+    token = output.logits[:, -1].argmax(-1, keepdim=True)
     for i in range(WARM + DECODED):
         if i == WARM:
             start = waited(device)
@@ -66,10 +79,19 @@ def seconds_per_token(model: HSAModel, output: Output) -> float:
 def measure_model(preset: str, device: torch.device) -> dict:
     """Every figure of one model; see the keys. `peak_bytes` include the weights, and are None where there is no GPU."""
     torch.manual_seed(0)
-    model = HSAModel(PRESETS[preset], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None).eval()
+    model = HSAModel(
+        PRESETS[preset], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None
+    ).eval()
     speed = bytes_per_second(device)
-    with tqdm(total=2 * NEAR + LONG + 2 * LONGEST, unit=" tokens", unit_scale=True, desc=f"{preset}: prefill") as bar:
-        seconds_per_token(model, read(model, NEAR, bar.update)[0])  # whatever is compiled is compiled now
+    with tqdm(
+        total=2 * NEAR + LONG + 2 * LONGEST,
+        unit=" tokens",
+        unit_scale=True,
+        desc=f"{preset}: prefill",
+    ) as bar:
+        seconds_per_token(
+            model, read(model, NEAR, bar.update)[0]
+        )  # whatever is compiled is compiled now
         near = seconds_per_token(model, read(model, NEAR, bar.update)[0])
         long = read(model, LONG, bar.update)[1]
         result = {"prefill_1m_seconds": long, "prefill_1m_peak_bytes": peak_bytes(device)}
@@ -81,7 +103,9 @@ def measure_model(preset: str, device: torch.device) -> dict:
     return result | {
         "prefill_16m_over_1m_per_token": longest / LONGEST / (long / LONG),
         "decode_64k_tokens_per_second": 1 / near,
-        "decode_64k_roofline_share": least_bytes(preset, NEAR, model.norm.weight.dtype) / speed / near,
+        "decode_64k_roofline_share": least_bytes(preset, NEAR, model.norm.weight.dtype)
+        / speed
+        / near,
         "decode_16m_over_64k": far / near,
         "offload_16m_device_bytes": peak_bytes(device),
         "offload_slowdown": offloaded / far,

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.lab.variants import NO_HSA, WithoutHSA
-from hsa_mini.nn.moe import MoE
-from hsa_mini.plan import training_flops
+from hsa_mini.model.cost_estimate import training_flops
+from hsa_mini.model.moe import MoE
 
 TOKENS = 1 << 14  # 16k of the keys
 PREDICTED = 2048  # tokens whose logits are there at once
@@ -29,7 +29,9 @@ def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
     hidden, _ = model.look_up(model.read(ids[:, :-1], memory), 0, memory)
 
     def total(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(model.predict(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return cross_entropy(
+            model.predict(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum"
+        )
 
     parts = zip(hidden.split(PREDICTED, dim=1), ids[:, 1:].split(PREDICTED, dim=1))
     return sum(checkpoint(total, *part, use_reentrant=False) for part in parts) / ids[:, 1:].numel()
@@ -38,7 +40,9 @@ def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
 def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
     """A call that trains `model` on one random sequence and returns the loss."""
     device = model.norm.weight.device
-    ids = torch.randint(model.config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(
+        model.config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     for block in (*model.lower, *model.upper):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -56,7 +60,9 @@ def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
     return step
 
 
-def timed(make: Callable[..., HSAModel], device: torch.device, dtype: torch.dtype) -> tuple[float, int | None]:
+def timed(
+    make: Callable[..., HSAModel], device: torch.device, dtype: torch.dtype
+) -> tuple[float, int | None]:
     """Seconds of a step, and the most bytes that are in use in it, the model's and the optimizer's too."""
     torch.manual_seed(0)
     step = make_step(make(device=device, dtype=dtype).train(), TOKENS)
@@ -66,7 +72,9 @@ def timed(make: Callable[..., HSAModel], device: torch.device, dtype: torch.dtyp
 
 def measure_training(preset: str, device: torch.device) -> dict:
     """Every figure of training; see the keys. MFU: the share of the rate of a matrix product, nothing counted twice."""
-    config, dtype = PRESETS[preset], PRODUCT[device.type][1]  # as the product, which says what the device can do
+    # as the product, which says what the device can do
+    config = PRESETS[preset]
+    dtype = PRODUCT[device.type][1]
     rate = flops_per_second(device)
     seconds, peak = timed(partial(HSAModel, config), device, dtype)
     if device.type == "cuda":

@@ -13,18 +13,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import hsa_kernels
-from hsa_mini import blockwise, ops
-from hsa_mini.checkpoint import load_model
+from hsa_mini.checkpoint.weights import load_model
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.data.tasks import tile
-from hsa_mini.memory import ChunkMemory
+from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.ops import operations as ops
+from hsa_mini.ops import torch_backend as blockwise
 from hsa_mini.paths import data_dir
+from hsa_mini.tasks.forms import tile
 
 LENGTHS = tuple(1024 * thousands for thousands in (4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024))
 LONGEST_FULL = 131072  # tokens: full attention beyond takes seconds a call
 RETRIEVED = (32768, 131072, 524288)
 REMEMBERED = (65536, 1 << 20, 1 << 24)  # tokens behind the one that is decoded
-WINDOWS = ((64, 16, 4, 128), (128, 4, 2, 64), (1024, 16, 4, 128), (4096, 16, 4, 128), (8192, 16, 4, 128))  # W, H, J, D
+WINDOWS = (
+    (64, 16, 4, 128),
+    (128, 4, 2, 64),
+    (1024, 16, 4, 128),
+    (4096, 16, 4, 128),
+    (8192, 16, 4, 128),
+)  # W, H, J, D
 WINDOW_TOKENS = 65536
 REPLAYS = 20  # calls in a captured graph: one alone would measure the launch
 DEVICE = torch.device("cuda")
@@ -59,7 +66,9 @@ def random_choices(shape: Shape) -> torch.Tensor:
         hidden = (torch.arange(shape.N, device=DEVICE) + 1) * shape.S > position
         drawn = torch.rand(len(position), shape.J, shape.N, device=DEVICE).masked_fill(hidden, -1.0)
         best, chosen = drawn.topk(min(shape.K, shape.N), dim=-1)
-        parts.append(pad(chosen.masked_fill(best < 0, -1).int(), (0, shape.K - chosen.shape[-1]), value=-1))
+        parts.append(
+            pad(chosen.masked_fill(best < 0, -1).int(), (0, shape.K - chosen.shape[-1]), value=-1)
+        )
     return torch.cat(parts)[None]
 
 
@@ -73,35 +82,61 @@ class Trained:
     @torch.no_grad()
     def choices(self, shape: Shape) -> torch.Tensor:
         ids = torch.from_numpy(tile(self.text, shape.T, 0).astype("int64")).to(DEVICE)[None]
-        memory, asked = ChunkMemory(self.model.config, reserve_tokens=shape.T), []
+        memory = ChunkMemory(self.model.config, reserve_tokens=shape.T)
+        asked = []
         for part in ids.split(8192, dim=1):
             asked.append(self.model(part, memory).aux.retrievals[0].queries)
-        indices, _ = ops.retrieve(torch.cat(asked, dim=1), memory.landmarks, chunk_size=shape.S, top_k=shape.K)
+        indices, _ = ops.retrieve(
+            torch.cat(asked, dim=1), memory.landmarks, chunk_size=shape.S, top_k=shape.K
+        )
         return indices
 
 
-def attention_calls(shape: Shape, indices: torch.Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+def attention_calls(
+    shape: Shape, indices: torch.Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """forward, and forward_backward, of chunk attention over these choices."""
-    q, k, v = normal(shape.B, shape.T, shape.H, shape.D), *(normal(shape.B, shape.N, shape.S, shape.J, shape.D) for _ in "kv")
-    weights = torch.rand(indices.shape, device=DEVICE).masked_fill(indices < 0, float("-inf")).softmax(-1).nan_to_num(0.0)
+    q, k, v = (
+        normal(shape.B, shape.T, shape.H, shape.D),
+        *(normal(shape.B, shape.N, shape.S, shape.J, shape.D) for _ in "kv"),
+    )
+    weights = (
+        torch.rand(indices.shape, device=DEVICE)
+        .masked_fill(indices < 0, float("-inf"))
+        .softmax(-1)
+        .nan_to_num(0.0)
+    )
     yield "forward", lambda: hsa_kernels.chunk_attention(q, k, v, indices, weights)
-    gradient, leaves = normal(*q.shape), [x.requires_grad_() for x in (q, k, v, weights)]
-    yield "forward_backward", lambda: torch.autograd.grad(hsa_kernels.chunk_attention(q, k, v, indices, weights), leaves, gradient)
+    gradient = normal(*q.shape)
+    leaves = [x.requires_grad_() for x in (q, k, v, weights)]
+    yield (
+        "forward_backward",
+        lambda: torch.autograd.grad(
+            hsa_kernels.chunk_attention(q, k, v, indices, weights), leaves, gradient
+        ),
+    )
 
 
 def full_attention(shape: Shape, backend: SDPBackend, op: str) -> float:
     """Milliseconds of causal attention over all tokens, 16 heads each of q, k and v."""
-    q, k, v = leaves = [normal(shape.B, shape.H, shape.T, shape.D).requires_grad_(op != "forward") for _ in "qkv"]
+    q, k, v = leaves = [
+        normal(shape.B, shape.H, shape.T, shape.D).requires_grad_(op != "forward") for _ in "qkv"
+    ]
     gradient = normal(*q.shape)
     with sdpa_kernel(backend):
         if op == "forward":
             return measure(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), DEVICE)[0]
         return measure(
-            lambda: torch.autograd.grad(scaled_dot_product_attention(q, k, v, is_causal=True), leaves, gradient), DEVICE
+            lambda: torch.autograd.grad(
+                scaled_dot_product_attention(q, k, v, is_causal=True), leaves, gradient
+            ),
+            DEVICE,
         )[0]
 
 
-def attention_rows(shape: Shape, choices: str, indices: torch.Tensor, *, beside: bool) -> Iterator[dict]:
+def attention_rows(
+    shape: Shape, choices: str, indices: torch.Tensor, *, beside: bool
+) -> Iterator[dict]:
     chosen = int((indices >= 0).sum())
     for op, call in attention_calls(shape, indices):
         ms, peak = measure(call, DEVICE)
@@ -115,10 +150,22 @@ def attention_rows(shape: Shape, choices: str, indices: torch.Tensor, *, beside:
 
 
 def retrieve_row(shape: Shape, R: int = 128) -> dict:
-    asked, landmarks = normal(1, shape.T, shape.J, R), normal(1, shape.N, shape.J, R)
-    ms, peak = measure(lambda: hsa_kernels.retrieve(asked, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE)
-    portable, _ = measure(lambda: blockwise.retrieve(asked, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE)
-    row = {"op": "retrieve", **asdict(shape), "R": R, "dtype": "bfloat16", "choices": "random", "ms": ms}
+    asked = normal(1, shape.T, shape.J, R)
+    landmarks = normal(1, shape.N, shape.J, R)
+    ms, peak = measure(
+        lambda: hsa_kernels.retrieve(asked, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE
+    )
+    portable, _ = measure(
+        lambda: blockwise.retrieve(asked, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE
+    )
+    row = {
+        "op": "retrieve",
+        **asdict(shape),
+        "R": R,
+        "dtype": "bfloat16",
+        "choices": "random",
+        "ms": ms,
+    }
     return row | {"cudnn_ms": None, "fa2_ms": None, "portable_ms": portable, "peak_bytes": peak}
 
 
@@ -136,26 +183,56 @@ def captured(call: Callable[[int], object]) -> float:
 def decode_row(tokens: int, bytes_per_second: float, R: int = 128) -> dict:
     """One new token behind so many; `floor_ms` is the time of reading the landmarks once at the measured copy speed."""
     shape = Shape(T=tokens)
-    asked, q = normal(1, 1, 1, R), normal(1, 1, shape.H, shape.D)
-    copies = max(1, (1 << 28) // (shape.N * R * 2))  # more landmarks than the cache holds, read in turn
+    asked = normal(1, 1, 1, R)
+    q = normal(1, 1, shape.H, shape.D)
+    copies = max(
+        1, (1 << 28) // (shape.N * R * 2)
+    )  # more landmarks than the cache holds, read in turn
     landmarks = [normal(1, shape.N, 1, R) for _ in range(copies)]
     k, v = (normal(1, shape.N, shape.S, 1, shape.D) for _ in "kv")
     offset = torch.full((1,), tokens, device=DEVICE)
     options = dict(chunk_size=shape.S, top_k=shape.K, offset=offset)
     ms = captured(lambda i: hsa_kernels.decode(asked, landmarks[i % copies], q, k, v, **options))
-    row = {"op": "decode", **asdict(shape), "R": R, "dtype": "bfloat16", "choices": "random", "ms": ms}
-    return row | {"cudnn_ms": None, "fa2_ms": None, "floor_ms": shape.N * R * 2 / bytes_per_second * 1e3, "peak_bytes": None}
+    row = {
+        "op": "decode",
+        **asdict(shape),
+        "R": R,
+        "dtype": "bfloat16",
+        "choices": "random",
+        "ms": ms,
+    }
+    return row | {
+        "cudnn_ms": None,
+        "fa2_ms": None,
+        "floor_ms": shape.N * R * 2 / bytes_per_second * 1e3,
+        "peak_bytes": None,
+    }
 
 
 def window_rows() -> Iterator[dict]:
     """What the window costs through `ops`, and in plain PyTorch."""
     for W, H, J, D in WINDOWS:
         q, k, v = (normal(1, WINDOW_TOKENS, heads, D) for heads in (H, J, J))
-        row = {"op": "sliding_window_attention", "T": WINDOW_TOKENS, "B": 1, "H": H, "J": J, "D": D, "W": W, "dtype": "bfloat16"}
-        for name, attend in (("", ops.sliding_window_attention), ("portable_", blockwise.sliding_window_attention)):
+        row = {
+            "op": "sliding_window_attention",
+            "T": WINDOW_TOKENS,
+            "B": 1,
+            "H": H,
+            "J": J,
+            "D": D,
+            "W": W,
+            "dtype": "bfloat16",
+        }
+        for name, attend in (
+            ("", ops.sliding_window_attention),
+            ("portable_", blockwise.sliding_window_attention),
+        ):
             row[f"{name}forward_ms"] = measure(lambda: attend(q, k, v, window=W), DEVICE)[0]
-            leaves, gradient = [x.detach().requires_grad_() for x in (q, k, v)], normal(*q.shape)
-            backward = measure(lambda: torch.autograd.grad(attend(*leaves, window=W), leaves, gradient), DEVICE)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            gradient = normal(*q.shape)
+            backward = measure(
+                lambda: torch.autograd.grad(attend(*leaves, window=W), leaves, gradient), DEVICE
+            )
             row[f"{name}forward_backward_ms"] = backward[0]
         yield row
 
@@ -164,20 +241,27 @@ def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[
     """What is measured, in order: a name for people, and what yields its rows; `bytes_per_second` is a copy's."""
     for T in LENGTHS:
         shape = Shape(T)
-        yield f"random choices, {T:,} tokens", lambda shape=shape: attention_rows(
-            shape, "random", random_choices(shape), beside=True
+        yield (
+            f"random choices, {T:,} tokens",
+            lambda shape=shape: attention_rows(shape, "random", random_choices(shape), beside=True),
         )
     for J in (2, 4, 8, 16):
         for T in (16384, 65536):
             shape = Shape(T, J=J)
-            yield f"H/J of {shape.H // J}, {T:,} tokens", lambda shape=shape: attention_rows(
-                shape, "random", random_choices(shape), beside=False
+            yield (
+                f"H/J of {shape.H // J}, {T:,} tokens",
+                lambda shape=shape: attention_rows(
+                    shape, "random", random_choices(shape), beside=False
+                ),
             )
     trained = Trained()
     for T in (16384, 32768, 65536, 131072):
         shape = Shape(T)
-        yield f"trained choices, {T:,} tokens", lambda shape=shape: attention_rows(
-            shape, "trained", trained.choices(shape), beside=False
+        yield (
+            f"trained choices, {T:,} tokens",
+            lambda shape=shape: attention_rows(
+                shape, "trained", trained.choices(shape), beside=False
+            ),
         )
     for T in RETRIEVED:
         yield f"retrieve, {T:,} tokens", lambda T=T: iter([retrieve_row(Shape(T))])

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-WARMUP, SAMPLES = 2, 10
-LEAST_SAMPLES, SECONDS = 3, 1.5  # calls that would take longer than this are timed fewer times
+WARMUP = 2
+SAMPLES = 10
+# calls that would take longer than this are timed fewer times
+LEAST_SAMPLES = 3
+SECONDS = 1.5
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:

@@ -9,4 +9,13 @@ from .fetch import fetch
 from .retrieval import retrieve
 from .ring_attention import ring_attention
 
-__all__ = ["chunk_attention", "decode", "dispatch", "enter_ring", "experts", "fetch", "retrieve", "ring_attention"]
+__all__ = [
+    "chunk_attention",
+    "decode",
+    "dispatch",
+    "enter_ring",
+    "experts",
+    "fetch",
+    "retrieve",
+    "ring_attention",
+]

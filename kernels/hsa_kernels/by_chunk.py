@@ -25,12 +25,16 @@ def _forward_by_chunk(
     i_segment = tl.load(segment_starts + first_list) + tl.program_id(0)
     if i_segment >= tl.load(segment_starts + last_list):  # there are fewer segments than could be
         return
-    first, count, n, i_j, i_b = find_segment(starts, segment_starts, owners, i_segment, TILES, N, J, SIZE)
+    first, count, n, i_j, i_b = find_segment(
+        starts, segment_starts, owners, i_segment, TILES, N, J, SIZE
+    )
     o_k, m_k = chunk_tile(n, i_j, J, S, D, SP, DP)
     b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_k, mask=m_k, other=0.0)  # [SP, DP]
     b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_k, mask=m_k, other=0.0)
-    o_r, o_d = tl.arange(0, M * GP), tl.arange(0, DP)
-    o_e, o_g = o_r // GP, o_r % GP
+    o_r = tl.arange(0, M * GP)
+    o_d = tl.arange(0, DP)
+    o_e = o_r // GP
+    o_g = o_r % GP
     rows += first
     weights += first
     out_slots += (first - tl.load(starts + first_list)) * (G * D)
@@ -39,23 +43,36 @@ def _forward_by_chunk(
     for start in range(0, count, M):
         b_row = b_next
         b_next = tl.load(rows + start + M + o_e, mask=start + M + o_e < count, other=0)
-        m_r = (start + o_e < count) & (o_g < G)  # choices of the next segment, and rows that pad G to a power of 2
+        m_r = (start + o_e < count) & (
+            o_g < G
+        )  # choices of the next segment, and rows that pad G to a power of 2
         b_w = tl.load(weights + start + o_e, mask=m_r, other=0.0)  # [R]
         m_q = m_r[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(q + (b_row.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [R, DP]
+        b_q = tl.load(
+            q + (b_row.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :], mask=m_q, other=0.0
+        )  # [R, DP]
         b_s = product(b_q, tl.trans(b_k), PRECISION)
         b_p, b_sum = softmax_inside(b_s, scale_log2, S, SP)  # [R, SP], [R]
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out = product(b_p.to(b_v.dtype), b_v, PRECISION)
         o_slot = (o_e * G + o_g)[:, None] * D + o_d[None, :]
         b_out = b_out.to(out_slots.dtype.element_ty)
-        tl.store(out_slots + start * (G * D) + o_slot, b_out, mask=m_q, eviction_policy="evict_first")
+        tl.store(
+            out_slots + start * (G * D) + o_slot, b_out, mask=m_q, eviction_policy="evict_first"
+        )
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
-    choices, sizes, out = Choices(q, k, indices, weights), Sizes.of(q, k), torch.empty_like(q)
+    choices = Choices(q, k, indices, weights)
+    sizes = Sizes.of(q, k)
+    out = torch.empty_like(q)
     for launch in choices:
         _forward_by_chunk[launch.grid](
             q, k, v, choices.rows, choices.weights, *choices.arguments, choices.slots, k.stride(0), v.stride(0), to_log2(scale),

@@ -16,7 +16,9 @@ from .slots import CHOICES
 from .tiles import Sizes, scaled
 
 CACHE_TO_MEMORY = 1.5  # how much faster a byte comes from the L2 cache than from memory
-SORTING = 4 / 3  # by chunk, all choices are sorted first: how much cheaper it has to look before some go there
+SORTING = (
+    4 / 3
+)  # by chunk, all choices are sorted first: how much cheaper it has to look before some go there
 
 
 def _worth(q: torch.Tensor, k: torch.Tensor) -> float:
@@ -27,8 +29,11 @@ def _worth(q: torch.Tensor, k: torch.Tensor) -> float:
 def _ways(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[ModuleType]:
     """Which ways can pay: by token not if it costs more even when all of a block choose alike, by chunk only where there are
     many choices of a chunk and it costs less if they are independent, by a token halfway."""
-    (T, _, K), N, worth = indices.shape[1:], k.shape[1], _worth(q, k)
-    M, halfway = by_token.tokens_of_block(Sizes.of(q, k), K), max(N // 2, K)
+    T, _, K = indices.shape[1:]
+    N = k.shape[1]
+    worth = _worth(q, k)
+    M = by_token.tokens_of_block(Sizes.of(q, k), K)
+    halfway = max(N // 2, K)
     merged = halfway * (1 - (1 - K / halfway) ** M)  # chunks that a block of M tokens reads
     if T * K < CHOICES * N or merged <= SORTING * worth * M * K:
         return {by_token}
@@ -37,7 +42,12 @@ def _ways(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[Module
 
 @torch.library.custom_op("hsa_kernels::chunk_attention", mutates_args=())
 def _chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     if 0 in (q.numel(), k.numel(), indices.numel()):
         return torch.zeros_like(q)
@@ -47,9 +57,13 @@ def _chunk_attention(
     # every block of tokens goes the way that is cheaper for it: neighbours that choose alike by token, others by chunk
     lists = by_token.merge_blocks(q, k, indices, weights)
     apart = lists.counts > lists.choices * _worth(q, k)  # [B, blocks, J]
-    apart_tokens = apart.repeat_interleave(lists.weights.shape[-1], 1)[:, : indices.shape[1], :, None]  # [B, T, J, 1]
+    apart_tokens = apart.repeat_interleave(lists.weights.shape[-1], 1)[
+        :, : indices.shape[1], :, None
+    ]  # [B, T, J, 1]
     out = by_chunk.forward(q, k, v, indices.where(apart_tokens, -1), weights, scale)
-    return by_token.pass_over(q, k, v, lists._replace(counts=lists.counts.where(~apart, -1)), out, scale)
+    return by_token.pass_over(
+        q, k, v, lists._replace(counts=lists.counts.where(~apart, -1)), out, scale
+    )
 
 
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())
@@ -78,7 +92,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    grad_q, grad_k, grad_v, grad_weights = _chunk_attention_backward(*ctx.saved_tensors, grad_out.contiguous(), ctx.scale)
+    grad_q, grad_k, grad_v, grad_weights = _chunk_attention_backward(
+        *ctx.saved_tensors, grad_out.contiguous(), ctx.scale
+    )
     return grad_q, grad_k, grad_v, None, grad_weights, None
 
 
@@ -86,12 +102,16 @@ _chunk_attention.register_autograd(_backward, setup_context=_setup)
 
 
 def _flop(q_shape, k_shape, v_shape, indices_shape, *_, **__) -> int:
-    (B, T, H, D), S, K = q_shape, k_shape[2], indices_shape[3]
+    B, T, H, D = q_shape
+    S = k_shape[2]
+    K = indices_shape[3]
     return 4 * B * T * H * K * S * D
 
 
 register_flop_formula(torch.ops.hsa_kernels.chunk_attention)(_flop)
-register_flop_formula(torch.ops.hsa_kernels.chunk_attention_backward)(lambda *shapes, **_: _flop(*shapes) * 5 // 2)
+register_flop_formula(torch.ops.hsa_kernels.chunk_attention_backward)(
+    lambda *shapes, **_: _flop(*shapes) * 5 // 2
+)
 
 
 def chunk_attention(

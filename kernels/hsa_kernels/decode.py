@@ -23,7 +23,9 @@ from .checks import check_kernel
 from .selection import MOST, NOTHING, keyed, largest, unkeyed
 from .tiles import before_hopper, chunk_tile, padded, precision, scaled, softmax_inside, to_log2
 
-TILE, TILES = 16, 8  # chunks a tile, tiles a block: of 262,144 chunks 64 are chosen by looking at 2,048, 512 and 1,024 numbers
+# chunks a tile, tiles a block: of 262,144 chunks 64 are chosen by looking at 2,048, 512 and 1,024 numbers
+TILE = 16
+TILES = 8
 
 
 @triton.jit
@@ -39,17 +41,34 @@ def _score(
     retrieval_q, landmarks, offsets, scores, of_tiles, of_blocks, stride_l, offset, N, chunk_size, scale,
     J: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_block = tl.program_id(0)
+    i_j = tl.program_id(1)
+    i_b = tl.program_id(2)
     row = i_b * J + i_j
     block = row.to(tl.int64) * tl.num_programs(0) + i_block
-    o_t, o_r = tl.arange(0, TILES), tl.arange(0, RP)
-    o_c = o_t[None, :] * TILE + tl.arange(0, TILE)[:, None]  # [TILE, TILES]: a thread holds a whole tile
+    o_t = tl.arange(0, TILES)
+    o_r = tl.arange(0, RP)
+    o_c = (
+        o_t[None, :] * TILE + tl.arange(0, TILE)[:, None]
+    )  # [TILE, TILES]: a thread holds a whole tile
     o_n = (tl.num_programs(0) - i_block) * TILE * TILES - 1 - o_c
-    m_n = o_n < _complete(offsets, offset, i_b, N, chunk_size, OFFSETS)  # behind may lie anything, NaN too: it is never read
+    m_n = o_n < _complete(
+        offsets, offset, i_b, N, chunk_size, OFFSETS
+    )  # behind may lie anything, NaN too: it is never read
     b_q = tl.load(retrieval_q + row * R + o_r, mask=o_r < R, other=0.0).to(tl.float32)
-    o_l = i_b.to(tl.int64) * stride_l + o_n.to(tl.int64)[:, :, None] * (J * R) + i_j * R + o_r[None, None, :]
+    o_l = (
+        i_b.to(tl.int64) * stride_l
+        + o_n.to(tl.int64)[:, :, None] * (J * R)
+        + i_j * R
+        + o_r[None, None, :]
+    )
     # [TILE, TILES, RP]: they leave the cache first, as they are read once, and what the choice needs stays
-    b_l = tl.load(landmarks + o_l, mask=m_n[:, :, None] & (o_r < R)[None, None, :], other=0.0, eviction_policy="evict_first")
+    b_l = tl.load(
+        landmarks + o_l,
+        mask=m_n[:, :, None] & (o_r < R)[None, None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
     b_s = tl.sum(b_l.to(tl.float32) * b_q[None, None, :], 2) * scale
     b_key = tl.where(m_n, keyed(b_s), NOTHING)
     b_best = tl.max(b_key, 0)
@@ -59,7 +78,9 @@ def _score(
 
 
 @triton.jit
-def _best(keys, b_place, m_place, there, b_floor, b_most, scratch, K: tl.constexpr, KP: tl.constexpr):
+def _best(
+    keys, b_place, m_place, there, b_floor, b_most, scratch, K: tl.constexpr, KP: tl.constexpr
+):
     """Where the K largest of the keys at these places [1, n] stand, in order: [KP]; how many they are; the bounds.
 
     there: how many keys are above `NOTHING`, all of them at these places if they are not more than K. b_floor, b_most: what K
@@ -95,7 +116,9 @@ def _attend(
     GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NB: tl.constexpr, NBP: tl.constexpr,
     OFFSETS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_slot, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_slot = tl.program_id(0)
+    i_j = tl.program_id(1)
+    i_b = tl.program_id(2)
     row = (i_b * J + i_j).to(tl.int64)
     scratch += (row * K + i_slot) * 3 * KP
     complete = _complete(offsets, offset, i_b, N, chunk_size, OFFSETS)
@@ -116,7 +139,15 @@ def _attend(
     if NB * TILES > K:
         there = tl.cdiv(complete, TILE)
         b_place, count, b_floor, b_most = _best(
-            of_tiles + row * NB * TILES, b_place, m_place, there, b_floor, b_most, scratch + KP, K, KP
+            of_tiles + row * NB * TILES,
+            b_place,
+            m_place,
+            there,
+            b_floor,
+            b_most,
+            scratch + KP,
+            K,
+            KP,
         )
         b_place, m_place = _parts(b_place, count, TILE, KP)
     else:
@@ -124,9 +155,12 @@ def _attend(
         m_place = b_place < NB * TILES * TILE
     scores += row * NB * TILES * TILE
     scratch += 2 * KP
-    b_place, count, _, b_most = _best(scores, b_place, m_place, complete, b_floor, b_most, scratch, K, KP)
+    b_place, count, _, b_most = _best(
+        scores, b_place, m_place, complete, b_floor, b_most, scratch, K, KP
+    )
 
-    o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
+    o_g = tl.arange(0, GP)
+    o_d = tl.arange(0, DP)
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
     o_q = o_g[:, None] * D + o_d[None, :]
     b_out = tl.zeros([GP, DP], tl.float32)
@@ -137,11 +171,14 @@ def _attend(
         b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_kv, mask=m_kv, other=0.0)  # [SP, DP]
         b_v = tl.load(v + i_b.to(tl.int64) * stride_v + o_kv, mask=m_kv, other=0.0)
         # while they are on their way: the weight
-        m_k, best = tl.arange(0, KP) < count, unkeyed(tl.max(b_most, 0))
+        m_k = tl.arange(0, KP) < count
+        best = unkeyed(tl.max(b_most, 0))
         b_s = unkeyed(tl.load(scores + b_place, mask=m_k, other=1))
         total = tl.sum(tl.where(m_k, tl.exp(b_s - best), 0.0))
         weight = tl.exp(unkeyed(tl.load(scores + place)) - best) / total
-        b_p, b_sum = softmax_inside(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale_log2, S, SP)
+        b_p, b_sum = softmax_inside(
+            tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale_log2, S, SP
+        )
         b_p = b_p * (weight / b_sum)[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
     tl.store(parts + (row * K + i_slot) * G * D + o_q, b_out, mask=m_q)
@@ -153,11 +190,17 @@ def _sum_parts(
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()  # until all of `_attend` is done
-    i_g, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_k, o_d = tl.arange(0, KP), tl.arange(0, DP)
+    i_g = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    o_k = tl.arange(0, KP)
+    o_d = tl.arange(0, DP)
     mask = (o_k < K)[:, None] & (o_d < D)[None, :]
-    b_part = tl.load(parts + ((row * K + o_k[:, None]) * G + i_g) * D + o_d[None, :], mask=mask, other=0.0)  # [KP, DP]
-    tl.store(out + (row * G + i_g) * D + o_d, tl.sum(b_part, 0).to(out.dtype.element_ty), mask=o_d < D)
+    b_part = tl.load(
+        parts + ((row * K + o_k[:, None]) * G + i_g) * D + o_d[None, :], mask=mask, other=0.0
+    )  # [KP, DP]
+    tl.store(
+        out + (row * G + i_g) * D + o_d, tl.sum(b_part, 0).to(out.dtype.element_ty), mask=o_d < D
+    )
 
 
 @torch.library.custom_op("hsa_kernels::decode", mutates_args=())
@@ -165,20 +208,26 @@ def _decode(
     retrieval_q: torch.Tensor, landmarks: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     offsets: torch.Tensor | None, offset: int, top_k: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    (B, _, H, D), (N, S, J), R = q.shape, k.shape[1:4], landmarks.shape[3]
+    B, _, H, D = q.shape
+    N, S, J = k.shape[1:4]
+    R = landmarks.shape[3]
     K = min(top_k, N)
     if 0 in (q.numel(), N):
         return torch.zeros_like(q)
-    G, NB, KP = H // J, triton.cdiv(N, TILE * TILES), triton.next_power_of_2(K)
+    G = H // J
+    NB = triton.cdiv(N, TILE * TILES)
+    KP = triton.next_power_of_2(K)
     scores, of_tiles, of_blocks = (
-        torch.empty(B, J, NB * size, dtype=torch.uint32, device=q.device) for size in (TILE * TILES, TILES, 1)
+        torch.empty(B, J, NB * size, dtype=torch.uint32, device=q.device)
+        for size in (TILE * TILES, TILES, 1)
     )
     scratch = torch.empty(B, J, K, 3, KP, dtype=torch.int32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
     # from Hopper on, the sum is launched while the parts are still being made: its programs are few and wait on the GPU
     overlap = q.is_cuda and not before_hopper(q)
     launch_early = dict(launch_pdl=True) if overlap else {}
-    position, sizes = (offset, N, S), dict(J=J, TILE=TILE, TILES=TILES, OFFSETS=offsets is not None)
+    position = (offset, N, S)
+    sizes = dict(J=J, TILE=TILE, TILES=TILES, OFFSETS=offsets is not None)
     _score[NB, J, B](
         retrieval_q, landmarks, offsets, scores, of_tiles, of_blocks, landmarks.stride(0), *position, R**-0.5,
         R=R, RP=padded(R), **sizes, num_warps=4,
@@ -189,7 +238,9 @@ def _decode(
         OVERLAP=overlap, PRECISION=precision(q.dtype), **sizes, num_warps=8,
     )  # fmt: skip
     out = torch.empty_like(q)
-    _sum_parts[G, B * J](parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, OVERLAP=overlap, num_warps=4, **launch_early)
+    _sum_parts[G, B * J](
+        parts, out, G=G, D=D, K=K, DP=padded(D), KP=KP, OVERLAP=overlap, num_warps=4, **launch_early
+    )
     return out
 
 

@@ -16,11 +16,13 @@ from .checks import check_kernel
 @triton.jit
 def _turned(x, gain, cos, sin, o, m, eps, D: tl.constexpr):
     """Both halves of a head [HP]: its root mean square made 1, times the gains, turned by the angles."""
-    b_1, b_2 = tl.load(x + o, mask=m, other=0.0).to(tl.float32), tl.load(x + D // 2 + o, mask=m, other=0.0).to(tl.float32)
+    b_1 = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+    b_2 = tl.load(x + D // 2 + o, mask=m, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt((tl.sum(b_1 * b_1, 0) + tl.sum(b_2 * b_2, 0)) / D + eps)
     b_1 *= scale * tl.load(gain + o, mask=m, other=0.0).to(tl.float32)
     b_2 *= scale * tl.load(gain + D // 2 + o, mask=m, other=0.0).to(tl.float32)
-    b_cos, b_sin = tl.load(cos + o, mask=m, other=0.0).to(tl.float32), tl.load(sin + o, mask=m, other=0.0).to(tl.float32)
+    b_cos = tl.load(cos + o, mask=m, other=0.0).to(tl.float32)
+    b_sin = tl.load(sin + o, mask=m, other=0.0).to(tl.float32)
     return b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin
 
 
@@ -29,7 +31,8 @@ def _enter(
     q, k, v, ring_k, ring_v, slots, q_gain, k_gain, cos, sin, out, stride_k, stride_v, eps,
     H: tl.constexpr, J: tl.constexpr, D: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
-    i_h, i_b = tl.program_id(0), tl.program_id(1)
+    i_h = tl.program_id(0)
+    i_b = tl.program_id(1)
     o = tl.arange(0, HP)
     m = o < D // 2  # what pads half a head to a power of 2
     cos += i_b * (D // 2)
@@ -46,19 +49,24 @@ def _enter(
         p_k = ring_k + i_b.to(tl.int64) * stride_k + (slot * J + i_j) * D + o
         tl.store(p_k, b_1.to(ring_k.dtype.element_ty), mask=m)
         tl.store(p_k + D // 2, b_2.to(ring_k.dtype.element_ty), mask=m)
-        p_v, p_in = ring_v + i_b.to(tl.int64) * stride_v + (slot * J + i_j) * D + o, v + (i_b * J + i_j) * D + o
+        p_v = ring_v + i_b.to(tl.int64) * stride_v + (slot * J + i_j) * D + o
+        p_in = v + (i_b * J + i_j) * D + o
         tl.store(p_v, tl.load(p_in, mask=m), mask=m)
         tl.store(p_v + D // 2, tl.load(p_in + D // 2, mask=m), mask=m)
 
 
-def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps: float) -> torch.Tensor:
+def enter_ring(
+    q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps: float
+) -> torch.Tensor:
     """The twin of `blockwise.enter_ring`, in float16, bfloat16 or float32, rounded once. No gradient.
 
     Raises ValueError for wrong shapes, dtypes, devices or layouts.
     """
     check_enter_ring(q, k, v, ring_k, ring_v, slots)
     check_kernel(q=q, k=k, v=v)
-    (B, _, H, D), J, out = q.shape, k.shape[2], torch.empty_like(q)
+    B, _, H, D = q.shape
+    J = k.shape[2]
+    out = torch.empty_like(q)
     cos, sin = (part.expand(B, 1, D // 2).contiguous() for part in table)
     _enter[H + J, B](
         q, k, v, ring_k, ring_v, slots, q_gain, k_gain, cos, sin, out, ring_k.stride(0), ring_v.stride(0), eps, H=H, J=J, D=D,

@@ -12,10 +12,13 @@ BLOCK = 2048  # numbers a program
 
 @triton.jit
 def _fetch(store, rows, out, size, BLOCK: tl.constexpr):
-    i_row, o = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i_row = tl.program_id(0)
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + i_row).to(tl.int64)
     mask = o < size  # the last block of a row
-    tl.store(out + i_row.to(tl.int64) * size + o, tl.load(store + row * size + o, mask=mask), mask=mask)
+    tl.store(
+        out + i_row.to(tl.int64) * size + o, tl.load(store + row * size + o, mask=mask), mask=mask
+    )
 
 
 def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -26,7 +29,9 @@ def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows: got {list(rows.shape)} {rows.dtype}, accepted is int64 [M]")
     if not store.is_contiguous():
-        raise ValueError(f"store: got strides {store.stride()} for shape {list(store.shape)}, accepted is a contiguous tensor")
+        raise ValueError(
+            f"store: got strides {store.stride()} for shape {list(store.shape)}, accepted is a contiguous tensor"
+        )
     out = torch.empty(len(rows), *store.shape[1:], dtype=store.dtype, device=rows.device)
     size = store.shape[1:].numel()
     if out.numel():

@@ -30,7 +30,9 @@ def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> Inver
     lists = B * tiles * J * chunks
     count = dict(device=indices.device, dtype=torch.int32 if lists < 2**31 - 1 else torch.int64)
     tile_of = torch.arange(B, **count)[:, None] * tiles + torch.arange(T, **count) // tile  # [B, T]
-    first = (tile_of[:, :, None, None] * J + torch.arange(J, **count)[:, None]) * chunks  # [B, T, J, 1]
+    first = (
+        tile_of[:, :, None, None] * J + torch.arange(J, **count)[:, None]
+    ) * chunks  # [B, T, J, 1]
     keys = torch.where((indices >= 0) & (indices < chunks), first + indices, lists)
     numbers = torch.arange(lists + 1, **count)
     if lists < 2**16:  # as narrow as they fit: sorting takes a pass for every 8 bits
@@ -54,4 +56,6 @@ def cut(index: InvertedIndex, size: int) -> Segments:
     """Segments of at most `size` entries."""
     starts = torch.nn.functional.pad(((index.starts.diff() + size - 1) // size).cumsum(0), (1, 0))
     most = min(len(index.starts) - 1, len(index.entries)) + len(index.entries) // size
-    return Segments(starts, torch.searchsorted(starts, torch.arange(most, device=starts.device), right=True) - 1)
+    return Segments(
+        starts, torch.searchsorted(starts, torch.arange(most, device=starts.device), right=True) - 1
+    )

@@ -32,22 +32,28 @@ def _merge(
     indices, weights, choices, counts, chunks, merged_weights,
     T, N, J: tl.constexpr, K: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    i_block, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_block = tl.program_id(0)
+    i_j = tl.program_id(1)
+    i_b = tl.program_id(2)
     L: tl.constexpr = M * K
     SLOTS: tl.constexpr = LANES // M
     # one lane a slot: [M, SLOTS] flattened
     o_lane = tl.arange(0, LANES)
-    o_m, o_slot = o_lane // SLOTS, o_lane % SLOTS
+    o_m = o_lane // SLOTS
+    o_slot = o_lane % SLOTS
     o_t = i_block * M + o_m
     m_lane = (o_slot < K) & (o_t < T)  # slots beyond K and tokens beyond the sequence are padding
     o_entry = ((i_b * T + o_t).to(tl.int64) * J + i_j) * K + o_slot
     b_chunk = tl.load(indices + o_entry, mask=m_lane, other=-1)
-    b_chunk = tl.where((b_chunk >= 0) & (b_chunk < N), b_chunk, N)  # an empty slot, or one that names no chunk
+    b_chunk = tl.where(
+        (b_chunk >= 0) & (b_chunk < N), b_chunk, N
+    )  # an empty slot, or one that names no chunk
 
     # equal chunks become neighbours, and the key still tells the lane it came from; empty slots go last
     key = b_chunk.to(KEY) * LANES + o_lane
     key = tl.sort(key)
-    b_sorted, o_from = (key // LANES).to(tl.int32), (key % LANES).to(tl.int32)
+    b_sorted = (key // LANES).to(tl.int32)
+    o_from = (key % LANES).to(tl.int32)
     before = tl.gather(b_sorted, tl.maximum(o_lane - 1, 0), 0)
     o_m = o_from // SLOTS
     m_before = tl.gather(o_m, tl.maximum(o_lane - 1, 0), 0)
@@ -68,7 +74,8 @@ def _merge(
 def merge(indices: torch.Tensor, weights: torch.Tensor, chunks: int, tokens: int) -> MergedLists:
     """indices int32 and weights fp32 [B, T, J, K], contiguous; `chunks` in memory; `tokens` M a block, a power of 2."""
     B, T, J, K = indices.shape
-    blocks, length = triton.cdiv(T, tokens), tokens * K
+    blocks = triton.cdiv(T, tokens)
+    length = tokens * K
     lanes = tokens * triton.next_power_of_2(K)
     lists = MergedLists(
         choices=indices.new_empty(B, blocks, J),

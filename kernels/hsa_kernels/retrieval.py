@@ -36,9 +36,12 @@ def _gumbel(seed, chunk, position, head, batch):
 def _choose(room, o_row, K: tl.constexpr, BT: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
     """Of the candidates in some rows' room: key, chunk and score, which to keep and where; how many there are; the floor."""
     tl.debug_barrier()  # other threads put them there
-    b_count, b_floor = tl.load(room + o_row).to(tl.int32), tl.load(room + BT + o_row)
+    b_count = tl.load(room + o_row).to(tl.int32)
+    b_floor = tl.load(room + BT + o_row)
     o_c = 2 * BT + o_row[:, None] * CAP + tl.arange(0, CAP)[None, :]
-    b_key = tl.load(room + o_c, mask=tl.arange(0, CAP)[None, :] < b_count[:, None], other=NOTHING)  # [ROWS, CAP]
+    b_key = tl.load(
+        room + o_c, mask=tl.arange(0, CAP)[None, :] < b_count[:, None], other=NOTHING
+    )  # [ROWS, CAP]
     m_kept, b_floor = largest(b_key, b_floor, tl.max(b_key, 1), K)
     b_n = tl.load(room + BT * CAP + o_c, mask=m_kept, other=0).to(tl.int32, bitcast=True)
     if NOISE:
@@ -50,7 +53,18 @@ def _choose(room, o_row, K: tl.constexpr, BT: tl.constexpr, CAP: tl.constexpr, N
 
 
 @triton.jit
-def _put(room, o_row, b_place, mask, b_key, b_n, b_s, BT: tl.constexpr, CAP: tl.constexpr, NOISE: tl.constexpr):
+def _put(
+    room,
+    o_row,
+    b_place,
+    mask,
+    b_key,
+    b_n,
+    b_s,
+    BT: tl.constexpr,
+    CAP: tl.constexpr,
+    NOISE: tl.constexpr,
+):
     """Candidates into the rows' room: BT counts, BT floors, keys [BT, CAP], chunks, and scores if keys are not made of them."""
     o_c = 2 * BT + o_row[:, None] * CAP + b_place
     tl.store(room + o_c, b_key, mask=mask)
@@ -66,8 +80,12 @@ def _retrieve(
     BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_t, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_t, o_r, o_k = first + i_t * BT + tl.arange(0, BT), tl.arange(0, RP), tl.arange(0, KP)
+    i_t = tl.program_id(0)
+    i_j = tl.program_id(1)
+    i_b = tl.program_id(2)
+    o_t = first + i_t * BT + tl.arange(0, BT)
+    o_r = tl.arange(0, RP)
+    o_k = tl.arange(0, KP)
     if OFFSETS:
         offset = tl.load(offsets + i_b)
     if NOISE:
@@ -82,13 +100,19 @@ def _retrieve(
     o_own = tl.arange(0, BT)
 
     b_count = tl.zeros([BT], tl.int32)
-    b_floor = tl.full([BT], NOTHING, tl.uint32)  # K candidates reach it: later ones have to exceed it
+    b_floor = tl.full(
+        [BT], NOTHING, tl.uint32
+    )  # K candidates reach it: later ones have to exceed it
     tl.store(room + BT + o_own, b_floor)
-    complete = tl.minimum((offset + (tl.minimum(first + (i_t + 1) * BT, T) - 1) * step) // chunk_size, N).to(tl.int32)
+    complete = tl.minimum(
+        (offset + (tl.minimum(first + (i_t + 1) * BT, T) - 1) * step) // chunk_size, N
+    ).to(tl.int32)
     for start in range((tl.cdiv(complete, BN) - 1) * BN, -1, -BN):
         o_n = start + BN - 1 - tl.arange(0, BN)  # the newest first
         m_l = (o_n < N)[:, None] & (o_r < R)[None, :]
-        b_l = tl.load(landmarks + o_n.to(tl.int64)[:, None] * (J * R) + o_r[None, :], mask=m_l, other=0.0)  # [BN, RP]
+        b_l = tl.load(
+            landmarks + o_n.to(tl.int64)[:, None] * (J * R) + o_r[None, :], mask=m_l, other=0.0
+        )  # [BN, RP]
         b_s = tl.dot(b_q, tl.trans(b_l), input_precision=PRECISION) * scale  # [BT, BN]
         b_choice = b_s
         if NOISE:
@@ -106,7 +130,9 @@ def _retrieve(
             tl.store(room + o_own, b_count.to(tl.uint32))
             for i_row in range(0, BT, ROWS):
                 o_some = i_row + tl.arange(0, ROWS)
-                b_known, b_n, b_kept, m_kept, b_place, _, b_higher = _choose(room, o_some, K, BT, CAP, NOISE)
+                b_known, b_n, b_kept, m_kept, b_place, _, b_higher = _choose(
+                    room, o_some, K, BT, CAP, NOISE
+                )
                 _put(room, o_some, b_place, m_kept, b_known, b_n, b_kept, BT, CAP, NOISE)
                 tl.store(room + BT + o_some, b_higher)
             tl.debug_barrier()
@@ -124,7 +150,11 @@ def _retrieve(
         tl.store(scores + o_out + b_place, b_kept, mask=m_kept & m_t)
         m_empty = (o_k[None, :] >= b_found[:, None]) & (o_k < K)[None, :] & m_t
         tl.store(indices + o_out + o_k[None, :], tl.full([ROWS, KP], -1, tl.int32), mask=m_empty)
-        tl.store(scores + o_out + o_k[None, :], tl.full([ROWS, KP], float("-inf"), tl.float32), mask=m_empty)
+        tl.store(
+            scores + o_out + o_k[None, :],
+            tl.full([ROWS, KP], float("-inf"), tl.float32),
+            mask=m_empty,
+        )
 
 
 @triton.jit
@@ -133,13 +163,18 @@ def _gather_landmarks(
     RP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """dq of one token: its kept landmarks, each times the gradient of its score."""
-    i_t, i_j, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_r, o_k = tl.arange(0, RP), tl.arange(0, KP)
+    i_t = tl.program_id(0)
+    i_j = tl.program_id(1)
+    i_b = tl.program_id(2)
+    o_r = tl.arange(0, RP)
+    o_k = tl.arange(0, KP)
     row = (i_b.to(tl.int64) * T + i_t) * J + i_j
     b_n = tl.load(indices + row * K + o_k, mask=o_k < K, other=-1)
     b_ds = tl.load(grad_scores + row * K + o_k, mask=o_k < K, other=0.0)
     o_l = i_b.to(tl.int64) * stride_l + b_n.to(tl.int64)[:, None] * (J * R) + i_j * R + o_r[None, :]
-    b_l = tl.load(landmarks + o_l, mask=(b_n >= 0)[:, None] & (o_r < R)[None, :], other=0.0)  # [KP, RP]
+    b_l = tl.load(
+        landmarks + o_l, mask=(b_n >= 0)[:, None] & (o_r < R)[None, :], other=0.0
+    )  # [KP, RP]
     b_dq = tl.sum(b_l.to(tl.float32) * b_ds[:, None], 0) * scale
     tl.store(grad_q + row * R + o_r, b_dq.to(grad_q.dtype.element_ty), mask=o_r < R)
 
@@ -156,12 +191,22 @@ def _sum_queries(
     last = tl.load(starts + i_row + 1)
     for start in range(tl.load(starts + i_row), last, BE):
         o_e = start + tl.arange(0, BE)
-        entry = tl.load(entries + o_e, mask=o_e < last, other=0).to(tl.int64)  # ((b*T + t)*J + j)*K + slot
+        entry = tl.load(entries + o_e, mask=o_e < last, other=0).to(
+            tl.int64
+        )  # ((b*T + t)*J + j)*K + slot
         b_ds = tl.load(grad_scores + entry, mask=o_e < last, other=0.0)
-        b_q = tl.load(retrieval_q + (entry // K)[:, None] * R + o_r[None, :], mask=(o_r < R)[None, :], other=0.0)  # [BE, RP]
+        b_q = tl.load(
+            retrieval_q + (entry // K)[:, None] * R + o_r[None, :],
+            mask=(o_r < R)[None, :],
+            other=0.0,
+        )  # [BE, RP]
         b_dl += tl.sum(b_q.to(tl.float32) * b_ds[:, None], 0)
     o_l = ((i_row // N // J).to(tl.int64) * N + i_row % N) * J + i_row // N % J
-    tl.store(grad_landmarks + o_l * R + o_r, (b_dl * scale).to(grad_landmarks.dtype.element_ty), mask=o_r < R)
+    tl.store(
+        grad_landmarks + o_l * R + o_r,
+        (b_dl * scale).to(grad_landmarks.dtype.element_ty),
+        mask=o_r < R,
+    )
 
 
 @torch.library.custom_op("hsa_kernels::retrieve", mutates_args=())
@@ -170,19 +215,28 @@ def _retrieve_scores(
     top_k: int, exclude_window: int, seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty slots."""
-    (B, T, J, R), N = retrieval_q.shape, landmarks.shape[1]
+    B, T, J, R = retrieval_q.shape
+    N = landmarks.shape[1]
     indices = torch.empty(B, T, J, top_k, dtype=torch.int32, device=retrieval_q.device)
     scores = torch.empty(B, T, J, top_k, device=retrieval_q.device)
     if 0 in (indices.numel(), N):
         return indices.fill_(-1), scores.fill_(float("-inf"))
-    BT, BN, KP = 16, 32, triton.next_power_of_2(top_k)
+    BT = 16
+    BN = 32
+    KP = triton.next_power_of_2(top_k)
     CAP = max(4 * KP, 8 * BN)
     row = 2 + (2 if seed is None else 3) * CAP  # numbers of a row's room
     together = max(ROOMS_BYTES // (B * J * BT * row * 4), 1) * BT  # tokens of a launch
-    rooms = torch.empty(B * J * min(triton.cdiv(T, BT) * BT, together) * row, dtype=torch.uint32, device=retrieval_q.device)
+    rooms = torch.empty(
+        B * J * min(triton.cdiv(T, BT) * BT, together) * row,
+        dtype=torch.uint32,
+        device=retrieval_q.device,
+    )
     # one warp a program never waits for another. 128 registers a thread are too few for sorting rooms out, which then goes
     # through memory, but let more programs share a processor: faster as measured
-    options = dict(num_warps=1, num_stages=2, ROWS=1) | (dict(maxnreg=128) if R <= 128 and seed is None else {})
+    options = dict(num_warps=1, num_stages=2, ROWS=1) | (
+        dict(maxnreg=128) if R <= 128 and seed is None else {}
+    )
     if retrieval_q.dtype == torch.float32:
         options = dict(num_warps=4, num_stages=2, ROWS=4)
     for first in range(0, T, together):
@@ -197,15 +251,29 @@ def _retrieve_scores(
 
 @torch.library.custom_op("hsa_kernels::retrieve_backward", mutates_args=())
 def _retrieve_backward(
-    retrieval_q: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, grad_scores: torch.Tensor
+    retrieval_q: torch.Tensor,
+    landmarks: torch.Tensor,
+    indices: torch.Tensor,
+    grad_scores: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    (B, T, J, R), N, K = retrieval_q.shape, landmarks.shape[1], indices.shape[3]
-    grad_q, grad_landmarks = torch.empty_like(retrieval_q), torch.empty_like(landmarks, memory_format=torch.contiguous_format)
+    B, T, J, R = retrieval_q.shape
+    N = landmarks.shape[1]
+    K = indices.shape[3]
+    grad_q = torch.empty_like(retrieval_q)
+    grad_landmarks = torch.empty_like(landmarks, memory_format=torch.contiguous_format)
     if 0 in (indices.numel(), N):
         return grad_q.zero_(), grad_landmarks.zero_()
     sizes = dict(J=J, R=R, K=K, RP=padded(R))
     _gather_landmarks[T, J, B](
-        landmarks, indices, grad_scores, grad_q, landmarks.stride(0), R**-0.5, T, KP=triton.next_power_of_2(K), **sizes
+        landmarks,
+        indices,
+        grad_scores,
+        grad_q,
+        landmarks.stride(0),
+        R**-0.5,
+        T,
+        KP=triton.next_power_of_2(K),
+        **sizes,
     )
     index = invert(indices, N)
     _sum_queries[(B * J * N,)](
@@ -217,12 +285,16 @@ def _retrieve_backward(
 @_retrieve_scores.register_fake
 def _(retrieval_q, landmarks, offsets, offset, step, chunk_size, top_k, exclude_window, seed):
     shape = (*retrieval_q.shape[:3], top_k)
-    return retrieval_q.new_empty(shape, dtype=torch.int32), retrieval_q.new_empty(shape, dtype=torch.float32)
+    return retrieval_q.new_empty(shape, dtype=torch.int32), retrieval_q.new_empty(
+        shape, dtype=torch.float32
+    )
 
 
 @_retrieve_backward.register_fake
 def _(retrieval_q, landmarks, indices, grad_scores):
-    return torch.empty_like(retrieval_q), torch.empty_like(landmarks, memory_format=torch.contiguous_format)
+    return torch.empty_like(retrieval_q), torch.empty_like(
+        landmarks, memory_format=torch.contiguous_format
+    )
 
 
 def _setup(ctx, inputs, output):
@@ -239,13 +311,15 @@ _retrieve_scores.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.hsa_kernels.retrieve)
 def _flop(q_shape, landmarks_shape, *_, **__) -> int:
-    (B, T, J, R), N = q_shape, landmarks_shape[1]
+    B, T, J, R = q_shape
+    N = landmarks_shape[1]
     return 2 * B * T * J * N * R
 
 
 @register_flop_formula(torch.ops.hsa_kernels.retrieve_backward)
 def _flop_backward(q_shape, landmarks_shape, indices_shape, *_, **__) -> int:
-    (B, T, J, R), K = q_shape, indices_shape[3]
+    B, T, J, R = q_shape
+    K = indices_shape[3]
     return 4 * B * T * J * K * R
 
 
@@ -268,7 +342,17 @@ def retrieve(
     `hsa_mini.reference.retrieve`; exact, and of equal scores the newest chunk is kept. Memory O(T*K); every gradient is
     the same from run to run. Raises ValueError for wrong shapes, dtypes, devices, layouts or ranges.
     """
-    check_retrieve(retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window, query_block)
+    check_retrieve(
+        retrieval_q,
+        landmarks,
+        chunk_size,
+        top_k,
+        offset,
+        weighting,
+        gumbel_seed,
+        exclude_window,
+        query_block,
+    )
     check_kernel(retrieval_q=retrieval_q, landmarks=landmarks)
     if (kept := min(top_k, landmarks.shape[1])) > MOST // 4:  # a room holds four times as many
         raise ValueError(f"top_k: got K={kept}, accepted are up to {MOST // 4}")
@@ -279,9 +363,19 @@ def retrieve(
         signed = (gumbel_seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the low 64 bits
         gumbel_seed = torch.full((), signed, dtype=torch.int64, device=retrieval_q.device)
     indices, scores = _retrieve_scores(
-        chooser, landmarks, offsets, first, query_block, chunk_size, top_k, exclude_window, gumbel_seed
+        chooser,
+        landmarks,
+        offsets,
+        first,
+        query_block,
+        chunk_size,
+        top_k,
+        exclude_window,
+        gumbel_seed,
     )
     weights = weigh(scores, indices < 0, weighting)
     if query_block > 1:
-        indices, weights = (x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights))
+        indices, weights = (
+            x.repeat_interleave(query_block, dim=1)[:, :T] for x in (indices, weights)
+        )
     return indices, weights

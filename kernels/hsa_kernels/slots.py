@@ -19,12 +19,16 @@ from .inverted_index import cut, invert
 SEGMENT = 256  # choices that one program meets
 TILE = 2048  # tokens, at least: their rows of q and of a gradient, 16 heads of 128 numbers each, fit the L2 cache of a H200
 LONGEST_TILE = 32768
-CHOICES = 128  # of a chunk in a tile, on average, at least: they have to be worth loading its k and v
+CHOICES = (
+    128  # of a chunk in a tile, on average, at least: they have to be worth loading its k and v
+)
 SLOTS_BYTES = 1 << 32
 
 
 @triton.jit
-def find_segment(row_starts, segment_starts, owners, i_segment, TILES, N, J: tl.constexpr, SIZE: tl.constexpr):
+def find_segment(
+    row_starts, segment_starts, owners, i_segment, TILES, N, J: tl.constexpr, SIZE: tl.constexpr
+):
     """Where a segment's choices begin and how many they are; its chunk, head and batch entry."""
     i_list = tl.load(owners + i_segment)
     first = tl.load(row_starts + i_list) + (i_segment - tl.load(segment_starts + i_list)) * SIZE
@@ -38,9 +42,11 @@ def _sum_slots(
     GD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What the slots of one token and head hold, in order, those alone that name a chunk."""
-    i_row, i_d = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_row = first_row + tl.program_id(0).to(tl.int64)
+    i_d = tl.program_id(1)
     o_d = i_d * BD + tl.arange(0, BD)
-    first, last = tl.load(starts + first_list), tl.load(starts + last_list)
+    first = tl.load(starts + first_list)
+    last = tl.load(starts + last_list)
     b_out = tl.zeros([BD], tl.float32)
     for slot in range(0, K, BK):
         o_k = slot + tl.arange(0, BK)
@@ -53,7 +59,9 @@ def _sum_slots(
 
 
 @triton.jit
-def _arrange(entries, weights, rows, sorted_weights, places, E, K: tl.constexpr, BLOCK: tl.constexpr):
+def _arrange(
+    entries, weights, rows, sorted_weights, places, E, K: tl.constexpr, BLOCK: tl.constexpr
+):
     """The row and the weight of every choice, in the order of the index, and the place of every slot there."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     entry = tl.load(entries + o, mask=o < E, other=0)
@@ -78,20 +86,36 @@ class Choices:
     stands among them; slots: room for the results of a launch; arguments: what a kernel needs to find its segment.
     """
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> None:
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         B, T, J, K = indices.shape
-        N, S, D = k.shape[1], k.shape[2], q.shape[3]
-        self.B, self.T, self.J, self.K, self.N, self.GD = B, T, J, K, N, q.shape[2] // J * D
+        N = k.shape[1]
+        S = k.shape[2]
+        D = q.shape[3]
+        self.B = B
+        self.T = T
+        self.J = J
+        self.K = K
+        self.N = N
+        self.GD = q.shape[2] // J * D
         self.tile = min(max(TILE, triton.next_power_of_2(CHOICES * N // K)), LONGEST_TILE, T)
         self.tiles = triton.cdiv(T, self.tile)
         index = invert(indices, N, self.tile)
-        self.starts, self.segments, E = index.starts, cut(index, SEGMENT), len(index.entries)
+        self.starts = index.starts
+        self.segments = cut(index, SEGMENT)
+        E = len(index.entries)
         self.rows = indices.new_empty(E, dtype=torch.int32)
-        self.weights, self.places = weights.new_empty(E), torch.empty_like(index.entries)
-        _arrange[triton.cdiv(E, 1024),](index.entries, weights, self.rows, self.weights, self.places, E, K=K, BLOCK=1024)
+        self.weights = weights.new_empty(E)
+        self.places = torch.empty_like(index.entries)
+        _arrange[triton.cdiv(E, 1024),](
+            index.entries, weights, self.rows, self.weights, self.places, E, K=K, BLOCK=1024
+        )
         choices = self.tile * J * K
         self.segments_of_tile = min(J * N, choices) + choices // SEGMENT
-        room = max(choices * self.GD * q.element_size(), self.segments_of_tile * 2 * S * D * 4)  # of slots; of dk and dv
+        room = max(
+            choices * self.GD * q.element_size(), self.segments_of_tile * 2 * S * D * 4
+        )  # of slots; of dk and dv
         self.together = min(max(SLOTS_BYTES // room, 1), B * self.tiles)
         self.slots = q.new_empty(min(self.together * choices, B * T * J * K) * self.GD)
         self.arguments = (self.starts, *self.segments)
@@ -99,7 +123,12 @@ class Choices:
     def __iter__(self) -> Iterator[Launch]:
         for first in range(0, self.B * self.tiles, self.together):
             last = min(first + self.together, self.B * self.tiles)
-            yield Launch(first, last, (first * self.J * self.N, last * self.J * self.N), ((last - first) * self.segments_of_tile,))
+            yield Launch(
+                first,
+                last,
+                (first * self.J * self.N, last * self.J * self.N),
+                ((last - first) * self.segments_of_tile,),
+            )
 
     def sum_slots(self, launch: Launch, out: torch.Tensor, scale: float = 1.0) -> None:
         """Add up what a launch has put into slots, times `scale`, into its tokens' rows of out [B, T, J*G, D]."""
@@ -107,7 +136,8 @@ class Choices:
         def token(tile: int) -> int:
             return tile // self.tiles * self.T + tile % self.tiles * self.tile
 
-        first, BD = token(launch.first), min(2048, triton.next_power_of_2(self.GD))
+        first = token(launch.first)
+        BD = min(2048, triton.next_power_of_2(self.GD))
         _sum_slots[(token(launch.last) - first) * self.J, triton.cdiv(self.GD, BD)](
             self.places, self.starts, self.slots, out, scale, first * self.J, *launch.lists,
             GD=self.GD, K=self.K, BK=8, BD=BD, num_warps=max(BD // 256, 1),

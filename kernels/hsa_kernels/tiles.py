@@ -48,9 +48,20 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor) -> "Sizes":
         """64 rows, which fill a tensor core; in float32, which no tensor core multiplies, 16."""
-        (H, D), (S, J) = q.shape[2:], k.shape[2:4]
+        H, D = q.shape[2:]
+        S, J = k.shape[2:4]
         GP = triton.next_power_of_2(H // J)
-        return cls(J, H // J, D, S, max((16 if q.dtype == torch.float32 else 64) // GP, 1), GP, padded(D), padded(S), q.dtype)
+        return cls(
+            J,
+            H // J,
+            D,
+            S,
+            max((16 if q.dtype == torch.float32 else 64) // GP, 1),
+            GP,
+            padded(D),
+            padded(S),
+            q.dtype,
+        )
 
     @property
     def tile_bytes(self) -> int:
@@ -69,7 +80,9 @@ class Sizes(NamedTuple):
 
     def options(self) -> dict:
         """Warps, and stages of the pipeline: two where the tiles of two steps fit into shared memory."""
-        return dict(num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1)
+        return dict(
+            num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1
+        )
 
     def constants(self) -> dict:
         sizes = self._asdict()
@@ -83,13 +96,20 @@ def before_hopper(x: torch.Tensor) -> bool:
 
 def copies_tiles(x: torch.Tensor) -> bool:
     """Whether the GPU's copy engine can read chunks [B, N, S, J, D] as tiles of a matrix; it does from Hopper on."""
-    return not before_hopper(x) and x.data_ptr() % 16 == 0 and x.stride(0) % (x.shape[3] * x.shape[4]) == 0
+    return (
+        not before_hopper(x)
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) % (x.shape[3] * x.shape[4]) == 0
+    )
 
 
 def chunk_matrix(x: torch.Tensor) -> TensorDescriptor:
     """Chunks [B, N, S, J, D] as a matrix of all their tokens [.., J*D], read in tiles [S, D], a chunk's of one head."""
-    (B, N, S, J, D), width = x.shape, x.shape[3] * x.shape[4]
-    return TensorDescriptor(x, [(B - 1) * (x.stride(0) // width) + N * S, width], [width, 1], [S, D])
+    B, N, S, J, D = x.shape
+    width = x.shape[3] * x.shape[4]
+    return TensorDescriptor(
+        x, [(B - 1) * (x.stride(0) // width) + N * S, width], [width, 1], [S, D]
+    )
 
 
 @triton.jit
@@ -97,7 +117,8 @@ def chunk_tile(
     chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, FIRST: tl.constexpr = 0
 ):  # fmt: skip
     """Offsets inside a batch entry, and mask, of a chunk's tile [SP, DP] of k or v: the columns from `FIRST` on."""
-    o_s, o_d = tl.arange(0, SP), FIRST + tl.arange(0, DP)
+    o_s = tl.arange(0, SP)
+    o_d = FIRST + tl.arange(0, DP)
     o_row = (chunk.to(tl.int64) * S + o_s) * J + i_j
     return o_row[:, None] * D + o_d[None, :], (o_s < S)[:, None] & (o_d < D)[None, :]
 

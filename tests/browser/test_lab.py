@@ -28,7 +28,9 @@ START_SECONDS, OPEN_SECONDS, RUN_SECONDS, REDRAW_SECONDS = 60, 60, 300, 20
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium: set CHROMIUM to its path, or apt-get install chromium"),
+    pytest.mark.skipif(
+        not CHROMIUM, reason="no Chromium: set CHROMIUM to its path, or apt-get install chromium"
+    ),
     pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks"),
 ]
 
@@ -51,7 +53,9 @@ SETTINGS = {
 def lab(tmp_path_factory):
     """The address of a JupyterLab on a copy of the repository's notebooks; it ends with the tests."""
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "notebooks", home / "root" / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(
+        ROOT / "notebooks", home / "root" / "notebooks", ignore=shutil.ignore_patterns(".*")
+    )
     for name, values in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +64,20 @@ def lab(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
-    command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+    ]
+    command += [
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        "--ServerApp.disable_check_xsrf=True",
+    ]
     command += ["--LabApp.news_url=", f"--ServerApp.root_dir={home / 'root'}"]
     log = (home / "log").open("w")
     server = subprocess.Popen(command, cwd=home, env=_environment(home), stdout=log, stderr=log)
@@ -80,10 +96,21 @@ def lab(tmp_path_factory):
 
 def _environment(home: Path) -> dict:
     """This process's, with everything that JupyterLab writes in a folder of the test, and our package on the path."""
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    folders = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+        "IPYTHONDIR",
+    )
     own = {name: str(home / name.lower()) for name in folders}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, **own, "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "PYTHONPATH": path}
+    return {
+        **os.environ,
+        **own,
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "PYTHONPATH": path,
+    }
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
@@ -114,7 +141,9 @@ def page(request, lab, browser):
     yield page
     page.close()
     for session in json.load(urllib.request.urlopen(f"{lab}/api/sessions")):
-        urllib.request.urlopen(urllib.request.Request(f"{lab}/api/sessions/{session['id']}", method="DELETE")).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{lab}/api/sessions/{session['id']}", method="DELETE")
+        ).close()
 
 
 def menu(page, name: str, entry: str) -> None:
@@ -149,13 +178,22 @@ def press_right(page, slider) -> None:
 def test_a_notebook_runs_and_answers_to_the_keyboard(page):
     stored = json.loads((ROOT / "notebooks" / page.name).read_text(encoding="utf-8"))["cells"]
     cells = [cell for cell in stored if cell["cell_type"] == "code"]
-    pictures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
+    pictures = sum(
+        "image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]
+    )
     assert pictures > 0
-    expect(page.locator(".jp-OutputArea .jp-RenderedImage img")).to_have_count(pictures, timeout=OPEN_SECONDS * 1000)
+    expect(page.locator(".jp-OutputArea .jp-RenderedImage img")).to_have_count(
+        pictures, timeout=OPEN_SECONDS * 1000
+    )
 
     run_all(page, len(cells))
     for kind in ("error", "stderr"):
-        assert page.locator(f".jp-OutputArea [data-mime-type='application/vnd.jupyter.{kind}']").all_text_contents() == []
+        assert (
+            page.locator(
+                f".jp-OutputArea [data-mime-type='application/vnd.jupyter.{kind}']"
+            ).all_text_contents()
+            == []
+        )
     page.wait_for_selector(f"{SLIDER}[aria-label]", timeout=REDRAW_SECONDS * 1000)
     press_right(page, page.locator(SLIDER).first)
     if any("explore_map(" in "".join(cell["source"]) for cell in cells):

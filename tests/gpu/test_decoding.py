@@ -7,9 +7,11 @@ import torch
 from gpu_helpers import draw, relative_error
 
 import hsa_kernels
-from hsa_mini import PRESETS, ChunkMemory, HSAModel, blockwise, offload, ops
-from hsa_mini.generate import prefill
-from hsa_mini.steps import Steps
+from hsa_mini import PRESETS, ChunkMemory, HSAModel, ops
+from hsa_mini.inference.decode_step import Steps
+from hsa_mini.inference.prefill import prefill
+from hsa_mini.memory import host_chunks as offload
+from hsa_mini.ops import torch_backend as blockwise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MINI = PRESETS["mini"]
@@ -28,7 +30,9 @@ def build(dtype=torch.bfloat16, **changes) -> HSAModel:
 
 
 def text(B: int, T: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(4096, (B, T), generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+    return torch.randint(
+        4096, (B, T), generator=torch.Generator("cuda").manual_seed(seed), device="cuda"
+    )
 
 
 def spoken(model, memory, ids, *, graph: bool) -> torch.Tensor:
@@ -44,7 +48,12 @@ def test_a_captured_step_equals_an_eager_one(changes, far):
     model, ids, after = build(**changes), text(3, 3000), text(3, 200, seed=1)
     lengths = torch.tensor([3000, 100, 1234])
     want, got = (
-        spoken(model, prefill(model, ids, ChunkMemory(model.config, offload=far), lengths=lengths).memory, after, graph=graph)
+        spoken(
+            model,
+            prefill(model, ids, ChunkMemory(model.config, offload=far), lengths=lengths).memory,
+            after,
+            graph=graph,
+        )
         for graph in (False, True)
     )
     assert relative_error(got, want.double()) < 2e-2
@@ -55,7 +64,9 @@ def test_a_graph_is_captured_anew_when_the_memory_moves():
     model, ids, after = build(top_k=32), text(2, 1000), text(2, 300, seed=1)
     memory = ChunkMemory(model.config)
     model(ids, memory)
-    assert memory.stores[0].shape[1] == memory.chunks  # no room: the first chunk that completes moves everything
+    assert (
+        memory.stores[0].shape[1] == memory.chunks
+    )  # no room: the first chunk that completes moves everything
     got = spoken(model, memory, after, graph=True)
     want = model(torch.cat((ids, after), dim=1)).logits[:, 1000:]
     assert relative_error(got, want.double()) < 5e-2
@@ -68,7 +79,9 @@ def test_steps_equal_the_forward_pass_in_float32(changes):
     want = model(ids).logits[:, 1399:]
     for far in (False, True):
         output = prefill(model, ids[:, :1400], ChunkMemory(model.config, offload=far), segment=333)
-        got = torch.cat((output.logits, spoken(model, output.memory, ids[:, 1400:], graph=False)), dim=1)
+        got = torch.cat(
+            (output.logits, spoken(model, output.memory, ids[:, 1400:], graph=False)), dim=1
+        )
         assert (got - want).abs().max() < 1e-3
 
 
@@ -79,7 +92,9 @@ def test_it_makes_no_difference_where_k_and_v_lie():
     near, far = (output.memory for output in outputs)
     assert far.k.is_pinned() and near.k.is_cuda and far.landmarks.is_cuda
     assert torch.equal(far.k.cuda(), near.k) and torch.equal(far.landmarks, near.landmarks)
-    want, got = (torch.cat((o.logits, spoken(model, o.memory, after, graph=True)), dim=1) for o in outputs)
+    want, got = (
+        torch.cat((o.logits, spoken(model, o.memory, after, graph=True)), dim=1) for o in outputs
+    )
     assert relative_error(got, want.double()) < 2e-2
 
 
@@ -92,7 +107,10 @@ def test_an_offloaded_memory_is_saved_selected_and_loaded(tmp_path):
     loaded = ChunkMemory.load(tmp_path / "memory", device="cuda", offload=True)
     loaded.select(torch.tensor([1, 0]))
     assert not loaded.k.is_cuda and loaded.landmarks.is_cuda
-    assert relative_error(spoken(model, loaded, after[[1, 0]], graph=True)[[1, 0]], want.double()) < 2e-2
+    assert (
+        relative_error(spoken(model, loaded, after[[1, 0]], graph=True)[[1, 0]], want.double())
+        < 2e-2
+    )
 
 
 @torch.no_grad()
@@ -100,7 +118,9 @@ def test_device_bytes_are_bounded(monkeypatch):
     """256K tokens: beside landmarks and caches, two blocks of fetched chunks and what a segment needs; K and V are 67 MB."""
     monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 22)
     model, ids = build(), text(1, 1 << 18)
-    prefill(model, ids, ChunkMemory(MINI, offload=True))  # compiled, workspaces, kept masks of windows
+    prefill(
+        model, ids, ChunkMemory(MINI, offload=True)
+    )  # compiled, workspaces, kept masks of windows
     peaks = []
     for offloaded in (False, True):
         torch.cuda.empty_cache()
@@ -131,11 +151,16 @@ def test_attention_over_fetched_chunks_equals_attention_over_all(T, monkeypatch)
     weights = torch.rand(2, T, 1, 16, device="cuda").masked_fill(indices < 0, 0)
     far = k.cpu().pin_memory(), v.cpu().pin_memory()
     got = offload.chunk_attention(q, *far, indices, weights)
-    assert relative_error(got, hsa_kernels.chunk_attention(q, k, v, indices, weights).double()) < 5e-3
+    assert (
+        relative_error(got, hsa_kernels.chunk_attention(q, k, v, indices, weights).double()) < 5e-3
+    )
 
 
 def test_ring_attention_is_as_precise_as_pytorch():
-    q, k, v = (draw(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((3, 1, 16, 128), *((3, 4096, 4, 128),) * 2)))
+    q, k, v = (
+        draw(*shape, seed=i, dtype=torch.bfloat16)
+        for i, shape in enumerate(((3, 1, 16, 128), *((3, 4096, 4, 128),) * 2))
+    )
     positions = torch.tensor([0, 3000, 1 << 24], device="cuda")
     got = hsa_kernels.ring_attention(q, k, v, positions)
     exact = blockwise.ring_attention(q.double(), k.double(), v.double(), positions)

@@ -19,8 +19,12 @@ def choices(B, T, J, K, N, seed=0):
     """K different chunks a token, a tenth of the slots empty, and weights that add up to 1."""
     generator = torch.Generator("cuda").manual_seed(seed)
     order = torch.rand(B, T, J, N, generator=generator, device="cuda").argsort(-1)[..., :K]
-    indices = order.masked_fill(torch.rand(order.shape, generator=generator, device="cuda") < 0.1, -1).int()
-    weights = torch.randn(order.shape, generator=generator, device="cuda").masked_fill(indices < 0, float("-inf"))
+    indices = order.masked_fill(
+        torch.rand(order.shape, generator=generator, device="cuda") < 0.1, -1
+    ).int()
+    weights = torch.randn(order.shape, generator=generator, device="cuda").masked_fill(
+        indices < 0, float("-inf")
+    )
     return indices, weights.softmax(-1).nan_to_num(0.0)
 
 
@@ -35,7 +39,9 @@ def plain(q, k, v, indices, weights):
     J = k.shape[3]
     b = torch.arange(B, device="cuda")[:, None, None, None]
     j = torch.arange(J, device="cuda")[:, None]
-    k_kept, v_kept = (x.transpose(2, 3)[b, indices.clamp(min=0).long(), j] for x in (k, v))  # [B, T, J, K, S, D]
+    k_kept, v_kept = (
+        x.transpose(2, 3)[b, indices.clamp(min=0).long(), j] for x in (k, v)
+    )  # [B, T, J, K, S, D]
     scores = torch.einsum("btjgd,btjksd->btjgks", q.unflatten(2, (J, H // J)), k_kept) * D**-0.5
     out = torch.einsum("btjgks,btjksd->btjgkd", scores.softmax(-1), v_kept)
     weights = weights.masked_fill(indices < 0, 0.0)
@@ -63,9 +69,16 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_chunk_attention_is_as_precise_as_pytorch(shape, dtype):
     tensors, indices, weights = inputs(**shape, dtype=dtype)
-    ours, theirs = (with_gradients(f, tensors, indices, weights) for f in (hsa_kernels.chunk_attention, plain))
-    exact = with_gradients(reference.chunk_attention, [x.double() for x in tensors], indices, weights.double())
-    errors = {name: (relative_error(ours[name], exact[name]), relative_error(theirs[name], exact[name])) for name in exact}
+    ours, theirs = (
+        with_gradients(f, tensors, indices, weights) for f in (hsa_kernels.chunk_attention, plain)
+    )
+    exact = with_gradients(
+        reference.chunk_attention, [x.double() for x in tensors], indices, weights.double()
+    )
+    errors = {
+        name: (relative_error(ours[name], exact[name]), relative_error(theirs[name], exact[name]))
+        for name in exact
+    }
     print(shape, dtype, {name: f"{a:.2e} / {b:.2e}" for name, (a, b) in errors.items()})
     for name, (error, allowed) in errors.items():
         assert error <= RATIO * max(allowed, 1e-7), f"{name}: {error:.2e}, PyTorch's {allowed:.2e}"
@@ -80,7 +93,9 @@ def test_dweights_is_the_slope():
         return (hsa_kernels.chunk_attention(*tensors, indices, weights) * factor).double().sum()
 
     up, down = loss(weights + step), loss(weights - step)
-    assert ((up - down) / 2).item() == pytest.approx((grads["dweights"] * step).double().sum().item(), rel=1e-4)
+    assert ((up - down) / 2).item() == pytest.approx(
+        (grads["dweights"] * step).double().sum().item(), rel=1e-4
+    )
 
 
 def test_fifty_runs_give_the_same_bits():
@@ -95,7 +110,10 @@ def test_offsets_beyond_31_bits():
     """q of 2.3e9 numbers, k and v of 2.2e9 each: the last tokens and chunks are where they should be."""
     T, N = (1 << 20) + (1 << 17), 1 << 18
     q = draw(1, 2048, 16, 128, dtype=torch.bfloat16).repeat(1, T // 2048, 1, 1)
-    k, v = (draw(1, 256, 64, 1, 128, seed=s, dtype=torch.bfloat16).repeat(1, N // 256, 1, 1, 1) for s in (1, 2))
+    k, v = (
+        draw(1, 256, 64, 1, 128, seed=s, dtype=torch.bfloat16).repeat(1, N // 256, 1, 1, 1)
+        for s in (1, 2)
+    )
     assert q.numel() > 1 << 31 and k.numel() >= 1 << 31
     k[:, -1] *= 2
     indices = torch.randint(N - 300, N, (1, T, 1, 2), device="cuda", dtype=torch.int32)
@@ -105,7 +123,9 @@ def test_offsets_beyond_31_bits():
 
     def twin(k):
         moved = indices[:, last] - (N - 300)
-        return reference.chunk_attention(q[:, last].double(), k, v[:, -300:].double(), moved, weights[:, last].double())
+        return reference.chunk_attention(
+            q[:, last].double(), k, v[:, -300:].double(), moved, weights[:, last].double()
+        )
 
     assert relative_error(out[:, last], twin(k[:, -300:].double())) < 8e-3
     grad = torch.zeros_like(out)
@@ -117,7 +137,10 @@ def test_offsets_beyond_31_bits():
     assert relative_error(k.grad[:, -300:], exact.grad) < 8e-3 and not k.grad[:, :1000].any()
 
 
-@pytest.mark.parametrize(("T", "N", "R", "K"), [(300, 64, 128, 64), (1000, 2048, 128, 64), (77, 5000, 256, 8), (64, 700, 64, 130)])
+@pytest.mark.parametrize(
+    ("T", "N", "R", "K"),
+    [(300, 64, 128, 64), (1000, 2048, 128, 64), (77, 5000, 256, 8), (64, 700, 64, 130)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [None, 11])
 def test_retrieve_keeps_the_best(T, N, R, K, dtype, seed):
@@ -129,7 +152,9 @@ def test_retrieve_keeps_the_best(T, N, R, K, dtype, seed):
     ours, theirs = (x.sort(-1).values for x in (indices, exact))
     rows = (ours != theirs).any(-1)
     assert rows.float().mean() < 0.01  # near ties are rare
-    assert relative_error(weights.sort(-1).values[~rows], exact_weights.sort(-1).values[~rows]) < 1e-5
+    assert (
+        relative_error(weights.sort(-1).values[~rows], exact_weights.sort(-1).values[~rows]) < 1e-5
+    )
     if seed is None:
         scores = torch.einsum("btjr,bnjr->btjn", q.double(), landmarks.double()) / R**0.5
         kept = [scores.gather(-1, x.long()).min(-1).values for x in (indices, exact)]
@@ -138,9 +163,13 @@ def test_retrieve_keeps_the_best(T, N, R, K, dtype, seed):
 
 def test_gradients_of_retrieve():
     def gradients(retrieve, dtype):
-        q, landmarks = (draw(*shape).to(dtype).requires_grad_() for shape in ((2, 500, 1, 128), (2, 70, 1, 128)))
+        q, landmarks = (
+            draw(*shape).to(dtype).requires_grad_() for shape in ((2, 500, 1, 128), (2, 70, 1, 128))
+        )
         indices, weights = retrieve(q, landmarks, chunk_size=8, top_k=16)
-        factor = draw(2, 500, 1, 70).to(weights.dtype).gather(-1, indices.clamp(min=0).long())  # by chunk: slots are in any order
+        factor = (
+            draw(2, 500, 1, 70).to(weights.dtype).gather(-1, indices.clamp(min=0).long())
+        )  # by chunk: slots are in any order
         (weights * factor.masked_fill(indices < 0, 0.0)).sum().backward()
         return q.grad, landmarks.grad
 
@@ -149,9 +178,15 @@ def test_gradients_of_retrieve():
         assert relative_error(got, want) < 1e-4
 
 
-@pytest.mark.parametrize(("B", "J", "G", "N", "K"), [(1, 1, 16, 4096, 64), (2, 2, 4, 1000, 8), (1, 1, 16, 262144, 64), (3, 1, 1, 5, 8)])
+@pytest.mark.parametrize(
+    ("B", "J", "G", "N", "K"),
+    [(1, 1, 16, 4096, 64), (2, 2, 4, 1000, 8), (1, 1, 16, 262144, 64), (3, 1, 1, 5, 8)],
+)
 def test_decode_and_its_replay_in_a_graph(B, J, G, N, K):
-    q, asked = draw(B, 1, J * G, 128, dtype=torch.bfloat16), draw(B, 1, J, 128, seed=1, dtype=torch.bfloat16)
+    q, asked = (
+        draw(B, 1, J * G, 128, dtype=torch.bfloat16),
+        draw(B, 1, J, 128, seed=1, dtype=torch.bfloat16),
+    )
     landmarks = draw(B, N, J, 128, seed=2, dtype=torch.bfloat16)
     k, v = (draw(B, N, 64, J, 128, seed=s, dtype=torch.bfloat16) for s in (3, 4))
     offset = torch.full((B,), N * 64, device="cuda")
@@ -160,10 +195,14 @@ def test_decode_and_its_replay_in_a_graph(B, J, G, N, K):
         return hsa_kernels.decode(asked, landmarks, q, k, v, chunk_size=64, top_k=K, offset=offset)
 
     def want(position):
-        indices, weights = reference.retrieve(asked.double(), landmarks.double(), chunk_size=64, top_k=K, offset=position)
+        indices, weights = reference.retrieve(
+            asked.double(), landmarks.double(), chunk_size=64, top_k=K, offset=position
+        )
         chunks = indices.clamp(min=0).unique()  # of a long memory, those that are read
         among = torch.searchsorted(chunks, indices.long()).masked_fill(indices < 0, -1)
-        return reference.chunk_attention(q.double(), k[:, chunks].double(), v[:, chunks].double(), among, weights)
+        return reference.chunk_attention(
+            q.double(), k[:, chunks].double(), v[:, chunks].double(), among, weights
+        )
 
     assert relative_error(run(), want(N * 64)) < 8e-3
     stream = torch.cuda.Stream()
@@ -181,7 +220,10 @@ def test_decode_and_its_replay_in_a_graph(B, J, G, N, K):
 
 def test_a_whole_block_compiles():
     q, k, v = inputs(T=256, N=4, K=2)[0]
-    asked, landmarks = draw(2, 256, 1, 128, dtype=torch.bfloat16), draw(2, 4, 1, 128, seed=1, dtype=torch.bfloat16)
+    asked, landmarks = (
+        draw(2, 256, 1, 128, dtype=torch.bfloat16),
+        draw(2, 4, 1, 128, seed=1, dtype=torch.bfloat16),
+    )
 
     def layer(asked, landmarks, q, k, v):
         indices, weights = hsa_kernels.retrieve(asked, landmarks, chunk_size=64, top_k=2)
@@ -189,6 +231,8 @@ def test_a_whole_block_compiles():
 
     leaves = [x.detach().requires_grad_() for x in (asked, landmarks, q, k, v)]
     want = torch.autograd.grad(layer(*leaves).float().square().sum(), leaves)
-    got = torch.autograd.grad(torch.compile(layer, fullgraph=True)(*leaves).float().square().sum(), leaves)
+    got = torch.autograd.grad(
+        torch.compile(layer, fullgraph=True)(*leaves).float().square().sum(), leaves
+    )
     for a, b in zip(got, want):
         assert relative_error(a, b.double()) < 1e-2

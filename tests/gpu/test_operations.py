@@ -1,4 +1,4 @@
-"""The operations and the model on a GPU, against the float64 reference there. Dimensions: as in `hsa_mini.blockwise`."""
+"""The operations and the model on a GPU, against the float64 reference there. Dimensions: as in `hsa_mini.ops.torch_backend`."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import torch
 from gpu_helpers import draw, relative_error
 
 from hsa_mini import PRESETS, HSAModel, ops, reference
-from hsa_mini.checkpoint import load_model
+from hsa_mini.checkpoint.weights import load_model
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.generate import prefill
+from hsa_mini.inference.prefill import prefill
 from hsa_mini.paths import data_dir
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -32,7 +32,16 @@ def implementation(request):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("T", "P", "W"), [(300, 50, 128), (1024, 0, 128), (1, 127, 128), (777, 900, 512), (2000, 63, 64), (1500, 700, 1000), (1280, 0, 2)]
+    ("T", "P", "W"),
+    [
+        (300, 50, 128),
+        (1024, 0, 128),
+        (1, 127, 128),
+        (777, 900, 512),
+        (2000, 63, 64),
+        (1500, 700, 1000),
+        (1280, 0, 2),
+    ],
 )
 def test_sliding_window_equals_the_reference(implementation, T, P, W, dtype):
     tensors = draw(2, T, 4, 64), draw(2, P + T, 2, 64, seed=1), draw(2, P + T, 2, 64, seed=2)
@@ -74,7 +83,10 @@ def test_early_exit_equals_the_full_model():
 def test_a_block_of_the_model_compiles_whole():
     torch.manual_seed(0)
     model = HSAModel(PRESETS["mini"], device="cuda", dtype=torch.bfloat16)
-    k, v, landmarks = (draw(1, 16, *shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(((64, 1, 64), (64, 1, 64), (1, 256))))
+    k, v, landmarks = (
+        draw(1, 16, *shape, seed=i, dtype=torch.bfloat16)
+        for i, shape in enumerate(((64, 1, 64), (64, 1, 64), (1, 256)))
+    )
 
     def attend(q, indices, weights):
         return ops.chunk_attention(q, k, v, indices, weights)
@@ -82,7 +94,9 @@ def test_a_block_of_the_model_compiles_whole():
     rope = model._rope(0, 4096, "cuda")
 
     def block(x):
-        return model.upper[0](x, rope, None, lambda hsa, x: hsa(x, landmarks, attend, position=4096)[0])[0]
+        return model.upper[0](
+            x, rope, None, lambda hsa, x: hsa(x, landmarks, attend, position=4096)[0]
+        )[0]
 
     x = draw(1, 4096, 256, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -91,9 +105,14 @@ def test_a_block_of_the_model_compiles_whole():
 
 def test_the_shipped_model_answers_alike_in_bfloat16():
     folder = data_dir() / "checkpoints" / "mini"
-    words = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")  # in noise, all chunks are as good
+    words = (Path(__file__).parents[2] / "README.md").read_text(
+        encoding="utf-8"
+    )  # in noise, all chunks are as good
     ids = torch.tensor([load_tokenizer().encode(words)[:2000]])
-    half, full = load_model(folder, device="cuda"), load_model(folder, device="cuda", dtype=torch.float32)
+    half, full = (
+        load_model(folder, device="cuda"),
+        load_model(folder, device="cuda", dtype=torch.float32),
+    )
     with torch.no_grad():
         ours, exact = (model(ids.cuda()).logits.double() for model in (half, full))
     assert relative_error(ours, exact) < 0.05

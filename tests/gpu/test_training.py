@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hsa_mini import PRESETS, HSAModel
-from hsa_mini.crowd import Past
-from hsa_mini.recipes import RECIPES
-from hsa_mini.replay import Replay
-from hsa_mini.train import make_optimizer, shared, train_step
+from hsa_mini.inference.cuda_graph import Replay
+from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.recipes import RECIPES
+from hsa_mini.training.trainer import make_optimizer, shared, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -28,7 +28,16 @@ def test_recorded_steps_equal_plain_ones(preset):
         optimizer, past = make_optimizer(model, recipe), Past(recipe.crowd)
         found = []
         for stage in recipe.stages:
-            step = wrap(partial(train_step, shared(model, stage.config(model.config)), optimizer, recipe, stage, past))
+            step = wrap(
+                partial(
+                    train_step,
+                    shared(model, stage.config(model.config)),
+                    optimizer,
+                    recipe,
+                    stage,
+                    past,
+                )
+            )
             shape = stage.batch, stage.tokens + 1
             batches = zip(*(x[:, : math.prod(shape)].unflatten(1, shape) for x in (ids, parts)))
             for i, batch in enumerate(batches):

@@ -1,0 +1,5 @@
+"""The command line: `python -m hsa_mini COMMAND`."""
+
+from hsa_mini.cli.entry import main
+
+__all__ = ["main"]

@@ -1,0 +1,43 @@
+"""How much memory is free, asked before much of it is taken."""
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a GPU, what torch keeps for reuse included, or in the memory of this machine."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:  # Linux: what is free, and what the file cache would give back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(
+            int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")
+        )
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_room(
+    device: torch.device,
+    *,
+    chunks: int,
+    held: int,
+    chunk_bytes: int,
+    moved_bytes: int,
+    chunk_size: int,
+) -> None:
+    """Raise MemoryError that says how many tokens fit, if `chunks` chunks in all do not.
+
+    chunk_bytes: of one of them on this device; `held` are there already. moved_bytes: held twice while what is there moves.
+    """
+    needed = moved_bytes + (chunks - held) * chunk_bytes
+    free = free_bytes(device)
+    if needed > free:
+        fit = held + max(free - moved_bytes, 0) // chunk_bytes
+        raise MemoryError(
+            f"memory: got {chunks * chunk_size:,} tokens, for which {needed / 1e9:,.3f} GB more are needed on {device} and "
+            f"{free / 1e9:,.3f} GB are free, accepted are up to {fit * chunk_size:,} tokens"
+        )

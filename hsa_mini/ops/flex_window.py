@@ -1,0 +1,67 @@
+"""Sliding-window attention on a GPU: PyTorch's FlexAttention, compiled, with a mask of blocks that is counted, not searched.
+
+Dimensions: B batch, T tokens, P cached keys, H query heads, J key/value heads, D head dimension, Q blocks of queries.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from hsa_mini.reference.checks import check_sliding_window
+
+BLOCK = 128  # tokens a side of the mask's blocks
+
+
+@lru_cache(maxsize=64)
+def block_mask(tokens: int, cached: int, window: int, device: torch.device) -> BlockMask:
+    """Which blocks of keys a block of queries sees in part, and which in full; query i stands at key `cached + i`."""
+
+    def visible(b, h, i, j):
+        return (j <= i + cached) & (j > i + cached - window)
+
+    blocks = -(-tokens // BLOCK)
+    first_query = torch.arange(blocks, device=device) * BLOCK + cached
+    last_query = (first_query + BLOCK).clamp(max=cached + tokens) - 1
+    first = (first_query - window + 1).clamp(min=0) // BLOCK
+    last = last_query // BLOCK
+    # in full: from the first block that the last query still sees whole, to the last one that the first query does
+    first_full = (last_query - window + BLOCK).clamp(min=0) // BLOCK
+    last_full = (first_query + 1) // BLOCK - 1
+    j = torch.arange(-(-(cached + tokens) // BLOCK), device=device)
+    seen = (j >= first[:, None]) & (j <= last[:, None])
+    full = (j >= first_full[:, None]) & (j <= last_full[:, None])
+
+    def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their numbers [1, 1, Q], and their places, those that are meant in front."""
+        order = mask.int().argsort(dim=-1, descending=True, stable=True).int()
+        return mask.sum(-1, dtype=torch.int32)[None, None], order[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(seen & ~full),
+        *listed(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(tokens, cached + tokens),
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled():
+    return torch.compile(flex_attention, dynamic=True)  # segments and their tails differ in length
+
+
+def sliding_window_attention(q, k, v, *, window):
+    """`reference.sliding_window_attention`; compiled when first called, some seconds."""
+    check_sliding_window(q, k, v, window)
+    tokens = q.shape[1]
+    cached = min(k.shape[1] - tokens, window - 1)
+    k, v = (x[:, x.shape[1] - tokens - cached :] for x in (k, v))
+    mask = block_mask(tokens, cached, window, q.device)
+    attend = flex_attention if torch.compiler.is_compiling() else _compiled()
+    out = attend(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        block_mask=mask,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,212 @@
+"""The reference operations in bounded memory: plain PyTorch, any device, same signatures, same numbers.
+
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size,
+K chunks kept, P cached keys, L block of queries.
+"""
+
+import torch
+from torch.nn.functional import grouped_mm, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from hsa_mini import reference
+from hsa_mini.model.rope import apply_rope
+from hsa_mini.reference.checks import (
+    check_chunk_attention,
+    check_enter_ring,
+    check_retrieve,
+    check_ring,
+    check_sliding_window,
+)
+
+BLOCK_ELEMENTS = {
+    "cpu": 1 << 26,
+    "cuda": 1 << 28,
+}  # numbers that a block of tokens may hold at once
+
+
+def retrieve(
+    retrieval_q,
+    landmarks,
+    *,
+    chunk_size,
+    top_k,
+    offset=0,
+    weighting="softmax",
+    gumbel_seed=None,
+    exclude_window=0,
+    query_block=1,
+):
+    """`reference.retrieve`, a block of tokens at a time: never holds [T, N] of a long sequence."""
+    check_retrieve(
+        retrieval_q,
+        landmarks,
+        chunk_size,
+        top_k,
+        offset,
+        weighting,
+        gumbel_seed,
+        exclude_window,
+        query_block,
+    )
+    B, T, J, _ = retrieval_q.shape
+    block = _tokens_per_block(retrieval_q, B * J * landmarks.shape[1], query_block)
+    parts = [
+        reference.retrieve(
+            retrieval_q[:, start : start + block],
+            landmarks,
+            chunk_size=chunk_size,
+            top_k=top_k,
+            offset=offset + start,
+            weighting=weighting,
+            gumbel_seed=gumbel_seed,
+            exclude_window=exclude_window,
+            query_block=query_block,
+        )
+        for start in range(0, max(T, 1), block)
+    ]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=1) for x in zip(*parts))
+
+
+def chunk_attention(q, k, v, indices, weights, *, scale=None):
+    """`reference.chunk_attention` without [T, K, S, D] of all tokens at once; matrix products in q's dtype.
+
+    With few chunks, attend to every one and let unchosen weights be 0. With many, gather, a block of tokens at a time, and
+    gather again in the backward pass instead of keeping what was gathered.
+    """
+    check_chunk_attention(q, k, v, indices, weights)
+    B, T, H, D = q.shape
+    N, S, J = k.shape[1:4]
+    K = indices.shape[-1]
+    scale = D**-0.5 if scale is None else scale
+    if N == 0:
+        return torch.zeros_like(q)
+    dense = (
+        H * N <= 2 * J * K * D
+    )  # whichever holds fewer numbers for a token: scores of all chunks, or chunks kept
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if not dense and q.dtype != wide and (k.requires_grad or v.requires_grad):
+        # the gradients of k and v are summed over blocks of tokens: not in 16 bits
+        return chunk_attention(
+            q.to(wide), k.to(wide), v.to(wide), indices, weights, scale=scale
+        ).to(q.dtype)
+    attend = _attend_all if dense else reference.chunk_attention
+    block = _tokens_per_block(q, B * (H * N * S if dense else 2 * J * K * S * D))
+    if block >= T:
+        return attend(q, k, v, indices, weights, scale=scale)
+    parts = [
+        checkpoint(
+            attend, q[:, t], k, v, indices[:, t], weights[:, t], scale=scale, use_reentrant=False
+        )
+        for t in (slice(start, start + block) for start in range(0, T, block))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _tokens_per_block(tensor, elements_per_token: int, multiple: int = 1) -> int:
+    budget = BLOCK_ELEMENTS.get(tensor.device.type, BLOCK_ELEMENTS["cpu"])
+    return max(budget // max(elements_per_token, 1) // multiple, 1) * multiple
+
+
+def _attend_all(q, k, v, indices, weights, *, scale):
+    """Attention inside all N chunks; the weights, spread from K slots to N chunks, leave out what was not kept."""
+    B, T, H, D = q.shape
+    N, S, J = k.shape[1:4]
+    spread = weights.new_zeros(B, T, J, N).scatter_add(
+        3, indices.clamp(min=0).long(), weights.masked_fill(indices < 0, 0.0)
+    )
+    q_rows = (
+        q.unflatten(2, (J, H // J)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    )  # [B, T, H, D] -> [B, J, T*G, D]
+    k_rows, v_rows = (
+        x.flatten(1, 2).transpose(1, 2) for x in (k, v)
+    )  # [B, N, S, J, D] -> [B, J, N*S, D]
+    scores = (q_rows * scale) @ k_rows.transpose(-1, -2)
+    inside = (
+        scores.unflatten(-1, (N, S)).softmax(dim=-1, dtype=weights.dtype).unflatten(2, (T, H // J))
+    )  # [B, J, T, G, N, S]
+    mixed = (inside * spread.transpose(1, 2)[:, :, :, None, :, None]).to(q.dtype)
+    out = mixed.flatten(4, 5).flatten(2, 3) @ v_rows  # [B, J, T*G, N*S] @ [B, J, N*S, D]
+    return out.unflatten(2, (T, H // J)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def sliding_window_attention(q, k, v, *, window):
+    """`reference.sliding_window_attention`, linear in T: blocks of L queries, each against its own W + L keys."""
+    check_sliding_window(q, k, v, window)
+    B, T, H, D = q.shape
+    J = k.shape[2]
+    if T == 0:
+        return q
+    cached = min(k.shape[1] - T, window)
+    k, v = (x[:, x.shape[1] - T - cached :] for x in (k, v))
+    L = min(window, T)
+    blocks = -(-T // L)
+    late = blocks * L - T
+    queries = pad(q, (0, 0, 0, 0, 0, late)).unflatten(1, (blocks, L))  # [B, blocks, L, H, D]
+    # W keys in front of the first block (zeros where the cache is short), then every block sees W + L in a row
+    keys, values = (
+        pad(x, (0, 0, 0, 0, window - cached, late)).unfold(1, window + L, L).permute(0, 1, 2, 4, 3)
+        for x in (k, v)
+    )  # [B, blocks, J, W+L, D]
+    i = torch.arange(L, device=q.device)[:, None]
+    j = torch.arange(window + L, device=q.device)
+    band = (j > i) & (j <= i + window)  # the `window` keys that end at the query's own
+    bands = band if cached == window else _without_padding(band, j, window - cached, blocks, L)
+    keys, values = (x.repeat_interleave(H // J, dim=2).flatten(0, 1) for x in (keys, values))
+    rows = queries.transpose(2, 3).flatten(0, 1)  # [B*blocks, H, L, D]
+    if bands.dim() == 3:
+        bands = bands[:, None].repeat(B, 1, 1, 1)
+    out = scaled_dot_product_attention(rows, keys, values, attn_mask=bands)
+    return out.transpose(1, 2).reshape(B, blocks * L, H, D)[:, :T]
+
+
+def _without_padding(band, j, padding, blocks, length):
+    """One band a block [blocks, L, W+L]: keys made up in front of the sequence are masked wherever a block sees them."""
+    start = torch.arange(blocks, device=j.device)[:, None, None] * length
+    return band & (j + start >= padding)
+
+
+def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps):
+    """One new token of every sequence enters its window: q [B, 1, H, D], k and v [B, 1, J, D] as they were projected.
+
+    q and k are normed (`q_gain`, `k_gain` [D], `eps`) and turned by the table of their positions (`nn.rope`); k and v are put
+    into slots int64 [B] of the rings [B, W, J, D], in place. Returns q. Raises ValueError for wrong shapes or dtypes.
+    """
+    check_enter_ring(q, k, v, ring_k, ring_v, slots)
+    q, k = (
+        apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table)
+        for x, gain in ((q, q_gain), (k, k_gain))
+    )
+    slot = slots[:, None, None, None].expand_as(k)
+    ring_k.scatter_(1, slot, k)
+    ring_v.scatter_(1, slot, v)
+    return q
+
+
+def ring_attention(q, k, v, positions):
+    """One new token of every sequence against its window, whose keys lie in a ring: position p in slot p % W.
+
+    q [B, 1, H, D], k and v [B, W, J, D] which hold the new token too, positions int64 [B] of it -> [B, 1, H, D]: what
+    `sliding_window_attention` gives over the same keys in order. Raises ValueError for wrong shapes, dtypes or devices.
+    """
+    check_ring(q, k, v, positions)
+    seen = (
+        torch.arange(k.shape[1], device=q.device) <= positions[:, None]
+    )  # until it has come round, later slots hold nothing
+    groups = q[:, 0].unflatten(
+        1, (k.shape[2], -1)
+    )  # [B, J, G, D]: to a key's head its G heads are like G queries
+    out = scaled_dot_product_attention(
+        groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]
+    )
+    return out.flatten(1, 2)[:, None]
+
+
+def experts(x, ends, tokens, places, gates, up_and_gate, down):
+    """x [M, C] through the experts that `reference.dispatch` found for it (`ends`, `tokens`, `places`, `gates`) -> [M, C].
+
+    up_and_gate [E, C, 2*H] and down [E, H, C] in x's dtype, of H gated units each. Any number of tokens, none left out.
+    """
+    up, gate = grouped_mm(x[tokens], up_and_gate, offs=ends).chunk(2, dim=-1)
+    results = grouped_mm(up * silu(gate), down, offs=ends)
+    # gather back and sum: adding rows by index is slower on a GPU and not deterministic
+    return torch.einsum("mac,ma->mc", results[places], gates.to(results.dtype))

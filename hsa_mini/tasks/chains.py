@@ -1,0 +1,51 @@
+"""Chains for variable tracking (VT): a number goes from name to name, a plain English sentence for every step.
+
+A = number   " The number 48291307 is given to QXZB."
+B = A        " The number of QXZB is given to WQNH."
+C = B        " The number of WQNH is given to JKLM."
+question     "\\nWhich names are given the number 48291307?\\nThe number 48291307 is given to "
+answer       "QXZB, WQNH, JKLM."
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsa_mini.tasks.sentences import Question, draw_keys
+
+NUMBER_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Chain:
+    number: str
+    names: tuple[str, ...]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The head, which tells the number, and the links in the chain's order."""
+        links = (f" The number of {a} is given to {b}." for a, b in itertools.pairwise(self.names))
+        return (f" The number {self.number} is given to {self.names[0]}.", *links)
+
+    @property
+    def question(self) -> Question:
+        """Asks for all names in the chain's order; ends where the first letter of the answer belongs."""
+        return Question(
+            text=f"\nWhich names are given the number {self.number}?\nThe number {self.number} is given to ",
+            answer=f"{', '.join(self.names)}.",
+            needed=self.sentences,
+        )
+
+
+def draw_chains(
+    rng: np.random.Generator, lengths: Sequence[int], *, held_out: bool, absent_from: str = ""
+) -> list[Chain]:
+    """A chain of so many names for each of `lengths`, of different names and numbers; see `draw_keys`."""
+    names = iter(draw_keys(rng, sum(lengths), held_out=held_out, absent_from=absent_from))
+    numbers = rng.choice(10**NUMBER_DIGITS, len(lengths), replace=False)
+    return [
+        Chain(f"{number:0{NUMBER_DIGITS}d}", tuple(itertools.islice(names, length)))
+        for number, length in zip(numbers, lengths)
+    ]
