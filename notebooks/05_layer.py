@@ -36,7 +36,7 @@ from torch.nn.functional import rms_norm
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.evaluation.demo import find_needle
-from hsa_mini.model.rope import apply_rope, rope_table
+from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.paths import data_dir
 from hsa_mini.reference import chunk_attention, retrieve
 from hsa_mini.viz import Control, explore, make_figure, show

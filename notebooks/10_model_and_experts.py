@@ -43,7 +43,7 @@ from hsa_mini.model.mlp import MLP
 from hsa_mini.model.core import Block
 from hsa_mini.model.moe import MoE
 from hsa_mini.model.norm import RMSNorm
-from hsa_mini.model.rope import rope_table
+from hsa_mini.ops.rope import rope_table
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, PURPLE, RED, SKY, length_name
 

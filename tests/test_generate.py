@@ -1,7 +1,8 @@
-"""Early-exit prefill is the full forward pass, and decoding after it goes on as if everything had been read at once.
+"""Early-exit prefill is the full forward pass, and decoding after it goes on as if everything had
+been read at once.
 
-Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window: the `debug` preset and each option of it. Its upper decoder
-needs the last 29 tokens, and up to 6 more where tokens choose in blocks.
+Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window: the `debug` preset and each option of
+it. Its upper decoder needs the last 29 tokens, and up to 6 more where tokens choose in blocks.
 """
 
 import pytest
@@ -22,7 +23,9 @@ SIZES = [(option, torch.float64, 1e-10) for option in DENSE] + [
 
 
 def steps(model: HSAModel, output, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the last token read and after each of ids [B, n], decoded one by one on top of a prefill."""
+    """Logits of the last token read and after each of ids [B, n], decoded one by one on top of a
+    prefill.
+    """
     logits = [output.logits]
     for token in ids.split(1, dim=1):
         logits.append(model(token, output.memory).logits)
@@ -60,7 +63,7 @@ def test_logits_of_several_last_tokens_are_those_of_the_full_forward_pass(option
     for last in (2, 33, 55):
         assert_close(prefill(model, ids, last=last, segment=16).logits, whole[:, -last:], 1e-10)
         assert_close(
-            prefill(model, ids[:, 45:], memory.branch(), last=last).logits, whole[:, -last:], 1e-10
+            prefill(model, ids[:, 45:], memory.fork(), last=last).logits, whole[:, -last:], 1e-10
         )
     lengths = torch.tensor([100, 60])
     ragged = prefill(model, ids, lengths=lengths, last=20).logits
@@ -149,17 +152,17 @@ def test_a_conversation_equals_the_text_that_it_makes():
 def test_what_a_prefill_keeps_is_the_chunk_memory_and_nothing_else_that_grows():
     model = build(dtype=torch.float32)
     kept, alive = [], []
-    look_up = model.look_up
+    upper_decoder = model.upper_decoder
 
     def watched(hidden, *arguments, **options):
         kept.append(hidden.shape[1])
         alive.append(living_bytes())
-        return look_up(hidden, *arguments, **options)
+        return upper_decoder(hidden, *arguments, **options)
 
-    model.look_up = watched
+    model.upper_decoder = watched
     for T in (1000, 3000):
         output = prefill(model, text(T), segment=100)
-        assert output.memory.partial.untyped_storage().nbytes() <= 2 * S * DEBUG.width * 4
+        assert output.memory.tail.untyped_storage().nbytes() <= 2 * S * DEBUG.width * 4
         del output
     assert kept == [DEBUG.upper_tail] * 2
     chunk = (
@@ -180,11 +183,9 @@ def test_after_a_prefill_window_caches_hold_no_more_than_a_segment():
     memory = prefill(model, text(3000), segment=100).memory
     for cache in (*memory.lower, *memory.upper):
         for part in (cache.k, cache.v):
-            assert part.shape[1] == DEBUG.window - 1
-            assert (
-                part.untyped_storage().nbytes()
-                <= 2 * (100 + DEBUG.window) * DEBUG.kv_heads * DEBUG.head_dim * 4
-            )
+            assert part.shape[1] == DEBUG.window
+            slots = 2 * DEBUG.window  # of two sequences
+            assert part.untyped_storage().nbytes() == slots * DEBUG.kv_heads * DEBUG.head_dim * 4
 
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ def test_chunks_complete_while_decoding_and_can_be_retrieved():
     output = prefill(model, text(30))
     for t in range(30, 30 + 3 * S):
         output = model(text(1, seed=t), output.memory)
-        assert output.memory.chunks == (t + 1) // S
+        assert len(output.memory.chunks) == (t + 1) // S
         for retrieval in output.aux.retrievals:
             kept = set(retrieval.indices.flatten().tolist()) - {-1}
             assert kept == set(range(t // S))  # token t sees the chunks that end before it
@@ -368,7 +369,7 @@ def test_a_stream_is_what_generate_returns_and_makes_a_token_when_it_is_asked_fo
         tokens = stream(model, ids, max_new_tokens=12, memory=memory, **options)
         for i, token in enumerate(tokens):
             assert torch.equal(token, want.ids[:, i : i + 1]) and memory.position == 58 + i
-            assert torch.is_grad_enabled() and not memory.k.requires_grad
+            assert torch.is_grad_enabled() and not memory.chunks.k.requires_grad
         assert i + 1 == want.ids.shape[1] and want.memory.position == memory.position
 
 
@@ -394,7 +395,7 @@ def test_a_stream_that_is_closed_early_can_be_gone_on_from(taken):
 def test_decoding_can_go_on_from_one_prefill_in_several_ways():
     model, ids = build(), text(58)
     output = prefill(model, ids)
-    branch = output._replace(memory=output.memory.branch())
+    branch = output._replace(memory=output.memory.fork())
     free = continue_from(model, branch, max_new_tokens=9).ids
     assert torch.equal(continue_from(model, output, max_new_tokens=9).ids, free)
 

@@ -21,8 +21,8 @@ from hsa_kernels import by_chunk, by_token, retrieval, slots
 from hsa_kernels.inverted_index import cut, invert
 from hsa_kernels.merge import merge
 from hsa_mini import reference
-from hsa_mini.model.rope import rope_table
 from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops.rope import rope_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's bfloat16 is wrong, so it is tested on a GPU alone

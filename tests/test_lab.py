@@ -21,7 +21,7 @@ from hsa_mini.lab import variants
 from hsa_mini.lab.arms import ARMS, SCALES, Scale
 from hsa_mini.lab.reading import concatenated, grouped_gates
 from hsa_mini.lab.run import PackedBatches, run
-from hsa_mini.model.rope import apply_rope, rope_table
+from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.training.cross_batch import Past
 from hsa_mini.training.mixture import ANSWER, NONE, TrainingBatches
 from hsa_mini.training.recipes import Stage

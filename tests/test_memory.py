@@ -1,4 +1,5 @@
-"""The chunk memory: on disk and back, its sequences in another order, its growth, and what does not fit.
+"""The chunk memory: on disk and back, its sequences in another order, its growth, and what does not
+fit.
 
 Dimensions: T tokens.
 """
@@ -36,9 +37,9 @@ def test_a_memory_from_disk_goes_on_like_the_one_that_was_saved(tmp_path, change
     ids, memory = read(model, tokens=tokens)
     memory.save(tmp_path / "memory")
     loaded = ChunkMemory.load(tmp_path / "memory")
-    assert (loaded.position, loaded.chunks, loaded.batch) == (
+    assert (loaded.position, len(loaded.chunks), loaded.batch) == (
         memory.position,
-        memory.chunks,
+        len(memory.chunks),
         memory.batch,
     )
     assert torch.equal(rest(model, ids, loaded), rest(model, ids, memory))
@@ -50,11 +51,15 @@ def test_what_is_written_into_a_mapped_memory_stays_out_of_the_file(tmp_path):
     memory.save(tmp_path / "memory")
     before = (tmp_path / "memory" / "memory.safetensors").read_bytes()
     loaded = ChunkMemory.load(tmp_path / "memory")
-    loaded.replace(
-        0, *(torch.zeros_like(store[:, :2]) for store in (loaded.k, loaded.v, loaded.landmarks))
+    loaded.chunks.replace(
+        0,
+        *(
+            torch.zeros_like(store[:, :2])
+            for store in (loaded.chunks.k, loaded.chunks.v, loaded.chunks.landmarks)
+        ),
     )
     rest(model, ids, loaded)
-    assert not loaded.k[:, :2].any()
+    assert not loaded.chunks.k[:, :2].any()
     assert (tmp_path / "memory" / "memory.safetensors").read_bytes() == before
 
 
@@ -95,7 +100,7 @@ def test_selected_sequences_go_on_as_themselves(rows, changes):
     ids, memory = read(model, rows=3)
     _, alone = read(model, rows=3)
     want = rest(model, ids, alone)[rows]
-    memory.select(torch.tensor(rows))
+    memory.reorder(torch.tensor(rows))
     assert (rest(model, ids[rows], memory) - want).abs().max() < 1e-5
 
 
@@ -111,7 +116,7 @@ def test_selected_sequences_go_on_as_themselves(rows, changes):
 )
 def test_sequences_that_are_not_there_cannot_be_selected(rows):
     with pytest.raises(ValueError, match="^rows: got .*, accepted are int64 .B'. of 0 to 2$"):
-        read(tiny(), rows=3)[1].select(rows)
+        read(tiny(), rows=3)[1].reorder(rows)
 
 
 @torch.no_grad()
@@ -126,7 +131,7 @@ def test_growing_holds_no_more_than_one_store_twice(monkeypatch):
     shapes = (kv, kv, landmark)
     fresh = [torch.randn(1, 4096, *shape) for shape in shapes]
     want = [part.clone() for part in fresh]
-    memory.append(*fresh)
+    memory.chunks.append(*fresh)
     del fresh
     alive, zeros = [], torch.zeros
 
@@ -137,10 +142,10 @@ def test_growing_holds_no_more_than_one_store_twice(monkeypatch):
 
     before = living_bytes()
     monkeypatch.setattr(torch, "zeros", watched)
-    memory.append(*(part[:, :1] for part in want))
+    memory.chunks.append(*(part[:, :1] for part in want))
     sizes = [part.nbytes * 9 // 8 for part in want]
     assert len(alive) == 3 and max(alive) - before <= sizes[0] + sum(sizes) // 9 + 10_000
-    for store, part in zip((memory.k, memory.v, memory.landmarks), want):
+    for store, part in zip((memory.chunks.k, memory.chunks.v, memory.chunks.landmarks), want):
         assert torch.equal(store, torch.cat((part, part[:, :1]), dim=1))
 
 
@@ -152,8 +157,11 @@ def test_a_text_that_does_not_fit_is_refused_before_it_is_read(monkeypatch, offl
     ids = torch.randint(4096, (2, 300))
     memory = ChunkMemory(model.config, offload=offload)
     prefill(model, ids[:, :50], memory)
-    copy = rest(model, ids[:, 50:60], memory.branch())
-    free, stores = 1_000_000, [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)]
+    copy = rest(model, ids[:, 50:60], memory.fork())
+    free, stores = (
+        1_000_000,
+        [store.data_ptr() for store in (memory.chunks.k, memory.chunks.v, memory.chunks.landmarks)],
+    )
     long = torch.randint(4096, (2, 40_000))
     with pytest.raises(
         MemoryError,
@@ -162,14 +170,18 @@ def test_a_text_that_does_not_fit_is_refused_before_it_is_read(monkeypatch, offl
         prefill(model, long, memory)
     assert (
         memory.position == 50
-        and [store.data_ptr() for store in (memory.k, memory.v, memory.landmarks)] == stores
+        and [
+            store.data_ptr()
+            for store in (memory.chunks.k, memory.chunks.v, memory.chunks.landmarks)
+        ]
+        == stores
     )
     fits = int(str(caught.value).split("up to ")[1].split(" tokens")[0].replace(",", ""))
     room = dict(batch=2, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(MemoryError, match=f"up to {fits:,} tokens"):
-        memory.make_room(fits + 4, **room)
-    memory.make_room(fits, **room)
-    assert memory.stores[0].shape[1] * 4 == fits
+        memory.reserve(fits + 4, **room)
+    memory.reserve(fits, **room)
+    assert memory.chunks.buffers[0].shape[1] * 4 == fits
     assert torch.equal(rest(model, ids[:, 50:60], memory), copy)
 
 
@@ -189,7 +201,7 @@ def test_a_prefill_that_is_cut_short_leaves_the_memory_as_it_was():
     assert torch.equal(rest(model, ids, memory), rest(model, ids, twin))
 
 
-@pytest.mark.parametrize("part", ["predict", "look_up", "remember", "lower_decoder"])
+@pytest.mark.parametrize("part", ["logits", "upper_decoder", "append_chunks", "lower_decoder"])
 @torch.no_grad()
 def test_a_segment_that_is_cut_short_leaves_the_memory_as_it_was(monkeypatch, part):
     model = tiny()

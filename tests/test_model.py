@@ -1,6 +1,7 @@
 """The model: the same numbers however the text is cut, causal, and every parameter learns.
 
-Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window, K=2 chunks kept: the `debug` preset and each option of it.
+Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window, K=2 chunks kept: the `debug` preset and
+each option of it.
 """
 
 import dataclasses
@@ -137,9 +138,10 @@ def test_last_logits_and_caches_depend_on_the_upper_tail_alone(option, T):
     model = build(option)
     memory = ChunkMemory(model.config)
     with torch.no_grad():
-        hidden = model.read(text(T), memory)
+        hidden = model.lower_decoder(text(T), memory)
+        model.append_chunks(hidden, memory)
     hidden.requires_grad_()
-    out, _ = model.look_up(hidden, 0, memory)
+    out, _ = model.upper_decoder(hidden, memory)
     kept = sum(cache.k.square().sum() + cache.v.square().sum() for cache in memory.upper)
     kept = kept + sum(query.square().sum() for query in memory.block_queries if query is not None)
     for value, exact in ((out[:, -1].square().sum(), option != "query block"), (kept, False)):
@@ -156,7 +158,7 @@ def test_a_branch_leaves_the_original_usable(reserve):
     memory = ChunkMemory(model.config, reserve_tokens=reserve)
     model(ids[:, :22], memory)
     for _ in range(2):
-        branch = memory.branch()
+        branch = memory.fork()
         logits = model(other[:, :30], branch).logits
         want = model(torch.cat((ids[:, :22], other[:, :30]), dim=1)).logits[:, 22:]
         assert_close(logits, want, 1e-12)
@@ -176,12 +178,16 @@ def test_replaced_chunks_are_read_and_can_be_put_back():
         return model(ids[:, 24:], memory).logits
 
     def replace(memory):
-        return memory.replace(
-            1, *(torch.ones_like(part[:, 1:3]) for part in (memory.k, memory.v, memory.landmarks))
+        return memory.chunks.replace(
+            1,
+            *(
+                torch.ones_like(part[:, 1:3])
+                for part in (memory.chunks.k, memory.chunks.v, memory.chunks.landmarks)
+            ),
         )
 
     assert error(answer(replace), answer()) > 1e-6
-    assert_close(answer(lambda memory: memory.replace(1, *replace(memory))), answer(), 0)
+    assert_close(answer(lambda memory: memory.chunks.replace(1, *replace(memory))), answer(), 0)
 
 
 @every_option
@@ -213,7 +219,9 @@ def test_every_parameter_gets_a_gradient_once_two_chunks_can_be_chosen(option):
 
 @every_dense_option
 def test_gradient_of_the_loss_equals_its_slope(option):
-    """Along a random direction of all parameters, and of the landmark projection alone: retrieval learns from the loss."""
+    """Along a random direction of all parameters, and of the landmark projection alone: retrieval
+    learns from the loss.
+    """
     model, ids = (
         build(option),
         text(40, seed=2),
@@ -288,7 +296,9 @@ def test_exploration_acts_in_training_on_the_choice_alone():
         want = model(ids).logits
         assert_close(model.train()(ids, gumbel_seed=1).logits, want, 1e-13)
     model = build()
-    assert torch.equal(model(ids).logits, model.train()(ids, explore=False, gumbel_seed=1).logits)
+    assert torch.equal(
+        model(ids).logits, model.train()(ids, gumbel_noise=False, gumbel_seed=1).logits
+    )
 
 
 @torch.no_grad()
@@ -368,3 +378,19 @@ def test_size_of_debug_and_of_the_dense_model_without_hsa():
         if "hsa" not in name and "encoder" not in name
     )
     assert base / 1e6 == pytest.approx(519.6, rel=0.02)
+
+
+@pytest.mark.parametrize("option", ["default", "experts", "untied"])
+def test_a_model_from_the_meta_device_is_initialised_like_a_fresh_one(option):
+    config = build(option).config
+    fresh = HSAModel(config)
+    empty = HSAModel(config, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for value in empty.state_dict().values():
+            value.fill_(7)  # what memory from nowhere may hold
+    for model in (fresh, empty):
+        torch.manual_seed(1)
+        model.reset_parameters()
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(empty.state_dict()[name], value), name
+    assert (empty.head.weight is empty.embedding.weight) == config.tied

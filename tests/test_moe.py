@@ -1,6 +1,7 @@
 """The mixture of experts against a loop over experts.
 
-Dimensions: B batch, T tokens, C width, E experts, A experts active. float32: `grouped_mm` takes no float64.
+Dimensions: B batch, T tokens, C width, E experts, A experts active. float32: `grouped_mm` takes no
+float64.
 """
 
 import pytest
@@ -26,7 +27,7 @@ def build(active: int, bias: list[float] | None = None) -> MoE:
 def loop_experts(layer: MoE, x, **weights):
     """Every expert over every token, in the weights' dtype; gate 0 where it was not chosen."""
     affinity = torch.sigmoid(x @ weights["router.weight"].T)  # [B, T, E]
-    chosen = (affinity.detach() + layer.bias).topk(layer.active, dim=-1).indices
+    chosen = (affinity.detach() + layer.bias).topk(layer.top_k, dim=-1).indices
     gates = torch.zeros_like(affinity).scatter(-1, chosen, 1.0) * affinity
     gates = gates / gates.sum(-1, keepdim=True)
     up, gate = (x @ weights["shared.up_and_gate.weight"].T).chunk(2, dim=-1)
@@ -73,9 +74,9 @@ def test_experts_without_tokens_give_nothing_and_get_no_gradient(bias, idle):
 def test_bias_moves_the_choice_and_never_the_gates():
     x = random(40, C, dtype=torch.float32)
     plain, biased = build(2), build(2, [0, 0, 0, 5, 0, 0])
-    chosen, gates = route(biased.router(x), biased.bias, biased.active)
+    chosen, gates = route(biased.router(x), biased.bias, biased.top_k)
     assert (chosen == 3).any(-1).all() and not (
-        route(plain.router(x), plain.bias, plain.active)[0] == 3
+        route(plain.router(x), plain.bias, plain.top_k)[0] == 3
     ).any(-1).all()
     affinity = torch.sigmoid(x.double() @ biased.router.weight.double().T).gather(-1, chosen)
     assert_close(gates, (affinity / affinity.sum(-1, keepdim=True)).float(), 1e-6)
@@ -91,18 +92,21 @@ def test_tokens_do_not_depend_on_their_neighbours():
 
 def test_statistics_count_what_was_chosen_in_training_alone():
     layer, x = build(2), random(3, 5, C, dtype=torch.float32)
+    layer.train()(x)
+    assert layer.tokens_per_expert is None and layer.statistics().load.isnan().all()
+    layer.count_tokens()
     layer.eval()(x)
-    assert layer.asked is None and layer.statistics().load.isnan().all()
+    assert layer.statistics().load.isnan().all()
     layer.train()
     for _ in range(2):
         layer(x)
     chosen = torch.bincount(
-        route(layer.router(x.flatten(0, 1)), layer.bias, layer.active)[0].flatten(), minlength=E
+        route(layer.router(x.flatten(0, 1)), layer.bias, layer.top_k)[0].flatten(), minlength=E
     )
     found = layer.statistics()
-    assert torch.equal(layer.asked, 2 * chosen)
+    assert torch.equal(layer.tokens_per_expert, 2 * chosen)
     assert_close(found.load, chosen / chosen.sum(), 1e-6)
-    assert found.imbalance == pytest.approx((chosen.max() / chosen.float().mean()).item())
+    assert found.max_over_mean_load == pytest.approx((chosen.max() / chosen.float().mean()).item())
     assert found.entropy == pytest.approx(
         torch.distributions.Categorical(probs=found.load).entropy().item(), abs=1e-5
     )
@@ -110,19 +114,24 @@ def test_statistics_count_what_was_chosen_in_training_alone():
 
 def test_balance_moves_the_bias_by_the_sign_of_the_error():
     layer = build(2)
-    layer.asked = torch.tensor([9, 0, 3, 3, 1, 2])
-    found = layer.balance(0.5)
-    assert layer.bias.tolist() == [-0.5, 0.5, 0.0, 0.0, 0.5, 0.5] and layer.asked is None
-    assert found.imbalance == 3 and not found.bias.any()
+    with pytest.raises(
+        ValueError, match="^tokens_per_expert: got None, accepted is a layer that counts"
+    ):
+        layer.update_bias(0.5)
+    layer.tokens_per_expert = torch.tensor([9, 0, 3, 3, 1, 2])
+    found = layer.update_bias(0.5)
+    assert (
+        layer.bias.tolist() == [-0.5, 0.5, 0.0, 0.0, 0.5, 0.5] and not layer.tokens_per_expert.any()
+    )
+    assert found.max_over_mean_load == 3 and not found.bias.any()
 
 
 def test_balance_evens_the_load_of_a_lopsided_router():
     layer, x = build(2), random(1, 512, C, dtype=torch.float32) + 0.5
-    layer.train().router.weight.data[:2] += (
-        0.2  # what tokens have in common makes two experts dear to all
-    )
+    layer.train().router.weight.data[:2] += 0.2  # every token prefers the same two experts
+    layer.count_tokens()
     imbalances = []
     for _ in range(150):
         layer(x)
-        imbalances.append(layer.balance(0.01).imbalance.item())
+        imbalances.append(layer.update_bias(0.01).max_over_mean_load.item())
     assert imbalances[0] > 1.8 and max(imbalances[-20:]) < 1.3

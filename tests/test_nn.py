@@ -1,11 +1,13 @@
 """The layers: RoPE, the window layer and its cache, the chunk encoder, the HSA layer.
 
-Dimensions: B batch, T tokens, C width, D head dimension, N chunks, S chunk size, J key/value heads, R retrieval dimension.
+Dimensions: B batch, T tokens, C width, D head dimension, N chunks, S chunk size, J key/value heads,
+R retrieval dimension.
 """
 
 import dataclasses
 import math
 from decimal import Decimal, localcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from hsa_mini import PRESETS, reference
 from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.model.hsa import HSA
 from hsa_mini.model.mlp import MLP
-from hsa_mini.model.rope import apply_rope, rope_table
 from hsa_mini.model.swa import SlidingWindowAttention
+from hsa_mini.ops.rope import apply_rope, rope_table
 
 CONFIG = dataclasses.replace(PRESETS["debug"], width=24, head_dim=8)
 
@@ -96,16 +98,20 @@ def test_window_layer_with_its_cache_gives_what_the_whole_gives(sizes):
     cache, parts, first = None, [], 0
     for size in sizes:
         rows = slice(first, first + size)
-        part, cache = layer(x[:, rows], tuple(table[rows] for table in rope), cache)
+        part, cache = layer(x[:, rows], tuple(table[rows] for table in rope), cache, first)
         parts.append(part)
         first += size
-        assert cache.k.shape[1] == min(first, CONFIG.window - 1)  # no more than later tokens see
+        # no more than later tokens see, in a buffer of one size
+        assert cache.in_order(first)[0].shape[1] == min(first, CONFIG.window - 1)
+        assert cache.k.shape[1] == CONFIG.window
     assert_close(torch.cat(parts, dim=1), whole, 1e-12)
     assert_close(dict(k=cache.k, v=cache.v), dict(k=kept.k, v=kept.v), 1e-12)
 
 
 def by_hand(x, qkv, first: int, attention):
-    """QK norm, RoPE from position `first` on and `attention` of heads [B, T, H or J, D], in plain operations."""
+    """QK norm, RoPE from position `first` on and `attention` of heads [B, T, H or J, D], in plain
+    operations.
+    """
     positions = torch.arange(first, first + x.shape[1])
     angles = positions.double()[:, None, None] * CONFIG.rope_base ** -(torch.arange(4).double() / 4)
     turn = torch.polar(torch.ones_like(angles), angles)
@@ -159,10 +165,10 @@ def test_chunk_encoder_is_bidirectional_attention_with_cls_last():
         )
         v = (x[:, :, :4] @ encoder.v.weight.T).unflatten(-1, (2, 8))
         landmarks = (x[:, :, 4] @ encoder.landmark.weight.T).unflatten(-1, (2, 16))
-        return k, v, landmarks
+        return k, v, landmarks, x[:, :, 4]
 
     def computed(hidden, cls):
-        return torch.func.functional_call(encoder, {"cls": cls}, hidden)
+        return tuple(torch.func.functional_call(encoder, {"cls": cls}, hidden))
 
     inputs = dict(hidden=hidden, cls=encoder.cls)
     assert_close(results(computed, inputs), results(formula, inputs), 1e-6)
@@ -184,7 +190,7 @@ def test_chunks_do_not_see_each_other(layers):
 
 def test_every_token_of_a_chunk_sees_the_whole_chunk():
     encoder, hidden = build(ChunkEncoder(CONFIG)), random(1, 1, 4, 24).requires_grad_()
-    k, v, landmarks = encoder(hidden)
+    k, v, landmarks, _ = encoder(hidden)
     for part in (*k[0, 0], *v[0, 0], landmarks):
         (gradient,) = torch.autograd.grad(part.square().sum(), hidden, retain_graph=True)
         assert (gradient.abs().sum(-1) > 0).all()
@@ -202,7 +208,7 @@ def test_keys_and_landmarks_are_normed_and_values_are_not():
         build(ChunkEncoder(dataclasses.replace(CONFIG, retrieval_norm=True))),
         random(2, 3, 4, 24),
     )
-    k, v, landmarks = encoder(hidden)
+    k, v, landmarks, _ = encoder(hidden)
     assert_close(
         k, rms_norm(k / encoder.k_norm.weight, (CONFIG.hsa_head_dim,)) * encoder.k_norm.weight, 1e-5
     )
@@ -211,12 +217,20 @@ def test_keys_and_landmarks_are_normed_and_values_are_not():
     with torch.no_grad():
         for projection in (encoder.k, encoder.v, encoder.landmark):
             projection.weight *= 3
-    for got, want, factor in zip(encoder(hidden), (k, v, landmarks), (1, 3, 1)):
+    for got, want, factor in zip(encoder(hidden)[:3], (k, v, landmarks), (1, 3, 1)):
         assert_close(got, factor * want, 1e-5)
 
 
-def reading(k: torch.Tensor, v: torch.Tensor):
-    return lambda q, *choice: reference.chunk_attention(q, k, v, *choice)
+class Chunks(NamedTuple):
+    """A source of chunks that attends by the reference."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    landmarks: torch.Tensor
+    position_offset: int = 0
+
+    def attend(self, q, indices, weights):
+        return reference.chunk_attention(q, self.k, self.v, indices, weights)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +266,7 @@ def test_hsa_layer_is_its_projections_around_the_reference(options):
         return reference.chunk_attention(q, k, v, *choice).flatten(2) @ layer.out.weight.T
 
     def computed(x, k, v, landmarks):
-        return layer(x, landmarks, reading(k, v), position=position)[0]
+        return layer(x, Chunks(k, v, landmarks), position=position)[0]
 
     inputs = dict(zip(("x", "k", "v", "landmarks"), (x, *memory)))
     got, want = results(computed, inputs), results(formula, inputs)
@@ -269,6 +283,6 @@ def test_hsa_layer_does_not_know_where_its_chunks_lie():
         random(1, 5, 4, 2, 8, seed=2),
         random(1, 5, 2, 16, seed=3),
     )
-    near = layer(x, landmarks, reading(k, v), position=20)[0]
-    far = layer(x, landmarks[:, order], reading(k[:, order], v[:, order]), position=16_777_216)[0]
+    near = layer(x, Chunks(k, v, landmarks), position=20)[0]
+    far = layer(x, Chunks(k[:, order], v[:, order], landmarks[:, order]), position=16_777_216)[0]
     assert_close(far, near, 1e-12)

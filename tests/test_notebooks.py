@@ -25,7 +25,7 @@ from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import claims
 from hsa_mini.model.cost_estimate import plan
 from hsa_mini.model.moe import MoE
-from hsa_mini.model.rope import apply_rope, rope_table
+from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.reference.dispatch import route
 from hsa_mini.training.cross_batch import Crowd, Past
 from hsa_mini.training.mixture import COPY, TEXT

@@ -262,7 +262,10 @@ def test_viz_computes_nothing_of_its_own(module):
         for alias in node.names
     }
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    low = tuple(f"hsa_mini.{package}" for package in ("model", "memory", "ops", "reference", "inference", "training"))
+    low = tuple(
+        f"hsa_mini.{package}"
+        for package in ("model", "memory", "ops", "reference", "inference", "training")
+    )
     assert not {name for name in imported if name.split(".")[0] == "torch" or name.startswith(low)}
 
 

@@ -149,11 +149,11 @@ def retrieval_scores(model: HSAModel, output) -> np.ndarray:
     for retrieval in output.aux.retrievals:
         query = retrieval.queries[0, -1].float()  # [J_r, R]
         scores = torch.stack(
-            [memory.landmarks[0, :, j].float() @ query[j] for j in range(len(query))]
+            [memory.chunks.landmarks[0, :, j].float() @ query[j] for j in range(len(query))]
         ).amax(dim=0)
         rows.append(scores / query.shape[-1] ** 0.5)
     visible = (
-        torch.arange(1, memory.chunks + 1, device=rows[0].device) * model.config.chunk_size
+        torch.arange(1, len(memory.chunks) + 1, device=rows[0].device) * model.config.chunk_size
         < memory.position
     )
     return torch.stack(rows).masked_fill(~visible, float("-inf")).cpu().numpy()

@@ -1,6 +1,6 @@
 """haystack: TODO."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,13 @@ from hsa_mini.tasks.forms import Sample
 
 
 class Haystack:
-    """A text whose chunks are encoded once, and then asked many questions: text int64 [T] on the model's device."""
+    """A text whose chunks are encoded once and then asked many questions: text int64 [T] on the
+    model's device.
+
+    For a question, its sentences are written over the text, and only the chunks that they and their
+    lower-decoder reach touch are encoded again. The result is exact: tests compare it with encoding
+    everything from scratch.
+    """
 
     def __init__(
         self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], None] | None = None
@@ -25,7 +31,7 @@ class Haystack:
         self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + SEGMENT)
         with torch.no_grad():
             for part in text[None].split(SEGMENT, dim=1):
-                model.read(part, self.memory)
+                model.append_chunks(model.lower_decoder(part, self.memory), self.memory)
                 if progress:
                     progress(part.shape[1])
 
@@ -33,41 +39,60 @@ class Haystack:
     def ask(
         self, sample: Sample, *, answer_tokens: int, remembered: Sample | None = None
     ) -> Generation:
-        """Put the sample's sentences and question into the text, answer greedily, and take them out again.
+        """Put the sample's sentences and question into the text, answer greedily, and take them out
+        again.
 
-        remembered: the memory holds this sample's sentences instead; the sample's own are read only in the last tokens.
+        remembered: the memory holds this sample's sentences instead; the sample's own are read only
+        in the last tokens. Text and memory are as before afterwards, also if an exception or Ctrl-C
+        ends the question.
         """
-        remembered = remembered or sample
-        with self._written(remembered):
-            undo = [self._encode_again(first, last) for first, last in self._touched(remembered)]
-        with self._written(sample):
-            output = self._read_tail()
-        generation = continue_from(self.model, output, max_new_tokens=answer_tokens)
-        for first, chunks in undo:
-            self.memory.replace(first, *chunks)
-        return generation
+        with self._remembered(remembered or sample):
+            with self._written(sample):
+                output = self._read_tail()
+            return continue_from(self.model, output, max_new_tokens=answer_tokens)
 
     @contextmanager
     def _written(self, sample: Sample) -> Iterator[None]:
-        """As long as this lasts the text is the sample's."""
+        """Within, the sample's sentences and question stand in the text."""
         places = np.concatenate(
             [np.arange(first, first + len(patch)) for first, patch in sample.patches]
         )
-        fresh = np.concatenate([patch.astype(np.int64) for _, patch in sample.patches])
-        places, fresh = (torch.from_numpy(x).to(self.text.device) for x in (places, fresh))
+        patches = np.concatenate([patch.astype(np.int64) for _, patch in sample.patches])
+        places, patches = (torch.from_numpy(x).to(self.text.device) for x in (places, patches))
         before = self.text[places]
-        self.text[places] = fresh
-        yield
-        self.text[places] = before
+        try:
+            self.text[places] = patches
+            yield
+        finally:
+            self.text[places] = before
 
-    def _touched(self, sample: Sample) -> Iterable[tuple[int, int]]:
-        """Ranges of complete chunks [first, last) that the patches reach, merged where they meet, cut where they are long."""
+    @contextmanager
+    def _remembered(self, sample: Sample) -> Iterator[None]:
+        """Within, the memory holds the chunks of the text with this sample in it."""
+        replaced: list[tuple[int, tuple[torch.Tensor, ...]]] = []
+        try:
+            with self._written(sample):
+                for first, last in self._touched(sample):
+                    encoded = self._encode(first, last)
+                    # Copied before the memory changes, so that an interruption in between restores
+                    # it all the same.
+                    replaced.append((first, self.memory.chunks.copy(first, last)))
+                    self.memory.chunks.replace(first, *encoded)
+            yield
+        finally:
+            for first, chunks in replaced:
+                self.memory.chunks.replace(first, *chunks)
+
+    def _touched(self, sample: Sample) -> list[tuple[int, int]]:
+        """The ranges of complete chunks [first, last) that the patches reach, merged where they
+        meet, cut where they are long.
+        """
         S = self.model.config.chunk_size
         reach = self.model.config.lower_reach
         ranges: list[list[int]] = []
         for start, patch in sorted(sample.patches, key=lambda patch: patch[0]):
             first = start // S
-            last = min(-(-(start + len(patch) + reach) // S), self.memory.chunks)
+            last = min(-(-(start + len(patch) + reach) // S), len(self.memory.chunks))
             if ranges and first <= ranges[-1][1]:
                 ranges[-1][1] = max(last, ranges[-1][1])
             elif first < last:
@@ -77,12 +102,12 @@ class Haystack:
             (i, min(i + most, last)) for first, last in ranges for i in range(first, last, most)
         ]
 
-    def _encode_again(self, first: int, last: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+    def _encode(self, first: int, last: int) -> tuple[torch.Tensor, ...]:
+        """k, v and landmarks of the chunks [first, last)."""
         S = self.model.config.chunk_size
-        hidden, _ = self._lower(first * S, last * S)
-        return first, self.memory.replace(
-            first, *self.model.encoder(hidden.unflatten(1, (last - first, S)))
-        )
+        hidden, _ = self._lower_decoder(first * S, last * S)
+        encoded = self.model.encoder(hidden.unflatten(1, (last - first, S)))
+        return encoded.k, encoded.v, encoded.landmarks
 
     def _read_tail(self) -> Output:
         """The upper decoder over the last tokens, with the caches that decoding needs."""
@@ -90,20 +115,19 @@ class Haystack:
         total = len(self.text)
         unfinished = total % model.config.chunk_size
         first = model.config.tail_start(total)
-        hidden, branch = self._lower(min(first, total - unfinished), total)
-        branch.partial = hidden[:, hidden.shape[1] - unfinished :]
-        branch.position = total
-        hidden, retrievals = model.look_up(hidden[:, -(total - first) :], first, branch)
-        return Output(model.predict(hidden[:, -1:]), branch, Aux(retrievals))
+        hidden, draft = self._lower_decoder(min(first, total - unfinished), total)
+        draft.resume(hidden[:, hidden.shape[1] - unfinished :], total)
+        hidden, retrievals = model.upper_decoder(hidden[:, -(total - first) :], draft)
+        return Output(model.logits(hidden[:, -1:]), draft, Aux(retrievals))
 
-    def _lower(self, first: int, last: int) -> tuple[torch.Tensor, ChunkMemory]:
-        """The lower decoder's output for tokens [first, last), from as far back as it depends on."""
-        branch = self.memory.branch()
-        branch.position = max(first - self.model.config.lower_reach, 0)
-        branch.lower, branch.upper = [None] * len(branch.lower), [None] * len(branch.upper)
-        branch.block_queries = [None] * len(branch.block_queries)
-        hidden = self.model.lower_decoder(self.text[None, branch.position : last], branch)
-        return hidden[:, first - branch.position :], branch
+    def _lower_decoder(self, first: int, last: int) -> tuple[torch.Tensor, ChunkMemory]:
+        """The lower decoder's output for the tokens [first, last), and the memory that has read
+        from as far back as it needs.
+        """
+        start = max(first - self.model.config.lower_reach, 0)
+        draft = self.memory.draft(start)
+        hidden = self.model.lower_decoder(self.text[None, start:last], draft)
+        return hidden[:, first - start :], draft
 
 
 def chunks_retrieved(aux: Aux) -> list[set[int]]:

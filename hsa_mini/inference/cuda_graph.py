@@ -1,19 +1,24 @@
-"""A function of tensors, recorded once as a CUDA graph and replayed: on a GPU, thousands of small kernels that a processor
-launches one by one take several times longer than they run."""
+"""A function of tensors that is recorded once as a CUDA graph and then replayed.
+
+A decode step or a small training step consists of thousands of small kernels. To launch them one by
+one from the CPU takes several times longer than they run.
+"""
 
 from collections.abc import Callable
 
 import torch
 
-WARM_UP = 3  # calls before the recording: kernels are compiled and libraries make themselves ready in the first
+WARM_UP = 3  # plain calls before the recording; the first compiles kernels
 
 
-class Replay:
-    """`function(*inputs)` -> a tuple of tensors, always the same tensors once recorded: read them before the next call.
+class CUDAGraphRunner:
+    """`function(*inputs)` -> a tuple of tensors.
 
-    Inputs are tensors of fixed shapes on one device. The function may change other tensors in place; it must not wait for
-    the GPU, nor depend on a Python value that changes. Every call does the work once, whether recorded or not; on the CPU
-    every call is a plain one.
+    After the recording they are always the same tensors: read them before the next call.
+
+    Inputs are tensors of fixed shapes on one device. The function may change other tensors in
+    place. It must neither synchronise with the CPU nor depend on a Python value that changes. Every
+    call does the work exactly once, recorded or not. On the CPU every call is a plain one.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
@@ -26,27 +31,30 @@ class Replay:
         if self.calls < WARM_UP:
             self.calls += 1
             if self.calls == 1:
-                self.stream = (
-                    torch.cuda.Stream()
-                )  # one for all: autograd remembers where a tensor's gradient was made
+                # One stream throughout: autograd binds each gradient to the stream that created it.
+                self.stream = torch.cuda.Stream()
                 self.inputs = tuple(x.clone() for x in inputs)
-            return self._plain(*inputs)
+            return self._call_plainly(*inputs)
         for own, x in zip(self.inputs, inputs):
             own.copy_(x)
         if self.calls == WARM_UP:
             self.calls += 1
-            self.graph = torch.cuda.CUDAGraph()
-            # threads that pin memory for batches to come go on meanwhile: only this one's calls are recorded
-            with torch.cuda.graph(
-                self.graph, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                self.outputs = self.function(*self.inputs)
+            self._record()
         self.graph.replay()
         return self.outputs
 
-    def _plain(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _call_plainly(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Call the function on the runner's stream without recording it."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
+
+    def _record(self) -> None:
+        """Record the function for the runner's own inputs."""
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads pin memory for the next batches meanwhile, so only this thread's calls are
+        # recorded.
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.outputs = self.function(*self.inputs)

@@ -1,85 +1,108 @@
-"""One token at a time for all sequences of a memory, each at its own position, in tensors of fixed size and place.
+"""One new token for every sequence of a memory, each at its own position, in tensors of fixed size
+and place.
 
-On a GPU a step can be recorded and replayed. A chunk is encoded outside of it, when it is complete, which the host knows.
+On a GPU a step can be recorded as a CUDA graph and replayed. A chunk is encoded outside of the
+graph when its last token has been read: the CPU knows when that is.
 
-Dimensions: B batch, S chunk size, C width.
+Dimensions: B batch, S chunk size, C width, W window.
 """
 
 from functools import partial
 
 import torch
 
-from hsa_mini.inference.cuda_graph import Replay
+from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import HSACore
 from hsa_mini.model.hsa import HSA
-from hsa_mini.model.rope import rope_table
+from hsa_mini.ops.rope import rope_table
 
 
-class Steps:
-    """`steps(token [B, 1]) -> logits [B, vocabulary]` of the next one; the memory has then read the token.
+class DecodeStep:
+    """`step(token [B, 1]) -> logits [B, vocabulary]` of the next token; the memory has then read
+    the token.
 
-    With `graph`, on a GPU, steps are recorded, and the next one overwrites the logits. Raises MemoryError, before anything
-    changes, if the memory has to grow and cannot.
+    With `graph`, on a GPU, steps are recorded, and the next step overwrites the logits. Raises
+    MemoryError, before anything changes, if the memory has to grow and cannot.
     """
 
     def __init__(self, model: HSACore, memory: ChunkMemory, *, graph: bool = False) -> None:
+        """Raises NotImplementedError for a model that has no step for single tokens."""
+        if not model.can_decode_steps:
+            raise NotImplementedError(
+                f"model: got {type(model).__name__}, which has no step for single tokens, "
+                "accepted is `forward` with one token"
+            )
         self.model = model
         self.memory = memory
         self.graph = graph
-        self._replayed: tuple | None = None  # where everything lay when the recording began
+        # What the last step wrote in place and read: if the memory holds other tensors now,
+        # somebody has changed it.
+        self._tail: torch.Tensor | None = None
+        self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._positions: torch.Tensor | None = None  # int64 [B], of the token to come
+        self._run: partial | CUDAGraphRunner | None = None
 
     @torch.no_grad()
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         memory = self.memory
-        memory.grow(memory.position + 1)
-        memory.roll()
-        if self.graph:
-            places = memory.clock, [(store.data_ptr(), store.shape) for store in memory.stores]
-            if (
-                self._replayed != places
-            ):  # first of all, when the memory has grown, and when it was rolled anew
-                self._replayed, self._replay = (
-                    places,
-                    Replay(partial(_step, self.model, memory, True)),
-                )
-            (logits,) = self._replay(token)
-        else:
-            (logits,) = _step(self.model, memory, False, token)
-        memory.position += 1
-        self._complete()
+        memory.ensure_capacity(memory.position + 1)
+        self._prepare()
+        (logits,) = self._run(token)
+        memory.lengths = tuple(length + 1 for length in memory.lengths)
+        self._encode_complete_chunks()
         return logits
 
-    def _complete(self) -> None:
-        """Encode the chunks that the last token has completed."""
+    def _prepare(self) -> None:
+        """Own the tensors that are written in place, and make a new recording if any tensor has
+        moved.
+        """
         memory = self.memory
+        if memory.tail is not self._tail:
+            memory.commit(memory.fork())  # copies: no other memory may see what a step writes
+            self._tail = memory.tail
+            self._positions = torch.tensor(memory.lengths, device=memory.tail.device)
+        elif memory.chunks.buffers is self._buffers:
+            return
+        self._buffers = memory.chunks.buffers
+        step = partial(_decode, self.model, memory, self._positions, self.graph)
+        self._run = CUDAGraphRunner(step) if self.graph else step
+
+    def _encode_complete_chunks(self) -> None:
+        """Encode the chunks that the last token has completed."""
         S = self.model.config.chunk_size
-        rows = [b for b, position in enumerate(memory.positions) if position % S == 0]
+        lengths = self.memory.lengths
+        rows = [row for row, length in enumerate(lengths) if length % S == 0]
         if rows:
-            memory.append_to(rows, *self.model.encoder(memory.partial[rows][:, None]))
+            encoded = self.model.encoder(self.memory.tail[rows][:, None])
+            places = [lengths[row] // S - 1 for row in rows]
+            self.memory.chunks.write(rows, places, encoded.k, encoded.v, encoded.landmarks)
 
 
-def _step(
-    model: HSACore, memory: ChunkMemory, recorded: bool, token: torch.Tensor
+def _decode(
+    model: HSACore,
+    memory: ChunkMemory,
+    positions: torch.Tensor,
+    whole_buffers: bool,
+    token: torch.Tensor,
 ) -> tuple[torch.Tensor]:
-    """The whole model; asks the host nothing."""
-    S = model.config.chunk_size
-    clock = memory.clock
-    table = rope_table(clock.positions[:, None], model.config.head_dim, model.config.rope_base)
+    """One decode step. It never synchronises with the CPU, and moves `positions` on in place."""
+    config = model.config
+    slots = positions % config.window
+    table = rope_table(positions[:, None], config.head_dim, config.rope_base)
     rope = tuple(part.to(model.norm.weight.dtype) for part in table)  # once, not in every block
     x = model.embedding(token)
-    for block, ring in zip(model.lower, memory.lower):
-        x, _ = block(x, rope, ring)
-    place = (clock.positions % S)[:, None, None].expand_as(x)
-    memory.partial.scatter_(1, place, x)
-    queries = iter(memory.block_queries)
-    # what is recorded sees the room behind the chunks, which later tokens fill; else there is no need to look at it
-    chunks = memory.stores if recorded else (memory.k, memory.v, memory.landmarks)
+    for block, cache in zip(model.lower, memory.lower):
+        x = block.decode_step(x, rope, cache, positions, slots)
+    place = (positions % config.chunk_size)[:, None, None].expand_as(x)
+    memory.tail.scatter_(1, place, x)
+    source = memory.chunks.source(whole_buffers=whole_buffers)
+    block_queries = iter(memory.block_queries)
 
-    def ask(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
-        return hsa.step(x, *chunks, clock.positions, next(queries), operations=memory.operations)
+    def attend_chunks(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
+        return hsa.decode_step(x, source, positions, next(block_queries))
 
-    for block, ring in zip(model.upper, memory.upper):
-        x, _ = block(x, rope, ring, ask)
-    clock.set(clock.positions + 1)
-    return (model.predict(x)[:, -1],)
+    for block, cache in zip(model.upper, memory.upper):
+        x = block.decode_step(x, rope, cache, positions, slots, attend_chunks)
+    positions.add_(1)
+    return (model.logits(x)[:, -1],)

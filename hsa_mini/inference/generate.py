@@ -1,25 +1,28 @@
-"""Reading a long text and going on from it: streaming prefill, greedy and sampled decoding, token by token or at once.
+"""Continuing a text: greedy or sampled, all new tokens at once or one by one.
 
-Dimensions: B batch, T tokens, C width.
+Dimensions: B batch, T tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from hsa_mini.inference.decode_step import Steps
-from hsa_mini.inference.prefill import SEGMENT, prefill
+from hsa_mini.inference.decode_step import DecodeStep
+from hsa_mini.inference.prefill import SEGMENT, Progress, prefill
 from hsa_mini.inference.sampling import Decoding, choose
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, HSACore, Output
 
-LEAST_RECORDED = 32  # new tokens that are worth recording a step for
+MIN_RECORDED = 32  # new tokens from which on recording a CUDA graph pays
 
 
 @dataclass(frozen=True)
 class Generation:
-    """ids int64 [B, new]; the memory, which has read all of them but the last; `first`: what each HSA layer retrieved for the first new token."""
+    """The new ids int64 [B, new]; the memory, which has read all of them but the last.
+
+    first: what each HSA layer retrieved for the first new token.
+    """
 
     ids: torch.Tensor
     memory: ChunkMemory
@@ -33,14 +36,16 @@ def generate(
     memory: ChunkMemory | None = None,
     lengths: torch.Tensor | None = None,
     segment: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Generation:
-    """Continue ids [B, T] (on top of `memory`) by up to `max_new_tokens` tokens; for the options see `Decoding` and `prefill`.
+    """Continue ids [B, T] (on top of `memory`) by up to `max_new_tokens` tokens; for the options
+    see `Decoding` and `prefill`.
 
-    Raises ValueError for whatever is out of range, before anything is read: the memory is as it was.
+    Raises ValueError for an option out of range before anything is read; the memory is unchanged
+    then.
     """
-    Decoding(**options)  # refuses what is out of range before the prefill
+    Decoding(**options)  # checked before the prefill
     output = prefill(model, ids, memory, lengths=lengths, segment=segment, progress=progress)
     return continue_from(model, output, **options)
 
@@ -52,13 +57,14 @@ def stream(
     memory: ChunkMemory | None = None,
     lengths: torch.Tensor | None = None,
     segment: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     **options,
 ) -> Iterator[torch.Tensor]:
-    """As `generate`, but ids are read now and each new token int64 [B, 1] is made when it is asked for.
+    """As `generate`, but ids are read now, and each new token int64 [B, 1] is made when the
+    iterator is asked for it.
 
-    Whenever the iterator rests or is closed, `memory` has read every token that came out of it but the last: the next
-    call goes on from there, with that token first.
+    Whenever the iterator pauses or is closed, `memory` has read every token that came out of it but
+    the last. The next call goes on from there, with that token first.
     """
     decoding = Decoding(**options)
     output = prefill(model, ids, memory, lengths=lengths, segment=segment, progress=progress)
@@ -66,7 +72,9 @@ def stream(
 
 
 def continue_from(model: HSACore, output: Output, **options) -> Generation:
-    """`generate` from a prefill's output on; the memory grows as chunks complete."""
+    """Continue from the output of a prefill; the memory grows as chunks complete. The options are
+    those of `Decoding`.
+    """
     tokens = torch.cat(list(_decode(model, output, Decoding(**options))), dim=1)
     return Generation(tokens, output.memory, output.aux)
 
@@ -77,17 +85,19 @@ def _decode(model: HSACore, output: Output, decoding: Decoding) -> Iterator[torc
     logits = output.logits
     memory = output.memory
     generator = torch.Generator(logits.device).manual_seed(decoding.seed)
-    ends = torch.tensor(decoding.stop, dtype=torch.int64, device=logits.device)
-    memory.grow(
-        memory.position + min(decoding.max_new_tokens, SEGMENT)
-    )  # when it moves, a step is recorded anew
+    stop_tokens = torch.tensor(decoding.stop, dtype=torch.int64, device=logits.device)
+    # Capacity for all of it at once: whenever the buffers move, the step has to be recorded anew.
+    memory.ensure_capacity(memory.position + min(decoding.max_new_tokens, SEGMENT))
     in_kernels = logits.is_cuda and logits.dtype in (torch.float16, torch.bfloat16)
-    steps = Steps(model, memory, graph=in_kernels and decoding.max_new_tokens >= LEAST_RECORDED)
+    graph = in_kernels and decoding.max_new_tokens >= MIN_RECORDED
+    step = DecodeStep(model, memory, graph=graph)
     token = choose(logits[:, -1], decoding, generator)
     for _ in range(decoding.max_new_tokens - 1):
         yield token
-        ended = torch.isin(token, ends)  # who ended earlier has its stop token here again
+        ended = torch.isin(
+            token, stop_tokens
+        )  # a sequence that ended earlier has its stop token here again
         if decoding.stop and ended.all():
             return
-        token = torch.where(ended, token, choose(steps(token), decoding, generator))
+        token = torch.where(ended, token, choose(step(token), decoding, generator))
     yield token

@@ -1,4 +1,7 @@
-"""sampling: TODO."""
+"""Choosing the next token from the logits: greedy, or sampled with temperature, top-k and top-p.
+
+Dimensions: B batch.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +11,13 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are made: the options of `generate`, `stream` and `continue_from`. Raises ValueError if out of range.
+    """The options of `generate`, `stream` and `continue_from`. Raises ValueError for an option out
+    of range.
 
-    max_new_tokens: at most so many. temperature, top_k, top_p: see `probabilities`; temperature 0 takes the likeliest
-    token. seed: of the draws, which use nobody else's random numbers. stop: ids of tokens that end a sequence. One that
-    has ended repeats its stop token, and reads it, until all have ended or `max_new_tokens` are made.
+    max_new_tokens: generation ends there at the latest. temperature, top_k, top_p: see
+    `probabilities`; temperature 0 takes the likeliest token. seed: of the draws, which use a
+    generator of their own. stop: ids of tokens that end a sequence. A sequence that has ended
+    repeats its stop token, and reads it, until all have ended or `max_new_tokens` are made.
     """
 
     max_new_tokens: int
@@ -23,28 +28,30 @@ class Decoding:
     stop: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        whole = (
+        whole_numbers = (
             ("max_new_tokens", self.max_new_tokens, 1),
             ("top_k", self.top_k or 0, 0),
             ("seed", self.seed, 0),
         )
-        for name, value, least in whole:
+        for name, value, least in whole_numbers:
             if not isinstance(value, int) or not least <= value < 1 << 63:
                 raise ValueError(
-                    f"{name}: got {value!r}, accepted is an integer of at least {least}, below 2**63"
+                    f"{name}: got {value!r}, "
+                    f"accepted is an integer of at least {least}, below 2**63"
                 )
-        if not 0 <= self.temperature < math.inf:  # nan is neither
+        if not 0 <= self.temperature < math.inf:  # NaN fails this test too
             raise ValueError(f"temperature: got {self.temperature}, accepted is 0 (greedy) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p: got {self.top_p}, accepted is 0 to 1")
-        if not isinstance(self.stop, tuple) or not all(
-            isinstance(token, int) for token in self.stop
-        ):
+        is_tuple = isinstance(self.stop, tuple)
+        if not is_tuple or not all(isinstance(token, int) for token in self.stop):
             raise ValueError(f"stop: got {self.stop!r}, accepted is a tuple of token ids")
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> torch.Tensor:
-    """logits [B, vocabulary] -> the next token [B, 1]: the likeliest at temperature 0, else a draw."""
+    """logits [B, vocabulary] -> the next token [B, 1]: the likeliest one at temperature 0, else a
+    draw.
+    """
     if decoding.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     chances = probabilities(
@@ -58,18 +65,22 @@ def probabilities(
 ) -> torch.Tensor:
     """logits [B, vocabulary] -> the chance of each token to be drawn, float64 [B, vocabulary].
 
-    In this order: the softmax of logits / temperature (above 0); the `top_k` likeliest tokens alone (0 or None: all); of
-    these, their chances scaled to sum to 1, the fewest likeliest ones whose sum reaches `top_p` (1: all), at least one.
-    What is left is scaled to sum to 1. Of equally likely tokens the lower id goes first.
+    1. The softmax of logits / temperature (above 0).
+    2. Only the `top_k` likeliest tokens stay (0 or None: all); their chances are scaled to sum to 1.
+    3. Of these the fewest likeliest tokens stay whose sum reaches `top_p` (1: all), at least one;
+       their chances are scaled again.
+
+    Among equally likely tokens the lower id comes first.
     """
-    # float64: the smallest temperature must not overflow, nor a sum over a large vocabulary end below top_p
+    # float64: the smallest temperature must not overflow, and a sum over a large vocabulary must
+    # not end below top_p.
     logits, order = logits.double().sort(dim=-1, descending=True, stable=True)
     chances = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     chances[:, top_k or logits.shape[-1] :] = 0
     chances /= chances.sum(dim=-1, keepdim=True)
     if top_p < 1:
-        before = chances.cumsum(dim=-1) - chances  # of all likelier tokens together
-        before[:, 0] = -1
-        chances[before >= top_p] = 0
+        likelier = chances.cumsum(dim=-1) - chances  # the sum of all likelier tokens
+        likelier[:, 0] = -1
+        chances[likelier >= top_p] = 0
         chances /= chances.sum(dim=-1, keepdim=True)
     return torch.zeros_like(chances).scatter_(-1, order, chances)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.lab.arms import Arm, Scale
 from hsa_mini.lab.measure import measure
-from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.mixture import NONE
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.trainer import (
@@ -82,7 +82,7 @@ def _train(
 ) -> dict[str, list[float]]:
     """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
     optimizer = make_optimizer(model, recipe)
-    past = Past(recipe.crowd)
+    past = ChunkQueue(recipe.crowd)
     steps_of = recorded_steps(model, optimizer, recipe, past)
     every = max(recipe.steps // POINTS, 1)
     curve: dict[str, list[float]] = {name: [] for name in ("step", *FIGURES)}

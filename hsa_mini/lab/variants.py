@@ -8,6 +8,7 @@ Dimensions: B batch, T tokens, C width, N chunks, S chunk size, H query heads, J
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,32 +18,25 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.lab.reading import concatenated, grouped_gates, mean_query
 from hsa_mini.memory.chunk_memory import ChunkMemory
-from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_mini.model.hsa import HSA
 from hsa_mini.model.norm import RMSNorm
 from hsa_mini.model.qkv import QKV
-from hsa_mini.model.rope import apply_rope, rope_table
+from hsa_mini.ops.rope import apply_rope, rope_table
 
 
-class Chunks:
-    """What the upper decoder uses of a memory, with another way to read chunks: `attend(q, indices, weights)`."""
+class OtherChunks(NamedTuple):
+    """A source of chunks (`memory.chunk_source`) with its own way to attend to them."""
 
-    def __init__(self, memory: ChunkMemory, attend: Callable[..., torch.Tensor]) -> None:
-        self.landmarks = memory.landmarks
-        self.attend = attend
-        # the memory's own lists, which are written into
-        self.upper = memory.upper
-        self.block_queries = memory.block_queries
-
-
-def _refuse(*_, **__):
-    raise NotImplementedError(
-        "a variant has no step for single tokens, accepted is `forward` with one token"
-    )
+    landmarks: torch.Tensor
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    position_offset: int = 0
 
 
 class Variant(HSAModel):
-    """An `HSAModel` of which `change` makes another one, and whose chunks are read by `attend`."""
+    """An `HSAModel` whose layers `change` replaces and whose chunks are read by `attend`. It has no step for single tokens."""
+
+    can_decode_steps = False
 
     def __init__(
         self,
@@ -54,10 +48,7 @@ class Variant(HSAModel):
         super().__init__(config, device=device)
         with torch.device(device or "cpu"):
             self.change()
-        for block in self.upper:
-            if block.hsa is not None:
-                block.hsa.step = _refuse
-        self._initialise()
+        self.reset_parameters()
         if dtype is not None:
             self.to(dtype)
 
@@ -66,12 +57,10 @@ class Variant(HSAModel):
 
     def attend(self, memory: ChunkMemory, position: int, q, indices, weights) -> torch.Tensor:
         """q [B, T, H, D], normed, of tokens from `position` on; their chunks and weights [B, T, J, K] -> [B, T, H, D]."""
-        return memory.attend(q, indices, weights)
+        return memory.chunks.source().attend(q, indices, weights)
 
-    def look_up(self, hidden: torch.Tensor, position: int, memory: ChunkMemory, **options):
-        return super().look_up(
-            hidden, position, Chunks(memory, partial(self.attend, memory, position)), **options
-        )
+    def default_source(self, memory: ChunkMemory, position: int) -> OtherChunks:
+        return OtherChunks(memory.chunks.landmarks, partial(self.attend, memory, position))
 
 
 NO_HSA = dict.fromkeys(
@@ -98,11 +87,12 @@ class NoEncoder(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor) -> EncodedChunks:
         c = self.config
         B, N, S = hidden.shape[:3]
         k = hidden.new_zeros(B, N, S, c.hsa_kv_heads, c.hsa_head_dim)
-        return k, k.clone(), hidden.new_zeros(B, N, c.retrieval_heads, c.retrieval_dim)
+        landmarks = hidden.new_zeros(B, N, c.retrieval_heads, c.retrieval_dim)
+        return EncodedChunks(k, k.clone(), landmarks, None)
 
 
 class RopeInside(Variant):
@@ -110,20 +100,20 @@ class RopeInside(Variant):
 
     def attend(self, memory, position, q, indices, weights):
         turn = partial(rope_table, dim=self.config.hsa_head_dim, base=self.config.rope_base)
-        N, S = memory.k.shape[1:3]
+        N, S = memory.chunks.k.shape[1:3]
         T = q.shape[1]
         q = apply_rope(q, turn(torch.arange(position, position + T, device=q.device)))
         k = apply_rope(
-            memory.k.flatten(1, 2), turn(torch.arange(N * S, device=q.device))
+            memory.chunks.k.flatten(1, 2), turn(torch.arange(N * S, device=q.device))
         ).unflatten(1, (N, S))
-        return ops.chunk_attention(q, k, memory.v, indices, weights)
+        return ops.chunk_attention(q, k, memory.chunks.v, indices, weights)
 
 
 class Concatenated(Variant):
     """Select, then concatenate (the selected branch of NSA): landmarks choose, and no gradient tells them how."""
 
     def attend(self, memory, position, q, indices, weights):
-        return concatenated(q, memory.k, memory.v, indices)
+        return concatenated(q, memory.chunks.k, memory.chunks.v, indices)
 
 
 class WithoutCLS(ChunkEncoder):
@@ -133,10 +123,10 @@ class WithoutCLS(ChunkEncoder):
         super().__init__(config)
         del self.cls
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor) -> EncodedChunks:
         tokens = self.mix(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # [B, N, S, C]
         k, v = self.keys_and_values(tokens)
-        return k, v, self.summary(tokens, k).to(v.dtype)
+        return EncodedChunks(k, v, self.summary(tokens, k).to(v.dtype), None)
 
 
 class MeanEncoder(WithoutCLS):
@@ -206,19 +196,20 @@ class GroupedHSA(OneQuery):
         self.own_v = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
         self.own_norm = RMSNorm(config.hsa_head_dim, eps=config.norm_eps)
 
-    def forward(self, x, landmarks, attend, **where):
+    def forward(self, x, source, **options):
         J = self.config.hsa_kv_heads
         D = self.config.hsa_head_dim
         own_k, own_v = (project(x).unflatten(-1, (J, D)) for project in (self.own_k, self.own_v))
 
         def gated(q, indices, weights):
-            near, far = grouped_gates(mean_query(q, J), landmarks, self.own_norm(own_k), indices)
-            own = (near.to(own_v.dtype) * own_v).repeat_interleave(
-                q.shape[2] // J, dim=2
-            )  # [B, T, J, D] -> [B, T, H, D]
-            return attend(q, indices, far) + own
+            near, far = grouped_gates(
+                mean_query(q, J), source.landmarks, self.own_norm(own_k), indices
+            )
+            # [B, T, J, D] -> [B, T, H, D]
+            own = (near.to(own_v.dtype) * own_v).repeat_interleave(q.shape[2] // J, dim=2)
+            return source.attend(q, indices, far) + own
 
-        return super().forward(x, landmarks, gated, **where)
+        return super().forward(x, OtherChunks(source.landmarks, gated), **options)
 
 
 class GroupedSoftmax(Variant):

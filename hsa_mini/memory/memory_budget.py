@@ -7,20 +7,21 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on a GPU, what torch keeps for reuse included, or in the memory of this machine."""
+    """Bytes that can still be allocated on a GPU (what torch keeps for reuse included), or in this
+    machine's memory.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:  # Linux: what is free, and what the file cache would give back
+    try:  # Linux counts what is free and what the file cache would give back
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(
-            int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")
-        )
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(available.split()[1])
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_room(
+def check_fits(
     device: torch.device,
     *,
     chunks: int,
@@ -29,15 +30,18 @@ def check_room(
     moved_bytes: int,
     chunk_size: int,
 ) -> None:
-    """Raise MemoryError that says how many tokens fit, if `chunks` chunks in all do not.
+    """Raise MemoryError if `chunks` chunks in all do not fit on `device`; the error says how many
+    tokens do.
 
-    chunk_bytes: of one of them on this device; `held` are there already. moved_bytes: held twice while what is there moves.
+    chunk_bytes: bytes of one chunk on this device; `held` chunks are there already. moved_bytes:
+    what is held twice while buffers move.
     """
     needed = moved_bytes + (chunks - held) * chunk_bytes
     free = free_bytes(device)
     if needed > free:
         fit = held + max(free - moved_bytes, 0) // chunk_bytes
         raise MemoryError(
-            f"memory: got {chunks * chunk_size:,} tokens, for which {needed / 1e9:,.3f} GB more are needed on {device} and "
+            f"memory: got {chunks * chunk_size:,} tokens, "
+            f"for which {needed / 1e9:,.3f} GB more are needed on {device} and "
             f"{free / 1e9:,.3f} GB are free, accepted are up to {fit * chunk_size:,} tokens"
         )

@@ -1,7 +1,11 @@
-"""The chunk encoder: every complete chunk becomes keys, values and one landmark, once, for all HSA layers.
+"""The chunk encoder turns every complete chunk into keys, values and one landmark, once, for all
+HSA layers.
 
-Dimensions: B batch, N chunks, S chunk size, C width, J key/value heads, D head dimension, R retrieval dimension.
+Dimensions: B batch, N chunks, S chunk size, C width, J key/value heads, D head dimension, R
+retrieval dimension.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,11 +14,13 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.model.mlp import MLP
 from hsa_mini.model.norm import RMSNorm
 from hsa_mini.model.qkv import QKV
-from hsa_mini.model.rope import rope_table
+from hsa_mini.ops.rope import rope_table
 
 
 class EncoderBlock(nn.Module):
-    """A bidirectional block over the S tokens of a chunk and its [CLS]: x [M, S+1, C] -> [M, S+1, C]."""
+    """A bidirectional block over the S tokens of a chunk and its [CLS]: x [M, S+1, C] -> [M, S+1,
+    C].
+    """
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
@@ -34,17 +40,26 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ChunkEncoder(nn.Module):
-    """hidden [B, N, S, C] -> k (normed) and v [B, N, S, J, D], landmarks [B, N, J_r, R].
+class EncodedChunks(NamedTuple):
+    """k (normed) and v [B, N, S, J, D], landmarks [B, N, J_r, R], and cls_states [B, N, C], of
+    which the landmarks are made.
 
-    In training `seen` [B, N, C] is what the landmarks of the last batch were made of, without its gradient.
+    cls_states is None if the encoder has no [CLS], as some variants of the laboratory.
     """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    landmarks: torch.Tensor
+    cls_states: torch.Tensor | None
+
+
+class ChunkEncoder(nn.Module):
+    """hidden [B, N, S, C] of N complete chunks -> `EncodedChunks`."""
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
         self.config = config
         self.cls = nn.Parameter(torch.empty(config.width))
-        self.seen: torch.Tensor | None = None
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.k = nn.Linear(config.width, config.hsa_kv_heads * config.hsa_head_dim, bias=False)
@@ -59,24 +74,21 @@ class ChunkEncoder(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor) -> EncodedChunks:
         B, N, S, C = hidden.shape
         cls = self.cls.to(hidden.dtype).expand(B * N, 1, C)
-        x = self.mix(torch.cat((hidden.flatten(0, 1), cls), dim=1)).unflatten(
-            0, (B, N)
-        )  # [CLS] last: [B, N, S+1, C]
-        tokens = x[:, :, :S]
-        summary = x[:, :, S]
-        k, v = self.keys_and_values(tokens)
-        if self.training:
-            self.seen = summary.detach()
-        return k, v, self.landmarks(summary).to(v.dtype)
+        rows = torch.cat((hidden.flatten(0, 1), cls), dim=1)  # [CLS] last: [B*N, S+1, C]
+        mixed = self.mix(rows).unflatten(0, (B, N))  # [B*N, S+1, C] -> [B, N, S+1, C]
+        cls_states = mixed[:, :, S]
+        k, v = self.keys_and_values(mixed[:, :, :S])
+        return EncodedChunks(k, v, self.landmarks(cls_states).to(v.dtype), cls_states)
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """All blocks and the norm, over the L vectors of each of M chunks: x [M, L, C] -> [M, L, C]."""
-        rope = rope_table(
-            torch.arange(x.shape[1], device=x.device), self.config.head_dim, self.config.rope_base
-        )
+        """Apply all blocks and the norm to the L vectors of each of M chunks: x [M, L, C] -> [M, L,
+        C].
+        """
+        positions = torch.arange(x.shape[1], device=x.device)
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_base)
         for block in self.blocks:
             x = block(x, rope)
         return self.norm(x)
@@ -89,8 +101,7 @@ class ChunkEncoder(nn.Module):
         )
         return self.k_norm(k), v
 
-    def landmarks(self, summary: torch.Tensor) -> torch.Tensor:
-        """The normed [CLS] of every chunk, [B, N, C] -> [B, N, J_r, R]."""
-        return self.landmark_norm(
-            self.landmark(summary).unflatten(-1, (-1, self.config.retrieval_dim))
-        )
+    def landmarks(self, cls_states: torch.Tensor) -> torch.Tensor:
+        """The normed [CLS] state of every chunk, [B, N, C], -> landmarks [B, N, J_r, R]."""
+        projected = self.landmark(cls_states).unflatten(-1, (-1, self.config.retrieval_dim))
+        return self.landmark_norm(projected)

@@ -1,7 +1,9 @@
-"""What a preset costs at a given length, before any of it exists: parameters, bytes and FLOP, from the meta device.
+"""What a preset costs at a given length, before any of it exists: parameters, bytes and FLOP, from
+the meta device.
 
-Parameters and bytes are those of the model itself, made without memory. FLOP are 2 per multiply-add of matrix products:
-norms, RoPE, softmax, top-k and the gates of experts are left out, and keys that a window or causality masks.
+Parameters and bytes are those of the model itself, made without memory. FLOP are 2 per multiply-add
+of matrix products: norms, RoPE, softmax, top-k and the gates of experts are left out, and keys that
+a window or causality masks.
 
 Dimensions: B batch (1 here), N chunks, S chunk size, K chunks kept, C width, W window.
 """
@@ -16,7 +18,7 @@ from hsa_mini.config import MOST_TOKENS, PRESETS, HSAConfig
 from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.model.core import HSACore
 from hsa_mini.model.moe import MoE
-from hsa_mini.model.rope import rope_table
+from hsa_mini.ops.rope import rope_table
 
 PRINTED = {  # what the paper prints of its two models
     "ul_0_5b": {"params_total": 537.7e6, "params_base_without_hsa": 519.6e6},
@@ -55,10 +57,12 @@ class Plan:
 
 @torch.no_grad()
 def plan(preset: str | HSAConfig, tokens: int = 1 << 20) -> Plan:
-    """Count a preset, or any configuration, at `tokens` tokens; see `Plan`. Makes nothing but shapes.
+    """Count a preset, or any configuration, at `tokens` tokens; see `Plan`. Makes nothing but
+    shapes.
 
-    The full-attention model of the same shape is the one without HSA layers and chunk encoder whose blocks, each with its
-    own KV cache of as many heads, attend to every token. Raises ValueError for an unknown preset and for tokens out of range.
+    The full-attention model of the same shape is the one without HSA layers and chunk encoder whose
+    blocks, each with its own KV cache of as many heads, attend to every token. Raises ValueError
+    for an unknown preset and for tokens out of range.
     """
     if not isinstance(preset, HSAConfig) and preset not in tuple(PRESETS):
         raise ValueError(f"preset: got {preset!r}, accepted are {', '.join(PRESETS)}")
@@ -129,19 +133,20 @@ def idle(module: nn.Module) -> int:
     """Weights of the experts that one token is not sent to."""
     layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
     experts = [
-        (weights, layer.active) for layer in layers for weights in (layer.up_and_gate, layer.down)
+        (weights, layer.top_k) for layer in layers for weights in (layer.up_and_gate, layer.down)
     ]
     return sum(weights[active:].numel() for weights, active in experts)
 
 
 def memory_bytes(model: HSACore, tokens: int) -> tuple[int, int]:
-    """Bytes of K and V, and of landmarks, of the complete chunks of `tokens` tokens, as the encoder makes them.
+    """Bytes of K and V, and of landmarks, of the complete chunks of `tokens` tokens, as the encoder
+    makes them.
 
     Left out: what waits of the unfinished chunk, less than S vectors of width C.
     """
     S = model.config.chunk_size
     C = model.config.width
-    k, v, landmarks = model.encoder(
+    k, v, landmarks, _ = model.encoder(
         torch.empty(1, tokens // S, S, C, device="meta", dtype=model.norm.weight.dtype)
     )
     return k.nbytes + v.nbytes, landmarks.nbytes
@@ -182,7 +187,9 @@ def block_flops(model: HSACore, blocks: nn.ModuleList, keys: float) -> float:
 
 
 def upper_flops(model: HSACore, keys: float, chunks: int, *, query_block: int = 1) -> float:
-    """The upper decoder over one token. Eq. (1): scores of all chunks; Eq. (2): attention in K of them, and their sum."""
+    """The upper decoder over one token. Eq. (1): scores of all chunks; Eq. (2): attention in K of
+    them, and their sum.
+    """
     config = model.config
     scores = 2 * config.retrieval_heads * config.retrieval_dim * chunks / query_block
     kept = min(config.top_k, chunks)
@@ -192,7 +199,9 @@ def upper_flops(model: HSACore, keys: float, chunks: int, *, query_block: int = 
 
 
 def chunk_flops(encoder: ChunkEncoder) -> float:
-    """The encoder over one chunk: S tokens and [CLS], each attending to all of them; K and V of S, one landmark."""
+    """The encoder over one chunk: S tokens and [CLS], each attending to all of them; K and V of S,
+    one landmark.
+    """
     config = encoder.config
     rows = encoder.config.chunk_size + 1
     attention = len(encoder.blocks) * attention_flops(config.heads, config.head_dim, rows)
@@ -205,9 +214,11 @@ def chunk_flops(encoder: ChunkEncoder) -> float:
 
 
 def prefill_flops(model: HSACore, tokens: int) -> float:
-    """Reading all tokens: lower decoder and encoder over all, the upper decoder over its tail, the head over the last.
+    """Reading all tokens: lower decoder and encoder over all, the upper decoder over its tail, the
+    head over the last.
 
-    Every token of the tail is charged with the landmarks of the whole text, as the operation computes them.
+    Every token of the tail is charged with the landmarks of the whole text, as the operation
+    computes them.
     """
     config = model.config
     chunks = tokens // model.config.chunk_size
@@ -220,9 +231,11 @@ def prefill_flops(model: HSACore, tokens: int) -> float:
 
 
 def training_flops(model: HSACore, tokens: int) -> float:
-    """A step over a whole sequence: every layer and the head over all tokens, and twice as much for the gradients.
+    """A step over a whole sequence: every layer and the head over all tokens, and twice as much for
+    the gradients.
 
-    A token is charged with the landmarks that it sees; nothing is charged twice that is computed again.
+    A token is charged with the landmarks that it sees; nothing is charged twice that is computed
+    again.
     """
     config = model.config
     keys = mean_keys(tokens, model.config.window)
@@ -234,7 +247,9 @@ def training_flops(model: HSACore, tokens: int) -> float:
 
 
 def decode_flops(model: HSACore, tokens: int) -> float:
-    """One token behind `tokens` others: all layers, the head, and a token's share in encoding its chunk."""
+    """One token behind `tokens` others: all layers, the head, and a token's share in encoding its
+    chunk.
+    """
     config = model.config
     keys = min(tokens + 1, model.config.window)
     blocks = block_flops(model, model.lower, keys) + upper_flops(
@@ -244,14 +259,18 @@ def decode_flops(model: HSACore, tokens: int) -> float:
 
 
 def full_attention_flops(model: HSACore, keys: float, *, predicted: float) -> float:
-    """One token through the blocks without HSA, each attending to `keys` keys; the head over this share of the tokens."""
+    """One token through the blocks without HSA, each attending to `keys` keys; the head over this
+    share of the tokens.
+    """
     blocks = sum(block_flops(model, part, keys) for part in (model.lower, model.upper))
     hsa = sum(linear_flops(block.hsa) for block in model.upper if block.hsa is not None)
     return blocks - hsa + predicted * linear_flops(model.head)
 
 
 def table(plan: Plan) -> str:
-    """The plan for people: parameters beside what the paper prints, bytes and FLOP beside full attention."""
+    """The plan for people: parameters beside what the paper prints, bytes and FLOP beside full
+    attention.
+    """
     c = plan.config
     printed = PRINTED.get(plan.preset, {})
     lines = [

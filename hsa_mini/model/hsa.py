@@ -1,6 +1,8 @@
-"""The HSA layer: a token asks the chunk memory, wherever in the past its chunks lie. Eq. (1), Eq. (2).
+"""The HSA layer: a token retrieves chunks from the chunk memory, however far back they lie, and
+attends to them. Eq. (1), (2).
 
-Dimensions: B batch, T tokens, C width, H heads, J key/value heads, D head dimension, R retrieval dimension, K chunks kept.
+Dimensions: B batch, T tokens, C width, H heads, J key/value heads, J_r retrieval heads, D head
+dimension, R retrieval dimension, K chunks kept.
 """
 
 from typing import NamedTuple
@@ -10,11 +12,15 @@ from torch import nn
 
 from hsa_mini import ops
 from hsa_mini.config import HSAConfig
+from hsa_mini.memory.chunk_source import ChunkSource, DeviceChunks
+from hsa_mini.memory.host_chunks import HostChunks
 from hsa_mini.model.norm import RMSNorm
 
 
 class Retrieval(NamedTuple):
-    """What an HSA layer asked for and got: queries [B, T, J_r, R], indices int32 and weights [B, T, J, K]."""
+    """What an HSA layer searched for and found: queries [B, T, J_r, R], indices int32 and weights
+    [B, T, J, K].
+    """
 
     queries: torch.Tensor
     indices: torch.Tensor
@@ -22,7 +28,7 @@ class Retrieval(NamedTuple):
 
 
 class HSA(nn.Module):
-    """x [B, T, C] and the memory's chunks -> [B, T, C], and the retrieval that led to it."""
+    """x [B, T, C] and a source of chunks -> [B, T, C], and the retrieval that led to it."""
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
@@ -41,100 +47,101 @@ class HSA(nn.Module):
 
     def forward(
         self,
-        x,
-        landmarks,
-        attend,
+        x: torch.Tensor,
+        source: ChunkSource,
         *,
         position: int,
-        in_front: int | torch.Tensor = 0,
-        block_query=None,
-        gumbel_seed=None,
+        block_query: torch.Tensor | None = None,
+        gumbel_seed: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Retrieval, torch.Tensor | None]:
-        """landmarks [B, N, J_r, R] to choose among; `attend(q, indices, weights)` reads the chunks chosen; `position` is
-        that of x's first token, behind `in_front` more tokens (int, or int64 [B]), a multiple of the chunk size.
+        """A segment whose first token stands at `position` of its sequence.
 
-        `block_query` [B, 1, J_r, R] is the query of the first token of a block of `query_block` tokens that x continues;
-        the third result is the one to pass on (None at the end of a block).
+        block_query [B, 1, J_r, R]: if tokens retrieve in blocks of `query_block`, the query of the
+        first token of the block that x continues. The third result is the one to pass with the next
+        segment (None if every token retrieves alone).
         """
         config = self.config
-        T = x.shape[1]
-        q, queries = self._queries(x, landmarks.dtype)
-        late = position % config.query_block  # tokens of the block that came before x
-        choosers = (
-            torch.cat((block_query.expand(-1, late, -1, -1), queries), dim=1) if late else queries
-        )
-        # Under autocast the scores would be rounded to bfloat16: what is rounded is the input, never the scores.
+        q, queries = self._queries(x, source.landmarks.dtype)
+        late = position % config.query_block  # tokens of x's first block that came before x
+        choosers = queries
+        if late:
+            choosers = torch.cat((block_query.expand(-1, late, -1, -1), queries), dim=1)
+        # Autocast would round the scores to bfloat16. Only their inputs may be rounded.
         with torch.autocast(x.device.type, enabled=False):
             indices, weights = ops.retrieve(
                 choosers,
-                landmarks,
+                source.landmarks,
                 chunk_size=config.chunk_size,
                 top_k=config.top_k,
-                offset=in_front + position - late,
+                offset=source.position_offset + position - late,
                 weighting=config.weighting,
                 gumbel_seed=gumbel_seed,
                 exclude_window=config.window if config.exclude_window else 0,
                 query_block=config.query_block,
             )
             # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
-            indices, weights = (
-                part[:, late:].expand(-1, -1, config.hsa_kv_heads, -1)
-                for part in (indices, weights)
-            )
-            out = attend(self.q_norm(q), indices, weights)
-        unfinished = (position + T) % config.query_block
-        next_block = (
-            choosers[:, -unfinished : choosers.shape[1] - unfinished + 1] if unfinished else None
-        )
-        return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), next_block
+            indices = indices[:, late:].expand(-1, -1, config.hsa_kv_heads, -1)
+            weights = weights[:, late:].expand(-1, -1, config.hsa_kv_heads, -1)
+            out = source.attend(self.q_norm(q), indices, weights)
+        retrieval = Retrieval(queries, indices, weights)
+        return self.out(out.flatten(-2)), retrieval, self._open_query(choosers)
 
-    def step(
+    def decode_step(
         self,
-        x,
-        k,
-        v,
-        landmarks,
+        x: torch.Tensor,
+        source: DeviceChunks | HostChunks,
         positions: torch.Tensor,
         block_query: torch.Tensor | None = None,
-        *,
-        operations=ops,
     ) -> torch.Tensor:
-        """One token of every sequence, x [B, 1, C] at positions int64 [B] -> [B, 1, C]; asks the host nothing.
+        """One new token of every sequence, x [B, 1, C] at positions int64 [B] -> [B, 1, C]. Never
+        synchronises with the CPU.
 
-        k, v and landmarks with whatever room they have: a token sees what is complete at its position. `block_query`
-        [B, 1, J_r, R], not None if tokens choose in blocks, is brought up to date. `operations`: `ops`, or `offload` for k
-        and v in host memory.
+        A token sees the chunks that are complete at its position; the source may have spare
+        capacity behind them. block_query [B, 1, J_r, R]: as in `forward`, brought up to date in
+        place.
         """
         config = self.config
-        q, choosers = self._queries(x, landmarks.dtype)
+        q, choosers = self._queries(x, source.landmarks.dtype)
         late = positions % config.query_block
         if block_query is not None:
             choosers = torch.where((late == 0)[:, None, None, None], choosers, block_query)
             block_query.copy_(choosers)
         options = dict(chunk_size=config.chunk_size, top_k=config.top_k, offset=positions - late)
-        plain = (
+        fused = (
             config.weighting == "softmax"
             and not config.exclude_window
             and config.retrieval_heads == config.hsa_kv_heads
         )
         with torch.autocast(x.device.type, enabled=False):
             q = self.q_norm(q)
-            if plain:
-                out = operations.decode(choosers, landmarks, q, k, v, **options)
+            if fused:
+                out = source.decode(choosers, q, **options)
             else:
-                options |= dict(
+                indices, weights = ops.retrieve(
+                    choosers,
+                    source.landmarks,
                     weighting=config.weighting,
                     exclude_window=config.window if config.exclude_window else 0,
+                    **options,
                 )
-                choice = ops.retrieve(choosers, landmarks, **options)
-                out = operations.chunk_attention(
-                    q, k, v, *(part.expand(-1, -1, config.hsa_kv_heads, -1) for part in choice)
-                )
+                heads = (-1, -1, config.hsa_kv_heads, -1)
+                out = source.attend(q, indices.expand(heads), weights.expand(heads))
         return self.out(out.flatten(-2))
 
     def _queries(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """For attention [B, T, H, D], not yet normed, and for retrieval [B, T, J_r, R]."""
-        queries = self.retrieval_q(x).unflatten(-1, (-1, self.config.retrieval_dim))
-        return self.q(x).unflatten(-1, (-1, self.config.hsa_head_dim)), self.retrieval_norm(
-            queries
-        ).to(dtype)
+        """Queries for attention [B, T, H, D], not yet normed, and for retrieval [B, T, J_r, R]."""
+        retrieval_q = self.retrieval_q(x).unflatten(-1, (-1, self.config.retrieval_dim))
+        q = self.q(x).unflatten(-1, (-1, self.config.hsa_head_dim))
+        return q, self.retrieval_norm(retrieval_q).to(dtype)
+
+    def _open_query(self, choosers: torch.Tensor) -> torch.Tensor | None:
+        """The query of the block that choosers [B, L, J_r, R] leave unfinished; 0 if they end with
+        a whole block.
+        """
+        if self.config.query_block == 1:
+            return None
+        tokens = choosers.shape[1]
+        first = tokens - tokens % self.config.query_block
+        return (
+            choosers[:, first : first + 1] if first < tokens else torch.zeros_like(choosers[:, :1])
+        )

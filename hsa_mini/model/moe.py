@@ -1,6 +1,7 @@
-"""A mixture of experts: one shared expert, and A of E chosen by a sigmoid router for each token (DeepSeek-V3 style).
+"""A mixture of experts: one shared expert, and A of E routed experts that a sigmoid router chooses
+(DeepSeek-V3 style).
 
-Dimensions: C width, E experts, A experts active, M = B*T tokens.
+Dimensions: C width, E experts, A experts per token, M = B*T tokens.
 """
 
 from dataclasses import dataclass
@@ -14,64 +15,85 @@ from hsa_mini.model.mlp import MLP
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """How the router of a layer has spread tokens since the last `balance`.
+    """How the router of a layer has distributed tokens since the last `update_bias`.
 
-    load float32 [E]: the share of each expert, 1/E if all are asked alike; bias float32 [E]: how far it has drifted from 0.
+    load float32 [E]: the share of the tokens that each expert received, 1/E if balanced; bias
+    float32 [E]: the router's.
     """
 
     load: torch.Tensor
     bias: torch.Tensor
 
     @property
-    def imbalance(self) -> torch.Tensor:
-        """The largest load over the mean: 1 if all experts are asked alike, E if one alone is. NaN before any token."""
+    def max_over_mean_load(self) -> torch.Tensor:
+        """The largest load over the mean load: 1 if balanced, E if one expert receives every token;
+        NaN before any token.
+        """
         return self.load.max() * self.load.numel()
 
     @property
     def entropy(self) -> torch.Tensor:
-        """Of the load, in nats; log(E) if all experts are asked alike."""
+        """The entropy of the load in nats; log(E) if balanced."""
         return -torch.xlogy(self.load, self.load).sum()
 
 
 class MoE(nn.Module):
-    """x [B, T, C] -> [B, T, C]. `bias` [E] moves the choice alone, never the gates: `balance` evens the load with it.
+    """x [B, T, C] -> [B, T, C].
 
-    In training `asked` int64 [E] counts the tokens of every expert since the last `balance`, None before any.
+    bias [E] is added for the choice of experts alone, never to their gates: `update_bias` balances
+    the load with it. tokens_per_expert int64 [E]: tokens that each expert has received in training
+    since the last `update_bias`; None as long as `count_tokens` was not called.
     """
 
-    def __init__(self, width: int, hidden: int, experts: int, active: int) -> None:
+    def __init__(self, width: int, hidden: int, experts: int, top_k: int) -> None:
         super().__init__()
-        self.active = active
+        self.top_k = top_k
         self.shared = MLP(width, hidden)
         self.router = nn.Linear(width, experts, bias=False)
         self.register_buffer("bias", torch.zeros(experts))
-        self.asked: torch.Tensor | None = None
+        self.tokens_per_expert: torch.Tensor | None = None
         self.up_and_gate = nn.Parameter(torch.empty(experts, width, 2 * hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self.shared(x)
-        # [M, C]; autocast knows linear maps, but no grouped ones
-        tokens = x.flatten(0, -2)
+        tokens = x.flatten(0, -2)  # [B, T, C] -> [M, C]
+        dispatched = ops.dispatch(self.router(tokens), self.bias, self.top_k)
+        if self.training and self.tokens_per_expert is not None:
+            offsets = dispatched[0].long()
+            self.tokens_per_expert += offsets.diff(prepend=offsets.new_zeros(1))
+        # Autocast casts linear maps, but not grouped ones.
         dtype = shared.dtype
-        choice = ops.dispatch(self.router(tokens), self.bias, self.active)
-        if self.training:
-            ends = choice[0]
-            counts = ends.long().diff(prepend=ends.new_zeros(1))
-            self.asked = counts if self.asked is None else self.asked + counts
-        weights = self.up_and_gate.to(dtype), self.down.to(dtype)
-        return shared + ops.experts(tokens.to(dtype), *choice, *weights).reshape(x.shape)
+        routed = ops.experts(
+            tokens.to(dtype), *dispatched, self.up_and_gate.to(dtype), self.down.to(dtype)
+        )
+        return shared + routed.reshape(x.shape)
+
+    def count_tokens(self) -> None:
+        """Start to count the tokens of every expert, from 0."""
+        self.tokens_per_expert = torch.zeros_like(self.bias, dtype=torch.int64)
 
     def statistics(self) -> RouterStatistics:
-        asked = torch.zeros_like(self.bias) if self.asked is None else self.asked
-        return RouterStatistics(asked / asked.sum(), self.bias.float().clone())
+        """The counts so far as shares, and a copy of the bias."""
+        counts = self.tokens_per_expert
+        if counts is None:
+            counts = torch.zeros_like(self.bias)
+        return RouterStatistics(counts / counts.sum(), self.bias.float().clone())
 
     @torch.no_grad()
-    def balance(self, rate: float) -> RouterStatistics:
-        """Move `bias` by `rate` towards experts that were asked less than the mean, and count anew. No loss term is needed
-        (DeepSeek-V3, §2.1.2). Returns what was counted."""
+    def update_bias(self, rate: float) -> RouterStatistics:
+        """Move `bias` by `rate` towards the experts whose load is below the mean, and count from 0
+        again.
+
+        No auxiliary loss is needed (DeepSeek-V3, §2.1.2). Returns what was counted. Raises
+        ValueError if `count_tokens` was not called.
+        """
+        if self.tokens_per_expert is None:
+            raise ValueError(
+                "tokens_per_expert: got None, accepted is a layer that counts (`count_tokens`)"
+            )
         found = self.statistics()
-        # 1/E is the mean of the load; NaN, before any token, moves nothing
+        # The mean load is 1/E. Before any token the load is NaN, and nothing moves.
         self.bias += rate * torch.sign(1 / len(self.bias) - found.load).nan_to_num(0.0)
-        self.asked = None
+        self.tokens_per_expert.zero_()
         return found

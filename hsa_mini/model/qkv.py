@@ -10,11 +10,13 @@ from torch import nn
 
 from hsa_mini.config import HSAConfig
 from hsa_mini.model.norm import RMSNorm
-from hsa_mini.model.rope import apply_rope
+from hsa_mini.ops.rope import apply_rope
 
 
 class QKV(nn.Module):
-    """x [..., T, C] and the RoPE table of its positions -> q [..., T, H, D], k and v [..., T, J, D]."""
+    """x [..., T, C] and the RoPE table of its positions -> q [..., T, H, D], k and v [..., T, J,
+    D].
+    """
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()

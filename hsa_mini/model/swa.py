@@ -3,26 +3,17 @@
 Dimensions: B batch, T tokens, C width, W window, H heads, J key/value heads, D head dimension.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from hsa_mini import ops
 from hsa_mini.config import HSAConfig
+from hsa_mini.memory.rolling_cache import RollingKVCache
 from hsa_mini.model.qkv import QKV
 
 
-@dataclass(frozen=True)
-class WindowCache:
-    """The keys and values that later tokens still see: k and v [B, <= W-1, J, D], turned by RoPE."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-
-
 class SlidingWindowAttention(nn.Module):
-    """x [B, T, C] -> [B, T, C], and the cache for the segment that follows."""
+    """x [B, T, C] -> [B, T, C], and the cache for the tokens that follow."""
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
@@ -30,21 +21,36 @@ class SlidingWindowAttention(nn.Module):
         self.qkv = QKV(config)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
-    def forward(self, x, rope, cache=None) -> tuple[torch.Tensor, "WindowCache | WindowRing"]:
-        """`rope`: the table of x's positions; `cache`: what the tokens in front left behind, a ring if x is one token."""
-        if cache is not None and not isinstance(cache, WindowCache):
-            return self.out(cache.attend(self.qkv, x, rope).flatten(-2)), cache
+    def forward(
+        self, x: torch.Tensor, rope, cache: RollingKVCache | None = None, position: int = 0
+    ) -> tuple[torch.Tensor, RollingKVCache]:
+        """A segment. rope: the table of x's positions, the first of which is `position`; cache:
+        what lies in front of x.
+        """
         q, k, v = self.qkv(x, rope)
+        end = position + k.shape[1]
         if cache is not None:
-            k = torch.cat((cache.k, k), dim=1)
-            v = torch.cat((cache.v, v), dim=1)
+            k, v = cache.in_front_of(k, v, position)
         out = ops.sliding_window_attention(q, k, v, window=self.window)
-        first = max(k.shape[1] - (self.window - 1), 0)
-        k = k[:, first:]
-        v = v[:, first:]
-        if (
-            first and not k.requires_grad
-        ):  # a view would hold the keys and values of the whole segment
-            k = k.clone()
-            v = v.clone()
-        return self.out(out.flatten(-2)), WindowCache(k, v)
+        cache = RollingKVCache.from_order(k, v, end, self.window)
+        return self.out(out.flatten(-2)), cache
+
+    def decode_step(
+        self,
+        x: torch.Tensor,
+        rope,
+        cache: RollingKVCache,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """One new token of every sequence, x [B, 1, C] at positions int64 [B], enters slots =
+        positions % W of the cache.
+        """
+        q, k, v = self.qkv.project(x)
+        q_norm = self.qkv.q_norm
+        k_gain = self.qkv.k_norm.weight
+        q = ops.enter_ring(
+            q, k, v, cache.k, cache.v, slots, q_norm.weight, k_gain, rope, eps=q_norm.eps
+        )
+        out = ops.ring_attention(q, cache.k, cache.v, positions)
+        return self.out(out.flatten(-2))

@@ -9,7 +9,7 @@ from torch.nn.functional import grouped_mm, pad, rms_norm, scaled_dot_product_at
 from torch.utils.checkpoint import checkpoint
 
 from hsa_mini import reference
-from hsa_mini.model.rope import apply_rope
+from hsa_mini.ops.rope import apply_rope
 from hsa_mini.reference.checks import (
     check_chunk_attention,
     check_enter_ring,

@@ -1,23 +1,27 @@
-"""Training in a crowd: a sequence has to find its chunks among those of its whole batch, and of batches before it.
+"""Training among the chunks of other sequences: those of the whole batch, and a queue of chunks
+from earlier batches.
 
-Retrieved chunks have no positions, so chunks of other texts in front of a sequence are its distant past. A sequence of 1,024
-tokens has 16 chunks; in a crowd of thousands it learns what it needs among the hundred thousands of a long text.
+Retrieved chunks have no positions, so chunks of other texts in front of a sequence serve as its
+distant past. A sequence of 1,024 tokens has 16 chunks of its own. Among thousands of others it
+learns what it needs among the hundred thousands of chunks of a long text.
 
-Dimensions: B batch, N chunks a sequence, M chunks of the past, C width, T tokens, H query heads, J key/value heads, K slots.
+Dimensions: B batch, N chunks of a sequence, M chunks in the queue, C width, T tokens, H query
+heads, J key/value heads, J_r retrieval heads, R retrieval dimension, K chunks kept.
 """
 
 import torch
 
 from hsa_mini import ops
-from hsa_mini.memory.chunk_memory import ChunkMemory
-from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 
 
-class Past:
-    """The newest `size` (M) chunks of earlier batches, as they were encoded then: k, v [M, S, J, D] and [CLS] [M, C].
+class ChunkQueue:
+    """The newest `size` (M) chunks of earlier batches, as they were encoded then.
 
-    They have no gradient: an encoder that moves slowly leaves them good enough to get in the way. Only their landmarks are
-    made anew, by the projection of now: otherwise it grows without end, since what is larger than in the past stands out.
+    stores: k, v [M, S, J, D] and [CLS] states [M, C]; None before the first batch, then 0 where
+    chunks are still missing. They are detached: they serve only as distractors, so their age does
+    no harm. Their landmarks are re-projected with the current weights. Otherwise the landmark norm
+    would grow without bound.
     """
 
     def __init__(self, size: int) -> None:
@@ -25,67 +29,74 @@ class Past:
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"size: got {size!r}, accepted is an integer of at least 0")
         self.size = size
-        self.stores: tuple[torch.Tensor, ...] | None = None  # None before the first batch
+        self.stores: tuple[torch.Tensor, ...] | None = None
 
-    def push(self, memory: ChunkMemory, encoder: ChunkEncoder, rows: torch.Tensor) -> None:
-        """Take in the chunks of some rows (int64) of the batch that was just read in training, and let go of the oldest.
-
-        Missing ones are zeros at first.
-        """
-        fresh = tuple(x.detach()[rows].flatten(0, 1) for x in (memory.k, memory.v, encoder.seen))
+    def push(self, encoded: EncodedChunks, rows: torch.Tensor) -> None:
+        """Append the chunks of some rows (int64) of a batch, and drop the oldest."""
+        fresh = tuple(
+            part.detach()[rows].flatten(0, 1) for part in (encoded.k, encoded.v, encoded.cls_states)
+        )
         if self.stores is None:
-            self.stores = tuple(x.new_zeros(self.size, *x.shape[1:]) for x in fresh)
-        for store, x in zip(
-            self.stores, fresh
-        ):  # in place: a recorded step finds them where they were
-            store.copy_(torch.cat((store, x))[len(x) :])
+            self.stores = tuple(part.new_zeros(self.size, *part.shape[1:]) for part in fresh)
+        for store, part in zip(self.stores, fresh):
+            # In place: a CUDA graph finds the stores where they were recorded.
+            store.copy_(torch.cat((store, part))[len(part) :])
 
 
-class Crowd:
-    """What the HSA layers of a batch look into: `landmarks` [B, M + B*N, J_r, R].
+class CrossBatchChunks:
+    """The source of chunks for a whole batch: landmarks [B, M + B*N, J_r, R], position_offset an
+    int or int64 [B].
 
-    Sequence b meets the past first, then the sequences that follow it in the batch, going round, and last its own chunks:
-    `in_front` tokens come before these. The first `alone` sequences meet their own chunks first, so they see no others.
+    Order for sequence b: the queue, then the other sequences cyclically from b+1, then its own
+    chunks. Order for the first `isolated` sequences: their own chunks first, so that they see no
+    others.
+
+        sequence 1 of 3:    | queue: M | sequence 2: N | sequence 0: N | sequence 1: N |
     """
 
     def __init__(
-        self, memory: ChunkMemory, encoder: ChunkEncoder, past: Past, alone: int = 0
+        self, encoded: EncodedChunks, encoder: ChunkEncoder, queue: ChunkQueue, isolated: int = 0
     ) -> None:
-        B = memory.batch
-        N = memory.chunks
+        B, N = encoded.k.shape[:2]
+        device = encoded.k.device
         self.batch_chunks = B * N
-        self.first = (
-            torch.arange(1, B + 1, device=memory.k.device)[:, None, None, None] * N
-        )  # of sequence b + 1
-        self.past = 0 if past.stores is None else past.size
-        before = self.past + (B - 1) * N  # chunks in front of a sequence's own
-        self.in_front = before * memory.config.chunk_size
-        k, v, landmarks = (x.flatten(0, 1) for x in (memory.k, memory.v, memory.landmarks))
-        # window b + 1 of B*N landmarks in a row, twice written down: [B, J_r, R, B*N] -> [B, B*N, J_r, R]
-        self.landmarks = torch.cat((landmarks, landmarks)).unfold(0, B * N, N)[1:].movedim(-1, 1)
-        if self.past:
-            old_k, old_v, summaries = past.stores
-            k = torch.cat((old_k, k))
-            v = torch.cat((old_v, v))
-            old = encoder.landmarks(summaries[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
-            self.landmarks = torch.cat((old, self.landmarks), dim=1)
-        self.skipped = None  # chunks that an index does not count, of each sequence
-        if alone:
-            self.landmarks = torch.cat(
-                (self.landmarks[:alone].roll(N, dims=1), self.landmarks[alone:])
-            )
-            crowded = torch.arange(B, device=memory.k.device) >= alone
-            self.in_front = crowded * self.in_front
-            self.skipped = (~crowded * before)[:, None, None, None]
-        # [1, M + B*N, S, J, D]: one copy for all
-        self.k = k[None]
+        self.queued = 0 if queue.stores is None else queue.size
+        # The place of the first chunk of sequence b + 1 in the batch, for every b.
+        self.next_sequence = torch.arange(1, B + 1, device=device)[:, None, None, None] * N
+        in_front = self.queued + (B - 1) * N  # chunks in front of a sequence's own
+        self.position_offset: int | torch.Tensor = in_front * encoder.config.chunk_size
+        k = encoded.k.flatten(0, 1)
+        v = encoded.v.flatten(0, 1)
+        landmarks = encoded.landmarks.flatten(0, 1)  # [B*N, J_r, R]
+        # Written down twice in a row, the landmarks of the batch hold the order of every sequence
+        # as a window of B*N: [2*B*N, J_r, R] -> [B, J_r, R, B*N] -> [B, B*N, J_r, R]
+        twice = torch.cat((landmarks, landmarks))
+        self.landmarks = twice.unfold(0, B * N, N)[1:].movedim(-1, 1)
+        if self.queued:
+            queued_k, queued_v, cls_states = queue.stores
+            k = torch.cat((queued_k, k))
+            v = torch.cat((queued_v, v))
+            queued = encoder.landmarks(cls_states[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
+            self.landmarks = torch.cat((queued, self.landmarks), dim=1)
+        self.skipped = None  # chunks that the indices of an isolated sequence do not count
+        if isolated:
+            own_first = self.landmarks[:isolated].roll(N, dims=1)
+            self.landmarks = torch.cat((own_first, self.landmarks[isolated:]))
+            sees_others = torch.arange(B, device=device) >= isolated
+            self.position_offset = sees_others * self.position_offset
+            self.skipped = (~sees_others * in_front)[:, None, None, None]
+        self.k = k[None]  # [1, M + B*N, S, J, D]: one copy for all sequences
         self.v = v[None]
 
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """`ops.chunk_attention` for q [B, T, H, D] and a choice among `landmarks`; the batch is one long sequence there."""
+        """`ops.chunk_attention` for q [B, T, H, D], indices into `landmarks` and weights [B, T, J,
+        K] -> [B, T, H, D].
+
+        The batch attends as one sequence of B*T tokens, since all share one copy of the chunks.
+        """
         if self.skipped is not None:
             indices = torch.where(indices < 0, indices, indices + self.skipped)
-        among = self.past + (self.first + indices - self.past) % self.batch_chunks
-        places = torch.where(indices < self.past, indices, among).int()  # an empty slot stays -1
-        rows, places, weights = (x.flatten(0, 1)[None] for x in (q, places, weights))
+        in_batch = (self.next_sequence + indices - self.queued) % self.batch_chunks
+        places = torch.where(indices < self.queued, indices, self.queued + in_batch)
+        rows, places, weights = (x.flatten(0, 1)[None] for x in (q, places.int(), weights))
         return ops.chunk_attention(rows, self.k, self.v, places, weights).view(q.shape)

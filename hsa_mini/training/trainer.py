@@ -26,11 +26,11 @@ from hsa_mini.checkpoint.training_state import load_progress, save_progress
 from hsa_mini.checkpoint.weights import save_model
 from hsa_mini.config import PRESETS, HSAConfig
 from hsa_mini.hsa_model import HSAModel
-from hsa_mini.inference.cuda_graph import Replay
+from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.model.core import Output
 from hsa_mini.model.moe import MoE
 from hsa_mini.paths import write_whole
-from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.mixture import ANSWER, COPY, TEXT, TrainingBatches
 from hsa_mini.training.recipes import RECIPES, Recipe, Stage
 
@@ -74,7 +74,7 @@ def train(
     torch.manual_seed(seed)
     model = HSAModel(PRESETS[name]).to(device).train()
     optimizer = make_optimizer(model, recipe)
-    past = Past(recipe.crowd)
+    past = ChunkQueue(recipe.crowd)
     settings = {"preset": name, "seed": seed, "recipe": dataclasses.asdict(recipe)}
 
     start = 0
@@ -146,11 +146,11 @@ def train(
 
 
 def recorded_steps(
-    model: HSAModel, optimizer: torch.optim.Optimizer, recipe: Recipe, past: Past
-) -> dict[Stage, Replay]:
+    model: HSAModel, optimizer: torch.optim.Optimizer, recipe: Recipe, past: ChunkQueue
+) -> dict[Stage, CUDAGraphRunner]:
     """`train_step` of every stage of the recipe, for the window and K of that stage."""
     return {
-        stage: Replay(
+        stage: CUDAGraphRunner(
             partial(
                 train_step,
                 shared(model, stage.config(model.config)),
@@ -189,7 +189,12 @@ def drawn_ahead(
 
 
 def take_step(
-    steps_of: dict[Stage, Replay], recipe: Recipe, seed: int, step: int, batch, device: torch.device
+    steps_of: dict[Stage, CUDAGraphRunner],
+    recipe: Recipe,
+    seed: int,
+    step: int,
+    batch,
+    device: torch.device,
 ):
     """Train on the `batch` of `step`, counted from 0; the figures of `train_step`, to be read before the next one."""
     # not blocking: a copy that waited would leave the GPU without work at every step
@@ -224,6 +229,9 @@ def shared(model: HSAModel, config: HSAConfig) -> HSAModel:
     """A model of another window or K that has the same parameters: training one trains both."""
     twin = type(model)(config, device="meta").train(model.training)
     twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    for layer in twin.modules():
+        if isinstance(layer, MoE):
+            layer.count_tokens()
     return twin
 
 
@@ -246,13 +254,13 @@ def make_optimizer(model: HSAModel, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def train_step(
-    model, optimizer, recipe: Recipe, stage: Stage, past: Past, ids, parts, rate, noise
+    model, optimizer, recipe: Recipe, stage: Stage, past: ChunkQueue, ids, parts, rate, noise
 ) -> tuple[torch.Tensor, ...]:
     """One step on ids and parts [B, T+1] with learning rate and noise seed as tensors []; returns loss, its three parts,
     answer accuracy, gradient norm and the largest imbalance of an MoE layer (1 without one), still on the device."""
     for group in optimizer.param_groups:
         group["lr"].copy_(rate)
-    output = read(model, stage, past, ids[:, :-1], explore=stage.explore, gumbel_seed=noise)
+    output = read(model, stage, past, ids[:, :-1], gumbel_noise=stage.explore, gumbel_seed=noise)
     loss, shares, accuracy = mixture_loss(
         output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight
     )
@@ -263,12 +271,11 @@ def train_step(
     if past.size:
         # Sequences without a question: theirs are chunks of text, and no needle that contradicts one to come.
         past.push(
-            output.memory,
-            model.encoder,
+            output.aux.encoded,
             (parts == ANSWER).any(dim=1).int().argsort(stable=True)[: len(parts) // 3],
         )
     found = [
-        layer.balance(recipe.balance_rate).imbalance
+        layer.update_bias(recipe.balance_rate).max_over_mean_load
         for layer in model.modules()
         if isinstance(layer, MoE)
     ]
@@ -276,23 +283,25 @@ def train_step(
     return loss.detach(), *shares, accuracy, norm, imbalance
 
 
-def read(model: HSAModel, stage: Stage, past: Past, ids: torch.Tensor, **options) -> Output:
+def read(model: HSAModel, stage: Stage, past: ChunkQueue, ids: torch.Tensor, **options) -> Output:
     """What the model says of ids [B, T], which stand in the crowd of the stage."""
-    crowd = None if stage.crowd is None else past
+    source = None
+    if stage.crowd is not None:
+        source = partial(CrossBatchChunks, encoder=model.encoder, queue=past, isolated=stage.alone)
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
-        return model(ids, past=crowd, alone=stage.alone, **options)
+        return model(ids, chunk_source=source, **options)
 
 
 @torch.no_grad()
 def imbalances(
-    model: HSAModel, stage: Stage, past: Past, batches: Iterable[torch.Tensor]
+    model: HSAModel, stage: Stage, past: ChunkQueue, batches: Iterable[torch.Tensor]
 ) -> list[float]:
     """Of every MoE layer the largest load of an expert over the mean, over all batches [B, T+1], which are not learnt from."""
     model = shared(model, stage.config(model.config))
     for ids in batches:
-        read(model, stage, past, ids[:, :-1], explore=False)
+        read(model, stage, past, ids[:, :-1], gumbel_noise=False)
     return [
-        round(layer.statistics().imbalance.item(), 3)
+        round(layer.statistics().max_over_mean_load.item(), 3)
         for layer in model.modules()
         if isinstance(layer, MoE)
     ]
@@ -325,7 +334,7 @@ def _state(model: HSAModel) -> dict[str, torch.Tensor]:
 
 
 def snapshot(
-    model: HSAModel, optimizer: torch.optim.Optimizer, past: Past
+    model: HSAModel, optimizer: torch.optim.Optimizer, past: ChunkQueue
 ) -> dict[str, torch.Tensor]:
     """Parameters, buffers, optimizer state, chunks of the past and torch's generator as a flat dictionary of tensors."""
     tensors = {f"model.{name}": value for name, value in _state(model).items()}
@@ -339,7 +348,10 @@ def snapshot(
 
 @torch.no_grad()
 def restore(
-    tensors: dict[str, torch.Tensor], model: HSAModel, optimizer: torch.optim.Optimizer, past: Past
+    tensors: dict[str, torch.Tensor],
+    model: HSAModel,
+    optimizer: torch.optim.Optimizer,
+    past: ChunkQueue,
 ) -> None:
     """The inverse of `snapshot`."""
     for name, value in _state(model).items():

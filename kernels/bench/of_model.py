@@ -12,7 +12,7 @@ from timing import peak_bytes
 from tqdm import tqdm
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.inference.decode_step import Steps
+from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.model.core import Output
 from hsa_mini.model.cost_estimate import plan
@@ -66,8 +66,8 @@ def read(
 def seconds_per_token(model: HSAModel, output: Output) -> float:
     """Greedy decoding from a prefill on, one sequence, chunks that complete on the way included."""
     device = model.norm.weight.device
-    output.memory.grow(output.memory.position + WARM + DECODED)
-    steps = Steps(model, output.memory, graph=device.type == "cuda")
+    output.memory.ensure_capacity(output.memory.position + WARM + DECODED)
+    steps = DecodeStep(model, output.memory, graph=device.type == "cuda")
     token = output.logits[:, -1].argmax(-1, keepdim=True)
     for i in range(WARM + DECODED):
         if i == WARM:

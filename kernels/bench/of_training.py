@@ -26,11 +26,13 @@ PREDICTED = 2048  # tokens whose logits are there at once
 def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss of ids [B, T+1]; the logits of a few tokens at a time."""
     memory = ChunkMemory(model.config)
-    hidden, _ = model.look_up(model.read(ids[:, :-1], memory), 0, memory)
+    hidden = model.lower_decoder(ids[:, :-1], memory)
+    model.append_chunks(hidden, memory)
+    hidden, _ = model.upper_decoder(hidden, memory)
 
     def total(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return cross_entropy(
-            model.predict(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum"
+            model.logits(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum"
         )
 
     parts = zip(hidden.split(PREDICTED, dim=1), ids[:, 1:].split(PREDICTED, dim=1))
@@ -54,7 +56,7 @@ def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
         optimizer.zero_grad(set_to_none=True)
         for layer in model.modules():
             if isinstance(layer, MoE):
-                layer.balance(1e-3)
+                layer.update_bias(1e-3)
         return loss.detach()
 
     return step

@@ -87,7 +87,7 @@ class Trained:
         for part in ids.split(8192, dim=1):
             asked.append(self.model(part, memory).aux.retrievals[0].queries)
         indices, _ = ops.retrieve(
-            torch.cat(asked, dim=1), memory.landmarks, chunk_size=shape.S, top_k=shape.K
+            torch.cat(asked, dim=1), memory.chunks.landmarks, chunk_size=shape.S, top_k=shape.K
         )
         return indices
 

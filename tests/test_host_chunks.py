@@ -1,7 +1,9 @@
-"""Chunks in host memory: the same numbers as with all on the device, however few tokens fetch at a time.
+"""Chunks in host memory: the same numbers as with all on the device, however few tokens fetch at a
+time.
 
-On a processor both are one memory: what is fetched, and under which new number it is found, is tested here; the bus is not.
-Dimensions: B batch, T tokens, H query heads, J key/value heads, D head dimension, N chunks, S chunk size, K kept.
+On a processor both are one memory: what is fetched, and under which new number it is found, is
+tested here; the bus is not. Dimensions: B batch, T tokens, H query heads, J key/value heads, D head
+dimension, N chunks, S chunk size, K kept.
 """
 
 import pytest
@@ -79,15 +81,19 @@ def test_an_offloaded_memory_goes_on_after(change, tmp_path):
         prefill(model, ids[:, :41], memory)
         if change == "saved":
             memory.save(tmp_path / "memory")
-            memories[i] = ChunkMemory.load(tmp_path / "memory", offload=memory.offload)
+            memories[i] = ChunkMemory.load(tmp_path / "memory", offload=memory.chunks.offload)
         elif change == "selected":
-            memory.select(torch.tensor([1, 1]))
+            memory.reorder(torch.tensor([1, 1]))
         elif change == "replaced":
-            memory.replace(
-                3, *(store[:, :2] + 1 for store in (memory.k, memory.v, memory.landmarks))
+            memory.chunks.replace(
+                3,
+                *(
+                    store[:, :2] + 1
+                    for store in (memory.chunks.k, memory.chunks.v, memory.chunks.landmarks)
+                ),
             )
         elif change == "branched":
-            memories[i] = memory.branch()
+            memories[i] = memory.fork()
             model(text(30, seed=1), memories[i])
     want, got = (in_segments_on(model, ids[:, 41:], memory) for memory in memories)
     assert_close(got, want, 1e-12)
@@ -105,12 +111,12 @@ def test_only_k_and_v_leave_the_device():
         for offloaded in (False, True)
     )
     assert near.device_bytes - far.device_bytes == sum(
-        x.untyped_storage().nbytes() for x in (far.k, far.v)
+        x.untyped_storage().nbytes() for x in (far.chunks.k, far.chunks.v)
     )
     caches = [x for cache in (*far.lower, *far.upper) for x in (cache.k, cache.v)]
     # of storages, not of tensors: no view keeps a whole segment alive
     assert far.device_bytes == sum(
-        x.untyped_storage().nbytes() for x in (far.landmarks, *caches, far.partial)
+        x.untyped_storage().nbytes() for x in (far.chunks.landmarks, *caches, far.tail)
     )
 
 

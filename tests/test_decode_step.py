@@ -1,5 +1,5 @@
-"""One token at a time equals the forward pass: every option, sequences of one length and of different lengths, offloaded,
-saved, branched, selected, and chunks that lie beyond 2**31 bytes.
+"""One token at a time equals the forward pass: every option, sequences of one length and of
+different lengths, offloaded, saved, branched, selected, and chunks that lie beyond 2**31 bytes.
 
 Dimensions: B batch, T tokens, S=4 chunk size, W=8 window: the `debug` preset and each option of it.
 """
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_model import DEBUG, DENSE, OPTIONS, build, every_option, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel, ops
-from hsa_mini.inference.cuda_graph import Replay
-from hsa_mini.inference.decode_step import Steps
+from hsa_mini.inference.cuda_graph import CUDAGraphRunner
+from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.generate import generate, stream
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory.memory_budget import free_bytes
@@ -28,7 +28,7 @@ SIZES = [
 
 def spoken(model: HSAModel, memory: ChunkMemory, ids: torch.Tensor) -> torch.Tensor:
     """Logits after each of ids [B, n], one step each."""
-    steps = Steps(model, memory)
+    steps = DecodeStep(model, memory)
     return torch.stack([steps(token) for token in ids.split(1, dim=1)], dim=1)
 
 
@@ -55,7 +55,7 @@ def test_steps_equal_the_forward_pass_from_the_first_token_on(option, dtype, bou
     for start in (1, 30):
         memory = prefill(model, ids[:, :start]).memory
         assert_close(spoken(model, memory, ids[:, start:]), want[:, start:], bound)
-        assert memory.position == 61 and memory.chunks == 61 // DEBUG.chunk_size
+        assert memory.position == 61 and len(memory.chunks) == 61 // DEBUG.chunk_size
 
 
 @every_option
@@ -90,13 +90,13 @@ def test_texts_of_different_lengths_are_read_as_if_each_were_alone(option, offlo
     output = prefill(
         model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths, segment=7
     )
-    assert output.memory.positions == lengths.tolist() and output.memory.position == 62
+    assert output.memory.lengths == tuple(lengths.tolist()) and output.memory.position == 62
     got = torch.cat((output.logits, spoken(model, output.memory, after)), dim=1)
     for b, words in enumerate(texts):
         want = model(torch.cat((words, after[b]))[None]).logits[:, len(words) - 1 :]
         assert largest(got[b : b + 1], want) <= 1e-5
         assert torch.equal(
-            output.memory.landmarks[b, : (len(words) + 30) // 4].isfinite().all(),
+            output.memory.chunks.landmarks[b, : (len(words) + 30) // 4].isfinite().all(),
             torch.tensor(True),
         )
 
@@ -177,9 +177,7 @@ def test_a_second_turn_of_different_lengths_goes_on_from_the_first(option):
     assert said.shape[:2] == (3, 6)
     more, lengths = padded(turns)
     output = prefill(model, more, output.memory, lengths=lengths, segment=7)
-    assert (
-        output.memory.positions == [51, 51, 51] and output.memory.clock is None
-    )  # of one length again: segments go on
+    assert output.memory.lengths == (51, 51, 51)  # of one length again: segments go on
     after = text(9, seed=4)[[0, 1, 0]]
     got = torch.cat((output.logits, model(after, output.memory).logits), dim=1)
     for b in range(3):
@@ -201,11 +199,11 @@ def test_a_memory_that_is_stepping_goes_on_after(change, option, tmp_path):
             memory.save(tmp_path / "memory")
             memory = ChunkMemory.load(tmp_path / "memory")
         elif change == "branched":
-            branch = memory.branch()
+            branch = memory.fork()
             spoken(model, branch, after.flip(1))
         else:
             rows = [2, 0, 2] if change == "selected" else [2]
-            memory.select(torch.tensor(rows))
+            memory.reorder(torch.tensor(rows))
         got = spoken(model, memory, after[rows])
         for b, row in enumerate(rows):
             words = ids[row] if equal else texts[row]
@@ -246,28 +244,32 @@ def test_wrong_lengths_are_refused(lengths):
 @every_option
 @torch.no_grad()
 def test_a_recorded_step_sees_no_more_than_it_should(option, monkeypatch):
-    """On a processor nothing is recorded, but the step is the same: it looks at all the room there is, filled with junk."""
+    """On a processor nothing is recorded, but the step is the same: it looks at all the room there
+    is, filled with junk.
+    """
     recorded = []
     monkeypatch.setattr(
-        "hsa_mini.inference.decode_step.Replay",
-        lambda function: recorded.append(Replay(function)) or recorded[-1],
+        "hsa_mini.inference.decode_step.CUDAGraphRunner",
+        lambda function: recorded.append(CUDAGraphRunner(function)) or recorded[-1],
     )
     model = build(option, torch.float32)
     texts = [text(n, seed=n)[0] for n in (3, 20, 37)]
     after = torch.stack([text(50, seed=n)[0] for n in range(3)])
     ids, lengths = padded(texts)
-    monkeypatch.setattr("hsa_mini.memory.chunk_memory.SPARE", 5)
+    monkeypatch.setattr("hsa_mini.memory.chunk_store.SPARE", 5)
     memory = ChunkMemory(model.config)
-    memory.make_room(8192 + 37, batch=3, dtype=torch.float32, device=ids.device)
-    for store in memory.stores:
+    memory.reserve(8192 + 37, batch=3, dtype=torch.float32, device=ids.device)
+    for store in memory.chunks.buffers:
         store.fill_(50)
     output = prefill(model, ids, memory, lengths=lengths)
-    steps = Steps(model, output.memory, graph=True)
+    steps = DecodeStep(model, output.memory, graph=True)
     got = [output.logits]
     for i, token in enumerate(after.split(1, dim=1)):
         if i == 20:  # as if the room had come to its end
-            memory.select(torch.arange(3))
-            memory._stores = tuple(store[:, : memory.chunks].clone() for store in memory.stores)
+            memory.reorder(torch.arange(3))
+            memory.chunks.buffers = tuple(
+                store[:, : len(memory.chunks)].clone() for store in memory.chunks.buffers
+            )
         got.append(steps(token).clone()[:, None])
     assert len(recorded) == 4  # at first, when its rows were selected, and when it grew, twice
     for b, words in enumerate(texts):
@@ -283,7 +285,7 @@ def test_a_step_for_which_there_is_no_room_is_refused_and_can_be_repeated(monkey
     with monkeypatch.context() as patch:
         patch.setattr("hsa_mini.memory.memory_budget.free_bytes", lambda device: 100)
         with pytest.raises(MemoryError, match="accepted are up to 36 tokens$"):
-            Steps(model, memory)(ids[:, 39:])
+            DecodeStep(model, memory)(ids[:, 39:])
     assert memory.position == 39
     assert_close(spoken(model, memory, ids[:, 39:]), want[:, 39:], 1e-10)
 
@@ -325,7 +327,8 @@ def test_forward_equals_prefill_equals_steps_for_any_configuration(
     prompt = ids[:, : max(lengths)]
     output = prefill(model, prompt, memory, lengths=torch.tensor(lengths), segment=segment)
     got = torch.cat((output.logits, spoken(model, memory, ids[:, max(lengths) :])), dim=1)
-    # a choice so near a tie that another order of summation turns it is no error: see that none of these is
+    # a choice so near a tie that another order of summation turns it is no error: see that none of
+    # these is
     assume(all(settled(model, row[max(lengths) - n :][None]) for row, n in zip(ids, lengths)))
     for b, want in enumerate(whole):
         assert largest(got[b : b + 1], want) <= 1e-5
@@ -361,9 +364,9 @@ def test_chunks_beyond_31_bits_are_written_and_read(offload):
     model, tokens = HSAModel(LARGE).eval(), (1 << 31) // 8 // (256 * 4 * 4)  # a token is 4 KB of K
     ids = torch.randint(DEBUG.vocab_size, (9, 300))
     memory = ChunkMemory(LARGE, offload=offload)
-    memory.make_room(tokens, batch=9, dtype=torch.float32, device=ids.device)
-    room = memory.stores[0].data_ptr()
+    memory.reserve(tokens, batch=9, dtype=torch.float32, device=ids.device)
+    room = memory.chunks.buffers[0].data_ptr()
     output = prefill(model, ids[:, :230], memory, segment=100)
     got = torch.cat((output.logits, spoken(model, memory, ids[:, 230:])), dim=1)
-    assert memory.k.data_ptr() == room and memory.k[8].data_ptr() - room == 1 << 31
+    assert memory.chunks.k.data_ptr() == room and memory.chunks.k[8].data_ptr() - room == 1 << 31
     assert largest(got, model(ids).logits[:, 229:]) <= 1e-5

@@ -1,0 +1,47 @@
+"""What an HSA layer looks into: landmarks to choose among, and a way to attend to the chunks that
+were chosen.
+
+Three sources exist: `DeviceChunks` (here), `HostChunks` (K and V in host memory, `host_chunks.py`)
+and `CrossBatchChunks` (the chunks of a whole training batch and of batches before it,
+`training/cross_batch.py`).
+
+Dimensions: B batch, T tokens, N chunks, S chunk size, H query heads, J key/value heads, D head
+dimension, R retrieval dimension, K chunks kept.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from hsa_mini import ops
+
+
+class ChunkSource(Protocol):
+    """landmarks [B, N, J_r, R]; position_offset: tokens in front of a sequence's own, an int or
+    int64 [B].
+    """
+
+    landmarks: torch.Tensor
+    position_offset: int | torch.Tensor
+
+    def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """q [B, T, H, D], indices and weights [B, T, J, K] of chosen chunks -> [B, T, H, D], as
+        `ops.chunk_attention`.
+        """
+        ...
+
+
+class DeviceChunks(NamedTuple):
+    """Chunks on the model's device: k, v [B, N, S, J, D] and landmarks [B, N, J_r, R]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    landmarks: torch.Tensor
+    position_offset: int = 0
+
+    def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return ops.chunk_attention(q, self.k, self.v, indices, weights)
+
+    def decode(self, retrieval_q: torch.Tensor, q: torch.Tensor, **options) -> torch.Tensor:
+        """Retrieve and attend for one new token per sequence; see `reference.decode`."""
+        return ops.decode(retrieval_q, self.landmarks, q, self.k, self.v, **options)
