@@ -44,7 +44,8 @@ from hsa_mini.viz import Control, explore, make_figure, plots, show
 
 # %%
 # NBVAL_CHECK_OUTPUT
-WORDS = "the code is 7 birds sing at dawn what is the code".split()
+TEXT = "the code is 7 birds sing at dawn what is the code"
+WORDS = TEXT.split()
 T = len(WORDS)
 print(T, "tokens; the answer is token", WORDS.index("7"), "and the question ends at token", T - 1)
 
