@@ -392,8 +392,8 @@ def draw_orders(figure, order, chunk):
 
 explore(
     draw_orders,
-    alt="Three bars: the angle between a reordered chunk and its original, for the mean, for [CLS] without positions and "
-    "for the chunk encoder.",
+    alt="Three bars: the angle between a reordered chunk and its original, for the mean, for [CLS] without positions "
+    "and for the chunk encoder.",
     size=(8.5, 2.6),
     order=Control(list(ORDERS), start="7 is code the", label="order, as in chunk 0"),
     chunk=Control((0, 2), label="chunk"),
