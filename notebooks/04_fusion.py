@@ -432,7 +432,7 @@ print("gradient at each landmark, fused:", [round(x, 3) for x in fused[0, :, 0].
 
 # %%
 def select_then_concatenate(q, k, v, indices, weights=None, *, scale=None):
-    """One softmax over the tokens of all kept chunks, laid end to end -> [B, T, H, D]. The weights are not used."""
+    """One softmax over the tokens of all kept chunks, laid end to end -> [B, T, H, D]. It ignores the weights."""
     B, T, H, D = q.shape
     J = k.shape[3]
     scale = D**-0.5 if scale is None else scale
