@@ -308,8 +308,8 @@ summary = draw_fusion(figure, toy, token=11, keep=2)
 show(
     figure,
     "Three panels. Weights: chunk 0 has 0.82, chunk 1 has 0.18, chunk 2 has none. Chunk grid: in `the code is 7` the "
-    "word 7 is dark blue, in `birds sing at dawn` all four words are equally pale, the last chunk is grey. Blend: 7 has "
-    "0.71.",
+    "word 7 is dark blue, in `birds sing at dawn` all four words are equally pale, the last chunk is grey. In the "
+    "blend 7 has 0.71.",
 )
 print(summary)
 

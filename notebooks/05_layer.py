@@ -292,8 +292,8 @@ def draw_distances(figure, base, trained=1024):
 # %%
 explore(
     draw_distances,
-    alt="Attention on `7` against distance from 8 to 16M tokens. Without positions it is 1 everywhere. With RoPE it is 1 "
-    "up to some distance that grows with the base. Then it falls, and at large distances it may have almost any value.",
+    alt="Attention on `7` against distance from 8 to 16M tokens. Without positions it is 1 everywhere. With RoPE it is "
+    "1 up to some distance that grows with the base. Then it falls. At large distances it may have almost any value.",
     size=(7.4, 3.2),
     base=Control([1e4, 1e5, 1e6, 1e7, 1e8], start=1e4, label="base of RoPE"),
     trained=Control([256, 1024, 4096, 16384], start=1024, label="seen in training"),
@@ -345,8 +345,8 @@ def draw_reach(figure, window, distance):
     words = " ".join(text_with_needle(distance)).split()
     mechanism.window_and_retrieval(figure, words, per_chunk, [near, far], chunk_size=S, window=window)
     where = "inside" if distance < window else "outside"
-    shares = f"share of `7`: {near:.2f} from the window, {far:.2f} from retrieval"
-    return f"Needle {distance} tokens back, {where} the window of {window}. {shares[0].upper()}{shares[1:]}."
+    shares = f"Share of `7`: {near:.2f} from the window, {far:.2f} from retrieval."
+    return f"Needle {distance} tokens back, {where} the window of {window}. {shares}"
 
 
 # %% [markdown]
@@ -359,7 +359,7 @@ def draw_reach(figure, window, distance):
 # %%
 explore(
     draw_reach,
-    alt="128 tokens in rows: blue where the window sees, orange where retrieval reads. Bars: the share of `7` from each.",
+    alt="128 tokens in rows: blue where the window sees, orange where retrieval reads. Bars: share of `7` from each.",
     size=(8.5, 3.8),
     window=Control((1, 128), start=32, label="window W"),
     distance=Control((4, 124, 4), start=80, label="distance of the needle"),
@@ -481,8 +481,8 @@ layers = [(finding.scores[number], best_first(number)) for number in range(confi
 mechanism.layers_of_scores(figure, layers, finding.needle_chunks)
 show(
     figure,
-    "For each HSA layer, the retrieval scores of all chunks of the text as dots. A red line marks the chunk of the needle. "
-    "Rings mark the chunks with the highest scores, which the model reads.",
+    "For each HSA layer, the retrieval scores of all chunks of the text as dots. A red line marks the chunk of the "
+    "needle. Rings mark the chunks with the highest scores, which the model reads.",
 )
 
 # %% [markdown]
@@ -524,7 +524,7 @@ def draw_reading(figure, rank, number):
 
 explore(
     draw_reading,
-    alt="The retrieval score of every chunk as a dot, a large ring around the chosen chunk, and the text of that chunk.",
+    alt="The retrieval score of every chunk as a dot, a large ring around one chunk, and the text of that chunk.",
     size=(8.5, 4.4),
     rank=Control((1, min(map(len, finding.retrieved_chunks))), label="number by score"),
     number=Control(list(range(config.groups)), label="HSA layer"),
