@@ -233,8 +233,8 @@ def output_change(layer, x, changed, seen_by):
 
 
 # %% [markdown]
-# **You should see** that the output does not change at all as long as the window is 8 or less. Token 11 itself is one of
-# the `W` tokens that it reads. So it needs `W = 9` to reach a distance of 8.
+# **You should see** that the output does not change at all as long as the window is 8 or less. Token 11 itself is one
+# of the `W` tokens that it reads. So it needs `W = 9` to reach a distance of 8.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -261,9 +261,9 @@ print(f"that is {100 * reach / million_16:.1f} % of 16M tokens")
 #
 # ## A third method: few tokens, from anywhere
 #
-# Hierarchical Sparse Attention (HSA) cuts the text into **chunks** of $S$ tokens. Each chunk gets one summary vector, its
-# **landmark**. A token compares its query with the landmarks and keeps the best $K$ chunks. Then it reads the tokens of
-# those $K$ chunks, and no others.
+# Hierarchical Sparse Attention (HSA) cuts the text into **chunks** of $S$ tokens. Each chunk gets one summary vector,
+# its **landmark**. A token compares its query with the landmarks and keeps the best $K$ chunks. Then it reads the
+# tokens of those $K$ chunks, and no others.
 #
 # The next notebooks build each part with care. Here we borrow the finished operations of the package. Our landmark is
 # the simplest one, the mean of a chunk. With $S = 4$ and $K = 1$ the layer looks like this:
@@ -286,8 +286,8 @@ def hsa_layer(x, chunk_size=4, top_k=1):
 
 
 # %% [markdown]
-# **You should see** that token 11 keeps chunk 0, `the code is 7`, and that a change of the `7` now changes the output of
-# token 11. It read 4 tokens out of 12.
+# **You should see** that token 11 keeps chunk 0, `the code is 7`, and that a change of the `7` now changes the output
+# of token 11. It read 4 tokens out of 12.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -428,8 +428,8 @@ print("formula :", hsa_flop(tokens, S, K, H, D, R))
 # ### Move it
 #
 # These are the sizes of the large model: $H = 16$, $D = 128$, $W = 4096$, $S = 64$, $R = 128$. Both axes are
-# logarithmic: each step to the right doubles the text. Find the length at which the curve of HSA starts to bend up. Then
-# read how many times cheaper HSA is at 16M tokens.
+# logarithmic: each step to the right doubles the text. Find the length at which the curve of HSA starts to bend up.
+# Then read how many times cheaper HSA is at 16M tokens.
 
 # %%
 LENGTHS = [2**n for n in range(12, 25)]
@@ -458,8 +458,8 @@ explore(
 
 # %% [markdown]
 # Two remarks for honesty. First: the cost of HSA still depends on $T$. Every token scores every landmark, and at 16M
-# tokens with $K = 64$ that is two thirds of the work of HSA. HSA needs *few* operations per chunk, but it does need some.
-# Second: at 4K tokens, HSA with $K = 64$ reads all chunks and saves nothing.
+# tokens with $K = 64$ that is two thirds of the work of HSA. HSA needs *few* operations per chunk, but it does need
+# some. Second: at 4K tokens, HSA with $K = 64$ reads all chunks and saves nothing.
 #
 # What about the memory? HSA keeps one set of keys, values and landmarks, and **all** its layers share this set. **You
 # should see** that HSA keeps a small fraction of what full attention keeps.
@@ -480,8 +480,8 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 # 1. **Sparsity.** A token looks at few other tokens. Otherwise the cost grows with the square of the text length.
 # 2. **Random-access flexibility.** Those few tokens may lie *anywhere*, and the model itself learns where to look.
 #    Otherwise the one sentence that matters is out of reach, or the model reaches it by luck.
-# 3. **Length generalization.** A skill that the model learned on short texts still works on long texts. Nobody trains on
-#    16 million tokens at a time. A model has to learn the skill at a few thousand tokens and keep it.
+# 3. **Length generalization.** A skill that the model learned on short texts still works on long texts. Nobody trains
+#    on 16 million tokens at a time. A model has to learn the skill at a few thousand tokens and keep it.
 #
 # | | sparse | random access | generalizes to longer texts |
 # |---|---|---|---|
@@ -519,15 +519,15 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 #
 # </details>
 #
-# **2. Where does HSA begin to pay?** From which text length on is HSA cheaper than full attention, with the sizes of the
-# large model and $K = 64$? Solve it on paper, then check your result with `full_flop` and `hsa_flop`.
+# **2. Where does HSA begin to pay?** From which text length on is HSA cheaper than full attention, with the sizes of
+# the large model and $K = 64$? Solve it on paper, then check your result with `full_flop` and `hsa_flop`.
 #
 # <details>
 # <summary>Solution</summary>
 #
-# $4THD = 2RT/S + 4KSHD + 2KHD$. Here $2R/S = 4$ is negligible beside $4HD = 8192$. Divide by $4HD$ and get
-# $T \approx KS + K/2 = 4128$. Up to this length HSA would read every token anyway. Beyond it, full attention reads more.
-# The first whole number of chunks beyond it is $T = 4160$.
+# $4THD = 2RT/S + 4KSHD + 2KHD$. Here $2R/S = 4$ is negligible beside $4HD = 8192$. Divide by $4HD$ and get $T \approx
+# KS + K/2 = 4128$. Up to this length HSA would read every token anyway. Beyond it, full attention reads more. The first
+# whole number of chunks beyond it is $T = 4160$.
 #
 # ```python
 # def first_gain(K, S=64, H=16, D=128, R=128):

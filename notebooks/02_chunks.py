@@ -18,7 +18,8 @@
 #
 # * cut a sequence into chunks, and say what happens to the tokens that are left over,
 # * show what the mean of a chunk can never express,
-# * build the chunk encoder from its parts, and say why it looks both ways, why it needs positions, and what `[CLS]` is for.
+# * build the chunk encoder from its parts, and say why it looks both ways, why it needs positions, and what `[CLS]` is
+#   for.
 #
 # **Time:** 20 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 01](01_why.ipynb), or its last
 # idea: a token chooses a few chunks by their landmarks and reads only the tokens of those chunks. You should have seen
@@ -69,8 +70,8 @@ def split_into_chunks(hidden, chunk_size):
 
 
 # %% [markdown]
-# **You should see** three chunks of four and no waiting tokens for $S = 4$, and two chunks of five and two waiting tokens
-# for $S = 5$. In both cases no token is lost: the parts, put one after the other, give the whole text.
+# **You should see** three chunks of four and no waiting tokens for $S = 4$, and two chunks of five and two waiting
+# tokens for $S = 5$. In both cases no token is lost: the parts, put one after the other, give the whole text.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -93,8 +94,8 @@ for seen in (3, 4, 7, 8, 12):
 # %% [markdown]
 # Why do tokens wait? *Later* tokens read a chunk. If half a chunk had a landmark, that landmark would change with every
 # new token. Every result that was computed from it would be wrong a moment later. A complete chunk never changes. The
-# model encodes it **once** and keeps the result. The model can still read the waiting tokens, because the sliding window
-# sees them.
+# model encodes it **once** and keeps the result. The model can still read the waiting tokens, because the sliding
+# window sees them.
 #
 # ## The simplest landmark: the mean
 #
@@ -109,7 +110,8 @@ def mean_landmarks(chunks):
 
 # %% [markdown]
 # The mean can already find a word. Every token compares its own vector with the means. The package's `retrieve` does
-# this (notebook 03 explains it). **You should see** that the last token, `code`, chooses the chunk that contains `code`.
+# this (notebook 03 explains it). **You should see** that the last token, `code`, chooses the chunk that contains
+# `code`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -128,11 +130,11 @@ print("token 11 chooses chunk", indices[11].item(), "=", " ".join(WORDS[indices[
 # %% [markdown]
 # ### Move it
 #
-# Move the token and the chunk size. Blue shows the weight that the token gives to a chunk. A grey chunk is not complete,
-# or it lies in the future.
+# Move the token and the chunk size. Blue shows the weight that the token gives to a chunk. A grey chunk is not
+# complete, or it lies in the future.
 #
-# Try $S = 3$ with token 11. The token still finds `the code is`, but the `7` now belongs to the next chunk. We come back
-# to this case below.
+# Try $S = 3$ with token 11. The token still finds `the code is`, but the `7` now belongs to the next chunk. We come
+# back to this case below.
 
 
 # %%
@@ -206,8 +208,8 @@ print("blind to order:", torch.allclose(read_by_cls(code_is_7[0], cls), read_by_
 # ### Step 2: positions, by rotation
 #
 # So tokens must carry their positions. The usual method today is **RoPE**, rotary position embedding (Su et al., arXiv
-# 2104.09864). Cut a vector into pairs of numbers. Think of each pair as an arrow in the plane. Then turn the arrow by an
-# angle that grows with the position $t$:
+# 2104.09864). Cut a vector into pairs of numbers. Think of each pair as an arrow in the plane. Then turn the arrow by
+# an angle that grows with the position $t$:
 #
 # $$\text{angle of pair } p \text{ at position } t = t \cdot \theta_p, \qquad \theta_p = 10000^{-2p/D}, \qquad
 # p = 0 \ldots D/2 - 1$$
@@ -229,8 +231,8 @@ def rope(x, base=10_000.0):
 
 # %% [markdown]
 # A rotation changes no length. And the product of two turned vectors depends only on the **distance** of the two
-# positions: the product for positions 2 and 5 equals the product for positions 0 and 3. **You should see** `True` twice,
-# then `False`: another distance gives another product.
+# positions: the product for positions 2 and 5 equals the product for positions 0 and 3. **You should see** `True`
+# twice, then `False`: another distance gives another product.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -249,8 +251,8 @@ print("distance 3 == distance 1:", torch.allclose(turned_q[5] @ turned_k[2], tur
 # ### Step 3: look both ways
 #
 # A language model may only look back: token $t$ must not see the token that it has to predict. Inside a complete chunk
-# this rule does not apply. All tokens that read the chunk come after its end, so the whole chunk lies in their past. The
-# encoder therefore looks **both ways**: in `the code is 7` the key of `code` may contain the information that a `7`
+# this rule does not apply. All tokens that read the chunk come after its end, so the whole chunk lies in their past.
+# The encoder therefore looks **both ways**: in `the code is 7` the key of `code` may contain the information that a `7`
 # follows.
 #
 # Here is one block of the encoder. It uses the weights of the package's own block. It is an ordinary transformer block,
@@ -355,9 +357,9 @@ print("the key of `the` depends on the word at the end:", change.item() > 1e-3)
 # %% [markdown]
 # ### Move it
 #
-# Put the words of the chunk into another order. The picture compares three summaries of the new order with the summaries
-# of the original. A bar shows the angle between the two vectors. An angle of 0 degrees means that no query can tell the
-# two apart.
+# Put the words of the chunk into another order. The picture compares three summaries of the new order with the
+# summaries of the original. A bar shows the angle between the two vectors. An angle of 0 degrees means that no query
+# can tell the two apart.
 
 # %%
 def angle_between(one, other):
@@ -402,13 +404,13 @@ explore(
 # %% [markdown]
 # ## A fact that lies across two chunks
 #
-# Back to $S = 3$, where `the code is` and `7 birds sing` are different chunks. Is the `7` lost? In a model it is not. The
-# encoder does not read bare words. It reads the output of the **middle layer**, and the window attention of the lower
-# layers has already written into the vector of `7` which words stood before it.
+# Back to $S = 3$, where `the code is` and `7 birds sing` are different chunks. Is the `7` lost? In a model it is not.
+# The encoder does not read bare words. It reads the output of the **middle layer**, and the window attention of the
+# lower layers has already written into the vector of `7` which words stood before it.
 #
-# We imitate this with one real window layer of $W = 4$: every token adds what it reads in its window. Then we measure how
-# well chunk 1, `7 birds sing`, matches the query `code`: we take the cosine similarity of the two vectors. **You should
-# see** it rise from zero.
+# We imitate this with one real window layer of $W = 4$: every token adds what it reads in its window. Then we measure
+# how well chunk 1, `7 birds sing`, matches the query `code`: we take the cosine similarity of the two vectors. **You
+# should see** it rise from zero.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -464,14 +466,14 @@ show(
 # assert count_distinct(keys.mean(dim=1)) == 24
 # ```
 #
-# So why do we use `[CLS]`? A heading and a page have different jobs. The outputs of the tokens are made to be *read*. The
-# landmark is made to be *found*. `[CLS]` can give a larger share to a rare name than to four commas. A mean gives each
-# token the same share.
+# So why do we use `[CLS]`? A heading and a page have different jobs. The outputs of the tokens are made to be *read*.
+# The landmark is made to be *found*. `[CLS]` can give a larger share to a rare name than to four commas. A mean gives
+# each token the same share.
 #
 # </details>
 #
-# **2. Which chunk sizes keep the fact whole?** For which $S$ from 1 to 6 do `code` (token 1) and `7` (token 3) lie in one
-# chunk? From which token on can that chunk be read?
+# **2. Which chunk sizes keep the fact whole?** For which $S$ from 1 to 6 do `code` (token 1) and `7` (token 3) lie in
+# one chunk? From which token on can that chunk be read?
 #
 # <details>
 # <summary>Solution</summary>
@@ -491,5 +493,5 @@ show(
 # ## What comes next
 #
 # Every chunk now has a heading. [Notebook 03, *Which chunks matter to this token?*](03_retrieval.ipynb) explains
-# `retrieve`: the scores, the choice of the best $K$, and the weights that let a model *learn* where to look. It takes 25
-# minutes.
+# `retrieve`: the scores, the choice of the best $K$, and the weights that let a model *learn* where to look. It takes
+# 25 minutes.

@@ -9,9 +9,9 @@
 # %% [markdown]
 # # 03 · Which chunks matter to this token?
 #
-# Every chunk of the text now has a heading, its landmark. A new token has to decide: *which few chunks should I read, and
-# how much weight should each of them get?* This is **retrieval**, the heart of Hierarchical Sparse Attention (HSA). It is
-# one equation. This notebook computes every part of it.
+# Every chunk of the text now has a heading, its landmark. A new token has to decide: *which few chunks should I read,
+# and how much weight should each of them get?* This is **retrieval**, the heart of Hierarchical Sparse Attention (HSA).
+# It is one equation. This notebook computes every part of it.
 #
 # After this notebook you will be able to
 #
@@ -48,8 +48,8 @@ from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show
 # | $I$ | `indices` | `[T, K]`, with -1 for an empty slot |
 # | $w$ | `weights` | `[T, K]`, with 0 for an empty slot |
 #
-# (The package has two more axes: one for the batch, and one for the retrieval heads. Each retrieval head chooses its own
-# chunks.)
+# (The package has two more axes: one for the batch, and one for the retrieval heads. Each retrieval head chooses its
+# own chunks.)
 #
 # ## Numbers you can check by hand
 #
@@ -112,9 +112,9 @@ print("loop == matmul:", torch.allclose(scores, by_matmul))
 # %% [markdown]
 # ## Which chunks a token may see
 #
-# Chunk 2 had the best score of all. But token 11 itself **belongs** to chunk 2. The landmark of this chunk was made from
-# all four of its words. For token 9 that would be a look into the future: the landmark contains tokens 10 and 11, and
-# token 9 is supposed to predict them.
+# Chunk 2 had the best score of all. But token 11 itself **belongs** to chunk 2. The landmark of this chunk was made
+# from all four of its words. For token 9 that would be a look into the future: the landmark contains tokens 10 and 11,
+# and token 9 is supposed to predict them.
 #
 # The rule: a token can see a chunk once the chunk is **complete**. Chunk $i$ ends before token $(i+1) \cdot S$, so
 #
@@ -145,8 +145,8 @@ print("same as the package:", torch.equal(visible, of_package))
 # > token its own chunk, and so its own future. The code that the paper's authors published uses complete chunks only. We
 # > do the same.
 #
-# How bad would the printed condition be? **You should see** that under it 9 of the 12 tokens see a chunk with words that
-# come after them. (The other three tokens are the last tokens of their chunks.)
+# How bad would the printed condition be? **You should see** that under it 9 of the 12 tokens see a chunk with words
+# that come after them. (The other three tokens are the last tokens of their chunks.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -329,8 +329,8 @@ print("weights:", [round(weight, 2) for weight in closed.tolist()], "sum:", roun
 # ## Exploration: noise on the choice alone
 #
 # Top-$K$ has a weakness in training. A chunk that is not chosen is not read, and a chunk that is not read gets no
-# gradient. So a landmark that is wrong today may stay wrong for ever. The remedy: in **training**, add a little noise to
-# the scores before the choice. Then another chunk is chosen now and then, and it gets a gradient.
+# gradient. So a landmark that is wrong today may stay wrong for ever. The remedy: in **training**, add a little noise
+# to the scores before the choice. Then another chunk is chosen now and then, and it gets a gradient.
 #
 # The noise is **Gumbel noise**: $-\log(-\log u)$ with $u$ uniform between 0 and 1. A counter-based generator computes
 # it: seed, sequence, token, head and chunk determine one number. The generator has no state, and the order of the calls
@@ -349,8 +349,8 @@ print("token 11 with seeds 1 to 12 keeps chunk:", [choose(1, seed=seed)[0][11].i
 
 # %% [markdown]
 # Why this kind of noise? If we add Gumbel noise to the scores and take the largest sum, we **draw** chunk $i$ with
-# exactly the probability $\mathrm{softmax}(s)_i$. In the next cell, 20,000 tokens with the same query each choose one of
-# four chunks. **You should see** that the measured shares lie within 0.01 of the softmax.
+# exactly the probability $\mathrm{softmax}(s)_i$. In the next cell, 20,000 tokens with the same query each choose one
+# of four chunks. **You should see** that the measured shares lie within 0.01 of the softmax.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -363,8 +363,8 @@ print("measured:", [round(share, 2) for share in measured.tolist()])
 print("within 0.01:", bool((measured - four.softmax(0)).abs().max() < 0.01))
 
 # %% [markdown]
-# The noise changes **only the choice**. The weights of the chosen chunks come from the scores without noise. Noise in the
-# weights would teach the model that its own scores mean nothing. **You should see** `True`.
+# The noise changes **only the choice**. The weights of the chosen chunks come from the scores without noise. Noise in
+# the weights would teach the model that its own scores mean nothing. **You should see** `True`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -375,9 +375,9 @@ print("weights == softmax of scores without noise:", torch.allclose(weights[4:],
 # %% [markdown]
 # ### Move it
 #
-# This picture shows all of it. A `noise seed` of 0 means no noise. Try token 11 with $K = 1$ and step through the seeds:
-# for most seeds the token keeps chunk 0, for some it keeps chunk 1. Then set $K = 2$ and compare the two ways to compute
-# weights.
+# This picture shows all of it. A `noise seed` of 0 means no noise. Try token 11 with $K = 1$ and step through the
+# seeds: for most seeds the token keeps chunk 0, for some it keeps chunk 1. Then set $K = 2$ and compare the two ways to
+# compute weights.
 
 
 # %%
@@ -407,8 +407,8 @@ explore(
 # ## A longer text with something to find
 #
 # Twelve tokens are a toy. The next text has 512 tokens, in 32 chunks of 16. Every token is drawn from 300 random words,
-# and each word is a random vector with $R = 64$ numbers. Two passages are **quoted**: tokens 320 to 383 repeat tokens 64
-# to 127, and tokens 448 to 495 repeat tokens 200 to 247.
+# and each word is a random vector with $R = 64$ numbers. Two passages are **quoted**: tokens 320 to 383 repeat tokens
+# 64 to 127, and tokens 448 to 495 repeat tokens 200 to 247.
 #
 # A landmark is the mean of its chunk. A query is the mean of the token's last four words. Nothing is trained.
 
@@ -439,8 +439,8 @@ print(f"quoting tokens that keep the chunk they quote: {100 * hits:.0f} %")
 # ### Move it
 #
 # A bright cell is a high score. A dot marks a chunk that was kept. Each of the two quotations looks like a staircase:
-# while the token moves through the quotation, the best chunk moves with it. Move the mouse over the map, or click it and
-# press the arrow keys. The right half shows the weight that the token gives to each of its chunks.
+# while the token moves through the quotation, the best chunk moves with it. Move the mouse over the map, or click it
+# and press the arrow keys. The right half shows the weight that the token gives to each of its chunks.
 #
 # Raise $K$. Then turn on the noise, and see how `sharpness` protects the choice. It multiplies the queries, so the
 # differences between scores grow, while the noise stays the same. A trained model learns its own sharpness.
@@ -503,8 +503,8 @@ explore_map(
 #
 # </details>
 #
-# **2. Share a choice.** Use `query_block=4` on the twelve tokens with $K = 1$. Which token's query decides for token 11?
-# Prove it: change one query and see that token 11 keeps another chunk.
+# **2. Share a choice.** Use `query_block=4` on the twelve tokens with $K = 1$. Which token's query decides for token
+# 11? Prove it: change one query and see that token 11 keeps another chunk.
 #
 # <details>
 # <summary>Solution</summary>
@@ -531,5 +531,5 @@ explore_map(
 # ## What comes next
 #
 # We know which chunks a token keeps and how much weight each of them gets. [Notebook 04, *How are chunks read and
-# blended?*](04_fusion.ipynb) reads the chunks. It shows how the loss of the language model teaches the landmarks through
-# the weights $w$, which is the main idea of HSA. It takes 25 minutes.
+# blended?*](04_fusion.ipynb) reads the chunks. It shows how the loss of the language model teaches the landmarks
+# through the weights $w$, which is the main idea of HSA. It takes 25 minutes.

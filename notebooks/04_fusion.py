@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 04 · How are chunks read and blended?
 #
-# In [notebook 03](03_retrieval.ipynb) a token scored every chunk and kept the best K chunks. Now it has to **read** them.
-# It also has to combine K results into **one** output.
+# In [notebook 03](03_retrieval.ipynb) a token scored every chunk and kept the best K chunks. Now it has to **read**
+# them. It also has to combine K results into **one** output.
 #
 # After this notebook you will be able to
 #
@@ -18,8 +18,8 @@
 # * say what each of its two softmaxes does, and check both by hand,
 # * show why this blend teaches the model *which chunks to retrieve*, and why the most natural alternative does not.
 #
-# **Time:** 25 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is and what softmax
-# does. Notebook 03 helps. This notebook repeats the parts of it that it needs.
+# **Time:** 25 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is and what
+# softmax does. Notebook 03 helps. This notebook repeats the parts of it that it needs.
 
 # %%
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ S = 4  # tokens in a chunk
 #
 # > `the code is 7` | `birds sing at dawn` | `what is the code`
 #
-# The last token, `code`, must predict the next token. Two chunks are complete and lie before it. One of them contains the
-# answer. The other one is about birds.
+# The last token, `code`, must predict the next token. Two chunks are complete and lie before it. One of them contains
+# the answer. The other one is about birds.
 #
 # Suppose retrieval keeps both chunks, with a weight of 0.82 for the first one and 0.18 for the second. What should the
 # token do?
@@ -74,8 +74,8 @@ S = 4  # tokens in a chunk
 # | $o_{t,i}$ | result of chunk $i$ | | `[D]`, for one token and one head |
 # | $O_t$ | the blend of all results | `out` | `[B, T, H, D]` |
 #
-# B is the batch, T is the number of tokens, H of query heads, J of key/value heads, N of chunks, S of tokens in a chunk,
-# and K of kept chunks. D is the size of a head. In our example B, H and J are 1.
+# B is the batch, T is the number of tokens, H of query heads, J of key/value heads, N of chunks, S of tokens in a
+# chunk, and K of kept chunks. D is the size of a head. In our example B, H and J are 1.
 #
 # There are **two** softmaxes. One runs over the S tokens *inside* a chunk. The other runs over the K chunks.
 
@@ -86,13 +86,13 @@ S = 4  # tokens in a chunk
 #
 # * Every word is an axis of its own. There are nine different words, so D = 9.
 # * The **query** of a token is its own word. (In notebook 03 it was the last four words.)
-# * The **key** of a token is the word *two places before it* in its chunk. So the query `code` finds `7`. (A trained model
-#   builds such keys in its first layers, which see nearby tokens.)
+# * The **key** of a token is the word *two places before it* in its chunk. So the query `code` finds `7`. (A trained
+#   model builds such keys in its first layers, which see nearby tokens.)
 # * The **value** of a token is its own word. So we can read an output as "how much of each word".
 # * The **landmark** of a chunk is the set of its words. Retrieval compares the query with it.
 #
-# The function `norm` is applied to every vector that is compared. It scales a vector until its mean square is 1. A single
-# 1 among nine numbers becomes a 3.
+# The function `norm` is applied to every vector that is compared. It scales a vector until its mean square is 1. A
+# single 1 among nine numbers becomes a 3.
 
 
 # %%
@@ -134,9 +134,9 @@ toy = read_by_rule("the code is 7 | birds sing at dawn | what is the code")
 # %% [markdown]
 # The last token has position 11. Retrieval may keep up to two chunks for every token.
 #
-# By hand: the landmark of chunk 0 has four words out of nine, so `norm` turns each of them into 1.5. The query is a 3 on
-# the axis `code`. The score is 3 × 1.5 / √9 = **1.5** for chunk 0, and **0** for the chunk of birds. So the weights are
-# $e^{1.5} / (e^{1.5} + e^0)$ = 0.82 and 0.18. **You should see** chunk 0 with 0.818 and chunk 1 with 0.182.
+# By hand: the landmark of chunk 0 has four words out of nine, so `norm` turns each of them into 1.5. The query is a 3
+# on the axis `code`. The score is 3 × 1.5 / √9 = **1.5** for chunk 0, and **0** for the chunk of birds. So the weights
+# are $e^{1.5} / (e^{1.5} + e^0)$ = 0.82 and 0.18. **You should see** chunk 0 with 0.818 and chunk 1 with 0.182.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -159,9 +159,9 @@ def attend_chunk(q, k, v, scale):
 
 # %% [markdown]
 # By hand: the key of `7` is `code`, so its score is 3 × 3 / √9 = 3. The other three tokens of the chunk score 0. The
-# share of `7` is $e^3 / (e^3 + 3)$ = 0.87. In the chunk of birds no key matches, so all four words get the same share. A
-# chunk without the answer *still returns a result*. That is why the result of a chunk needs a weight. **You should see**
-# `7` with 0.87 in chunk 0, and four times 0.25 in chunk 1.
+# share of `7` is $e^3 / (e^3 + 3)$ = 0.87. In the chunk of birds no key matches, so all four words get the same share.
+# A chunk without the answer *still returns a result*. That is why the result of a chunk needs a weight. **You should
+# see** `7` with 0.87 in chunk 0, and four times 0.25 in chunk 1.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -173,9 +173,9 @@ for chunk in (0, 1):
 # %% [markdown]
 # ## Step two: blend
 #
-# The next function is Eq. (2) in full, word for word: for every token and every head, go through the kept chunks and add
-# the result of each chunk, multiplied by its weight. It is slow, but it is easy to read. A token that kept no chunk gets
-# zeros.
+# The next function is Eq. (2) in full, word for word: for every token and every head, go through the kept chunks and
+# add the result of each chunk, multiplied by its weight. It is slow, but it is easy to read. A token that kept no chunk
+# gets zeros.
 
 
 # %%
@@ -218,10 +218,9 @@ print("tokens 0 to 3 get exactly zero:", bool((out[0, :4] == 0).all()))
 # %% [markdown]
 # ## The same result, without loops
 #
-# The package computes this with three `einsum`s. Open
-# [`chunk_attention.py`](../hsa_mini/reference/chunk_attention.py); it is short. Our loops must give the same numbers, on
-# the toy and on random tensors with two sequences, four query heads, two key/value heads and empty slots. **You should
-# see** `True` twice.
+# The package computes this with three `einsum`s. Open [`chunk_attention.py`](../hsa_mini/reference/chunk_attention.py);
+# it is short. Our loops must give the same numbers, on the toy and on random tensors with two sequences, four query
+# heads, two key/value heads and empty slots. **You should see** `True` twice.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -238,8 +237,8 @@ print("random:", torch.allclose(chunk_attention(q, k, v, *chosen), reference.chu
 # ## The equality of this notebook
 #
 # If a token keeps **one** chunk, the weight of this chunk is 1, and HSA is ordinary attention over the chunk. If that
-# one chunk is *the whole text*, HSA is ordinary full attention. So HSA is no different kind of attention. It is attention
-# over parts of the text. **You should see** `True`.
+# one chunk is *the whole text*, HSA is ordinary full attention. So HSA is no different kind of attention. It is
+# attention over parts of the text. **You should see** `True`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -266,9 +265,9 @@ ours = chunk_attention(q, k_4, v_4, every_chunk, mass.softmax(dim=-1))
 print("fusion with these weights == dense attention:", torch.allclose(ours, dense))
 
 # %% [markdown]
-# This shows what retrieval really is: **a cheap estimate of the attention that a chunk would get**. The exact number needs
-# all keys of the chunk. A landmark needs one dot product. The estimate may even be better than the exact number, because
-# training optimises it for the answer, not for a copy of dense attention.
+# This shows what retrieval really is: **a cheap estimate of the attention that a chunk would get**. The exact number
+# needs all keys of the chunk. A landmark needs one dot product. The estimate may even be better than the exact number,
+# because training optimises it for the answer, not for a copy of dense attention.
 
 # %% [markdown]
 # ## See it
@@ -320,9 +319,10 @@ print(summary)
 # ### Move it
 #
 # The next text is longer: ten chunks of four, by the same rule. Move the **token** and see which chunks get the largest
-# weights. Then take a token with several good chunks, such as the last `the`, and move **K**. The **temperature** divides
-# the scores. A low temperature gives almost all weight to the best chunk. A high temperature gives all kept chunks nearly
-# the same weight. A trained model sets its own temperature: the norms of queries and landmarks have a learned gain.
+# weights. Then take a token with several good chunks, such as the last `the`, and move **K**. The **temperature**
+# divides the scores. A low temperature gives almost all weight to the best chunk. A high temperature gives all kept
+# chunks nearly the same weight. A trained model sets its own temperature: the norms of queries and landmarks have a
+# learned gain.
 
 # %%
 story = read_by_rule(
@@ -339,10 +339,10 @@ explore(
 )
 
 # %% [markdown]
-# Try this: set K = 9 and raise the temperature to 8. The share of `7` drops from 0.65 to 0.15, so the answer drowns. Every
-# chunk without an answer still contributes its result, and now all chunks have nearly the same weight. With K = 1 the
-# answer is back, at any temperature. (Ties go to the newest chunk. That is why the last chunks come first when no chunk
-# matches.)
+# Try this: set K = 9 and raise the temperature to 8. The share of `7` drops from 0.65 to 0.15, so the answer drowns.
+# Every chunk without an answer still contributes its result, and now all chunks have nearly the same weight. With K = 1
+# the answer is back, at any temperature. (Ties go to the newest chunk. That is why the last chunks come first when no
+# chunk matches.)
 #
 # ## HSA is a mixture of experts
 #
@@ -358,9 +358,9 @@ explore(
 # | the gates carry the gradient to the router | **the weights carry the gradient to retrieval** |
 # | experts are learned once, and then fixed | new chunks are written while the model reads, without limit |
 #
-# A chunk is even built like an expert: it is a layer with S hidden units. Its first matrix is $K_{[i]}$, its second matrix
-# is $V_{[i]}$, and its activation function is a softmax. The next cell defines a mixture of experts in one line and uses
-# chunks as its experts. **You should see** `True`.
+# A chunk is even built like an expert: it is a layer with S hidden units. Its first matrix is $K_{[i]}$, its second
+# matrix is $V_{[i]}$, and its activation function is a softmax. The next cell defines a mixture of experts in one line
+# and uses chunks as its experts. **You should see** `True`.
 
 
 # %%
@@ -378,18 +378,18 @@ print("mixture of chunk experts == HSA:", torch.allclose(mixture(query, experts,
 # %% [markdown]
 # ## How does the loss teach retrieval?
 #
-# The choice of the K best chunks is a hard decision. It has no gradient: if a score changes a little, the same chunks are
-# chosen. So how can a model learn *which* chunks to choose?
+# The choice of the K best chunks is a hard decision. It has no gradient: if a score changes a little, the same chunks
+# are chosen. So how can a model learn *which* chunks to choose?
 #
-# It learns through the weights. Let $L$ be the loss and $g = \partial L / \partial O_t$. Because $w$ is a softmax of the
-# scores,
+# It learns through the weights. Let $L$ be the loss and $g = \partial L / \partial O_t$. Because $w$ is a softmax of
+# the scores,
 #
 # $$\frac{\partial L}{\partial s_{t,i}} = w_{t,i}\; g \cdot (o_{t,i} - O_t).$$
 #
 # Read it slowly. A chunk whose result is **better than the blend** gets a higher score. A chunk whose result is worse
-# gets a lower score. The chunks compete, and the loss of the language model decides. We check the formula with autograd.
-# The loss is $-\log$ of the share of `7`. **You should see** −0.182 and +0.182 twice. Gradient descent goes against the
-# gradient, so the score of the chunk with the code goes up, and the score of the chunk of birds goes down.
+# gets a lower score. The chunks compete, and the loss of the language model decides. We check the formula with
+# autograd. The loss is $-\log$ of the share of `7`. **You should see** −0.182 and +0.182 twice. Gradient descent goes
+# against the gradient, so the score of the chunk with the code goes up, and the score of the chunk of birds goes down.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -447,9 +447,9 @@ def select_then_concatenate(q, k, v, indices, weights=None, *, scale=None):
 
 
 # %% [markdown]
-# **You should see** 0.711 and 0.742: as an *output* the alternative is fine, and here it is even a little better. But the
-# gradient is `None`. It is not small: **there is no path**. The landmarks only decided which chunks were chosen, and this
-# choice has no gradient.
+# **You should see** 0.711 and 0.742: as an *output* the alternative is fine, and here it is even a little better. But
+# the gradient is `None`. It is not small: **there is no path**. The landmarks only decided which chunks were chosen,
+# and this choice has no gradient.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -467,13 +467,14 @@ print("gradient of the landmarks, laid end to end:", gradient_of_landmarks(selec
 # %% [markdown]
 # ## Watch landmarks learn
 #
-# A small experiment compares the two, with the same data, seeds, parameters and steps in both arms. Every sample is a new
-# page: 64 different words out of 128, in 16 chunks of four. The question is one of these words. The answer is the word
-# that follows it on the page. The model may read K = 2 chunks of 16, so a blind choice is right in one of eight cases.
+# A small experiment compares the two, with the same data, seeds, parameters and steps in both arms. Every sample is a
+# new page: 64 different words out of 128, in 16 chunks of four. The question is one of these words. The answer is the
+# word that follows it on the page. The model may read K = 2 chunks of 16, so a blind choice is right in one of eight
+# cases.
 #
-# Four matrices learn, from random starts. One makes landmarks from the mean of the words of a chunk, one makes retrieval
-# queries, one makes keys, and one makes queries. The model is never told which chunk is the right one. It gets only the
-# loss on the answer.
+# Four matrices learn, from random starts. One makes landmarks from the mean of the words of a chunk, one makes
+# retrieval queries, one makes keys, and one makes queries. The model is never told which chunk is the right one. It
+# gets only the loss on the answer.
 
 # %%
 WORDS = 128
@@ -590,17 +591,17 @@ show(
 #
 # </details>
 #
-# **2.** `birds sing at dawn` contains nothing about the code, and it still takes 18% of the blend. Must that be so? Give
-# every chunk a fifth token that contains *nothing*: its key is 0 and its value is 0. What is the result of the chunk of
-# birds now, and what is the share of `7`?
+# **2.** `birds sing at dawn` contains nothing about the code, and it still takes 18% of the blend. Must that be so?
+# Give every chunk a fifth token that contains *nothing*: its key is 0 and its value is 0. What is the result of the
+# chunk of birds now, and what is the share of `7`?
 #
 # <details><summary>Solution</summary>
 #
-# A softmax must give its attention to some token. With an empty token it may give it to no word. The result of the chunk
-# of birds is now 0.2 for each word. That is 0.8 in all, instead of 1. This is still much, because no match (score 0)
-# weighs as much as the empty token. A learned empty key with a score of 2 would take 65% of the attention in the chunk of
-# birds, and 24% in chunk 0. The share of `7` falls from 0.711 to 0.682. Before, `7` had 16 times the share of the next
-# word. Now it has 19 times that share. Such empty slots are called *attention sinks*.
+# A softmax must give its attention to some token. With an empty token it may give it to no word. The result of the
+# chunk of birds is now 0.2 for each word. That is 0.8 in all, instead of 1. This is still much, because no match (score
+# 0) weighs as much as the empty token. A learned empty key with a score of 2 would take 65% of the attention in the
+# chunk of birds, and 24% in chunk 0. The share of `7` falls from 0.711 to 0.682. Before, `7` had 16 times the share of
+# the next word. Now it has 19 times that share. Such empty slots are called *attention sinks*.
 #
 # ```python
 # from torch.nn.functional import pad
@@ -617,8 +618,8 @@ show(
 # ## What comes next
 #
 # A token can now read chunks from anywhere. But it must also see the words next to it, and it must see them in order.
-# [Notebook 05](05_layer.ipynb) joins the two: a sliding window *with* positions, and HSA *without* positions. It shows why
-# positions belong to the window and not to HSA. It takes about 25 minutes.
+# [Notebook 05](05_layer.ipynb) joins the two: a sliding window *with* positions, and HSA *without* positions. It shows
+# why positions belong to the window and not to HSA. It takes about 25 minutes.
 #
-# Notebook [06](06_forward_kernel.ipynb) turns the loops above into a GPU kernel. Notebook [07](07_backward_kernel.ipynb)
-# uses the gradient formula again.
+# Notebook [06](06_forward_kernel.ipynb) turns the loops above into a GPU kernel. Notebook
+# [07](07_backward_kernel.ipynb) uses the gradient formula again.

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 05 · Why positions near, and none far away?
 #
-# A token now has two ways to look back. A **sliding window** shows it the last few hundred tokens. **Retrieval** shows it
-# a few chunks from anywhere. In an HSA model the window uses positions, and retrieval uses none. That looks odd: why
+# A token now has two ways to look back. A **sliding window** shows it the last few hundred tokens. **Retrieval** shows
+# it a few chunks from anywhere. In an HSA model the window uses positions, and retrieval uses none. That looks odd: why
 # should a model give up the information where something stands?
 #
 # After this notebook you will be able to
@@ -49,8 +49,8 @@ S = 4  # tokens in a chunk, in all parts before the trained model
 #
 # > `the code is 7` | `birds sing at dawn` | `what is the code`
 #
-# *Near* the token, order carries meaning. "Birds sing" is not "sing birds". To understand the last words, a token has to
-# know which came first.
+# *Near* the token, order carries meaning. "Birds sing" is not "sing birds". To understand the last words, a token has
+# to know which came first.
 #
 # *Far* from the token, the exact position hardly matters. The code is 7, no matter whether the text stated it eight
 # tokens ago or eight million tokens ago. Two things matter: the token must **find** the chunk, and the chunk must then
@@ -59,8 +59,9 @@ S = 4  # tokens in a chunk, in all parts before the trained model
 #
 # ## In symbols
 #
-# RoPE (rotary position embedding, arXiv 2104.09864) turns queries and keys. Take a vector of $D$ numbers as $D/2$ pairs.
-# At position $t$, pair $p$ turns by the angle $t\,\theta_p$. The first pairs turn fast, the last pairs turn slowly:
+# RoPE (rotary position embedding, arXiv 2104.09864) turns queries and keys. Take a vector of $D$ numbers as $D/2$
+# pairs. At position $t$, pair $p$ turns by the angle $t\,\theta_p$. The first pairs turn fast, the last pairs turn
+# slowly:
 #
 # $$\theta_p = b^{-2p/D}, \qquad b = 10\,000$$
 #
@@ -68,10 +69,11 @@ S = 4  # tokens in a chunk, in all parts before the trained model
 #
 # $$\mathrm{rope}(q, t) \cdot \mathrm{rope}(k, u) = \sum_{p} |q_p|\,|k_p| \cos\big((t-u)\,\theta_p + \varphi_p\big)$$
 #
-# Here $|q_p|$ and $|k_p|$ are the lengths of pair $p$, and $\varphi_p$ is the angle from $k_p$ to $q_p$ before the turn.
+# Here $|q_p|$ and $|k_p|$ are the lengths of pair $p$, and $\varphi_p$ is the angle from $k_p$ to $q_p$ before the
+# turn.
 #
-# You built this in [notebook 02](02_chunks.ipynb), for the positions inside one chunk. Here is the package's version. It
-# takes any positions, in one call.
+# You built this in [notebook 02](02_chunks.ipynb), for the positions inside one chunk. Here is the package's version.
+# It takes any positions, in one call.
 
 
 # %%
@@ -81,9 +83,10 @@ def rope(x, positions, base=10_000.0):
 
 
 # %% [markdown]
-# Does RoPE see differences only? We take a query and a key at a distance of four tokens, and we move both by a thousand.
-# **You should see** `True`, then `False`: RoPE sees no positions, it sees distances. The last line shows how many tokens
-# a full turn takes: the first pair of 64 numbers turns once in 6 tokens, the last pair turns once in 47,000.
+# Does RoPE see differences only? We take a query and a key at a distance of four tokens, and we move both by a
+# thousand. **You should see** `True`, then `False`: RoPE sees no positions, it sees distances. The last line shows how
+# many tokens a full turn takes: the first pair of 64 numbers turns once in 6 tokens, the last pair turns once in
+# 47,000.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -132,8 +135,8 @@ print("20 tokens with 10 keys in front == the last 20 of 30:", torch.allclose(la
 # two words inside the window swap places, the output of the last token stays the same. With RoPE it changes.
 #
 # Second: if the whole text moves to other positions, RoPE gives the same output. Only distances count, and inside a
-# window of W the distances are 0 to W − 1. **Training shows a model all of them.** However long the text gets, the window
-# never gets a new distance.
+# window of W the distances are 0 to W − 1. **Training shows a model all of them.** However long the text gets, the
+# window never gets a new distance.
 #
 # **You should see** `True`, then `False`, then `True`.
 
@@ -188,9 +191,9 @@ def read_by_rule(chunks):
 
 
 # %% [markdown]
-# Retrieval keeps K = 2 chunks and HSA reads them, as in notebook 04. The argument `base` is the experiment. `None` leaves
-# queries and keys as they are (this is called **NoPE**, no position embedding). A number turns them by RoPE, each at its
-# own position in the text.
+# Retrieval keeps K = 2 chunks and HSA reads them, as in notebook 04. The argument `base` is the experiment. `None`
+# leaves queries and keys as they are (this is called **NoPE**, no position embedding). A number turns them by RoPE,
+# each at its own position in the text.
 #
 # **You should see** 0.981: the weight of chunk 0 is $e^4 / (e^4 + 1)$ = 0.982, and inside the chunk the share of `7` is
 # $e^8 / (e^8 + 3)$ = 0.999.
@@ -223,8 +226,8 @@ print("share of `7` in the output of token 11:", round(share, 3))
 #
 # We push the needle away from the question: between them we insert no, 10, 100 or 1,000 more chunks of birds. We also
 # put the needle at every possible place among twenty chunks. Without positions the output must not change at all. With
-# RoPE it may change. **You should see** one single output for all texts without positions, and with RoPE as many outputs
-# as texts.
+# RoPE it may change. **You should see** one single output for all texts without positions, and with RoPE as many
+# outputs as texts.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -239,17 +242,17 @@ for name, base in (("no positions", None), ("RoPE", 10_000.0)):
 
 
 # %% [markdown]
-# This is the argument in one line: **without positions, a chunk at distance 16 million is the same problem as a chunk at
-# distance 16.** A chunk gives the same result at every distance. One problem remains: the token must retrieve the right
-# chunks. Retrieval is a dot product without positions, too. But the number of chunks that compete grows with the text,
-# and this is the difficulty that is left.
+# This is the argument in one line: **without positions, a chunk at distance 16 million is the same problem as a chunk
+# at distance 16.** A chunk gives the same result at every distance. One problem remains: the token must retrieve the
+# right chunks. Retrieval is a dot product without positions, too. But the number of chunks that compete grows with the
+# text, and this is the difficulty that is left.
 
 # %% [markdown]
 # ## See it
 #
-# How much of `7` does the token get from the chunk of the needle, as the distance grows? With RoPE, the score of a match
-# is a sum of cosines. At small distances all cosines are near 1. At large distances each cosine has another value, and a
-# few tokens more or less change everything. The horizontal axis is logarithmic, up to 16 million tokens.
+# How much of `7` does the token get from the chunk of the needle, as the distance grows? With RoPE, the score of a
+# match is a sum of cosines. At small distances all cosines are near 1. At large distances each cosine has another
+# value, and a few tokens more or less change everything. The horizontal axis is logarithmic, up to 16 million tokens.
 
 
 # %%
@@ -286,8 +289,8 @@ def draw_distances(figure, base, trained=1024):
 # %% [markdown]
 # ### Move it
 #
-# A popular remedy is a larger base: the pairs turn more slowly. Move **base** and see its effect. The cliff moves to the
-# right, but it does not go away.
+# A popular remedy is a larger base: the pairs turn more slowly. Move **base** and see its effect. The cliff moves to
+# the right, but it does not go away.
 
 # %%
 explore(
@@ -301,14 +304,14 @@ explore(
 
 # %% [markdown]
 # The red line is the middle of thirty distances that lie close together. The red area contains all thirty. A trained
-# model would do better than ours *inside the grey area*. It can learn which pairs it can rely on, because training shows
-# it these distances. To the right of the grey area there is no training: the slow pairs have combinations of angles that
-# the model has never seen.
+# model would do better than ours *inside the grey area*. It can learn which pairs it can rely on, because training
+# shows it these distances. To the right of the grey area there is no training: the slow pairs have combinations of
+# angles that the model has never seen.
 #
 # The paper measured this on trained models (370M parameters with NSA, a related method). From 4K to 64K tokens the
-# single-needle accuracy goes from 97 to 60 with RoPE, and from 99 to 73 without. So positions are a part of the problem,
-# but not all of it. Notebook 04 suggests another part: in NSA the attention that reads the chunks does not teach the model
-# which chunks to read.
+# single-needle accuracy goes from 97 to 60 with RoPE, and from 99 to 73 without. So positions are a part of the
+# problem, but not all of it. Notebook 04 suggests another part: in NSA the attention that reads the chunks does not
+# teach the model which chunks to read.
 #
 # ## What a token sees
 #
@@ -353,8 +356,8 @@ def draw_reach(figure, window, distance):
 # ### Move it
 #
 # Move the needle into the window and out again. Watch the two bars. If the window can see the needle during training,
-# retrieval has no reason to learn it, because the window is easier to learn. This is the paper's *seesaw*: **with a long
-# window, retrieval learns less.** [Notebook 11](11_training.ipynb) explains why.
+# retrieval has no reason to learn it, because the window is easier to learn. This is the paper's *seesaw*: **with a
+# long window, retrieval learns less.** [Notebook 11](11_training.ipynb) explains why.
 
 # %%
 explore(
@@ -375,9 +378,9 @@ explore(
 # 2. **look far**: retrieve chunks, attend to each chunk, blend, all without positions,
 # 3. **think**: a small network that treats each token by itself.
 #
-# Queries and keys are normalised per head before their dot product (*QK norm*). This keeps scores in a sensible range. We
-# take the package's own weights, from its smallest preset. We also take its chunk memory: it holds the keys, values and
-# landmarks of all chunks, as the chunk encoder of [notebook 02](02_chunks.ipynb) computed them.
+# Queries and keys are normalised per head before their dot product (*QK norm*). This keeps scores in a sensible range.
+# We take the package's own weights, from its smallest preset. We also take its chunk memory: it holds the keys, values
+# and landmarks of all chunks, as the chunk encoder of [notebook 02](02_chunks.ipynb) computed them.
 
 
 # %%
@@ -424,13 +427,13 @@ print("tokens, width:", list(ours.shape[1:]), " chunks in memory:", memory.chunk
 print("our layer == the package's:", torch.allclose(ours, expected, atol=1e-5))
 
 # %% [markdown]
-# That is the whole layer. The rest of the model repeats this layer. It has ordinary window layers before these layers and
-# between them, and the chunk encoder in the middle.
+# That is the whole layer. The rest of the model repeats this layer. It has ordinary window layers before these layers
+# and between them, and the chunk encoder in the middle.
 #
 # ## A trained model, at 65,536 tokens
 #
-# The repository ships a small model of this kind. The next cell prints its sizes, and the length of the texts that it was
-# trained on. Its windows reach only so far. Everything beyond that it can only retrieve.
+# The repository ships a small model of this kind. The next cell prints its sizes, and the length of the texts that it
+# was trained on. Its windows reach only so far. Everything beyond that it can only retrieve.
 
 # %%
 TOKENS = 65_536
@@ -444,9 +447,9 @@ print(f"trained on texts of {trained_on:,} tokens; this one has {TOKENS:,}, {TOK
 print(f"window of {config.window}; each HSA layer reads {config.top_k} of {TOKENS // config.chunk_size:,} chunks")
 
 # %% [markdown]
-# The model gets 65,536 tokens of text that it has not seen in training. One sentence, a secret code, is hidden 30% of the
-# way in. Five other codes with other names are hidden too. Then we ask for the first code. On two cores this takes some
-# seconds.
+# The model gets 65,536 tokens of text that it has not seen in training. One sentence, a secret code, is hidden 30% of
+# the way in. Five other codes with other names are hidden too. Then we ask for the first code. On two cores this takes
+# some seconds.
 
 # %%
 haystack = load_corpus("validation").tokens  # the first call encodes the corpus and stores the result
@@ -502,10 +505,10 @@ for number, kept in enumerate(finding.retrieved_chunks):
 # %% [markdown]
 # ### Move it
 #
-# What else did the model read? Step through the chunks of each layer, best first, and read them yourself. How many contain
-# one of the *other* codes, and how much lower are their scores? If they are hardly lower, then a landmark tells the model
-# that its chunk contains a code, but hardly whose code it is. In that case the attention inside the chunks finds the right
-# code, word by word: the model first searches roughly, then it reads closely.
+# What else did the model read? Step through the chunks of each layer, best first, and read them yourself. How many
+# contain one of the *other* codes, and how much lower are their scores? If they are hardly lower, then a landmark tells
+# the model that its chunk contains a code, but hardly whose code it is. In that case the attention inside the chunks
+# finds the right code, word by word: the model first searches roughly, then it reads closely.
 
 
 # %%
@@ -533,9 +536,9 @@ explore(
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Chunk attention has no positions. Does that mean that it cannot tell "dog bites man" from "man bites dog" inside a
-# chunk? Permute the four tokens of the needle, keys and values together, and compare the outputs. Then say where a real
-# model gets the order inside a chunk from.
+# **1.** Chunk attention has no positions. Does that mean that it cannot tell "dog bites man" from "man bites dog"
+# inside a chunk? Permute the four tokens of the needle, keys and values together, and compare the outputs. Then say
+# where a real model gets the order inside a chunk from.
 #
 # <details><summary>Solution</summary>
 #
@@ -551,9 +554,9 @@ explore(
 # ```
 #
 # But keys and values are not raw words. Layers *with* positions compute them: the lower decoder has a window with RoPE,
-# and the chunk encoder has RoPE inside the chunk, from 0 to S. These layers write the order **into** the keys and values
-# before the memory stores them. Our toy did the same: "two places before it" is a position. Only the distance from the
-# chunk to the token that reads it is left out.
+# and the chunk encoder has RoPE inside the chunk, from 0 to S. These layers write the order **into** the keys and
+# values before the memory stores them. Our toy did the same: "two places before it" is a position. Only the distance
+# from the chunk to the token that reads it is left out.
 #
 # </details>
 #
@@ -581,5 +584,5 @@ explore(
 # This was the last notebook on the mechanism. You have every part, and the twelve tokens work. Speed is still missing:
 # our loops are slow, and so is plain PyTorch.
 #
-# [Notebook 06](06_forward_kernel.ipynb), *Where do the milliseconds go?*, turns chunk attention into a GPU kernel, line by
-# line, in about 30 minutes. Or see the same model find a needle in a million tokens: `make demo`.
+# [Notebook 06](06_forward_kernel.ipynb), *Where do the milliseconds go?*, turns chunk attention into a GPU kernel, line
+# by line, in about 30 minutes. Or see the same model find a needle in a million tokens: `make demo`.
