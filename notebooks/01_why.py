@@ -40,7 +40,7 @@ from hsa_mini.viz import Control, explore, make_figure, plots, show
 # > `the code is 7` `birds sing at dawn` `what is the code`
 #
 # Which word comes next? You know the answer: `7`. To know it, the last token (number 11, counted from 0) has to reach
-# back to token 3. That is a distance of 8 tokens. Remember the 8.
+# back to token 3. That is a distance of 8 tokens. Remember the 8. **You should see** both token numbers.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -143,7 +143,7 @@ print("formula :", kv_bytes(tokens, layers, kv_heads, D), "bytes")
 # %% [markdown]
 # Now we take the size that this course is about: the paper's large model, with about 8 billion parameters, and 16
 # million tokens. (The paper does not print the numbers of its heads and layers. We chose the numbers in the preset
-# `ul_8b_a1b`. They give the totals that the paper prints.)
+# `ul_8b_a1b`. They give the totals that the paper prints.) **You should see** 896 GiB.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -457,7 +457,7 @@ explore(
 )
 
 # %% [markdown]
-# Two remarks for honesty. First: the cost of HSA still depends on $T$. Every token scores every landmark, and at 16M
+# Two caveats. First: the cost of HSA still depends on $T$. Every token scores every landmark, and at 16M
 # tokens with $K = 64$ that is two thirds of the work of HSA. HSA needs *few* operations per chunk, but it does need
 # some. Second: at 4K tokens, HSA with $K = 64$ reads all chunks and saves nothing.
 #
@@ -519,8 +519,8 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 #
 # </details>
 #
-# **2. Where does HSA begin to pay?** From which text length on is HSA cheaper than full attention, with the sizes of
-# the large model and $K = 64$? Solve it on paper, then check your result with `full_flop` and `hsa_flop`.
+# **2. Where does HSA begin to pay off?** From which text length on is HSA cheaper than full attention, with the sizes
+# of the large model and $K = 64$? Solve it on paper, then check your result with `full_flop` and `hsa_flop`.
 #
 # <details>
 # <summary>Solution</summary>

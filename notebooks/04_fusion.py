@@ -339,7 +339,7 @@ explore(
 )
 
 # %% [markdown]
-# Try this: set K = 9 and raise the temperature to 8. The share of `7` drops from 0.65 to 0.15, so the answer drowns.
+# Try this: set K = 9 and raise the temperature to 8. The share of `7` drops from 0.65 to 0.15, so the answer is lost.
 # Every chunk without an answer still contributes its result, and now all chunks have nearly the same weight. With K = 1
 # the answer is back, at any temperature. (Ties go to the newest chunk. That is why the last chunks come first when no
 # chunk matches.)
@@ -561,7 +561,7 @@ show(
 # right. Laid end to end, retrieval stays blind. More steps would not help: its landmarks never get a gradient, although
 # keys and queries learn as well as they can. Real models are larger, but their gradients take the same path.
 #
-# One remark for honesty. A chunk that is never chosen gets no gradient in either arm. Here 300 steps with new pages are
+# One caveat: a chunk that is never chosen gets no gradient in either arm. Here 300 steps with new pages are
 # enough to try every chunk. The training of a real model adds a little random noise to the choice, as in [notebook
 # 03](03_retrieval.ipynb).
 
