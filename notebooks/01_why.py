@@ -257,7 +257,8 @@ print(f"{big_layers} layers with a window of {big.window} reach {reach:,} tokens
 print(f"that is {100 * reach / million_16:.1f} % of 16M tokens")
 
 # %% [markdown]
-# And 28 layers do not hand information on without loss: each layer mixes it with thousands of other tokens.
+# And information that 28 layers hand on, one after the other, arrives distorted: each layer mixes it with thousands of
+# other tokens.
 #
 # ## A third method: few tokens, from anywhere
 #

@@ -81,8 +81,8 @@ queries = torch.stack([count_words(WORDS[max(t - 3, 0) : t + 1]) for t in range(
 # %% [markdown]
 # ## Scores
 #
-# The product of two word counts is the number of words that they have in common. Take token 11. Its last four words are
-# `what is the code`. Chunk 0 shares three of them, chunk 1 shares none, and chunk 2 shares all four. We divide by
+# The dot product of two word counts is the number of words that they have in common. Take token 11. Its last four words
+# are `what is the code`. Chunk 0 shares three of them, chunk 1 shares none, and chunk 2 shares all four. We divide by
 # $\sqrt{9} = 3$. **You should see** 1, 0 and 1.33.
 
 

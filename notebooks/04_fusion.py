@@ -74,8 +74,8 @@ S = 4  # tokens in a chunk
 # | $o_{t,i}$ | result of chunk $i$ | | `[D]`, for one token and one head |
 # | $O_t$ | the blend of all results | `out` | `[B, T, H, D]` |
 #
-# B is the batch, T is the number of tokens, H of query heads, J of key/value heads, N of chunks, S of tokens in a
-# chunk, and K of kept chunks. D is the size of a head. In our example B, H and J are 1.
+# B: sequences in the batch; T: tokens; H: query heads; J: key/value heads; D: numbers per head; N: chunks; S: tokens
+# per chunk; K: kept chunks. In our example B, H and J are 1.
 #
 # There are **two** softmaxes. One runs over the S tokens *inside* a chunk. The other runs over the K chunks.
 
@@ -173,9 +173,9 @@ for chunk in (0, 1):
 # %% [markdown]
 # ## Step two: blend
 #
-# The next function is Eq. (2) in full, word for word: for every token and every head, go through the kept chunks and
-# add the result of each chunk, multiplied by its weight. It is slow, but it is easy to read. A token that kept no chunk
-# gets zeros.
+# The next function is Eq. (2) in full. For every token and every head it goes through the kept chunks and adds the
+# result of each chunk, multiplied by its weight. It is slow, but it is easy to read. A token that kept no chunk gets
+# zeros.
 
 
 # %%

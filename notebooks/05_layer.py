@@ -224,7 +224,7 @@ print("share of `7` in the output of token 11:", round(share, 3))
 # %% [markdown]
 # ## The equality of this notebook
 #
-# We push the needle away from the question: between them we insert no, 10, 100 or 1,000 more chunks of birds. We also
+# We push the needle away from the question: we insert 0, 10, 100 or 1,000 more chunks of birds between them. We also
 # put the needle at every possible place among twenty chunks. Without positions the output must not change at all. With
 # RoPE it may change. **You should see** one single output for all texts without positions, and with RoPE as many
 # outputs as texts.
@@ -433,7 +433,7 @@ print("our layer == the package's:", torch.allclose(ours, expected, atol=1e-5))
 # ## A trained model, at 65,536 tokens
 #
 # The repository ships a small model of this kind. The next cell prints its sizes, and the length of the texts that it
-# was trained on. Its windows reach only so far. Everything beyond that it can only retrieve.
+# was trained on. It can read text beyond the reach of its windows only through retrieval.
 
 # %%
 TOKENS = 65_536
