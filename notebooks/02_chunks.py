@@ -9,19 +9,21 @@
 # %% [markdown]
 # # 02 · What does a chunk say about itself?
 #
-# A reader who looks for one fact does not read every page again. She looks at the headings. In Hierarchical Sparse
-# Attention (HSA) the pages are **chunks**, and the heading of a chunk is one vector, its **landmark**. This notebook cuts
-# a text into chunks, asks what makes a good landmark, and builds the small network that writes it: the chunk encoder.
+# A reader who looks for one fact does not read every page again. She reads the headings. In Hierarchical Sparse
+# Attention (HSA) the pages are **chunks**. The heading of a chunk is one vector, its **landmark**. This notebook cuts a
+# text into chunks. It asks what makes a good landmark. Then it builds the small network that computes the landmark: the
+# chunk encoder.
 #
 # After this notebook you will be able to
 #
 # * cut a sequence into chunks, and say what happens to the tokens that are left over,
-# * show what the mean of a chunk can never say,
-# * build the chunk encoder from its parts, and say why it looks both ways, why it needs positions, and what `[CLS]` is for.
+# * show what the mean of a chunk can never express,
+# * build the chunk encoder from its parts, and say why it looks both ways, why it needs positions, and what `[CLS]` is
+#   for.
 #
 # **Time:** 20 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 01](01_why.ipynb), or its last
-# idea: a token chooses a few chunks by their landmarks and reads those alone. You should have seen an attention layer
-# before.
+# idea: a token chooses a few chunks by their landmarks and reads only the tokens of those chunks. You should have seen
+# an attention layer before.
 
 # %%
 import dataclasses
@@ -37,24 +39,26 @@ from hsa_mini.viz import Control, explore, make_figure, plots, show
 # ## Twelve tokens, three chunks
 #
 # Our text is `the code is 7 birds sing at dawn what is the code`. Every word is one token. In a model the chunk encoder
-# reads what the **middle layer** makes of the tokens: $T$ vectors of $C$ numbers, the paper's $H$, called `hidden` in
-# code. We have no trained model today. So every word gets the simplest vector there is: a 5 in a place of its own, zeros
-# elsewhere. Equal words are alike, different words have nothing in common, and you can check everything by hand.
+# reads the output of the **middle layer**: $T$ vectors of $C$ numbers. The paper calls them $H$, the code calls them
+# `hidden`. We have no trained model today, so every word gets the simplest possible vector. It has a 5 at the index of
+# this word and zeros everywhere else. Equal words have equal vectors. The vectors of different words are at right
+# angles. You can check everything by hand.
 
 
 # %%
 def word_vectors(words, width):
-    """A 5 in the place of each word, zeros elsewhere: T words -> [T, C]."""
-    places = {word: place for place, word in enumerate(dict.fromkeys(words))}
-    return 5.0 * torch.eye(width, dtype=torch.float64)[[places[word] for word in words]]
+    """A 5 at the index of each word, zeros elsewhere: T words -> [T, C]."""
+    index = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    return 5.0 * torch.eye(width, dtype=torch.float64)[[index[word] for word in words]]
 
 
-WORDS = "the code is 7 birds sing at dawn what is the code".split()
+TEXT = "the code is 7 birds sing at dawn what is the code"
+WORDS = TEXT.split()
 C = 32
 hidden = word_vectors(WORDS, C)
 
 # %% [markdown]
-# Cutting is easy. Only **complete** chunks count. What is left over waits until enough tokens have come.
+# Cutting is easy. Only **complete** chunks count. The tokens that are left over wait until their chunk is complete.
 
 
 # %%
@@ -66,19 +70,19 @@ def split_into_chunks(hidden, chunk_size):
 
 
 # %% [markdown]
-# **You should see** three chunks of four and nothing left over for $S = 4$; two chunks of five and two tokens that wait for
-# $S = 5$. And in both cases nothing is lost: laid end to end, the parts are the text.
+# **You should see** three chunks of four and no waiting tokens for $S = 4$, and two chunks of five and two waiting
+# tokens for $S = 5$. In both cases no token is lost: the parts, put one after the other, give the whole text.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for S in (4, 5):
     chunks, waiting = split_into_chunks(hidden, S)
-    whole = torch.cat((chunks.flatten(0, 1), waiting))
-    print(f"S={S}: chunks {list(chunks.shape)}, waiting {list(waiting.shape)}, nothing lost: {torch.equal(whole, hidden)}")
+    nothing_lost = torch.equal(torch.cat((chunks.flatten(0, 1), waiting)), hidden)
+    print(f"S={S}: chunks {list(chunks.shape)}, waiting {list(waiting.shape)}, nothing lost: {nothing_lost}")
 
 # %% [markdown]
-# Now let the text arrive word by word, as it does when a model writes. **You should see** a chunk appear exactly when its
-# fourth word is there.
+# Now the text arrives word by word, as it does when a model generates text. **You should see** that a chunk appears
+# exactly when its fourth word arrives.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -88,13 +92,14 @@ for seen in (3, 4, 7, 8, 12):
     print(f"after {seen:2} tokens: complete chunks: {len(chunks)}; waiting: {words or '-'}")
 
 # %% [markdown]
-# Why wait? A chunk is read by *later* tokens. If half a chunk had a landmark, that landmark would change with every new
-# token, and whatever was computed from it would be wrong a moment later. A complete chunk never changes. It is encoded
-# **once** and kept. The tokens that wait are not lost to the model either: the sliding window sees them.
+# Why do tokens wait? *Later* tokens read a chunk. If half a chunk had a landmark, that landmark would change with every
+# new token. Every result that was computed from it would be wrong a moment later. A complete chunk never changes. The
+# model encodes it **once** and keeps the result. The model can still read the waiting tokens, because the sliding
+# window sees them.
 #
 # ## The simplest landmark: the mean
 #
-# Average the vectors of a chunk. One line, nothing to learn.
+# Average the vectors of a chunk. This takes one line, and nothing has to be learned.
 
 
 # %%
@@ -104,8 +109,9 @@ def mean_landmarks(chunks):
 
 
 # %% [markdown]
-# It can already find something. Let every token compare its own vector with the means, by the package's `retrieve`
-# (notebook 03 opens it). **You should see** that the last token, `code`, prefers the chunk in which `code` occurs.
+# The mean can already find a word. Every token compares its own vector with the means. The package's `retrieve` does
+# this (notebook 03 explains it). **You should see** that the last token, `code`, chooses the chunk that contains
+# `code`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -124,9 +130,11 @@ print("token 11 chooses chunk", indices[11].item(), "=", " ".join(WORDS[indices[
 # %% [markdown]
 # ### Move it
 #
-# Move the token and the chunk size. Blue: how much the token trusts a chunk. Grey: not complete, or in the future.
+# Move the token and the chunk size. Blue shows the weight that the token gives to a chunk. A grey chunk is not
+# complete, or it lies in the future.
 #
-# Try $S = 3$ with token 11. It still finds `the code is`, but the `7` has fallen into the next chunk. We come back to this.
+# Try $S = 3$ with token 11. The token still finds `the code is`, but the `7` now belongs to the next chunk. We come
+# back to this case below.
 
 
 # %%
@@ -135,31 +143,32 @@ def draw_chunks(figure, S, token, K):
     indices, weights = choose(hidden, mean_landmarks(chunks), S, K)
     per_chunk = [weights[token][indices[token] == i].sum().item() for i in range(len(chunks))]
     plots.chunk_grid(figure.subplots(), WORDS, S, token=token, weights=per_chunk)
-    best = indices[token, 0].item()
-    for_token = f"Token {token} ({WORDS[token]}) with S={S}: "
-    if best < 0:
-        return for_token + "no chunk is complete before it, so it retrieves nothing."
+    this_token = f"Token {token} ({WORDS[token]}) with S={S}"
+    if indices[token, 0] < 0:
+        return f"{this_token}: no chunk is complete before it, so it retrieves nothing."
     best = max(range(len(chunks)), key=per_chunk.__getitem__)
-    return for_token + f"it trusts chunk {best} most ({per_chunk[best]:.2f}): {' '.join(WORDS[best * S : best * S + S])}."
+    words = " ".join(WORDS[best * S : best * S + S])
+    return f"{this_token}: chunk {best} has the largest weight ({per_chunk[best]:.2f}): {words}."
 
 
 explore(
     draw_chunks,
-    alt="The twelve words in rows, one row a chunk, with the weight that the chosen token gives to each chunk.",
+    alt="The twelve words in rows, one row per chunk, with the weight that the chosen token gives to each chunk.",
     size=(9, 3.8),
     S=Control((2, 6), start=4, label="chunk size S"),
-    token=Control((0, 11), start=11, label="token that asks"),
+    token=Control((0, 11), start=11, label="token that retrieves"),
     K=Control((1, 3), start=2, label="chunks kept K"),
 )
 
 # %% [markdown]
-# ## What a mean can never say
+# ## What a mean can never express
 #
-# `the code is 7` and `7 is code the` have the same words. Their mean is the same vector, so no query in the world can
-# tell them apart. `dog bites man` and `man bites dog` are one and the same to it. (In a model the middle layer has already
-# written something of the order into each vector, and a mean cannot wash all of that out. But it adds nothing of its own.)
+# `the code is 7` and `7 is code the` have the same words. Their means are the same vector, so no query can tell them
+# apart. The means of `dog bites man` and `man bites dog` are equal, too. (In a model the middle layer has already
+# written information about the order into each vector, and a mean cannot remove all of it. But the mean adds no
+# information about the order.)
 #
-# **You should see** `True` for every one of the 24 orders of a chunk.
+# **You should see** `True`: all 24 orders of the words of a chunk have the same mean.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -172,14 +181,14 @@ print(len(orders), "orders, one mean:", torch.allclose(means, means[:1].expand_a
 # %% [markdown]
 # ## A better summary, step by step
 #
-# ### Step 1: somebody who reads, `[CLS]`
+# ### Step 1: a reader, `[CLS]`
 #
-# A mean gives every word the same share. Better: let a reader decide which words matter. Put one extra vector, called
-# `[CLS]`, beside the $S$ tokens and let it **attend** to them. It is learned in training, it stands for no word, and what
-# it has gathered at the end is the summary. (The name comes from BERT.)
+# A mean gives every word the same share. It is better if a reader decides which words matter. We put one extra vector,
+# called `[CLS]`, beside the $S$ tokens and let it **attend** to them. `[CLS]` stands for no word; it is learned in
+# training. Its output is the summary. (The name comes from BERT.)
 #
-# Is that enough? **You should see** `True`: it is still blind to order. Attention compares and adds up. It does not care
-# who stands where.
+# Is that enough? **You should see** `True`: the summary still does not depend on the order. Attention compares vectors
+# and adds them up. The result is the same, no matter where a word stands.
 
 
 # %%
@@ -196,16 +205,16 @@ backwards = code_is_7[0].flip(0)
 print("blind to order:", torch.allclose(read_by_cls(code_is_7[0], cls), read_by_cls(backwards, cls)))
 
 # %% [markdown]
-# ### Step 2: positions, by turning
+# ### Step 2: positions, by rotation
 #
-# So tokens must carry their place. The usual way today is **RoPE**, rotary positions (Su et al., arXiv 2104.09864): cut a
-# vector into pairs of numbers, see each pair as an arrow in the plane, and turn it by an angle that grows with the
-# position $t$:
+# So tokens must carry their positions. The usual method today is **RoPE**, rotary position embedding (Su et al., arXiv
+# 2104.09864). Cut a vector into pairs of numbers. Think of each pair as an arrow in the plane. Then turn the arrow by
+# an angle that grows with the position $t$:
 #
 # $$\text{angle of pair } p \text{ at position } t = t \cdot \theta_p, \qquad \theta_p = 10000^{-2p/D}, \qquad
 # p = 0 \ldots D/2 - 1$$
 #
-# The first pair turns fast, the last hardly at all. Queries and keys are turned, values are not.
+# The first pair turns fast, the last pair hardly turns at all. RoPE turns queries and keys. It does not turn values.
 
 
 # %%
@@ -214,48 +223,54 @@ def rope(x, base=10_000.0):
     S, D = x.shape[-2:]
     frequency = base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     angle = torch.arange(S, dtype=torch.float64)[:, None] * frequency  # [S, D/2]
+    cos = angle.cos()
+    sin = angle.sin()
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 # %% [markdown]
-# Turning changes no length. And of the two positions, the product of two turned vectors feels the **distance** alone: from 2
-# to 5 it is the same as from 0 to 3. **You should see** `True` twice, then `False`: another distance, another product.
+# A rotation changes no length. And the product of two turned vectors depends only on the **distance** of the two
+# positions: the product for positions 2 and 5 equals the product for positions 0 and 3. **You should see** `True`
+# twice, then `False`: another distance gives another product.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 q, k = torch.randn(2, C, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-turned_q, turned_k = rope(q.expand(8, C)), rope(k.expand(8, C))  # the same vector at positions 0 to 7
+turned_q = rope(q.expand(8, C))  # the same vector at positions 0 to 7
+turned_k = rope(k.expand(8, C))
 print("lengths stay:", torch.allclose(turned_q.norm(dim=-1), q.norm()))
 print("distance 3 == distance 3:", torch.allclose(turned_q[5] @ turned_k[2], turned_q[3] @ turned_k[0]))
 print("distance 3 == distance 1:", torch.allclose(turned_q[5] @ turned_k[2], turned_q[3] @ turned_k[2]))
 
 # %% [markdown]
-# Inside a chunk all distances are small and always the same ones, 0 to $S$, forwards and backwards. So the encoder meets
-# every distance it will ever see in its first training step. Positions are harmless **here**. Why they are *not* harmless
-# far away is the subject of [notebook 05](05_layer.ipynb).
+# Inside a chunk all distances are small, and they are always the same ones: 0 to $S$, forwards and backwards. So the
+# first training step already shows the encoder every distance that it will ever see. Positions are harmless **here**.
+# [Notebook 05](05_layer.ipynb) explains why they are *not* harmless at large distances.
 #
 # ### Step 3: look both ways
 #
-# A language model may only look back: token $t$ must not see what it is about to predict. Inside a complete chunk there
-# is no such rule. All readers of the chunk come after its end, so to them all of it is past. The encoder therefore looks
-# **both ways**: in `the code is 7` the key of `code` may know that a `7` follows.
+# A language model may only look back: token $t$ must not see the token that it has to predict. Inside a complete chunk
+# this rule does not apply. All tokens that read the chunk come after its end, so the whole chunk lies in their past.
+# The encoder therefore looks **both ways**: in `the code is 7` the key of `code` may contain the information that a `7`
+# follows.
 #
-# Here is one block of the encoder, with the weights of the package's own block. It is an ordinary transformer block. What
-# is special is a line that is *not* there: there is no mask.
+# Here is one block of the encoder. It uses the weights of the package's own block. It is an ordinary transformer block,
+# except that one line is *missing*: there is no mask.
 
 
 # %%
 def heads_of(x, qkv):
-    """x [N, S+1, C] -> q, k, v [N, H, S+1, D]; queries and keys normed, then turned."""
+    """x [N, S+1, C] -> q, k, v [N, H, S+1, D]; queries and keys are normalised, then turned."""
     q, k, v = (project(x).unflatten(-1, (-1, qkv.head_dim)).transpose(1, 2) for project in (qkv.q, qkv.k, qkv.v))
-    share = q.shape[1] // k.shape[1]  # query heads that use the same key and value head
-    q, k = rope(qkv.q_norm(q)), rope(qkv.k_norm(k))
-    return q, k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    group = q.shape[1] // k.shape[1]  # query heads that share one key/value head
+    q = rope(qkv.q_norm(q))
+    k = rope(qkv.k_norm(k))
+    return q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
 
 def encoder_block(x, block):
-    """All positions of a chunk attend to all, then the MLP: x [N, S+1, C] -> [N, S+1, C]."""
+    """All positions of a chunk attend to all positions, then the MLP: x [N, S+1, C] -> [N, S+1, C]."""
     q, k, v = heads_of(block.attention_norm(x), block.qkv)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [N, H, S+1, S+1]
     read = scores.softmax(dim=-1) @ v  # no mask: both ways
@@ -267,13 +282,15 @@ def encoder_block(x, block):
 # ### Step 4: one reading, three results
 #
 # In the paper's symbols: chunk $i$ gives keys $K_{[i]}$ and values $V_{[i]}$, one for each of its $S$ tokens, and one
-# landmark $L_i$ (it plays the part of $K^{slc}_i$ in Eq. (1), as notebook 03 shows). `[CLS]` is put last.
+# landmark $L_i$ (this is $K^{slc}_i$ in Eq. (1), as notebook 03 shows). `[CLS]` stands last.
 #
-# * The $S$ token outputs give $K_{[i]}$ and $V_{[i]}$ by two linear maps. Whoever retrieves the chunk attends to these.
-# * The `[CLS]` output gives the landmark by a third. Whoever is *choosing* compares with this.
+# * Two linear maps of the $S$ token outputs give $K_{[i]}$ and $V_{[i]}$. A token that retrieved the chunk attends to
+#   them.
+# * A third linear map, of the `[CLS]` output, gives the landmark. A token that is still *choosing* compares its query
+#   with the landmark.
 #
-# Keys and landmarks are normed, so that scores stay in a sane range. In the shapes below $J$ is the number of key/value
-# heads, $D$ the size of a head and $R$ that of a landmark.
+# Keys and landmarks are normalised, so that scores stay in a sensible range. In the shapes below $J$ is the number of
+# key/value heads, $D$ is the size of a head and $R$ is the size of a landmark.
 
 
 # %%
@@ -283,30 +300,34 @@ def encode_chunks(chunks, encoder):
     for block in encoder.blocks:
         x = encoder_block(x, block)
     x = encoder.norm(x)
-    tokens, summary = x[:, :-1], x[:, -1]
+    tokens = x[:, :-1]
+    summary = x[:, -1]
     k, v = (project(tokens).unflatten(-1, (-1, encoder.config.hsa_head_dim)) for project in (encoder.k, encoder.v))
     return encoder.k_norm(k), v, encoder.landmark_norm(encoder.landmark(summary))
 
 
 # %% [markdown]
-# **You should see** that this is the encoder of the package, `hsa_mini.model.chunk_encoder.ChunkEncoder`, number for number.
-# We take it from a tiny model with random weights; from now on we import it.
+# **You should see** that this function gives the same numbers as the encoder of the package,
+# `hsa_mini.model.chunk_encoder.ChunkEncoder`. We take the encoder from a tiny model with random weights. From now on we
+# import it.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
 tiny = dataclasses.replace(PRESETS["debug"], hsa_heads=2, hsa_kv_heads=1, retrieval_heads=1)
 encoder = HSAModel(tiny, dtype=torch.float64).encoder.requires_grad_(False)
-k, v, landmarks = encoder(chunks[None])  # [B, N, S, C] -> [B, N, S, J, D] twice, [B, N, 1, R]: one retrieval head
+# [B, N, S, C] -> twice [B, N, S, J, D], and [B, N, 1, R]: one retrieval head
+k, v, landmarks = encoder(chunks[None])
 ours = encode_chunks(chunks, encoder)
+same = [torch.allclose(a, b[0].reshape(a.shape), atol=1e-6) for a, b in zip(ours, (k, v, landmarks))]
 print("k:", list(k.shape), " v:", list(v.shape), " landmarks:", list(landmarks.shape))
-print("ours == package:", all(torch.allclose(a, b[0].reshape(a.shape), atol=1e-6) for a, b in zip(ours, (k, v, landmarks))))
+print("ours == package:", all(same))
 
 # %% [markdown]
 # ## Now the order counts
 #
-# The same 24 orders again. **You should see** one mean, but 24 different landmarks. (How different, training decides. A
-# random encoder can only show that the difference is *there*.)
+# We take the same 24 orders again. **You should see** one mean, but 24 different landmarks. (Training decides how
+# different they are. A random encoder can only show that they *are* different.)
 
 
 # %%
@@ -323,20 +344,22 @@ print("distinct means    :", count_distinct(mean_landmarks(shuffled)))
 print("distinct landmarks:", count_distinct(encoder(shuffled[None])[2][0, :, 0]))
 
 # %% [markdown]
-# And the keys look both ways. Change the last word of the chunk. **You should see** the key of the *first* word change.
+# The keys depend on both directions. We change the last word of the chunk. **You should see** that the key of the
+# *first* word changes.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 other = code_is_7.clone()
-other[0, 3] = other[0, 3].roll(20)  # the code is 8: a word with another place
+other[0, 3] = other[0, 3].roll(20)  # `the code is 8`: a word with another index
 change = (encoder(other[None])[0] - encoder(code_is_7[None])[0]).abs()[0, 0, 0].max()
-print("the key of `the` knows the word at the end:", change.item() > 1e-3)
+print("the key of `the` depends on the word at the end:", change.item() > 1e-3)
 
 # %% [markdown]
 # ### Move it
 #
-# Put the chunk into another order and compare three summaries with the original. The bar is the angle between the two
-# vectors. Where it is 0 degrees, the two are one and the same, and no query can tell them apart.
+# Put the words of the chunk into another order. The picture compares three summaries of the new order with the
+# summaries of the original. A bar shows the angle between the two vectors. An angle of 0 degrees means that no query
+# can tell the two apart.
 
 # %%
 def angle_between(one, other):
@@ -350,89 +373,92 @@ ORDERS = {
     "code the is 7": (1, 0, 2, 3),
     "7 is code the": (3, 2, 1, 0),
 }
+SUMMARIES = {
+    "mean": mean_landmarks,
+    "[CLS] without positions": lambda x: read_by_cls(x[0], cls)[None],
+    "chunk encoder": lambda x: encoder(x[None])[2][0, :, 0],
+}
 
 
 def draw_orders(figure, order, chunk):
     original = chunks[chunk : chunk + 1]
-    moved = original[:, list(ORDERS[order])]
-    summaries = {
-        "mean": mean_landmarks,
-        "[CLS] without positions": lambda x: read_by_cls(x[0], cls)[None],
-        "chunk encoder": lambda x: encoder(x[None])[2][0, :, 0],
-    }
-    angles = [angle_between(summary(original), summary(moved)) for summary in summaries.values()]
+    reordered = original[:, list(ORDERS[order])]
+    angles = [angle_between(summary(original), summary(reordered)) for summary in SUMMARIES.values()]
     ax = figure.subplots()
-    plots.weight_bars(ax, angles, list(summaries), limit=60, digits=0)
+    plots.weight_bars(ax, angles, list(SUMMARIES), limit=60, digits=0)
     ax.set_xlabel("angle between the summaries before and after, in degrees")
     words = " ".join(WORDS[chunk * 4 + i] for i in ORDERS[order])
-    named = (f"{name} {angle:.0f}°" for name, angle in zip(summaries, angles))
+    named = (f"{name} {angle:.0f}°" for name, angle in zip(SUMMARIES, angles))
     return f"Order: {words}. Angles: {', '.join(named)}."
 
 
 explore(
     draw_orders,
-    alt="Three bars: how like its original a reordered chunk looks to the mean, to [CLS] without positions and to the encoder.",
+    alt="Three bars: the angle between a reordered chunk and its original, for the mean, for [CLS] without positions "
+    "and for the chunk encoder.",
     size=(8.5, 2.6),
     order=Control(list(ORDERS), start="7 is code the", label="order, as in chunk 0"),
     chunk=Control((0, 2), label="chunk"),
 )
 
 # %% [markdown]
-# ## What falls between two chunks
+# ## A fact that lies across two chunks
 #
-# Back to $S = 3$, where `the code is` and `7 birds sing` are different chunks. Is the `7` lost? Not in the model. The
-# encoder does not read bare words, it reads what the **middle layer** made of them, and the window attention of the lower
-# layers has already told the `7` what stood before it.
+# Back to $S = 3$, where `the code is` and `7 birds sing` are different chunks. Is the `7` lost? In a model it is not.
+# The encoder does not read bare words. It reads the output of the **middle layer**, and the window attention of the
+# lower layers has already written into the vector of `7` which words stood before it.
 #
-# We imitate that with one real window layer of $W = 4$: every token adds what it reads in its window. Then we ask how
-# well chunk 1, `7 birds sing`, answers to the query `code`: the cosine of the two vectors. **You should see** it rise
-# from nothing.
+# We imitate this with one real window layer of $W = 4$: every token adds what it reads in its window. Then we measure
+# how well chunk 1, `7 birds sing`, matches the query `code`: we take the cosine similarity of the two vectors. **You
+# should see** it rise from zero.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 as_heads = hidden[None, :, None]  # [1, T, 1, C]
-equal_shares = torch.zeros_like(as_heads)  # a query of zeros reads all keys in its window alike
+equal_shares = torch.zeros_like(as_heads)  # a query of zeros gives every key in its window the same share
 mixed = hidden + sliding_window_attention(equal_shares, as_heads, as_heads, window=4)[0, :, 0]
-for name, source in (("bare words", hidden), ("after a window layer", mixed)):
+sources = {"bare words": hidden, "after a window layer": mixed}
+for name, source in sources.items():
     chunk_1 = mean_landmarks(split_into_chunks(source, 3)[0])[1]
-    likeness = cosine_similarity(hidden[11], chunk_1, dim=0).item()
-    print(f"{name}: likeness of chunk 1 to `code`: {likeness:.2f}")
+    similarity = cosine_similarity(hidden[11], chunk_1, dim=0).item()
+    print(f"{name}: similarity of chunk 1 to `code`: {similarity:.2f}")
 
 # %%
 figure = make_figure(9, 3.2)
-for ax, (name, source) in zip(figure.subplots(1, 2), (("bare words", hidden), ("after a window layer", mixed))):
+labels = [" ".join(WORDS[i * 3 : i * 3 + 3]) for i in range(4)]
+for ax, (name, source) in zip(figure.subplots(1, 2), sources.items()):
     means = mean_landmarks(split_into_chunks(source, 3)[0])
-    labels = [" ".join(WORDS[i * 3 : i * 3 + 3]) for i in range(4)]
     plots.weight_bars(ax, cosine_similarity(hidden[11][None], means), labels, limit=0.7)
-    ax.set(title=name, xlabel="likeness to `code`")
+    ax.set(title=name, xlabel="similarity to `code`")
 show(
     figure,
-    "Two bar charts of how like the query code each of four chunks of three words is. With bare words, 7 birds sing is "
-    "not like it at all; after a window layer it is.",
+    "Two bar charts show how similar each of four chunks of three words is to the query code. With bare words, the "
+    "similarity of 7 birds sing is zero. After a window layer, it is not.",
 )
 
 # %% [markdown]
-# (Chunk 3, `is the code`, is like it too: it holds the query itself. It is not complete before token 11, so it cannot be
-# chosen. And our query is still the bare word; in a model it is mixed as well.)
+# (Chunk 3, `is the code`, is similar too, because it contains the query itself. It is not complete before token 11, so
+# token 11 cannot choose it. Our query is still the bare word. In a model the window layer changes the query as well.)
 #
 # ## How large should a chunk be?
 #
-# * **Small chunks**: precise, but many. 16M tokens with $S = 64$ make 262,144 landmarks, and every token scores all of
-#   them.
-# * **Large chunks**: few landmarks, but one vector has to speak for more tokens, and whoever wants one word reads all of
-#   them.
+# * **Small chunks** are precise, but there are many of them. 16M tokens with $S = 64$ make 262,144 landmarks, and every
+#   token scores all of them.
+# * **Large chunks** need few landmarks. But one vector has to summarise more tokens, and a token that wants one word
+#   reads all tokens of the chunk.
 #
-# The paper and this project take $S = 64$; the toy takes 4.
+# The paper and this project take $S = 64$. The toy text takes $S = 4$.
 #
 # ## Exercises
 #
-# **1. Is `[CLS]` needed?** Take the *mean of the keys* that the encoder gives as the landmark, with no `[CLS]` output at
-# all. Is it blind to order, like the mean of the words? Guess first, then use `shuffled`, `encoder` and `count_distinct`.
+# **1. Is `[CLS]` needed?** The encoder gives keys. Take the *mean of the keys* as the landmark, without any `[CLS]`
+# output. Is it blind to order, like the mean of the words? Guess first, then use `shuffled`, `encoder` and
+# `count_distinct`.
 #
 # <details>
 # <summary>Solution</summary>
 #
-# It is not blind. The positions have already changed each token's output before the mean is taken.
+# It is not blind. The positions have already changed the output of each token before the mean is taken.
 #
 # ```python
 # keys = encoder(shuffled[None])[0][0, :, :, 0]  # [24, S, D]
@@ -440,14 +466,14 @@ show(
 # assert count_distinct(keys.mean(dim=1)) == 24
 # ```
 #
-# So why `[CLS]`? Because a heading and a page have different jobs. The outputs of the tokens are made to be *read*; the
-# landmark is made to be *found*. `[CLS]` can give a rare name more of itself than four commas. A mean gives each token
-# the same share.
+# So why do we use `[CLS]`? A heading and a page have different jobs. The outputs of the tokens are made to be *read*.
+# The landmark is made to be *found*. `[CLS]` can give a larger share to a rare name than to four commas. A mean gives
+# each token the same share.
 #
 # </details>
 #
-# **2. Which chunk sizes keep the fact whole?** For which $S$ from 1 to 6 do `code` (token 1) and `7` (token 3) lie in one
-# chunk, and from which token on can that chunk be read?
+# **2. Which chunk sizes keep the fact whole?** For which $S$ from 1 to 6 do `code` (token 1) and `7` (token 3) lie in
+# one chunk? From which token on can that chunk be read?
 #
 # <details>
 # <summary>Solution</summary>
@@ -466,5 +492,6 @@ show(
 #
 # ## What comes next
 #
-# Every chunk now has a heading. [Notebook 03, *Which chunks matter to this token?*](03_retrieval.ipynb) opens `retrieve`:
-# scores, the choice of the best $K$, and the weights that let a model *learn* where to look. 25 minutes.
+# Every chunk now has a heading. [Notebook 03, *Which chunks matter to this token?*](03_retrieval.ipynb) explains
+# `retrieve`: the scores, the choice of the best $K$, and the weights that let a model *learn* where to look. It takes
+# 25 minutes.

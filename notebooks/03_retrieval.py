@@ -9,9 +9,9 @@
 # %% [markdown]
 # # 03 · Which chunks matter to this token?
 #
-# Every chunk of the text now has a heading, its landmark. A token arrives and asks: *which few chunks should I read, and
-# how far should I trust each?* This is **retrieval**, the heart of Hierarchical Sparse Attention (HSA). It is one
-# equation, and this notebook takes it apart until nothing is hidden.
+# Every chunk of the text now has a heading, its landmark. A new token has to decide: *which few chunks should I read,
+# and how much weight should each of them get?* This is **retrieval**, the heart of Hierarchical Sparse Attention (HSA).
+# It is one equation. This notebook computes every part of it.
 #
 # After this notebook you will be able to
 #
@@ -20,7 +20,7 @@
 # * explain two ways to turn scores into weights, and why training adds noise to the choice but not to the weights.
 #
 # **Time:** 25 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 02](02_chunks.ipynb), or just
-# this: a chunk is $S$ tokens, a landmark is one vector that stands for a chunk.
+# this: a chunk is $S$ tokens, and a landmark is one vector that stands for a chunk.
 
 # %%
 import torch
@@ -33,8 +33,8 @@ from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show
 # %% [markdown]
 # ## In the paper's symbols
 #
-# Token $t$ has a query $Q^{slc}_t$ made for **selecting**, and chunk $i$ a landmark $K^{slc}_i$, both of $R$ numbers. Eq.
-# (1), §2.2:
+# Token $t$ has a query $Q^{slc}_t$ for **selecting** chunks. Chunk $i$ has a landmark $K^{slc}_i$. Both are vectors of
+# $R$ numbers. Eq. (1), §2.2:
 #
 # $$s_{t,i} = \frac{Q^{slc}_t \cdot K^{slc}_i}{\sqrt{R}}, \qquad
 # I_t = \text{the } K \text{ visible chunks with the largest } s_{t,i}, \qquad
@@ -48,20 +48,26 @@ from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show
 # | $I$ | `indices` | `[T, K]`, with -1 for an empty slot |
 # | $w$ | `weights` | `[T, K]`, with 0 for an empty slot |
 #
-# (The package has two more axes: a batch in front, and retrieval heads, each of which chooses for itself.)
+# (The package has two more axes: one for the batch, and one for the retrieval heads. Each retrieval head chooses its
+# own chunks.)
 #
 # ## Numbers you can check by hand
 #
-# Twelve tokens, three chunks of $S = 4$: `the code is 7` `birds sing at dawn` `what is the code`. There are nine
-# different words, so let $R = 9$: one number for each word.
+# Twelve tokens, three chunks of $S = 4$: `the code is 7` `birds sing at dawn` `what is the code`. The text has nine
+# different words, so we take $R = 9$: one number for each word.
 #
 # * A **landmark** counts the words of its chunk.
-# * A **query** counts the last four words, the token's own included. That is what a small window could have told it.
+# * A **query** counts the last four words, including the word of the token itself. A small window could have told the
+#   token these words.
 
 # %%
-WORDS = "the code is 7 birds sing at dawn what is the code".split()
+TEXT = "the code is 7 birds sing at dawn what is the code"
+WORDS = TEXT.split()
 VOCABULARY = list(dict.fromkeys(WORDS))  # the nine words in order of appearance
-T, S, N, R = len(WORDS), 4, 3, len(VOCABULARY)
+T = len(WORDS)
+S = 4
+N = 3
+R = len(VOCABULARY)
 
 
 def count_words(words):
@@ -75,9 +81,9 @@ queries = torch.stack([count_words(WORDS[max(t - 3, 0) : t + 1]) for t in range(
 # %% [markdown]
 # ## Scores
 #
-# The product of two word counts is the number of words in common. Take token 11. Its last four words are `what is the
-# code`. Chunk 0 shares three of them, chunk 1 none, chunk 2 all four. Divide by $\sqrt{9} = 3$. **You should see** 1, 0
-# and 1.33.
+# The dot product of two word counts is the number of words that they have in common. Take token 11. Its last four words
+# are `what is the code`. Chunk 0 shares three of them, chunk 1 shares none, and chunk 2 shares all four. We divide by
+# $\sqrt{9} = 3$. **You should see** 1, 0 and 1.33.
 
 
 # %%
@@ -96,7 +102,7 @@ scores = scores_by_loop(queries, landmarks)
 print("scores of token 11:", [round(score, 2) for score in scores[11].tolist()])
 
 # %% [markdown]
-# All scores at once are one matrix product. **You should see** `True`.
+# One matrix product gives all scores at once. **You should see** `True`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -104,13 +110,13 @@ by_matmul = queries @ landmarks.T / R**0.5  # [T, R] @ [R, N] -> [T, N]
 print("loop == matmul:", torch.allclose(scores, by_matmul))
 
 # %% [markdown]
-# ## Who may be seen
+# ## Which chunks a token may see
 #
-# Chunk 2 had the best score of all. But chunk 2 is the one that token 11 **stands in**. Its landmark was made from all
-# four of its words. For token 9 that would be a look into the future: the landmark knows tokens 10 and 11, which token 9
-# is supposed to guess.
+# Chunk 2 had the best score of all. But token 11 itself **belongs** to chunk 2. The landmark of this chunk was made
+# from all four of its words. For token 9 that would be a look into the future: the landmark contains tokens 10 and 11,
+# and token 9 is supposed to predict them.
 #
-# The rule: a chunk can be seen once it is **complete**. Chunk $i$ ends before token $(i+1) \cdot S$, so
+# The rule: a token can see a chunk once the chunk is **complete**. Chunk $i$ ends before token $(i+1) \cdot S$, so
 #
 # $$\text{chunk } i \text{ is visible to token } t \iff (i+1) \cdot S \le t \qquad (t, i = 0, 1, 2, \dots)$$
 
@@ -124,52 +130,56 @@ def visible_chunks(T, N, chunk_size):
 
 
 # %% [markdown]
-# **You should see** nothing visible to the first four tokens, then one chunk, then two. Chunk 2 is visible to nobody
-# here; it would be to token 12.
+# **You should see** that the first four tokens see no chunk, the next four see one chunk, and the last four see two
+# chunks. No token of this text sees chunk 2. Token 12 would see it.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 visible = visible_chunks(T, N, S)
+of_package = reference.retrieval.visible_chunks(torch.arange(T), N, S)
 print("chunks visible to token 0 ... 11:", visible.sum(dim=1).tolist())
-print("same as the package:", torch.equal(visible, reference.retrieval.visible_chunks(torch.arange(T), N, S)))
+print("same as the package:", torch.equal(visible, of_package))
 
 # %% [markdown]
-# > **Note.** The paper prints the condition as $i \le \lfloor t/S \rfloor$. Read with numbers that start at 0, this shows
-# > a token the chunk it stands in, and with it its own future. The code that the paper's authors published uses complete
-# > chunks only, and so do we.
+# > **Note.** The paper prints the condition as $i \le \lfloor t/S \rfloor$. If numbers start at 0, this condition shows a
+# > token its own chunk, and so its own future. The code that the paper's authors published uses complete chunks only. We
+# > do the same.
 #
-# How bad would it be? **You should see** that under the printed reading 9 of the 12 tokens see a chunk that holds words
-# which come after them. (The other three are the last of their chunks.)
+# How bad would the printed condition be? **You should see** that under it 9 of the 12 tokens see a chunk with words
+# that come after them. (The other three tokens are the last tokens of their chunks.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-as_printed = torch.arange(N) <= (torch.arange(T) // S)[:, None]
-last_word = (torch.arange(N) + 1) * S - 1  # number of the last token of each chunk
-leaks = (as_printed & (last_word > torch.arange(T)[:, None])).any(dim=1)
+t = torch.arange(T)[:, None]
+as_printed = torch.arange(N) <= t // S
+last_token = (torch.arange(N) + 1) * S - 1  # number of the last token of each chunk
+leaks = (as_printed & (last_token > t)).any(dim=1)
+leaks_here = (visible & (last_token >= t)).any(dim=1)
 print("tokens that see their future, as printed:", leaks.sum().item())
-print("tokens that see their future, our rule  :", (visible & (last_word >= torch.arange(T)[:, None])).any(dim=1).sum().item())
+print("tokens that see their future, our rule  :", leaks_here.sum().item())
 
 # %% [markdown]
 # ## The best K
 #
-# Sort the visible chunks by score and keep the first $K$. Two details decide whether two programs agree to the last number:
+# Sort the visible chunks by score and keep the first $K$. Two details decide whether two programs agree to the last
+# digit:
 #
-# * **Ties** go to the newest chunk. (One of them has to win, and a rule is better than luck.)
-# * **Empty slots.** If fewer than $K$ chunks are visible, the rest of the $K$ places holds -1.
+# * **Ties** go to the newest chunk. (One of the chunks has to win, and a fixed rule makes the result reproducible.)
+# * **Empty slots.** If fewer than $K$ chunks are visible, the remaining slots hold -1.
 
 
 # %%
 def keep_best(scores, visible, top_k):
-    """For one token: numbers of the K best visible chunks, of equal scores the newest first; -1 where there is none."""
+    """For one token: numbers of the K best visible chunks. Ties go to the newest chunk; -1 marks an empty slot."""
     candidates = [(score, i) for i, score in enumerate(scores.tolist()) if visible[i]]
-    candidates.sort(reverse=True)  # of equal scores the larger number, which is the newer chunk
+    candidates.sort(reverse=True)  # where scores are equal, the larger chunk number comes first: the newer chunk
     kept = [i for _, i in candidates[:top_k]]
     return kept + [-1] * (top_k - len(kept))
 
 
 # %% [markdown]
-# **You should see** an empty choice for token 3, one chunk and one empty slot for token 5, two chunks for token 11; and
-# that a tie goes to chunk 2, not 0.
+# **You should see** two empty slots for token 3, one chunk and one empty slot for token 5, and two chunks for token 11.
+# The tie goes to chunk 2, not to chunk 0.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -180,8 +190,8 @@ print("a tie:", keep_best(torch.tensor([2.0, 1.0, 2.0]), [True, True, True], top
 # %% [markdown]
 # ## Weights
 #
-# The kept scores become shares by softmax, over the kept chunks alone. Token 11 keeps scores 1 and 0. **You should see**
-# the 0.73 and 0.27 of $e^1/(e^1 + e^0)$.
+# A softmax over the kept chunks turns their scores into weights. Chunks that were not kept do not count. Token 11 keeps
+# the scores 1 and 0. **You should see** 0.73 and 0.27, because $e^1/(e^1 + e^0) = 0.73$.
 
 
 # %%
@@ -192,24 +202,25 @@ def retrieve_plainly(queries, landmarks, chunk_size, top_k):
     indices = torch.tensor([keep_best(scores[t], visible[t], top_k) for t in range(len(queries))])
     empty = indices < 0
     kept = scores.gather(1, indices.clamp(min=0)).masked_fill(empty, float("-inf"))
-    weights = kept.softmax(dim=1).masked_fill(empty, 0.0)  # a row of empty slots would be 0/0
+    weights = kept.softmax(dim=1).masked_fill(empty, 0.0)  # softmax makes NaN of a row of empty slots; here it gets 0
     return indices, weights
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 indices, weights = retrieve_plainly(queries, landmarks, S, top_k=2)
-print("token 11 keeps", indices[11].tolist(), "with weights", [round(weight, 2) for weight in weights[11].tolist()])
+rounded = [round(weight, 2) for weight in weights[11].tolist()]
+print("token 11 keeps", indices[11].tolist(), "with weights", rounded)
 
 # %% [markdown]
-# This is retrieval, whole. The package's `retrieve` does the same with tensors. **You should see** `True`: same weights
-# on the same chunks, here and for 50 random texts of random sizes. (The order of the slots is free, so we compare what
-# each *chunk* gets.)
+# This is the whole of retrieval. The package's `retrieve` does the same with tensors. **You should see** `True` twice:
+# the same chunks get the same weights, in our text and in 50 random texts of random sizes. (The order of the slots is
+# free, so we compare the weight of each *chunk*.)
 
 
 # %%
 def per_chunk(indices, weights, chunks):
-    """Slots to chunks: indices and weights [T, K] -> what each chunk gets [T, N]."""
+    """Weights of slots to weights of chunks: indices and weights [T, K] -> [T, N]."""
     spread = torch.zeros(len(indices), chunks, dtype=weights.dtype)
     return spread.scatter_add(1, indices.long().clamp(min=0), weights)
 
@@ -235,8 +246,9 @@ print("50 random texts:", all(checks))
 # %% [markdown]
 # ### The future is never chosen
 #
-# Two checks on a longer random text. First: every kept chunk ends before its token. Second, and stronger: **change**
-# everything from token 40 on, and what the first 40 tokens retrieve does not move. **You should see** `True` twice.
+# We make two checks on a longer random text. The first: every kept chunk ends before its token. The second is stronger:
+# we **change** all queries and all chunks from token 40 on, and the retrieval of the first 40 tokens stays the same.
+# **You should see** `True` twice.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -248,13 +260,13 @@ q[:, 40:] += 1.0
 landmark[:, 10:] += 1.0  # chunks 10 to 15 hold tokens 40 to 63
 indices_2, weights_2 = retrieve(q, landmark, chunk_size=4, top_k=3)
 same = torch.equal(indices[:, :40], indices_2[:, :40]) and torch.equal(weights[:, :40], weights_2[:, :40])
-print("the past is untouched:", same)
+print("the past does not change:", same)
 
 # %% [markdown]
 # ## The picture
 #
-# Tokens from left to right, chunks from top to bottom. A cross: not visible. A frame: kept, with $K = 1$. Watch the
-# steps: every four tokens one more chunk can be seen.
+# Tokens run from left to right, chunks from top to bottom. A cross marks a chunk that is not visible. A frame marks a
+# kept chunk, with $K = 1$. Look at the steps: after every four tokens one more chunk becomes visible.
 
 
 # %%
@@ -272,29 +284,30 @@ figure = make_figure(9, 3)
 plots.score_map(figure.subplots(), visible_scores, choose(top_k=1)[0], tokens=WORDS)
 show(
     figure,
-    "Score map of twelve tokens and three chunks. From token 4 on chunk 0 is visible, from token 8 on chunk 1. "
-    "Tokens 8 and 9 keep chunk 1, tokens 10 and 11 keep chunk 0, the code is 7. Chunk 2 is never visible.",
+    "Score map of twelve tokens and three chunks. Chunk 0 is visible from token 4 on, chunk 1 from token 8 on. "
+    "Tokens 8 and 9 keep chunk 1. Tokens 10 and 11 keep chunk 0, the code is 7. Chunk 2 is never visible.",
 )
 
 # %% [markdown]
-# ## Another way to weigh: breaking a stick
+# ## Another way to compute weights: breaking a stick
 #
-# Softmax always gives away the whole 1, even if no chunk is any good. There is an alternative without this need. Take a
-# stick of length 1. Go through the kept chunks **from the newest to the oldest**. Each breaks off a share of what is
-# left, the sigmoid of its score:
+# The weights of a softmax always add up to 1, even if no chunk is useful. There is an alternative that does not force
+# this. Take a stick of length 1. Go through the kept chunks **from the newest to the oldest**. Each chunk breaks off a
+# share of the remaining stick. The share is the sigmoid of its score:
 #
 # $$w_i = \sigma(s_i) \prod_{j \text{ newer}} \bigl(1 - \sigma(s_j)\bigr)
 # = \exp\Bigl(s_i - \sum_{j \le i} \mathrm{softplus}(s_j)\Bigr)$$
 #
-# In the sum, $j \le i$ means: $i$ itself and all newer ones. A chunk with a very low score takes next to nothing; then
-# part of the stick may stay unused, and a newer chunk goes first. The closed form on the right is what runs: it needs one
-# cumulative sum and no loop.
+# In the sum, $j \le i$ means: $i$ itself and all newer chunks. A chunk with a very low score takes almost nothing. So
+# part of the stick may stay unused. Newer chunks take their share before older ones. The package computes the closed
+# form on the right: it needs one cumulative sum and no loop.
 
 
 # %%
 def break_stick(scores):
     """Weights of the kept scores [K], the newest first, one break after the other."""
-    left, weights = 1.0, []
+    left = 1.0
+    weights = []
     for score in scores:
         taken = left * torch.sigmoid(score)
         weights.append(taken)
@@ -315,15 +328,16 @@ print("weights:", [round(weight, 2) for weight in closed.tolist()], "sum:", roun
 # %% [markdown]
 # ## Exploration: noise on the choice alone
 #
-# Top-$K$ has a flaw as a teacher. A chunk that is not chosen is not read; a chunk that is not read gets no gradient; so a
-# landmark that is wrong today may stay wrong for ever. The cure: in **training**, shake the scores a little before
-# choosing, so that now and then another chunk gets its chance.
+# Top-$K$ has a weakness in training. A chunk that is not chosen is not read, and a chunk that is not read gets no
+# gradient. So a landmark that is wrong today may stay wrong for ever. The remedy: in **training**, add a little noise
+# to the scores before the choice. Then another chunk is chosen now and then, and it gets a gradient.
 #
-# The noise is **Gumbel noise**: $-\log(-\log u)$ with $u$ uniform between 0 and 1. It comes from a counter-based
-# generator: seed, sequence, token, head and chunk go in, one number comes out. No state, no order. So a GPU kernel and
-# this page get the same noise.
+# The noise is **Gumbel noise**: $-\log(-\log u)$ with $u$ uniform between 0 and 1. A counter-based generator computes
+# it: seed, sequence, token, head and chunk determine one number. The generator has no state, and the order of the calls
+# does not matter. So a GPU kernel and this page get the same noise.
 #
-# **You should see**: same seed, same choice; another seed, another choice.
+# **You should see** that the same seed gives the same noise, and that another seed gives other noise. So token 11 keeps
+# different chunks for different seeds.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -334,34 +348,36 @@ print("other seed, same noise:", torch.equal(noise[1], noise[2]))
 print("token 11 with seeds 1 to 12 keeps chunk:", [choose(1, seed=seed)[0][11].item() for seed in range(1, 13)])
 
 # %% [markdown]
-# Why this kind of noise? Because of a lovely fact: adding Gumbel noise and taking the largest **draws** chunk $i$ with
-# exactly the probability $\mathrm{softmax}(s)_i$. Let 20,000 tokens with the same query choose one of four chunks. **You
-# should see** the measured shares within 0.01 of softmax.
+# Why this kind of noise? If we add Gumbel noise to the scores and take the largest sum, we **draw** chunk $i$ with
+# exactly the probability $\mathrm{softmax}(s)_i$. In the next cell, 20,000 tokens with the same query each choose one
+# of four chunks. **You should see** that the measured shares lie within 0.01 of the softmax.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 four = torch.tensor([1.0, 0.0, 0.5, -1.0])  # with R = 1 and a query of 1 the landmarks are the scores
-drawn, _ = retrieve(torch.ones(1, 20_000, 1, 1), four[None, :, None, None], chunk_size=1, top_k=1, offset=4, gumbel_seed=0)
+same_query = torch.ones(1, 20_000, 1, 1)
+drawn, _ = retrieve(same_query, four[None, :, None, None], chunk_size=1, top_k=1, offset=4, gumbel_seed=0)
 measured = torch.bincount(drawn.flatten(), minlength=4) / 20_000
 print("softmax :", [round(share, 2) for share in four.softmax(0).tolist()])
 print("measured:", [round(share, 2) for share in measured.tolist()])
 print("within 0.01:", bool((measured - four.softmax(0)).abs().max() < 0.01))
 
 # %% [markdown]
-# The noise touches the **choice alone**. The weights are made from the clean scores of whatever was chosen; noise in the
-# weights would teach the model that its own judgement means nothing. **You should see** `True`.
+# The noise changes **only the choice**. The weights of the chosen chunks come from the scores without noise. Noise in
+# the weights would teach the model that its own scores mean nothing. **You should see** `True`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 indices, weights = choose(2, seed=3)
 kept = scores.gather(1, indices.long().clamp(min=0)).masked_fill(indices < 0, float("-inf"))
-print("weights == softmax of clean scores:", torch.allclose(weights[4:], kept[4:].softmax(dim=1)))
+print("weights == softmax of scores without noise:", torch.allclose(weights[4:], kept[4:].softmax(dim=1)))
 
 # %% [markdown]
 # ### Move it
 #
-# All of it in one picture. With `noise seed` at 0 there is no noise. Try token 11 with $K = 1$ and walk through the
-# seeds: mostly chunk 0 is kept, now and then chunk 1. Then set $K = 2$ and compare the two ways to weigh.
+# This picture shows all of it. A `noise seed` of 0 means no noise. Try token 11 with $K = 1$ and step through the
+# seeds: for most seeds the token keeps chunk 0, for some it keeps chunk 1. Then set $K = 2$ and compare the two ways to
+# compute weights.
 
 
 # %%
@@ -378,7 +394,8 @@ def draw_twelve(figure, token, K, weighting, seed):
 
 explore(
     draw_twelve,
-    alt="Left: score map of twelve tokens and three chunks, kept cells framed. Right: the weights of one token.",
+    alt="Left: score map of twelve tokens and three chunks, with a frame around each kept cell. Right: the weights of "
+    "one token.",
     size=(11, 3.4),
     K=Control((1, 3), label="chunks kept K"),
     token=Control((0, 11), start=11),
@@ -389,14 +406,16 @@ explore(
 # %% [markdown]
 # ## A longer text with something to find
 #
-# Twelve tokens are a toy. Here are 512, in 32 chunks of 16. Every token is drawn from 300 random words, each a random
-# vector with $R = 64$ numbers. Two passages are **quoted**: tokens 320 to 383 repeat tokens 64 to 127, and tokens 448 to
-# 495 repeat tokens 200 to 247.
+# Twelve tokens are a toy. The next text has 512 tokens, in 32 chunks of 16. Every token is drawn from 300 random words,
+# and each word is a random vector with $R = 64$ numbers. Two passages are **quoted**: tokens 320 to 383 repeat tokens
+# 64 to 127, and tokens 448 to 495 repeat tokens 200 to 247.
 #
 # A landmark is the mean of its chunk. A query is the mean of the token's last four words. Nothing is trained.
 
 # %%
-LONG_T, LONG_S, LONG_R = 512, 16, 64
+LONG_T = 512
+LONG_S = 16
+LONG_R = 64
 words = torch.randint(300, (LONG_T,), generator=random)
 words[320:384] = words[64:128]
 words[448:496] = words[200:248]
@@ -405,8 +424,8 @@ long_landmarks = vectors.unflatten(0, (-1, LONG_S)).mean(dim=1)  # [N, R]
 long_queries = torch.stack([vectors[max(t - 3, 0) : t + 1].mean(dim=0) for t in range(LONG_T)])
 
 # %% [markdown]
-# A good retrieval would send each quoting token to the chunk that it quotes. **You should see** that it does, for four
-# out of five. Chance would give one in twenty-five.
+# Good retrieval sends each token of a quotation to the chunk that it quotes. **You should see** that this happens for
+# four tokens out of five. A random choice would be right for one token in twenty-five.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -419,17 +438,17 @@ print(f"quoting tokens that keep the chunk they quote: {100 * hits:.0f} %")
 # %% [markdown]
 # ### Move it
 #
-# Bright: a high score. Dots: the chunks that were kept. The two quotations are staircases: as the token walks through the
-# quotation, the best chunk walks along. Move the mouse over the map, or click it and press the arrow keys. On the right:
-# how much the token trusts each of its chunks.
+# A bright cell is a high score. A dot marks a chunk that was kept. Each of the two quotations looks like a staircase:
+# while the token moves through the quotation, the best chunk moves with it. Move the mouse over the map, or click it
+# and press the arrow keys. The right half shows the weight that the token gives to each of its chunks.
 #
-# Raise $K$. Then turn on the noise, and see how `sharpness` protects the choice: it multiplies the queries, so that
-# differences between scores grow while the noise stays as it is. A trained model finds its own sharpness.
+# Raise $K$. Then turn on the noise, and see how `sharpness` protects the choice. It multiplies the queries, so the
+# differences between scores grow, while the noise stays the same. A trained model learns its own sharpness.
 
 
 # %%
 def compute_long(K, seed, sharpness):
-    """Scores [T, N], and what `retrieve` makes of them: indices and weights [T, K]."""
+    """Scores [T, N], and the result of `retrieve`: indices and weights [T, K]."""
     sharp = long_queries * sharpness
     options = {"chunk_size": LONG_S, "top_k": K, "gumbel_seed": seed or None}
     indices, weights = retrieve(sharp[None, :, None], long_landmarks[None, :, None], **options)
@@ -440,7 +459,8 @@ def compute_long(K, seed, sharpness):
 
 explore_map(
     compute_long,
-    alt="Left: score map of 512 tokens and 32 chunks; two quotations show as staircases. Right: the weights of one token.",
+    alt="Left: score map of 512 tokens and 32 chunks; the two quotations look like staircases. Right: the weights of "
+    "one token.",
     token=350,
     K=Control((1, 8), start=2, label="chunks kept K"),
     seed=Control((0, 20), label="noise seed (0: none)"),
@@ -452,23 +472,23 @@ explore_map(
 #
 # | option of `retrieve` | what it does | why |
 # |---|---|---|
-# | `exclude_window=W` | chunks that lie wholly inside the last $W$ tokens are not visible | the window reads them already |
-# | `query_block=n` | the first token of each block of $n$ chooses for all of it | fewer choices, shared chunks |
+# | `exclude_window=W` | chunks that lie completely inside the last $W$ tokens are not visible | the window already reads them |
+# | `query_block=n` | the first token of each block of $n$ tokens chooses for the whole block | fewer choices, shared chunks |
 #
-# Why does the *first* token of the block choose, and not the mean of the block? Because the mean would know the future of
-# all but the last. The exercises try both options.
+# Why does the *first* token of the block choose, and not the mean of the block? The mean would contain the future of
+# every token except the last. The exercises try both options.
 #
 # ## Exercises
 #
-# **1. Leave out what the window sees.** With `exclude_window=W` chunk $i$ must also begin at token $t - W$ or before.
-# Extend `visible_chunks` and compare with the package for $W$ from 0 to 12. (The function to compare with is
-# `reference.retrieval.visible_chunks(positions, chunks, chunk_size, exclude_window)`.) Which chunks are left to token 11
-# with $W = 8$?
+# **1. Leave out what the window sees.** With `exclude_window=W`, chunk $i$ is visible only if it also begins at token
+# $t - W$ or before. Extend `visible_chunks` and compare it with the package for $W$ from 0 to 12. (Compare it with
+# `reference.retrieval.visible_chunks(positions, chunks, chunk_size, exclude_window)`.) Which chunks can token 11 still
+# see with $W = 8$?
 #
 # <details>
 # <summary>Solution</summary>
 #
-# Only chunk 0 is left: chunk 1 begins at token 4, and the window of token 11 reads tokens 4 to 11.
+# Token 11 still sees chunk 0 only. Chunk 1 begins at token 4, and the window of token 11 reads tokens 4 to 11.
 #
 # ```python
 # def visible_outside(T, N, chunk_size, window):
@@ -483,23 +503,24 @@ explore_map(
 #
 # </details>
 #
-# **2. Share a choice.** Use `query_block=4` on the twelve tokens with $K = 1$. Which token's query decides for token 11?
-# Prove it: change one query and see that token 11 keeps another chunk.
+# **2. Share a choice.** Use `query_block=4` on the twelve tokens with $K = 1$. Which token's query decides for token
+# 11? Prove it: change one query and see that token 11 keeps another chunk.
 #
 # <details>
 # <summary>Solution</summary>
 #
-# Token 8 is the first of its block, tokens 8 to 11. Its last four words are `sing at dawn what`, so it keeps chunk 1, and
-# token 11 with it. Give token 8 the query of token 11 and the whole block keeps chunk 0. Changing token 11's own query
-# changes nothing.
+# Token 8 is the first token of the block that contains token 11 (tokens 8 to 11). Its last four words are `sing at dawn
+# what`, so it keeps chunk 1, and token 11 keeps chunk 1 too. Give token 8 the query of token 11, and the whole block
+# keeps chunk 0. A change of token 11's own query has no effect.
 #
 # ```python
 # def chunk_of_11(queries):
 #     indices, _ = retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=S, top_k=1, query_block=4)
 #     return indices[0, 11, 0, 0].item()
 #
-# first, own = queries.clone(), queries.clone()
+# first = queries.clone()
 # first[8] = queries[11]
+# own = queries.clone()
 # own[11] = 0
 # print(chunk_of_11(queries), chunk_of_11(first), chunk_of_11(own))  # 1 0 1
 # assert (chunk_of_11(queries), chunk_of_11(first), chunk_of_11(own)) == (1, 0, 1)
@@ -509,6 +530,6 @@ explore_map(
 #
 # ## What comes next
 #
-# We know which chunks and how much to trust each. [Notebook 04, *How are chunks read and blended?*](04_fusion.ipynb)
-# reads them, and shows how the weights $w$ let the loss of the language model teach the landmarks, which is the whole
-# point. 25 minutes.
+# We know which chunks a token keeps and how much weight each of them gets. [Notebook 04, *How are chunks read and
+# blended?*](04_fusion.ipynb) reads the chunks. It shows how the loss of the language model teaches the landmarks
+# through the weights $w$, which is the main idea of HSA. It takes 25 minutes.
