@@ -61,7 +61,8 @@ class HSAConfig:
     def __post_init__(self) -> None:
         self._check_integers()
         for name, divisor in (("heads", "kv_heads"), ("hsa_heads", "hsa_kv_heads")):
-            value, step = getattr(self, name), getattr(self, divisor)
+            value = getattr(self, name)
+            step = getattr(self, divisor)
             if value % step:
                 raise ValueError(
                     f"{name}: got {value}, accepted are multiples of {divisor} ({step})"

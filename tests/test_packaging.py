@@ -1,4 +1,4 @@
-"""The files around the package: pinned versions, imports, the output of `make help`, a clone with CRLF."""
+"""The files around the package: pinned versions, imports, `make help`, a clone with CRLF."""
 
 import re
 import shutil
@@ -53,7 +53,7 @@ def direct_dependencies() -> list[Requirement]:
 
 
 def pip_section() -> list[str]:
-    """The entries below `- pip:` in environment.yml. The file is simple, so it needs no YAML reader."""
+    """The entries below `- pip:` in environment.yml, which is simple enough to split by lines."""
     _, section = (ROOT / "environment.yml").read_text().split("- pip:\n")
     lines = [line.strip() for line in section.splitlines()]
     return [line.removeprefix("- ") for line in lines if line and not line.startswith("#")]

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from test_cli import call
+from helpers import call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
