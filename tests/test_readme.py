@@ -340,11 +340,22 @@ def test_results_are_those_of_the_shipped_models():
     } <= shipped | {None}
 
 
-def test_the_python_of_readme_runs(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    code = re.search(r"```python\n(.+?)```", README.read_text(), re.DOTALL)[1]
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_of_readme_runs(capsys, monkeypatch, tmp_path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    first, *others = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
+    exec(compile(first, "README.md", "exec"), names)
     assert capsys.readouterr().out.strip().endswith("parameters")
+    for code in others:
+        exec(compile(code, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("path", [README, KERNELS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+def test_links_lead_to_files(path):
+    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    files = [target for target in targets if "://" not in target]
+    assert [target for target in files if not (path.parent / target).exists()] == []
 
 
 if __name__ == "__main__":
