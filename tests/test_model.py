@@ -3,7 +3,6 @@
 Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window, K=2 chunks kept: the `debug` preset and each option of it.
 """
 
-
 import pytest
 import torch
 from helpers import assert_close, error
