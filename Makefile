@@ -1,16 +1,16 @@
-# Every target works as the first command after `git clone`, with Python 3.11 to 3.14 and make alone.
-#   PYTHON=/path/to/python3.12   which Python builds .venv (the first good one by default)
-#   ARGS="..."                   handed on to the command of lab, demo, bench, train or lab-runs
+# Every target works as the first command after `git clone`. It needs only make and Python 3.11 to 3.14.
+#   PYTHON=/path/to/python3.12   the Python that builds .venv (default: the first one that fits)
+#   ARGS="..."                   more arguments for the command of lab, demo, bench, train or lab-runs
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# JupyterLab refuses to serve root, who is the only user of many containers.
+# JupyterLab refuses to run as root, which is the only user of many containers.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(sort $(wildcard notebooks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test test-gpu test-browser notebooks bench train lab-runs clean
+.PHONY: help setup lab demo test lint format test-gpu test-browser notebooks bench train lab-runs clean
 
 help: ## List the targets
 	@echo 'make <target> [ARGS="..."] [PYTHON=/path/to/python3]'
@@ -19,15 +19,25 @@ help: ## List the targets
 setup: $(READY) ## Build .venv and fetch the text corpora (once, minutes; then instant)
 	@$(PY) -m hsa_mini fetch
 
-lab: setup ## Open the notebooks in JupyterLab, on this machine only
+lab: setup ## Open the notebooks in JupyterLab (reachable from this machine only)
 	$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT) $(ARGS)
 
-demo: setup ## Ask the shipped model for needles in a long text
+demo: setup ## Let the shipped model find one sentence in a long text
 	$(PY) -m hsa_mini demo $(ARGS)
 
-test: setup ## Run the tests, then every notebook; no GPU needed
+test: setup lint ## Check the code, run the tests, then run every notebook (no GPU needed)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
 	$(if $(wildcard notebooks/*.ipynb),$(PY) -m pytest -q --nbval-lax --nbval-cell-timeout=60 notebooks/,@echo 'no notebooks to run')
+
+# The .ipynb are generated, so neither tool reads them.
+lint: $(READY) ## Check style, format and types (changes no file)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: $(READY) ## Format the code and mend what ruff can mend by itself
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -q tests/gpu
@@ -35,9 +45,9 @@ test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 test-browser: setup ## Run the tests that drive JupyterLab in Chromium (which must be installed)
 	$(PY) -m pytest -q tests/browser
 
-# Run twice, the files are the same: --update keeps cell ids; timings, and state and views of widgets, are left out; what a
-# cell prints is joined, since the kernel sends it in pieces that differ from run to run.
-notebooks: setup ## Regenerate each .ipynb from its .py and run it
+# Two runs write the same files. --update keeps the ids of cells. Timings and the state and views of widgets are left out.
+# The printed text of a cell is joined, because the kernel sends it in pieces that differ from run to run.
+notebooks: setup ## Generate each .ipynb from its .py and execute it
 ifneq ($(NOTEBOOKS),)
 	$(PY) -m jupytext --to ipynb --update $(NOTEBOOKS:.ipynb=.py)
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=60 \
@@ -48,24 +58,24 @@ else
 	@echo 'no notebooks to run'
 endif
 
-bench: $(READY) ## Time the operations on the device that is there
+bench: $(READY) ## Time the operations on this machine (on its GPU if it has one)
 	$(PY) kernels/bench $(ARGS)
 
-train: setup ## Train the course's three models (minutes each on a GPU), or go on where it was cut off
+train: setup ## Train the three models of the course, or resume (minutes each on a GPU)
 	@set -e; for model in mini mini_moe small_moe; do \
-		if [ -f runs/$$model/final/manifest.json ]; then echo "runs/$$model/final is there already"; \
+		if [ -f runs/$$model/final/manifest.json ]; then echo "runs/$$model/final exists already"; \
 		else $(PY) -m hsa_mini train $$model $(ARGS); fi; done
 
-lab-runs: setup ## Train and measure the variants of the laboratory that have no result yet (on a GPU)
+lab-runs: setup ## Train and measure the laboratory's variants that have no result yet (on a GPU)
 	$(PY) -m hsa_mini lab $(ARGS)
 
-clean: ## Remove .venv, out/ and what builds and tests left behind
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis
+clean: ## Remove .venv, out/ and everything that builds and tests wrote
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find hsa_mini kernels notebooks tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
-# Each candidate is run, not only looked up: a pyenv shim may exist and fail, Debian may lack ensurepip.
-# Below 3.15, because the pinned Triton has no wheel for it.
-# Without $(READY) the environment is half-built, from an interrupted run: start from nothing.
+# Each candidate is run and not only looked up, because a pyenv shim can exist and fail, and Debian can lack ensurepip.
+# Python 3.15 and later are refused, because the pinned Triton has no wheel for them.
+# If .venv exists without $(READY), an interrupted run left it half-built, and it is built again from nothing.
 $(READY): pyproject.toml environment.yml
 	@set -e; \
 	if [ ! -f $@ ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \

@@ -1,9 +1,16 @@
-"""hsa-mini: Hierarchical Sparse Attention (Hu et al., arXiv 2511.23319) to learn, see, measure and reuse."""
+"""hsa-mini: Hierarchical Sparse Attention (Hu et al., arXiv 2511.23319), taught and measured."""
 
 import importlib
+from typing import TYPE_CHECKING
 
-# Where the public names live. Each is imported when it is first used: `import hsa_kernels` needs the checks of this package,
-# and must not load a model for them.
+if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` below imports a name
+    from hsa_mini.config import PRESETS, HSAConfig
+    from hsa_mini.hsa_model import HSAModel
+    from hsa_mini.memory.chunk_memory import ChunkMemory
+    from hsa_mini.model.core import Output
+
+# The module of each public name. A name is imported when it is first used, because
+# `import hsa_kernels` needs the checks of this package and must not load a model with them.
 _HOMES = {
     "PRESETS": "hsa_mini.config",
     "HSAConfig": "hsa_mini.config",

@@ -1,6 +1,7 @@
-"""Settings of every test: one thread, and property tests that draw the same examples everywhere, without a database.
+"""Settings of every test: one thread, and property tests that draw the same examples everywhere.
 
-Without a GPU the kernels run in Triton's interpreter, which has to be said before any kernel is imported.
+Without a GPU the kernels run in Triton's interpreter. Triton reads the environment variable for it
+when a kernel is defined, so it is set before any kernel is imported.
 """
 
 import os
@@ -11,9 +12,8 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(
-    1
-)  # the tensors are tiny: threads cost more than they bring, and far more on a busy machine
+# The tensors are tiny, so threads cost more time than they save, above all on a busy machine.
+torch.set_num_threads(1)
 
 settings.register_profile(
     "hsa",

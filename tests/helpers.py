@@ -1,4 +1,4 @@
-"""Random tensors, results with every gradient by name, comparison by error ratio, and what is alive."""
+"""Random tensors, results and gradients by name, error ratios, living bytes, one command."""
 
 import gc
 
@@ -6,14 +6,17 @@ import torch
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Normal numbers, the same for the same shape and seed in every dtype."""
+    """Normally distributed numbers. Shape and seed decide them, whatever the dtype."""
     return torch.randn(
         shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     ).to(dtype)
 
 
 def random_choice(B: int, T: int, J: int, K: int, N: int, *, seed: int = 0, dtype=torch.float64):
-    """Indices int32 [B, T, J, K] that name a chunk at most once a row, a third of them -1, and weights, 0 where -1."""
+    """Indices int32 [B, T, J, K] and weights [B, T, J, K].
+
+    A row of K indices names a chunk at most once. A third of the indices are -1, with weight 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(B, T, J, max(N, K), generator=generator).argsort(-1)[..., :K]
     empty = (order >= N) | (torch.rand(B, T, J, K, generator=generator) < 1 / 3)
@@ -25,9 +28,10 @@ def random_choice(B: int, T: int, J: int, K: int, N: int, *, seed: int = 0, dtyp
 def results(
     operation, inputs: dict[str, torch.Tensor], *fixed, **options
 ) -> dict[str, torch.Tensor]:
-    """Outputs of `operation(**inputs, **options)`, and the gradient of their sum with random factors by every input.
+    """The outputs of `operation(**inputs, **options)` and the gradient of every input, by name.
 
-    Integer inputs and outputs take part without a gradient. An input that the output does not depend on has gradient 0.
+    The loss is the sum of all outputs times random factors. Integers have no gradient. An input
+    that the output does not depend on has gradient 0.
     """
     leaves = {
         name: x.detach().clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()
@@ -51,15 +55,24 @@ def results(
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """|got - want| / |want| in float64; a root mean square of `want` below 1e-3 counts as 1e-3 (it may be 0)."""
-    got, want = got.detach().double(), want.detach().double()
+    """|got - want| / |want| in float64.
+
+    If the root mean square of `want` is below 1e-3, it counts as 1e-3, since it may be 0.
+    """
+    got = got.detach().double()
+    want = want.detach().double()
     return (got - want).norm().item() / max(want.norm().item(), 1e-3 * max(want.numel(), 1) ** 0.5)
 
 
 def assert_close(got, want, tolerance: float) -> None:
-    """Tensors or dicts of tensors: same names, shapes and dtypes, finite, error ratio within tolerance; integers equal."""
+    """Compare two tensors, or two dicts of tensors.
+
+    Names, shapes, dtypes and integers must be equal. Floating-point tensors must be finite, with an
+    error ratio within `tolerance`.
+    """
     if isinstance(want, torch.Tensor):
-        got, want = {"result": got}, {"result": want}
+        got = {"result": got}
+        want = {"result": want}
     assert got.keys() == want.keys()
     for name, expected in want.items():
         actual = got[name]
@@ -74,10 +87,24 @@ def assert_close(got, want, tolerance: float) -> None:
 
 
 def living_bytes() -> int:
-    """Bytes of every tensor that is alive, storages counted once; those on the meta device and a compiler's fakes have none."""
+    """Bytes of all living tensors. Tensors that share a storage count once.
+
+    Tensors on the meta device and a compiler's fake tensors have no bytes.
+    """
     tensors = [
         x
         for x in gc.get_objects()
         if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
     ]
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
+
+
+def call(capfd, *words: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    from hsa_mini import cli
+
+    try:
+        status = cli.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capfd.readouterr()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import living_bytes
 from material import TINY, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_generate import living_bytes
 
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.checkpoint.folder import CONFIG, MANIFEST, write_folder

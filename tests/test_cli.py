@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material import TINY, tiny, word_corpus, words
-from test_demo import KEYS
+from helpers import call
+from material import KEYS, TINY, tiny, word_corpus, words
 
 from hsa_mini.checkpoint.folder import fingerprint
 from hsa_mini.cli import entry as cli
@@ -56,16 +56,6 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def listing(folder: Path) -> set[tuple[str, int]]:
     return {(str(path.relative_to(folder)), path.stat().st_mtime_ns) for path in folder.rglob("*")}
-
-
-def call(capfd, *words: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one command."""
-    try:
-        status = cli.main(list(words))
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capfd.readouterr()
-    return status, out, err
 
 
 def refuse(*_, **__):

@@ -1,4 +1,4 @@
-"""HSAConfig: what it refuses, what it writes and reads back, and what it derives."""
+"""HSAConfig: refused values, JSON written and read back, derived sizes."""
 
 import dataclasses
 import json
@@ -9,8 +9,9 @@ from hsa_mini import PRESETS, HSAConfig
 
 DEBUG = PRESETS["debug"]
 AT_LEAST_ONE = (
-    "vocab_size width lower_layers groups layers_per_group mlp_width window heads kv_heads head_dim chunk_size top_k "
-    "hsa_heads hsa_kv_heads hsa_head_dim retrieval_dim retrieval_heads query_block"
+    "vocab_size width lower_layers groups layers_per_group mlp_width window heads kv_heads "
+    "head_dim chunk_size top_k hsa_heads hsa_kv_heads hsa_head_dim retrieval_dim "
+    "retrieval_heads query_block"
 ).split()
 
 
@@ -39,9 +40,8 @@ def test_errors_name_the_field_what_was_given_and_what_is_accepted(name, value, 
     with pytest.raises(ValueError) as caught:
         dataclasses.replace(DEBUG, **{name: value}, **kv_heads)
     message = str(caught.value)
-    named = (
-        "experts_active" if (name, value) == ("experts", 4) else name
-    )  # the field that is missing
+    # With experts=4 the error names the field that is missing.
+    named = "experts_active" if (name, value) == ("experts", 4) else name
     assert message.startswith(f"{named}: got ") and accepted in message.partition("accepted ")[2]
     assert named != name or repr(value) in message
 

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_model import DEBUG, DENSE, OPTIONS, build, every_option, text
+from material import DEBUG, DENSE, OPTIONS, build, every_option, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel, ops
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner

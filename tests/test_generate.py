@@ -8,7 +8,7 @@ it. Its upper decoder needs the last 29 tokens, and up to 6 more where tokens ch
 import pytest
 import torch
 from helpers import assert_close, living_bytes
-from test_model import DENSE, build, every_dense_option, every_option, in_segments, text
+from material import DENSE, build, every_dense_option, every_option, in_segments, text
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.inference.generate import continue_from, generate, stream

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_close, random, random_choice
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import build, every_dense_option, text
+from material import build, every_dense_option, text
 
 from hsa_mini import ChunkMemory, ops, reference
 from hsa_mini.inference.generate import generate

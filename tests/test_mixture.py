@@ -10,8 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from material import word_corpus, word_tokens
-from test_tasks import read
+from material import read, word_corpus, word_tokens
 from torch.utils.data import DataLoader
 
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer

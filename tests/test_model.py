@@ -4,51 +4,24 @@ Dimensions: B=2 batch, T tokens, S=4 chunk size, W=8 window, K=2 chunks kept: th
 each option of it.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from helpers import assert_close, error
+from material import (
+    DEBUG,
+    DENSE,
+    OPTIONS,
+    build,
+    every_dense_option,
+    every_option,
+    in_segments,
+    text,
+)
 from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 
-DEBUG = PRESETS["debug"]
 S, W = DEBUG.chunk_size, DEBUG.window
-OPTIONS = {
-    "default": {},
-    "bypass": dict(residual="bypass"),
-    "stick breaking": dict(weighting="stick_breaking"),
-    "exclude window": dict(exclude_window=True),
-    "query block": dict(query_block=4),
-    "query block, exclude window": dict(query_block=2, exclude_window=True),
-    "one retrieval head": dict(retrieval_heads=1),
-    "two encoder layers": dict(encoder_layers=2, encoder_mlp_width=48),
-    "retrieval norm": dict(retrieval_norm=True),
-    "untied": dict(tied=False),
-    "experts": dict(experts=4, experts_active=2, expert_width=16),
-}
-DENSE = [
-    name for name in OPTIONS if name != "experts"
-]  # what runs in float64: `grouped_mm` does not
-every_option = pytest.mark.parametrize("option", OPTIONS)
-every_dense_option = pytest.mark.parametrize("option", DENSE)
-
-
-def build(option: str = "default", dtype=torch.float64, **changes) -> HSAModel:
-    torch.manual_seed(0)
-    return HSAModel(dataclasses.replace(DEBUG, **OPTIONS[option], **changes), dtype=dtype).eval()
-
-
-def text(T: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(DEBUG.vocab_size, (2, T), generator=torch.Generator().manual_seed(seed))
-
-
-def in_segments(model: HSAModel, ids: torch.Tensor, size: int, **options) -> torch.Tensor:
-    memory, logits = ChunkMemory(model.config), []
-    for segment in ids.split(size, dim=1):
-        logits.append(model(segment, memory, **options).logits)
-    return torch.cat(logits, dim=1)
 
 
 def loss(model: HSAModel, ids: torch.Tensor, **options) -> torch.Tensor:

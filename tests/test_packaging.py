@@ -1,4 +1,4 @@
-"""The files around the package: what is pinned, what is imported, what `make help` says."""
+"""The files around the package: pinned versions, imports, `make help`, a clone with CRLF."""
 
 import re
 import shutil
@@ -11,10 +11,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hsa_mini.checkpoint.folder import verified_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     "README.md", "Makefile", "environment.yml", "pyproject.toml", "LICENSE", ".gitignore", ".ci",
-    "notebooks", "hsa_mini", "kernels", "tests", "data",
+    "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", ".gitattributes", ".pre-commit-config.yaml",
+    ".github", "notebooks", "hsa_mini", "kernels", "tests", "data",
 }  # fmt: skip
 OPTIONAL = (
     "triton",
@@ -50,7 +53,7 @@ def direct_dependencies() -> list[Requirement]:
 
 
 def pip_section() -> list[str]:
-    """The entries below `- pip:` in environment.yml, which is kept simple enough to need no YAML reader."""
+    """The entries below `- pip:` in environment.yml, which is simple enough to split by lines."""
     _, section = (ROOT / "environment.yml").read_text().split("- pip:\n")
     lines = [line.strip() for line in section.splitlines()]
     return [line.removeprefix("- ") for line in lines if line and not line.startswith("#")]
@@ -81,7 +84,7 @@ def test_pins_are_exact_and_satisfy_the_ranges():
             f"{pin} is outside {requirement}"
         )
         assert str(pin.marker) == str(requirement.marker), (
-            f"{pin} and {requirement} speak of different systems"
+            f"{pin} and {requirement} name different systems"
         )
 
 
@@ -90,6 +93,8 @@ def test_versions_are_pinned_in_environment_yml_alone():
         operators = {part.operator for part in requirement.specifier}
         assert operators and not operators & {"==", "==="}, f"{requirement} should be a range"
     assert "==" not in re.sub(r"s/.*?/p'", "", (ROOT / "Makefile").read_text())
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"- repo: (\S+)", hooks)) == {"local"} and "rev:" not in hooks
 
 
 def test_conda_installs_the_same_package_last():
@@ -169,22 +174,70 @@ def test_make_alone_lists_every_target_with_its_description():
     )
     described = dict(re.findall(r"^  (\S+) +(\S.*)$", run.stdout, re.MULTILINE))
     assert list(described) == targets
-    asked = subprocess.run(
+    explicit = subprocess.run(
         ["make", "--no-print-directory", "help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert asked.stdout == run.stdout
+    assert explicit.stdout == run.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_test_checks_the_code_before_it_runs_the_tests():
+    run = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    order = ("ruff check .", "ruff format --check .", "-m pyright", "-m pytest -q -n auto", "nbval")
+    places = [run.stdout.index(command) for command in order]
+    assert places == sorted(places)
+
+
+def test_the_workflow_runs_the_commands_of_readme_without_secrets():
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert re.findall(r"run: (make \w+)", text) == ["make setup", "make lint", "make test"]
+    assert 'python: ["3.11", "3.13"]' in text
+    assert "secrets" not in text and "http" not in text
+
+
+def git(*words: str, folder: Path = ROOT) -> str:
+    """The output of a git command. Skips the test where git is missing or ROOT is no checkout."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    run = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"git {words[0]}: {run.stderr.strip()}")
+    return run.stdout
 
 
 def test_top_level_holds_only_what_the_design_names():
-    run = (
-        subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
-    if run is None or run.returncode:
-        pytest.skip("not a git checkout")
-    assert {line.partition("/")[0] for line in run.stdout.splitlines()} <= TOP_LEVEL
+    assert {line.partition("/")[0] for line in git("ls-files").splitlines()} <= TOP_LEVEL
+
+
+def test_both_packages_ship_their_type_marker():
+    shipped = pyproject()["tool"]["setuptools"]["package-data"]
+    for package, folder in (
+        ("hsa_mini", ROOT / "hsa_mini"),
+        ("hsa_kernels", ROOT / "kernels" / "hsa_kernels"),
+    ):
+        assert (folder / "py.typed").is_file() and "py.typed" in shipped[package]
+
+
+def test_a_clone_with_autocrlf_keeps_every_byte_and_loads_its_checkpoints(tmp_path):
+    """On Windows git turns LF into CRLF by default. The manifests hold sha256 of text files too."""
+    stored = git("ls-tree", "-r", "-z", "HEAD").split("\0")
+    clone = tmp_path / "clone"
+    git("clone", "--quiet", "-c", "core.autocrlf=true", str(ROOT), str(clone))
+    blobs = dict(reversed(re.split(r"[ \t]", entry, maxsplit=3)[2:]) for entry in stored if entry)
+    names = list(blobs)
+    found = git("hash-object", "--no-filters", "--", *names, folder=clone).split()
+    assert [name for name, digest in zip(names, found, strict=True) if blobs[name] != digest] == []
+    checkpoints = sorted((clone / "data" / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["mini", "mini_moe"]
+    for checkpoint in checkpoints:
+        verified_folder(checkpoint, "config.json")

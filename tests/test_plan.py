@@ -8,14 +8,14 @@ import json
 
 import pytest
 import torch
-from test_cli import call
+from helpers import call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel
-from hsa_mini.config import MOST_TOKENS
+from hsa_mini.config import MAX_TOKENS
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.model.cost_estimate import mean_keys, plan, table, training_flops
 from hsa_mini.model.norm import RMSNorm
@@ -252,7 +252,7 @@ def test_a_longer_text_costs_no_more_a_token():
     )
 
 
-@pytest.mark.parametrize("tokens", [0, -1, 1.5, True, "4096", MOST_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, True, "4096", MAX_TOKENS + 1])
 def test_tokens_out_of_range_are_refused(tokens):
     with pytest.raises(ValueError, match=f"^tokens: got {tokens!r}, accepted is 1 to 1073741824$"):
         plan("nano", tokens)
@@ -321,6 +321,6 @@ class MetaAlone(TorchDispatchMode):
 
 def test_nothing_is_made_but_shapes():
     with MetaAlone():
-        assert plan("ul_8b_a1b", MOST_TOKENS).kv_bytes > 5e11
+        assert plan("ul_8b_a1b", MAX_TOKENS).kv_bytes > 5e11
     with pytest.raises(AssertionError), MetaAlone():
         torch.zeros(1)

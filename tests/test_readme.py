@@ -1,4 +1,7 @@
-"""What the READMEs tell in numbers is what files say. `python tests/test_readme.py` writes those parts anew."""
+"""The numbers in both READMEs are those in the result files.
+
+`python tests/test_readme.py` writes the generated parts again.
+"""
 
 import json
 import re
@@ -21,7 +24,7 @@ README, KERNELS = ROOT / "README.md", ROOT / "kernels" / "README.md"
 
 
 def demo() -> str:
-    """What `make demo` printed, as kept in data/results."""
+    """The output of `make demo`, stored in data/results."""
     return f"```\n{(ROOT / 'data/results/demo.txt').read_text().strip()}\n```"
 
 
@@ -44,7 +47,7 @@ def results(name: str) -> dict:
 
 
 def measured() -> str:
-    """Answers right by model, task and length; the paper's; controls and intervals."""
+    """Correct answers by model, task and length, beside the paper's; controls and intervals."""
     found = {
         (model, task): read_results(ROOT / f"data/results/{model}_{task}.json")
         for model in MODELS
@@ -55,9 +58,8 @@ def measured() -> str:
     lines = [f"| | | {' | '.join(map(length_name, lengths))} |", "|---" * (len(lengths) + 2) + "|"]
     for (model, task), table in tables.items():
         cells = {entry["tokens"]: f"{entry['correct']}/{entry['samples']}" for entry in table}
-        lines.append(
-            f"| `{model}` | {TITLES[task]} | {' | '.join(cells.get(tokens, '') for tokens in lengths)} |"
-        )
+        shown = " | ".join(cells.get(tokens, "") for tokens in lengths)
+        lines.append(f"| `{model}` | {TITLES[task]} | {shown} |")
     for task, title in TITLES.items():
         shares = dict(
             zip(
@@ -79,9 +81,7 @@ def measured() -> str:
             if entry["correct"] == entry["samples"]
         }
     )
-    intervals = ", ".join(
-        f"of {n} all right: {wilson_interval(n, n)[0]:.1%} to 100%" for n in perfect
-    )
+    intervals = ", ".join(f"{n} of {n}: {wilson_interval(n, n)[0]:.1%} to 100%" for n in perfect)
     controls = [row for _, rows, _ in found.values() for row in rows]
     counts = {
         name: [
@@ -90,35 +90,36 @@ def measured() -> str:
         ]
         for name in CONTROLS
     }
-    told = " ".join(
-        f"Control, {what}: {counts[name][0]} of {counts[name][1]} right."
+    checks = " ".join(
+        f"Control, {what}: {counts[name][0]} of {counts[name][1]} correct."
         for name, what in CONTROLS.items()
     )
     cards = " and ".join(sorted({hardware for *_, hardware in found.values()}))
     distinct = max(row.distinct_tokens for rows, *_ in found.values() for row in rows)
-    return "\n".join([
-        *lines, "", f"95% intervals: {intervals}. {told} Longer texts than {distinct:,} tokens repeat that many. Asked on {cards}.", "", trained(),
-    ])  # fmt: skip
+    notes = (
+        f"95% intervals: {intervals}. {checks} Texts longer than {distinct:,} tokens repeat those "
+        f"tokens. Measured on {cards}."
+    )
+    return "\n".join([*lines, "", notes, "", trained()])
 
 
 def harder() -> str:
-    """S-NIAH among further needles, and with every sentence across a border of chunks, as far as it was asked."""
+    """S-NIAH among more needles, and with every sentence across a chunk border, where measured."""
     rows, cards = {}, set()
     for kind, name in {
-        "distractors": "among {} further needles",
-        "border": "sentences across borders of chunks",
+        "distractors": "among {} more needles",
+        "border": "every sentence lies across a chunk border",
     }.items():
         for path in sorted(
             (ROOT / "data/results").glob(f"*_s_niah_*{kind}.json"),
             key=lambda path: (len(path.stem), path.stem),
         ):
             model, more = re.fullmatch(rf"(\w+)_s_niah_(\d*)_?{kind}", path.stem).groups()
-            asked, _, hardware = read_results(path)
-            told = {
+            answers, _, hardware = read_results(path)
+            rows[f"| `{model}` | {name.format(more)} |"] = {
                 entry["tokens"]: f"{entry['correct']}/{entry['samples']}"
-                for entry in by_length(asked)
+                for entry in by_length(answers)
             }
-            rows[f"| `{model}` | {name.format(more)} |"] = told
             cards.add(hardware)
     columns = sorted({tokens for cells in rows.values() for tokens in cells})
     lines = [
@@ -129,31 +130,42 @@ def harder() -> str:
         f"{row} {' | '.join(cells.get(tokens, '') for tokens in columns)} |"
         for row, cells in rows.items()
     ]
-    return "\n".join([*lines, "", f"Asked on {' and '.join(sorted(cards))}."])
+    return "\n".join([*lines, "", f"Measured on {' and '.join(sorted(cards))}."])
 
 
 def large() -> str:
-    """The 8B configuration alive: what `python kernels/bench --model ul_8b_a1b` measured."""
+    """The 8B configuration with random weights, from `python kernels/bench --model ul_8b_a1b`."""
     result = results("ul_8b_a1b")
     near = result["decode_64k_tokens_per_second"]
     far = near / result["decode_16m_over_64k"]
     mfu, full = result["train_16k_mfu"], result["train_16k_full_attention_tokens_per_second"]
-    rows = {
-        f"read {length_name(result['tokens'][n])} tokens": f"{result[f'prefill_{n}_seconds']:.1f} s, {result[f'prefill_{n}_peak_bytes'] / 1e9:.1f} GB"
-        for n in ("1m", "16m")
-    } | {
-        "a token of 16M over a token of 1M": f"{result['prefill_16m_over_1m_per_token']:.2f}",
-        "go on behind 64K tokens": f"{near:.0f} tokens/s, {result['decode_64k_roofline_share']:.0%} of what memory allows",
-        "go on behind 16M tokens": f"{far:.0f} tokens/s",
-        "the same with K and V in host memory": f"{far / result['offload_slowdown']:.0f} tokens/s, {result['offload_16m_device_bytes'] / 1e9:.1f} GB",
-        "train on 16K tokens": f"{result['train_16k_tokens_per_second']:,.0f} tokens/s, {result['train_16k_peak_bytes'] / 1e9:.1f} GB, {mfu:.0%} of a matrix product's rate",
-        "the same with full attention instead": f"{full:,.0f} tokens/s, {result['train_16k_full_attention_peak_bytes'] / 1e9:.1f} GB",
-    }
+    gigabytes = {key: value / 1e9 for key, value in result.items() if key.endswith("_bytes")}
+    rows = {}
+    for n in ("1m", "16m"):
+        seconds = f"{result[f'prefill_{n}_seconds']:.1f} s"
+        memory = f"{gigabytes[f'prefill_{n}_peak_bytes']:.1f} GB"
+        rows[f"prefill, {length_name(result['tokens'][n])} tokens"] = f"{seconds}, {memory}"
+    ratio = result["prefill_16m_over_1m_per_token"]
+    share = result["decode_64k_roofline_share"]
+    offloaded = far / result["offload_slowdown"]
+    rows["prefill, time per token at 16M / at 1M"] = f"{ratio:.2f}"
+    rows["decode after 64K tokens"] = f"{near:.0f} tokens/s, {share:.0%} of the bandwidth limit"
+    rows["decode after 16M tokens"] = f"{far:.0f} tokens/s"
+    rows["the same with K and V in host memory"] = (
+        f"{offloaded:.0f} tokens/s, {gigabytes['offload_16m_device_bytes']:.1f} GB"
+    )
+    rows["training, 16K tokens"] = (
+        f"{result['train_16k_tokens_per_second']:,.0f} tokens/s, "
+        f"{gigabytes['train_16k_peak_bytes']:.1f} GB, {mfu:.0%} of the rate of a matrix product"
+    )
+    rows["the same with full attention instead of HSA"] = (
+        f"{full:,.0f} tokens/s, {gigabytes['train_16k_full_attention_peak_bytes']:.1f} GB"
+    )
     return "\n".join(
         [
             "| | |",
             "|---|---|",
-            *(f"| {what} | {how} |" for what, how in rows.items()),
+            *(f"| {name} | {value} |" for name, value in rows.items()),
             "",
             source(result),
         ]
@@ -161,23 +173,24 @@ def large() -> str:
 
 
 def trained() -> str:
-    told = []
+    """Time, hardware and length of training for each model."""
+    sentences = []
     for model in MODELS:
         path = ROOT / f"data/checkpoints/{model}/training.json"
         how = json.loads(path.read_text()) if path.is_file() else results(f"{model}_training")
         longest = max(stage["tokens"] for stage in how["recipe"]["stages"])
-        told.append(
-            f"`{model}` in {how['seconds']:.0f} s on {how['hardware']}, on sequences of at most {longest:,} tokens"
+        sentence = (
+            f"`{model}` in {how['seconds']:.0f} s on {how['hardware']}, "
+            f"on sequences of at most {longest:,} tokens"
         )
         if "imbalance" in how:
-            told[-1] += (
-                f", its busiest expert asked {max(how['imbalance']):.2f} times as often as the mean"
-            )
-    return f"Trained: {'; '.join(told)}."
+            sentence += f" (its busiest expert got {max(how['imbalance']):.2f} times the mean load)"
+        sentences.append(sentence)
+    return f"Training times: {'; '.join(sentences)}."
 
 
 def predicted() -> str:
-    """Perplexity of the same held-out tokens behind more and more text."""
+    """Perplexity of the same held-out tokens after more and more preceding text."""
     tables = {model: results(f"{model}_perplexity")["rows"] for model in MODELS}
     lines = [
         f"| tokens read | {' | '.join(length_name(row['tokens']) for row in tables['mini'])} |"
@@ -196,11 +209,14 @@ def bench() -> dict:
 
 def source(result: dict) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "triton"))
-    return f"Measured on {result['hardware']} ({versions}; commit {result['commit'][:7]}) by `{result['command']}`."
+    commit = result["commit"][:7]
+    return (
+        f"Measured on {result['hardware']} ({versions}; commit {commit}) by `{result['command']}`."
+    )
 
 
 def by_length_of(rows: list[dict]) -> list[str]:
-    """Milliseconds of chunk attention beside full attention, a line for each length."""
+    """Milliseconds of chunk attention beside full attention, one line per length."""
     lines = [
         "| tokens | forward | cuDNN | FA2 | forward + backward | cuDNN | FA2 | memory |",
         "|" + "---|" * 8,
@@ -220,7 +236,7 @@ def by_length_of(rows: list[dict]) -> list[str]:
 
 
 def kernels() -> str:
-    """For everyone: chunk attention beside full attention."""
+    """Chunk attention beside full attention."""
     result = bench()
     rows = [
         row
@@ -231,7 +247,11 @@ def kernels() -> str:
 
 
 def floors() -> str:
-    """What no kernel can be faster than: FLOP that have to be done, bytes read and written once; and where ours stand."""
+    """The floor of each kernel beside its measured time.
+
+    The floor is the larger of two times: the FLOP of the operation at the rate of a matrix product,
+    and its bytes, each read or written once, at the rate of a copy.
+    """
     result = bench()
     flops, rate = (result["ceilings"][name] for name in ("flops_per_second", "bytes_per_second"))
     lines = [
@@ -248,18 +268,21 @@ def floors() -> str:
         if not of_table or (row["J"], row["choices"]) != (1, "random"):
             continue
         work, moved = needed(row)
-        arithmetic, traffic = work / flops * 1e3, moved / rate * 1e3
+        arithmetic = work / flops * 1e3
+        traffic = moved / rate * 1e3
         name = f"{row['op'].replace('_', ' + ')}, {length_name(row['T'])}"
         ratio = row["ms"] / max(arithmetic, traffic)
-        lines.append(
-            f"| {name} | {arithmetic:.3f} ms | {traffic:.3f} ms | {row['ms']:.3f} ms | {ratio:.1f} |"
-        )
-    ceilings = f"{flops / 1e12:.0f} TFLOP/s of matrix products, {rate / 1e12:.2f} TB/s copied, both measured in the same run"
+        cells = (f"{ms:.3f} ms" for ms in (arithmetic, traffic, row["ms"]))
+        lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.1f} |")
+    ceilings = (
+        f"{flops / 1e12:.0f} TFLOP/s of matrix products, {rate / 1e12:.2f} TB/s copied, "
+        "both measured in the same run"
+    )
     return "\n".join([*lines, "", f"{source(result)} Ceilings: {ceilings}."])
 
 
 def ratios() -> str:
-    """Other ratios of heads, and choices of the trained model."""
+    """Times with other ratios of heads, and with the chunks that the trained model chooses."""
     result = bench()
     lines = [
         "| choices | H | J | tokens | forward | forward + backward |",
@@ -275,9 +298,8 @@ def ratios() -> str:
             and T in (16384, 32768, 65536, 131072)
             and (choices == "trained" or J > 1)
         ):
-            lines.append(
-                f"| {choices} | {H} | {J} | {length_name(T)} | {ms:.2f} | {of[choices, H, J, T, 'forward_backward']:.2f} |"
-            )
+            both = of[choices, H, J, T, "forward_backward"]
+            lines.append(f"| {choices} | {H} | {J} | {length_name(T)} | {ms:.2f} | {both:.2f} |")
     return "\n".join(lines)
 
 
@@ -307,22 +329,33 @@ def test_readme_says_what_the_files_say(path, parts):
 
 
 def test_results_are_those_of_the_shipped_models():
-    """Where a result says what was asked; those of earlier versions only name the commit."""
-    asked = {
+    """A result names its checkpoint. Results of earlier versions name only the commit."""
+    checkpoints = {
         path: json.loads(path.read_text()).get("checkpoint")
         for path in (ROOT / "data/results").glob("*.json")
     }
     shipped = {fingerprint(folder) for folder in (ROOT / "data/checkpoints").iterdir()}
     assert {
-        checkpoint for path, checkpoint in asked.items() if path.name.startswith("mini_")
+        checkpoint for path, checkpoint in checkpoints.items() if path.name.startswith("mini_")
     } <= shipped | {None}
 
 
-def test_the_python_of_readme_runs(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    code = re.search(r"```python\n(.+?)```", README.read_text(), re.DOTALL)[1]
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_of_readme_runs(capsys, monkeypatch, tmp_path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    first, *others = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
+    exec(compile(first, "README.md", "exec"), names)
     assert capsys.readouterr().out.strip().endswith("parameters")
+    for code in others:
+        exec(compile(code, "README.md", "exec"), names)
+
+
+@pytest.mark.parametrize("path", [README, KERNELS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+def test_links_lead_to_files(path):
+    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    files = [target for target in targets if "://" not in target]
+    assert [target for target in files if not (path.parent / target).exists()] == []
 
 
 if __name__ == "__main__":

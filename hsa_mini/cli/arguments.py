@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from hsa_mini.config import MOST_TOKENS
+from hsa_mini.config import MAX_TOKENS
 from hsa_mini.paths import data_dir
 
 
@@ -105,5 +105,5 @@ def check_length(
         argument,
         tokens,
         problem.least_tokens(config.chunk_size, config.window, border=border),
-        MOST_TOKENS,
+        MAX_TOKENS,
     )

@@ -19,7 +19,7 @@ from hsa_mini.cli.arguments import (
     read_model,
 )
 from hsa_mini.cli.report import printable, report
-from hsa_mini.config import MOST_TOKENS, PRESETS
+from hsa_mini.config import MAX_TOKENS, PRESETS
 from hsa_mini.paths import check_writable, data_dir, write_whole
 
 MOST_SEED = (1 << 32) - 1
@@ -279,7 +279,7 @@ def run_demo(arguments) -> int:
     from hsa_mini.viz import plots
 
     talk = sys.stderr if arguments.json == "-" else sys.stdout
-    check_range("--tokens", arguments.tokens, LEAST_TOKENS, MOST_TOKENS)
+    check_range("--tokens", arguments.tokens, LEAST_TOKENS, MAX_TOKENS)
     check_range("--depth", arguments.depth, 0, 1)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
     check_writable("--out", arguments.out, folder=True)
@@ -387,7 +387,7 @@ def run_eval(arguments) -> int:
 
     lengths = arguments.lengths or LENGTHS
     for tokens in lengths:
-        check_range("--lengths", tokens, 1, MOST_TOKENS)
+        check_range("--lengths", tokens, 1, MAX_TOKENS)
     check_range("--samples", arguments.samples, 1, 10**6)
     check_range("--jobs", arguments.jobs, 1, 64)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
@@ -442,7 +442,7 @@ def run_perplexity(arguments) -> int:
 
     lengths = arguments.lengths or LENGTHS
     for tokens in lengths:
-        check_range("--lengths", tokens, TARGETS, MOST_TOKENS)
+        check_range("--lengths", tokens, TARGETS, MAX_TOKENS)
     check_range("--stretches", arguments.stretches, 1, 10**6)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
     path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")
@@ -496,7 +496,7 @@ def run_lab(arguments) -> int:
 def run_plan(arguments) -> int:
     from hsa_mini.model.cost_estimate import plan, table
 
-    check_range("--tokens", arguments.tokens, 1, MOST_TOKENS)
+    check_range("--tokens", arguments.tokens, 1, MAX_TOKENS)
     if arguments.json not in (None, "-"):
         check_writable("--json", Path(arguments.json))
     counted = plan(arguments.preset, arguments.tokens)

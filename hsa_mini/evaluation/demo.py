@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hsa_mini.config import MOST_TOKENS
+from hsa_mini.config import MAX_TOKENS
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.haystack import chunks_retrieved
 from hsa_mini.hsa_model import HSAModel
@@ -92,8 +92,8 @@ def find_needle(
         raise ValueError(
             f"haystack: got {len(haystack)} tokens of text, accepted are at least {LEAST_HAYSTACK}"
         )
-    if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
-        raise ValueError(f"tokens: got {tokens}, accepted are {LEAST_TOKENS} to {MOST_TOKENS}")
+    if not LEAST_TOKENS <= tokens <= MAX_TOKENS:
+        raise ValueError(f"tokens: got {tokens}, accepted are {LEAST_TOKENS} to {MAX_TOKENS}")
     if seed < 0:
         raise ValueError(f"seed: got {seed}, accepted is 0 or more")
     config = model.config

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hsa_mini.config import MOST_TOKENS, PRESETS, HSAConfig
+from hsa_mini.config import MAX_TOKENS, PRESETS, HSAConfig
 from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.model.core import HSACore
 from hsa_mini.model.moe import MoE
@@ -66,8 +66,8 @@ def plan(preset: str | HSAConfig, tokens: int = 1 << 20) -> Plan:
     """
     if not isinstance(preset, HSAConfig) and preset not in tuple(PRESETS):
         raise ValueError(f"preset: got {preset!r}, accepted are {', '.join(PRESETS)}")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MOST_TOKENS:
-        raise ValueError(f"tokens: got {tokens!r}, accepted is 1 to {MOST_TOKENS}")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"tokens: got {tokens!r}, accepted is 1 to {MAX_TOKENS}")
     config = preset if isinstance(preset, HSAConfig) else PRESETS[preset]
     model = HSACore(config, device="meta", dtype=torch.bfloat16)
     parts = count_parts(model)
