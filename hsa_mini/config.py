@@ -8,7 +8,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-MOST_TOKENS = 1 << 30  # that a command or a plan takes: more is a slip of the hand
+MAX_TOKENS = 1 << 30  # the longest text that a command or a plan accepts; more is a typing error
 
 
 @dataclass(frozen=True)

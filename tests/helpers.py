@@ -81,3 +81,14 @@ def living_bytes() -> int:
         if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
     ]
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
+
+
+def call(capfd, *words: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    from hsa_mini import cli
+
+    try:
+        status = cli.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capfd.readouterr()

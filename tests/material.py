@@ -13,9 +13,16 @@ from hsa_mini import PRESETS, HSAModel
 from hsa_mini.data import corpus
 from hsa_mini.data.tokenizer import load_tokenizer
 
-TINY = dataclasses.replace(
-    PRESETS["debug"], vocab_size=4096
-)  # the smallest model that reads our tokens
+# The smallest model that reads the tokens of our tokenizer.
+TINY = dataclasses.replace(PRESETS["debug"], vocab_size=4096)
+
+
+# The fields of the report of `demo`.
+KEYS = (
+    "tokens", "depth", "seed", "device", "question", "expected", "answer", "correct",
+    "needle_chunks", "retrieved_chunks", "retrieved", "prefill_seconds", "decode_seconds",
+    "peak_memory_bytes",
+)  # fmt: skip
 
 
 def tiny(dtype=None, **changes) -> HSAModel:

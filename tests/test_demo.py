@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from material import TINY, tiny, word_tokens, words
+from material import KEYS, TINY, tiny, word_tokens, words
 
-from hsa_mini.checkpoint.weights import load_model
+from hsa_mini import HSAModel
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.demo import find_needle
 from hsa_mini.paths import data_dir
@@ -20,10 +20,6 @@ from hsa_mini.tasks.sentences import DEMO, encode, is_held_out
 TOKENIZER = load_tokenizer()
 S = TINY.chunk_size
 MODEL = tiny()
-KEYS = (
-    "tokens", "depth", "seed", "device", "question", "expected", "answer", "correct", "needle_chunks", "retrieved_chunks",
-    "retrieved", "prefill_seconds", "decode_seconds", "peak_memory_bytes",
-)  # fmt: skip
 rng = np.random.default_rng(0)
 HAYSTACKS = {
     "English": words(9000),
@@ -46,7 +42,7 @@ def tokens_of(text: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def mini():
-    return load_model(data_dir() / "checkpoints" / "mini")
+    return HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini")
 
 
 @pytest.mark.parametrize("name", HAYSTACKS)

@@ -22,7 +22,7 @@ from hsa_mini.evaluation.runner import ask_one
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
 from hsa_mini.inference.generate import generate
 from hsa_mini.provenance import write_results
-from hsa_mini.tasks.forms import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
+from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS, Problem, Sample, place, tile
 from hsa_mini.tasks.needles import ask, draw_needles
 from hsa_mini.tasks.sentences import encode
 from hsa_mini.training.mixture import Mixture, TrainingBatches
@@ -329,10 +329,10 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     "options, message",
     [
         (dict(task="poetry"), "task: got 'poetry', accepted are s_niah, mq_niah, vt"),
-        (dict(distractors=-1), f"distractors: got -1, accepted is 0 to {MOST_DISTRACTORS}"),
+        (dict(distractors=-1), f"distractors: got -1, accepted is 0 to {MAX_DISTRACTORS}"),
         (
-            dict(distractors=MOST_DISTRACTORS + 1),
-            f"distractors: got {MOST_DISTRACTORS + 1}, accepted is 0",
+            dict(distractors=MAX_DISTRACTORS + 1),
+            f"distractors: got {MAX_DISTRACTORS + 1}, accepted is 0",
         ),
         (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
         (dict(depths=(2.0,)), "depth: got 2.0, accepted is 0 to 1"),

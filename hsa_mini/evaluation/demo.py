@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hsa_mini.config import MOST_TOKENS
+from hsa_mini.config import MAX_TOKENS
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.haystack import chunks_retrieved
 from hsa_mini.hsa_model import HSAModel
@@ -18,8 +18,8 @@ from hsa_mini.inference.prefill import prefill
 from hsa_mini.tasks.forms import place, s_niah, tile
 from hsa_mini.tasks.sentences import DEMO
 
-LEAST_TOKENS = 1024
-LEAST_HAYSTACK = 64
+MIN_TOKENS = 1024
+MIN_HAYSTACK = 64
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ def find_needle(
     stands in the haystack), values and distractors. Raises ValueError for a haystack of fewer than 64 tokens, or tokens,
     depth or seed out of range.
     """
-    if len(haystack) < LEAST_HAYSTACK:
+    if len(haystack) < MIN_HAYSTACK:
         raise ValueError(
-            f"haystack: got {len(haystack)} tokens of text, accepted are at least {LEAST_HAYSTACK}"
+            f"haystack: got {len(haystack)} tokens of text, accepted are at least {MIN_HAYSTACK}"
         )
-    if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
-        raise ValueError(f"tokens: got {tokens}, accepted are {LEAST_TOKENS} to {MOST_TOKENS}")
+    if not MIN_TOKENS <= tokens <= MAX_TOKENS:
+        raise ValueError(f"tokens: got {tokens}, accepted are {MIN_TOKENS} to {MAX_TOKENS}")
     if seed < 0:
         raise ValueError(f"seed: got {seed}, accepted is 0 or more")
     config = model.config

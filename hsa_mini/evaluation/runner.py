@@ -19,7 +19,7 @@ from hsa_mini.data.corpus import load_corpus
 from hsa_mini.evaluation.haystack import Haystack, chunks_retrieved
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, ControlRow, Row
 from hsa_mini.hsa_model import HSAModel
-from hsa_mini.tasks.forms import MOST_DISTRACTORS, TASKS, Sample, place, tile
+from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS, Sample, place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
 DEPTHS = tuple(round(i / 9, 4) for i in range(10))
@@ -46,8 +46,8 @@ def evaluate(
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, accepted are {', '.join(TASKS)}")
-    if not 0 <= distractors <= MOST_DISTRACTORS:
-        raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MOST_DISTRACTORS}")
+    if not 0 <= distractors <= MAX_DISTRACTORS:
+        raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MAX_DISTRACTORS}")
     device = next(model.parameters()).device
     corpus = load_corpus("validation").tokens
     rows = []

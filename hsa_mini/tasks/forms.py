@@ -20,7 +20,7 @@ from hsa_mini.tasks.sentences import Question, encode
 NEEDLES = 6
 CHAINS = 2
 CHAIN_NAMES = 3
-MOST_DISTRACTORS = 10_000  # some 16,000 keys are held out
+MAX_DISTRACTORS = 10_000  # some 16,000 keys are held out
 
 
 @dataclass(frozen=True)

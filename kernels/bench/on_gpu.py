@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import hsa_kernels
-from hsa_mini.checkpoint.weights import load_model
 from hsa_mini.data.corpus import load_corpus
+from hsa_mini.hsa_model import HSAModel
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.ops import operations as ops
 from hsa_mini.ops import torch_backend as blockwise
@@ -76,7 +76,7 @@ class Trained:
     """What the shipped mini model chooses in held-out text, K chunks a token, by the scores of its first HSA layer."""
 
     def __init__(self) -> None:
-        self.model = load_model(data_dir() / "checkpoints" / "mini", device=DEVICE)
+        self.model = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini", device=DEVICE)
         self.text = load_corpus("validation").tokens
 
     @torch.no_grad()
