@@ -8,7 +8,7 @@ from pathlib import Path
 def data_dir() -> Path:
     """The folder with tokenizer ranks, checkpoints and results.
 
-    The environment variable `HSA_MINI_DATA` overrides it. Raises FileNotFoundError if it is missing.
+    The environment variable `HSA_MINI_DATA` overrides it. Raises FileNotFoundError without it.
     """
     folder = Path(os.environ.get("HSA_MINI_DATA", Path(__file__).resolve().parent.parent / "data"))
     if not folder.is_dir():

@@ -25,9 +25,9 @@ from hsa_mini.cli import arguments, entry
 from hsa_mini.cli.report import printable
 from hsa_mini.data import corpus
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
-from hsa_mini.paths import data_dir
 from hsa_mini.evaluation.demo import MIN_HAYSTACK, MIN_TOKENS
 from hsa_mini.evaluation.perplexity import TARGETS
+from hsa_mini.paths import data_dir
 from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -551,7 +551,8 @@ def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_m
     process.stdin.close()
     assert process.stdout.read(len(text) * 5) == text * 5
     os.killpg(process.pid, signal.SIGINT)  # while it writes
-    out, err = process.stdout.read(), process.stderr.read()
+    out = process.stdout.read()
+    err = process.stderr.read()
     assert process.wait(timeout=60) == 130 and "Traceback" not in err and "interrupted" in err
     assert (text * 40_000).startswith(out)
 
