@@ -95,7 +95,7 @@ def fingerprint(path: Path) -> str:
     The manifest holds the sha256 of every other file, so this number identifies the whole
     checkpoint. Results store it to state which checkpoint was measured.
     """
-    return _digest(_existing_folder(path) / MANIFEST)["sha256"]
+    return _sha256(_existing_folder(path) / MANIFEST)
 
 
 def read_entries(folder: Path, name: str, key: str | None = None) -> dict:
@@ -144,11 +144,12 @@ def _previous(path: Path) -> Path:
 
 def _digest(path: Path) -> dict[str, str | int]:
     """The manifest's entry for a file: its sha256 and its size in bytes."""
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return {
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            "bytes": path.stat().st_size,
-        }
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@ names the argument, what was given and what is accepted.
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 from hsa_mini.paths import check_writable, data_dir
 
@@ -21,6 +22,9 @@ TASKS = ("s_niah", "mq_niah", "vt")  # `tasks/forms.py`
 MAX_SEED = (1 << 32) - 1
 MAX_STEPS = 10**9
 MAX_JOBS = 64
+
+
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +45,10 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return _in_range(float, "a number", least, most)
 
 
-def _in_range(kind: type, accepted: str, least: float, most: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+def _in_range(
+    kind: Callable[[str], Number], accepted: str, least: float, most: float
+) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         try:
             value = kind(text)
         except ValueError:

@@ -21,8 +21,9 @@ def main(words: list[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = build_parser().parse_args(words)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # so that any terminal takes any text
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")  # so that any terminal takes any text
     try:
         return arguments.command(arguments)
     except (

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             progress=bar.update,
         )
-    made = takewhile(lambda token: token != end, (token.item() for token in tokens))
+    made = takewhile(lambda token: token != end, (int(token) for token in tokens))
     for text in decode_stream(tokenizer, made):
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
     print()

@@ -9,13 +9,14 @@ Dimensions: B batch (1 here), N chunks, S chunk size, K chunks kept, C width, W 
 
 import dataclasses
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from hsa_mini.config import MAX_TOKENS, PRESETS, HSAConfig
 from hsa_mini.model.chunk_encoder import ChunkEncoder
-from hsa_mini.model.core import HSACore
+from hsa_mini.model.core import Block, HSACore
 from hsa_mini.model.moe import MoE
 from hsa_mini.model.rope import rope_table
 
@@ -156,8 +157,13 @@ def cache_bytes(model: HSACore, tokens: int) -> int:
     config = model.config
     rope = rope_table(torch.arange(tokens, device="meta"), config.head_dim, config.rope_base)
     x = torch.empty(1, tokens, config.width, device="meta", dtype=model.norm.weight.dtype)
-    projected = (block.swa.qkv(x, rope) for block in (*model.lower, *model.upper))
+    projected = (block.swa.qkv(x, rope) for block in _blocks(model))
     return sum(k.nbytes + v.nbytes for _, k, v in projected)
+
+
+def _blocks(model: HSACore) -> list[Block]:
+    """The blocks of both decoders; this is only about types, since a ModuleList forgets them."""
+    return cast("list[Block]", [*model.lower, *model.upper])
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -267,7 +273,7 @@ def full_attention_flops(model: HSACore, keys: float, *, predicted: float) -> fl
     predicted: the share of the tokens for which the head predicts the next one.
     """
     blocks = sum(block_flops(model, part, keys) for part in (model.lower, model.upper))
-    hsa = sum(linear_flops(block.hsa) for block in model.upper if block.hsa is not None)
+    hsa = sum(linear_flops(block.hsa) for block in _blocks(model) if block.hsa is not None)
     return blocks - hsa + predicted * linear_flops(model.head)
 
 
