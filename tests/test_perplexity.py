@@ -12,7 +12,7 @@ from material import TINY, tiny, word_corpus
 from torch.nn.functional import cross_entropy
 
 from hsa_mini.evaluation import perplexity
-from hsa_mini.evaluation.perplexity import loss_of_last, measure
+from hsa_mini.evaluation.perplexity import loss_of_last, measure_perplexity
 
 REACH = (TINY.lower_layers + TINY.upper_layers) * (TINY.window - 1)
 
@@ -47,21 +47,21 @@ def without_retrieval(model):
 def test_the_targets_are_the_same_at_every_length():
     """Who reads a window alone gains nothing from more text; who retrieves does."""
     options = dict(lengths=(40 + REACH, 1000, 400), stretches=3, targets=40)
-    near = measure(without_retrieval(tiny(torch.float64)), **options)
+    near = measure_perplexity(without_retrieval(tiny(torch.float64)), **options)
     assert [row.tokens for row in near] == [40 + REACH, 400, 1000]
     for row in near[1:]:
         assert row.losses == pytest.approx(
             near[0].losses, abs=1e-5
         )  # the table of RoPE is in float32
     assert len({round(loss, 6) for loss in near[0].losses}) == 3  # of three places
-    far = measure(tiny(torch.float64), **options)
+    far = measure_perplexity(tiny(torch.float64), **options)
     assert abs(far[1].loss - far[0].loss) > 1e-4
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     model, seen = tiny(), []
     torch.nn.init.zeros_(model.embedding.weight)
-    rows = measure(model, lengths=(100, 200), stretches=2, targets=50, seed=3, report=seen.append)
+    rows = measure_perplexity(model, lengths=(100, 200), stretches=2, targets=50, seed=3, report=seen.append)
     assert rows == seen and [
         (row.tokens, row.stretches, row.targets, row.seed) for row in rows
     ] == [(100, 2, 50, 3), (200, 2, 50, 3)]
@@ -74,8 +74,8 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
 
 def test_the_seed_chooses_the_places():
     options = dict(lengths=(100,), stretches=2, targets=20)
-    assert measure(tiny(), **options) == measure(tiny(), **options)
-    assert measure(tiny(), **options)[0].losses != measure(tiny(), seed=2, **options)[0].losses
+    assert measure_perplexity(tiny(), **options) == measure_perplexity(tiny(), **options)
+    assert measure_perplexity(tiny(), **options)[0].losses != measure_perplexity(tiny(), seed=2, **options)[0].losses
 
 
 @pytest.mark.parametrize("tokens", [19, len(word_corpus("validation"))])
@@ -84,4 +84,4 @@ def test_text_is_neither_repeated_nor_shorter_than_what_is_predicted(tokens):
         ValueError,
         match=f"^lengths: got {tokens}, accepted is 20 to {len(word_corpus('validation')) - 1}",
     ):
-        measure(tiny(), lengths=(100, tokens), stretches=1, targets=20)
+        measure_perplexity(tiny(), lengths=(100, tokens), stretches=1, targets=20)

@@ -14,8 +14,9 @@ from material import word_tokens
 
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.tasks.chains import Chain, draw_chains
-from hsa_mini.tasks.forms import TASKS, place, s_niah, scatter, tile
+from hsa_mini.tasks.forms import TASKS, s_niah
 from hsa_mini.tasks.needles import VALUE_DIGITS, Needle, ask, draw_needles
+from hsa_mini.tasks.placement import place, scatter, tile
 from hsa_mini.tasks.sentences import KEY_LETTERS, LETTERS, draw_keys, encode, is_held_out
 
 TOKENIZER = load_tokenizer()
@@ -47,7 +48,7 @@ def draw(
 
 
 def least(task: str, sizes, distractors=0, border=False) -> int:
-    return TASKS[task](rng(), distractors=distractors).least_tokens(*sizes, border=border)
+    return TASKS[task](rng(), distractors=distractors).min_tokens(*sizes, border=border)
 
 
 def read(text: str, question: str) -> str:

@@ -104,6 +104,6 @@ def check_length(
     check_range(
         argument,
         tokens,
-        problem.least_tokens(config.chunk_size, config.window, border=border),
+        problem.min_tokens(config.chunk_size, config.window, border=border),
         MOST_TOKENS,
     )

@@ -275,11 +275,11 @@ def run_demo(arguments) -> int:
     from tqdm import tqdm
 
     from hsa_mini.data.corpus import load_corpus, load_text
-    from hsa_mini.evaluation.demo import LEAST_HAYSTACK, LEAST_TOKENS, find_needle
+    from hsa_mini.evaluation.demo import MIN_HAYSTACK, MIN_TOKENS, find_needle
     from hsa_mini.viz import plots
 
     talk = sys.stderr if arguments.json == "-" else sys.stdout
-    check_range("--tokens", arguments.tokens, LEAST_TOKENS, MOST_TOKENS)
+    check_range("--tokens", arguments.tokens, MIN_TOKENS, MOST_TOKENS)
     check_range("--depth", arguments.depth, 0, 1)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
     check_writable("--out", arguments.out, folder=True)
@@ -291,9 +291,9 @@ def run_demo(arguments) -> int:
     if arguments.haystack:
         corpus = load_text(arguments.haystack, name="--haystack")
         first = 0
-        if len(corpus) < LEAST_HAYSTACK:
+        if len(corpus) < MIN_HAYSTACK:
             raise ValueError(
-                f"--haystack: got {len(corpus)} tokens of text, accepted are at least {LEAST_HAYSTACK}"
+                f"--haystack: got {len(corpus)} tokens of text, accepted are at least {MIN_HAYSTACK}"
             )
     else:
         corpus = load_corpus("validation")
@@ -383,7 +383,7 @@ def run_eval(arguments) -> int:
     from hsa_mini.evaluation.runner import evaluate, evaluate_side_by_side
     from hsa_mini.evaluation.statistics import by_length
     from hsa_mini.provenance import write_results
-    from hsa_mini.tasks.forms import MOST_DISTRACTORS
+    from hsa_mini.tasks.forms import MAX_DISTRACTORS
 
     lengths = arguments.lengths or LENGTHS
     for tokens in lengths:
@@ -391,7 +391,7 @@ def run_eval(arguments) -> int:
     check_range("--samples", arguments.samples, 1, 10**6)
     check_range("--jobs", arguments.jobs, 1, 64)
     check_range("--seed", arguments.seed, 0, MOST_SEED)
-    check_range("--distractors", arguments.distractors, 0, MOST_DISTRACTORS)
+    check_range("--distractors", arguments.distractors, 0, MAX_DISTRACTORS)
     options = {"distractors": arguments.distractors, "border": arguments.border}
     name = f"{Path(arguments.checkpoint).name}_{arguments.task}"
     name += (
@@ -437,7 +437,7 @@ def run_eval(arguments) -> int:
 
 def run_perplexity(arguments) -> int:
     from hsa_mini.checkpoint.folder import fingerprint
-    from hsa_mini.evaluation.perplexity import LENGTHS, TARGETS, Row, measure
+    from hsa_mini.evaluation.perplexity import LENGTHS, TARGETS, PerplexityRow, measure_perplexity
     from hsa_mini.provenance import write_results
 
     lengths = arguments.lengths or LENGTHS
@@ -450,11 +450,11 @@ def run_perplexity(arguments) -> int:
     model = read_model("checkpoint", arguments.checkpoint, device)
     asked = fingerprint(checkpoint_folder(arguments.checkpoint))
 
-    def show(row: Row) -> None:
+    def show(row: PerplexityRow) -> None:
         read = f"{row.tokens:>12,} tokens, the last {row.targets} predicted"
         print(f"{read}: loss {row.loss:.4f} nats, perplexity {row.perplexity:.2f}", flush=True)
 
-    rows = measure(
+    rows = measure_perplexity(
         model, lengths=lengths, stretches=arguments.stretches, seed=arguments.seed, report=show
     )
     write_results(path, device, checkpoint=asked, rows=rows)

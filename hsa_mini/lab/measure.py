@@ -13,7 +13,8 @@ from hsa_mini.data.corpus import load_corpus
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab.arms import Scale
-from hsa_mini.tasks.forms import TASKS, Sample, place, tile
+from hsa_mini.tasks.forms import TASKS
+from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
 TOKENS_AT_ONCE = 1 << 19  # of all texts that are read together
