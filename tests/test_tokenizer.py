@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from material import real_archives, words
 
-from hsa_mini.data.corpus import read_documents
+from hsa_mini.data.documents import read_documents
 from hsa_mini.data.tokenizer import (
     RANKS_FILE,
     SPECIAL_TOKENS,

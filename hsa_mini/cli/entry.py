@@ -507,7 +507,8 @@ def run_plan(arguments) -> int:
 
 
 def run_fetch(arguments) -> int:
-    from hsa_mini.data.corpus import SPLITS, fetch_archives, load_corpus
+    from hsa_mini.data.archives import fetch_archives
+    from hsa_mini.data.corpus import SPLITS, load_corpus
 
     try:
         fetch_archives()
