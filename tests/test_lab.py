@@ -18,9 +18,10 @@ from hsa_mini import ChunkMemory, HSAModel, reference
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import measure as measuring
 from hsa_mini.lab import variants
-from hsa_mini.lab.arms import ARMS, SCALES, Scale
+from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.reading import concatenated, grouped_gates
-from hsa_mini.lab.run import PackedBatches, run
+from hsa_mini.lab.run import PackedBatches, run_arm
+from hsa_mini.lab.scales import SCALES, Scale
 from hsa_mini.model.rope import apply_rope, rope_table
 from hsa_mini.training.cross_batch import Past
 from hsa_mini.training.mixture import ANSWER, NONE, TrainingBatches
@@ -197,12 +198,12 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
 def test_the_core_knows_nothing_of_the_laboratory():
     root = Path(variants.__file__).resolve().parents[1]
     users = {
-        path.name
+        path.parent.name
         for path in root.rglob("*.py")
         if path.parent.name not in ("lab", "viz")
         and re.search(r"\blab\b.* import", path.read_text())
     }
-    assert users == {"entry.py"}
+    assert users == {"cli"}
 
 
 # Reading
@@ -471,8 +472,8 @@ def test_an_answer_is_right_if_all_its_tokens_are_what_the_model_says():
     wrong = said.clone()
     wrong[1, 4] += 1
     with torch.no_grad():
-        assert measuring._right(model, ids, [Answers(row) for row in said]) == 2
-        assert measuring._right(model, ids, [Answers(row) for row in wrong]) == 1
+        assert measuring._count_correct(model, ids, [Answers(row) for row in said]) == 2
+        assert measuring._count_correct(model, ids, [Answers(row) for row in wrong]) == 1
 
 
 def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin(monkeypatch):
@@ -488,8 +489,8 @@ def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin
     monkeypatch.setattr(measuring, "_tails", watched)
     scale, tail = TINY, TINY.tail
     for tokens in scale.lengths:
-        measuring.perplexity(None, scale, tokens, corpus, 1)
-        measuring.copies(None, scale, tokens, corpus, 1)
+        measuring.perplexity_row(None, scale, tokens, corpus, 1)
+        measuring.copy_row(None, scale, tokens, corpus, 1)
     (short, short_copies), (long, long_copies) = (seen[tokens] for tokens in scale.lengths)
     assert (long[:, -scale.lengths[0] :] == short).all() and len(short) == scale.texts
     for copies in (short_copies, long_copies):
@@ -501,7 +502,7 @@ def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin
 def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
     model = made(ARMS["concatenated"], torch.float32, scale=TINY).eval()
-    found = measuring.measure(model, TINY)
+    found = measuring.measure_arm(model, TINY)
     assert set(found) == {"s_niah", "mq_niah", "vt", "perplexity", "copy"}
     assert all([row["tokens"] for row in rows] == [512, 2048] for rows in found.values())
     texts, tails = [], measuring._tails
@@ -509,7 +510,7 @@ def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
         measuring, "_tails", lambda model, scale, few: texts.extend(few) or tails(model, scale, few)
     )
     with torch.no_grad():
-        measuring.perplexity(model, TINY, 512, word_corpus("validation").tokens, 1)
+        measuring.perplexity_row(model, TINY, 512, word_corpus("validation").tokens, 1)
     ids = torch.from_numpy(np.stack(texts).astype(np.int64))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1]
@@ -523,7 +524,7 @@ def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
     monkeypatch.setattr(measuring, "TOKENS_AT_ONCE", 512)  # one text at a time
-    again = measuring.measure(model, TINY)
+    again = measuring.measure_arm(model, TINY)
     assert again["perplexity"][1]["perplexity"] == pytest.approx(
         found["perplexity"][1]["perplexity"], rel=1e-5
     )
@@ -536,7 +537,7 @@ def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     scale = dataclasses.replace(TINY, multiples=(1,), questions=1)
     done = []
     one, two, other = (
-        run(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append)
+        run_arm(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append)
         for seed in (5, 5, 6)
     )
     assert sum(done) == 9 and one["curve"]["step"] == [1, 2, 3]

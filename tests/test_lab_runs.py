@@ -19,7 +19,7 @@ from material import small_archives
 from hsa_mini.inference.cuda_graph import WARM_UP
 from hsa_mini.lab import claims as judging
 from hsa_mini.lab import harness
-from hsa_mini.lab.arms import ARMS, SCALES
+from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.claims import (
     CLAIMS,
     DIFFERENT,
@@ -28,11 +28,13 @@ from hsa_mini.lab.claims import (
     REPRODUCED,
     Measure,
     Spread,
+    format_findings,
     judge,
-    table,
     verdict,
 )
-from hsa_mini.lab.harness import append_record, current, read_records, run_missing
+from hsa_mini.lab.harness import run_missing
+from hsa_mini.lab.records import append_record, current, read_records
+from hsa_mini.lab.scales import SCALES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -148,7 +150,7 @@ def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("CUDA error:\n\nout of\nhope")
 
-    monkeypatch.setattr(harness, "run", broken)
+    monkeypatch.setattr(harness, "run_arm", broken)
     link, other = Pipe()
     link.send(("hsa", 0))
     before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
@@ -162,7 +164,7 @@ def test_a_worker_makes_itself_ready_with_a_few_steps_of_every_stage(monkeypatch
     seen = []
     monkeypatch.setattr(
         harness,
-        "run",
+        "run_arm",
         lambda arm, scale, seed, **options: seen.append(
             (arm.recipe(scale, options["steps"]), scale)
         ),
@@ -178,7 +180,7 @@ def test_a_worker_makes_itself_ready_with_a_few_steps_of_every_stage(monkeypatch
 
 def test_commands_that_write_at_once_lose_no_line(tmp_path):
     path = tmp_path / "lab.jsonl"
-    code = "import sys, pathlib; from hsa_mini.lab.harness import append_record\n"
+    code = "import sys, pathlib; from hsa_mini.lab.records import append_record\n"
     code += "for i in range(20): append_record(pathlib.Path(sys.argv[1]), dict(arm=sys.argv[2], seed=i, settings={}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = [
@@ -392,7 +394,7 @@ def test_claims_wait_for_every_seed_and_for_records_of_now():
 def test_the_table_says_mean_lowest_highest_and_verdict():
     records = [record("hsa", seed, value) for seed, value in enumerate((0.25, 0.5, 0.9))]
     records += [record("window", seed, 0.0, perplexity=None) for seed in range(3)]
-    text = table(judge(records))
+    text = format_findings(judge(records))
     assert (
         re.search(r"^blindness: reproduced$", text, re.MULTILINE) and text.count("not yet run") == 9
     )

@@ -29,7 +29,7 @@ from hsa_mini.lab.claims import (  # noqa: E402
     NEAR,
     NOT_RUN,
     REPRODUCED,
-    Finding,
+    ClaimFinding,
     Measure,
     Spread,
 )
@@ -452,7 +452,7 @@ S_FAR, PERPLEXITY = Measure("s_niah", FAR), Measure("perplexity", NEAR)
 def finding(claim, verdict=REPRODUCED, numbers=None):
     """Every arm with the same numbers by every measure, or some numbers by arm."""
     numbers = {arm: HIGH for arm in claim.arms} if numbers is None else numbers
-    return Finding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
+    return ClaimFinding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
 
 
 def points(ax) -> list[tuple[float, float]]:
