@@ -1,4 +1,4 @@
-"""One needle in any haystack: what is reported is what happened, and the shipped model finds it whatever the text.
+"""One needle in any haystack: the report is true, and the shipped model finds it in every text.
 
 Dimensions: T tokens, S chunk size, N chunks.
 """
@@ -21,8 +21,9 @@ TOKENIZER = load_tokenizer()
 S = TINY.chunk_size
 MODEL = tiny()
 KEYS = (
-    "tokens", "depth", "seed", "device", "question", "expected", "answer", "correct", "needle_chunks", "retrieved_chunks",
-    "retrieved", "prefill_seconds", "decode_seconds", "peak_memory_bytes",
+    "tokens", "depth", "seed", "device", "question", "expected", "answer", "correct",
+    "needle_chunks", "retrieved_chunks", "retrieved", "prefill_seconds", "decode_seconds",
+    "peak_memory_bytes",
 )  # fmt: skip
 rng = np.random.default_rng(0)
 HAYSTACKS = {
@@ -160,7 +161,7 @@ def test_a_finding_is_a_function_of_its_arguments(finding):
 
 
 def test_no_key_stands_in_the_haystack():
-    """Also where the haystack is repeated, and where it has sentences of the needle's own form."""
+    """Even if the haystack is repeated, or has sentences of the needle's own form."""
     needles = draw_needles(np.random.default_rng((DEMO, 5)), 60, held_out=True)
     text = "".join(needle.sentence for needle in needles) + words(200)
     finding = find_needle(MODEL, tokens_of(text), tokens=6000, seed=5)
@@ -192,7 +193,7 @@ def test_wrong_arguments(options, message):
 
 def test_a_haystack_that_is_too_short():
     with pytest.raises(
-        ValueError, match="^haystack: got 63 tokens of text, accepted are at least 64$"
+        ValueError, match=r"^haystack: got 63 tokens of text, accepted are at least 64$"
     ):
         find_needle(MODEL, word_tokens()[:63], tokens=1024)
     find_needle(MODEL, word_tokens()[:64], tokens=1024)

@@ -1,4 +1,4 @@
-"""Questions to a haystack that is encoded once: the same answers as encoding each sample from scratch, and honest counts.
+"""A haystack that is encoded once gives the answers of encoding every sample anew; counts are true.
 
 Dimensions: T tokens, S=4 chunk size, W=8 window: TINY, whose lower decoder reaches 14 tokens back.
 """
@@ -33,10 +33,8 @@ from hsa_mini.training.mixture import Mixture, TrainingBatches
 S = TINY.chunk_size
 PROBLEMS = {task: draw(np.random.default_rng(0)) for task, draw in TASKS.items()}
 MIN_TOKENS = max(problem.min_tokens(TINY.chunk_size, TINY.window) for problem in PROBLEMS.values())
-SENTENCE, QUESTION = (
-    len(encode(PROBLEMS["s_niah"].sentences[0])),
-    len(encode(PROBLEMS["s_niah"].question.text)),
-)
+SENTENCE = len(encode(PROBLEMS["s_niah"].sentences[0]))
+QUESTION = len(encode(PROBLEMS["s_niah"].question.text))
 every_task = pytest.mark.parametrize("task", TASKS)
 MODEL = tiny(torch.float64)
 
@@ -70,7 +68,11 @@ def contents(asked: Haystack) -> list[torch.Tensor]:
 
 
 def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
-    """Same answer, and same queries, choice and weights in every HSA layer for the whole tail; then nothing has changed."""
+    """The answer is the same, and in every HSA layer the queries, choices and weights of the whole
+    tail.
+
+    Afterwards the haystack is unchanged.
+    """
     before = contents(asked)
     got = asked.ask(sample, answer_tokens=9)
     assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
@@ -81,7 +83,8 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
     for a, b in zip(got.first.retrievals, want.first.retrievals, strict=True):
         assert a.queries.shape == b.queries.shape
         assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
-        order, twin = a.indices.argsort(-1), b.indices.argsort(-1)
+        order = a.indices.argsort(-1)
+        twin = b.indices.argsort(-1)
         assert torch.equal(a.indices.gather(-1, order), b.indices.gather(-1, twin))
         assert torch.allclose(
             a.weights.gather(-1, order), b.weights.gather(-1, twin), rtol=0, atol=1e-9
@@ -93,7 +96,7 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
     "changes",
     [
         {},
-        dict(top_k=300),  # reads every chunk: one that was left as it was would show
+        dict(top_k=300),  # reads every chunk, so a chunk that was not encoded again would show
         dict(query_block=4, top_k=300),
         dict(exclude_window=True, query_block=2),
         dict(residual="bypass", lower_layers=3, groups=1),
@@ -114,7 +117,9 @@ ALL = tiny(torch.float64, top_k=300)
 
 @pytest.mark.parametrize("tokens", [400, 402])
 def test_needles_near_each_other_and_at_the_borders(tokens):
-    n, body, asked = SENTENCE, tokens - QUESTION, haystack(ALL, tokens)
+    n = SENTENCE
+    body = tokens - QUESTION
+    asked = haystack(ALL, tokens)
     for places in (
         [0, n, 2 * n],  # one after another from the first token on
         [S * 10, S * 10 + n],  # at the start of a chunk
@@ -127,7 +132,7 @@ def test_needles_near_each_other_and_at_the_borders(tokens):
         ],  # as far apart as the lower decoder reaches
         [body - n],  # in front of the question
         [body - 2 * n, body - n],
-        [200, 40],  # in no order
+        [200, 40],  # in no particular order
     ):
         assert_as_from_scratch(asked, placed(tokens, places))
 
@@ -153,9 +158,12 @@ def test_one_haystack_answers_many_questions_as_if_each_were_the_first():
 
 
 def test_the_needle_is_what_the_model_reads():
-    """Without it the retrieval scores are others: the comparison above is not one of two blind readers."""
+    """Without the needle the weights differ, so the comparison above is not one of two blind
+    readers.
+    """
     tokens = MIN_TOKENS + 200
-    asked, sample = haystack(MODEL, tokens), draw(0, tokens, 0.5)
+    asked = haystack(MODEL, tokens)
+    sample = draw(0, tokens, 0.5)
     with_needle = asked.ask(sample, answer_tokens=1).first
     without = asked.ask(draw(0, tokens, 0.5, absent=True), answer_tokens=1).first
     assert torch.equal(
@@ -168,14 +176,16 @@ def test_the_needle_is_what_the_model_reads():
 @pytest.mark.parametrize("options", [dict(distractors=64), dict(border=True)], ids=str)
 def test_harder_samples_equal_encoding_from_scratch(task, options):
     tokens = MIN_TOKENS + 64 * 2 * 22
-    asked, sample = haystack(ALL, tokens), draw(0, tokens, 0.6, task, **options)
+    asked = haystack(ALL, tokens)
+    sample = draw(0, tokens, 0.6, task, **options)
     assert len(sample.patches) == 7 + options.get("distractors", 0)
     assert_as_from_scratch(asked, sample)
 
 
 @pytest.mark.parametrize("segment", [4, 20])
 def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
-    asked, sample = haystack(ALL, MIN_TOKENS), draw(0, MIN_TOKENS, 0.5)
+    asked = haystack(ALL, MIN_TOKENS)
+    sample = draw(0, MIN_TOKENS, 0.5)
     whole = asked._touched(sample)
     monkeypatch.setattr(haystack_module, "SEGMENT", segment)
     parts = asked._touched(sample)
@@ -188,13 +198,11 @@ def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
 
 @every_task
 def test_a_shuffled_memory_is_that_of_the_other_sample(task):
-    """Every chunk is as the other sample's text has it, but the answer begins from the sample's own last tokens."""
+    """The chunks are those of the other sample's text; the answer starts from the own last tokens."""
     tokens = MIN_TOKENS + 200
-    asked, sample, other = (
-        haystack(ALL, tokens),
-        draw(0, tokens, 0.5, task),
-        draw(1, tokens, 0.5, task),
-    )
+    asked = haystack(ALL, tokens)
+    sample = draw(0, tokens, 0.5, task)
+    other = draw(1, tokens, 0.5, task)
     before = contents(asked)
     got = asked.ask(sample, answer_tokens=1, remembered=other)
     assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
@@ -215,11 +223,15 @@ def test_a_shuffled_memory_is_that_of_the_other_sample(task):
 
 
 class Oracle:
-    """Reads the answer in the text that is remembered, if it is told to be right, and retrieves what it is told to."""
+    """Stands in for a haystack: answers right if told to and if the remembered text has the needed
+    sentences, and retrieves the chunk that it is told to.
+    """
 
     def __init__(self, *, right: bool, retrieved: int) -> None:
-        self.right, self.retrieved = right, retrieved
-        self.text, self.model = torch.zeros(MIN_TOKENS + 100, dtype=torch.int64), MODEL
+        self.right = right
+        self.retrieved = retrieved
+        self.text = torch.zeros(MIN_TOKENS + 100, dtype=torch.int64)
+        self.model = MODEL
 
     def ask(self, sample, *, answer_tokens, remembered):
         ids = torch.from_numpy(sample.answer.astype(np.int64))[None]
@@ -267,15 +279,16 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
     options = dict(lengths=(MIN_TOKENS, MIN_TOKENS + 300), depths=(0.0, 1.0), samples=2)
     rows, controls = runner.evaluate(model, task, **options, report=seen.append)
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
-        (MIN_TOKENS, 0.0, 2), (MIN_TOKENS, 1.0, 2), (MIN_TOKENS + 300, 0.0, 2), (MIN_TOKENS + 300, 1.0, 2),
+        (MIN_TOKENS, 0.0, 2), (MIN_TOKENS, 1.0, 2),
+        (MIN_TOKENS + 300, 0.0, 2), (MIN_TOKENS + 300, 1.0, 2),
     ]  # fmt: skip
     assert [(row.tokens, row.control, row.samples) for row in controls] == [
-        (MIN_TOKENS, "absent", 2), (MIN_TOKENS, "shuffled", 2), (MIN_TOKENS + 300, "absent", 2), (MIN_TOKENS + 300, "shuffled", 2),
+        (MIN_TOKENS, "absent", 2), (MIN_TOKENS, "shuffled", 2),
+        (MIN_TOKENS + 300, "absent", 2), (MIN_TOKENS + 300, "shuffled", 2),
     ]  # fmt: skip
     assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
-    assert encoded == [MIN_TOKENS] * 8 + [
-        MIN_TOKENS + 300
-    ]  # a text for every sample below SHARED_FROM, one for all from there on
+    # Below SHARED_FROM every sample has a text of its own; from there on all share one.
+    assert encoded == [MIN_TOKENS] * 8 + [MIN_TOKENS + 300]
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
     assert all(
         0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples
@@ -285,7 +298,7 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
 
 
 def tiny_of_its_own() -> HSAModel:
-    """In another process: the model, and words for a corpus."""
+    """Loads the model in another process, where words replace the corpus too."""
     runner.load_corpus = word_corpus
     return tiny()
 
@@ -298,7 +311,8 @@ def test_lengths_side_by_side_are_those_one_after_the_other(short):
 
 @every_task
 def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
-    model, seen = short[0], []
+    model = short[0]
+    seen = []
     monkeypatch.setattr(
         runner, "place", lambda *args, **options: seen.append(options) or place(*args, **options)
     )
@@ -316,7 +330,8 @@ def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
 
 
 def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
-    seeds, default_rng = [], np.random.default_rng
+    seeds = []
+    default_rng = np.random.default_rng
     monkeypatch.setattr(
         np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed)
     )

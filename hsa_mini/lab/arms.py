@@ -187,7 +187,7 @@ _ARMS = (
     Arm(
         "text_crowd",
         "as text; in the last stage as many chunks of other texts in front as a long text has",
-        training=changes.text_in_a_crowd,
+        training=changes.text_behind_queue,
     ),
     Arm(
         "text_full_rope", "as full_rope, trained on plain text only", variants.WithoutHSA,

@@ -97,7 +97,7 @@ def text_in_full_attention(scale: Scale, stage: Stage) -> dict:
     return text_only(scale, stage) | window_of_stage(scale, stage)
 
 
-def text_in_a_crowd(scale: Scale, stage: Stage) -> dict:
+def text_behind_queue(scale: Scale, stage: Stage) -> dict:
     """Plain text; at the training length with as many chunks of other texts in front as the longest
     evaluation text has.
     """

@@ -55,8 +55,8 @@ def grouped_gates(
         query, own  [B, T, J, D]
         landmarks   [B, N, J, D]
         indices     [B, T, J, K]    -1: no chunk
-        returns     [B, T, J, 1] for the token itself, and [B, T, J, K] for its chunks (0: no chunk);
-                    float32, or float64 if the query is
+        returns     [B, T, J, 1] for the token itself, [B, T, J, K] for its chunks (0: no chunk);
+                    float32 (float64 for float64 queries)
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = query.to(dtype)
