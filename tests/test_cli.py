@@ -23,7 +23,7 @@ from hsa_mini import HSAModel
 from hsa_mini.checkpoint.folder import fingerprint
 from hsa_mini.cli import arguments, entry
 from hsa_mini.cli.report import printable
-from hsa_mini.data import corpus
+from hsa_mini.data import archives
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.evaluation.demo import MIN_HAYSTACK, MIN_TOKENS
 from hsa_mini.evaluation.perplexity import TARGETS
@@ -476,12 +476,12 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
 
 
 def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch):
-    monkeypatch.setattr(corpus, "fetch_archives", lambda: None)
+    monkeypatch.setattr(archives, "fetch_archives", lambda: None)
     status, out, err = call(capfd, "fetch")
     assert (status, err) == (0, "") and re.search(
         r"train: [\d,]+ tokens\n *validation: [\d,]+ tokens", out
     )
-    monkeypatch.setattr(corpus, "fetch_archives", raising(OSError("no network")))
+    monkeypatch.setattr(archives, "fetch_archives", raising(OSError("no network")))
     status, out, err = call(capfd, "fetch")
     assert status == 0 and "train" in out
     assert err == "no network; the standard library of this Python will serve as text instead\n"

@@ -13,7 +13,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.data.corpus import SPLITS, fetch_archives, load_corpus
+    from hsa_mini.data.archives import fetch_archives
+    from hsa_mini.data.corpus import SPLITS, load_corpus
 
     try:
         fetch_archives()

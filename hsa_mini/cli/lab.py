@@ -58,9 +58,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.lab.arms import ARMS, SCALES
-    from hsa_mini.lab.claims import judge, table
-    from hsa_mini.lab.harness import read_records, run_missing
+    from hsa_mini.lab.arms import ARMS
+    from hsa_mini.lab.claims import format_findings, judge
+    from hsa_mini.lab.harness import run_missing
+    from hsa_mini.lab.records import read_records
+    from hsa_mini.lab.scales import SCALES
 
     arms = arguments.arms or list(ARMS)
     check_choices("--arms", arms, ARMS)
@@ -80,5 +82,5 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"{count} runs were missing and are now in {path}")
     if arguments.scale == "lab" and arguments.steps is None:
-        print(table(judge(read_records(path))))
+        print(format_findings(judge(read_records(path))))
     return 0

@@ -63,6 +63,6 @@ def check_length(
     from hsa_mini.tasks.forms import TASKS
 
     problem = TASKS[task](np.random.default_rng(0), distractors=distractors)
-    least = problem.least_tokens(config.chunk_size, config.window, border=border)
+    least = problem.min_tokens(config.chunk_size, config.window, border=border)
     if not least <= tokens <= MAX_TOKENS:
         raise ValueError(f"{argument}: got {tokens}, accepted is {least} to {MAX_TOKENS}")

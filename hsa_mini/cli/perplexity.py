@@ -51,14 +51,14 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from hsa_mini.checkpoint.folder import fingerprint
-    from hsa_mini.evaluation.perplexity import LENGTHS, measure
+    from hsa_mini.evaluation.perplexity import LENGTHS, measure_perplexity
     from hsa_mini.provenance import write_results
 
     path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
     measured = fingerprint(checkpoint_folder(arguments.checkpoint))
-    rows = measure(
+    rows = measure_perplexity(
         model,
         lengths=arguments.lengths or LENGTHS,
         stretches=arguments.stretches,

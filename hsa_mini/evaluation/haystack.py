@@ -1,4 +1,9 @@
-"""haystack: TODO."""
+"""A text that is encoded once and then answers many questions.
+
+For each question only those chunks are encoded again that its sentences change, directly or through
+the reach of the lower decoder. This is exact: tests compare it with encoding every sample from
+scratch.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,11 +16,13 @@ from hsa_mini.inference.generate import Generation, continue_from
 from hsa_mini.inference.prefill import SEGMENT
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, Output
-from hsa_mini.tasks.forms import Sample
+from hsa_mini.tasks.placement import Sample
 
 
 class Haystack:
-    """A text whose chunks are encoded once, and then asked many questions: text int64 [T] on the model's device."""
+    """A text whose chunks are encoded once, and then asked many questions: text int64 [T] on the
+    model's device.
+    """
 
     def __init__(
         self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], None] | None = None
@@ -33,9 +40,11 @@ class Haystack:
     def ask(
         self, sample: Sample, *, answer_tokens: int, remembered: Sample | None = None
     ) -> Generation:
-        """Put the sample's sentences and question into the text, answer greedily, and take them out again.
+        """Put the sample's sentences and question into the text, answer greedily, and take them out
+        again.
 
-        remembered: the memory holds this sample's sentences instead; the sample's own are read only in the last tokens.
+        remembered: the memory holds this sample's sentences instead; the sample's own are read only
+        in the last tokens.
         """
         remembered = remembered or sample
         with self._written(remembered):
@@ -61,7 +70,9 @@ class Haystack:
         self.text[places] = before
 
     def _touched(self, sample: Sample) -> Iterable[tuple[int, int]]:
-        """Ranges of complete chunks [first, last) that the patches reach, merged where they meet, cut where they are long."""
+        """Ranges of complete chunks [first, last) that the patches reach, merged where they meet,
+        cut where they are long.
+        """
         S = self.model.config.chunk_size
         reach = self.model.config.lower_reach
         ranges: list[list[int]] = []
@@ -104,8 +115,3 @@ class Haystack:
         branch.block_queries = [None] * len(branch.block_queries)
         hidden = self.model.lower_decoder(self.text[None, branch.position : last], branch)
         return hidden[:, first - branch.position :], branch
-
-
-def chunks_retrieved(aux: Aux) -> list[set[int]]:
-    """The chunks that each HSA layer kept for the last token read (batch entry 0, all heads)."""
-    return [set(retrieval.indices[0, -1].flatten().tolist()) - {-1} for retrieval in aux.retrievals]

@@ -19,7 +19,7 @@ from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.ops import operations as ops
 from hsa_mini.ops import torch_backend as blockwise
 from hsa_mini.paths import data_dir
-from hsa_mini.tasks.forms import tile
+from hsa_mini.tasks.placement import tile
 
 LENGTHS = tuple(1024 * thousands for thousands in (4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024))
 LONGEST_FULL = 131072  # tokens: full attention beyond takes seconds a call
