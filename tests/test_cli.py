@@ -193,7 +193,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["sing"], "invalid choice: 'sing'"),
     ([], "the following arguments are required: demo"),
 ]
-DEARER = [  # a model or a text has to be opened
+DEARER = [  # refused after a model or a text was opened
     (
         [*DEMO, "--checkpoint", "nosuch"],
         r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini",
@@ -374,10 +374,8 @@ def test_json_in_a_file_and_the_report_for_people(folder, capfd):
 
 
 def test_the_haystack_is_held_out_text_if_none_is_given(folder, capfd):
-    first, second = (
-        ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a"),
-        ("--seed", "1"),
-    )
+    first = ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a")
+    second = ("--seed", "1")
     assert call(capfd, *first)[0] == call(capfd, *first, *second)[0] == 0
 
 
@@ -514,7 +512,7 @@ def test_generate_writes_the_text_of_the_tokens_that_the_model_makes(capfd, opti
 def test_generate_ends_at_the_end_of_the_text(capfd, monkeypatch, made):
     import torch
 
-    later = iter([*made, end_of_text(TOKENIZER)])  # and no token is asked for behind it
+    later = iter([*made, end_of_text(TOKENIZER)])  # a further token would raise StopIteration
     monkeypatch.setattr(
         "hsa_mini.inference.generate.stream",
         lambda *_, **__: (torch.tensor([[next(later)]]) for _ in range(99)),
@@ -523,7 +521,7 @@ def test_generate_ends_at_the_end_of_the_text(capfd, monkeypatch, made):
 
 
 def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_made(folder):
-    """The weights make the model say the bytes of a text again and again, each token one byte."""
+    """The weights make the model repeat the bytes of a text; each token is one byte."""
     import torch
 
     text = "é中😀"
@@ -531,10 +529,10 @@ def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_m
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
-                parameter.zero_()  # what a token becomes depends on it alone
+                parameter.zero_()  # so a token is predicted from the last one alone
         said = list(text.encode())
         tokens = [TOKENIZER.encode_single_token(bytes([byte])) for byte in dict.fromkeys(said)]
-        assert len(tokens) == len(said)  # so the next byte follows from the last one
+        assert len(tokens) == len(said)  # no byte occurs twice: each decides the next
         for token, following in zip(tokens, [*tokens[1:], tokens[0]]):
             model.head.weight[following] = 100 * model.embedding.weight[token]
     model.save_pretrained("parrot")
@@ -578,7 +576,7 @@ def start(*words: str, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # a shell starts what it puts in the background with Ctrl-C ignored, and the tests with it
+        # background jobs of a shell ignore Ctrl-C, and so would the tests started from one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )
