@@ -1,3 +1,5 @@
+"""`python -m hsa_mini COMMAND`: the command line."""
+
 import sys
 
 from hsa_mini.cli.entry import main

@@ -1,26 +1,46 @@
-"""The model that users meet: what `model.core` computes, and the ways to generate text, to save and to load."""
+"""The model for users: what `hsa_mini.model.core` computes, with generation, saving and loading."""
 
+import json
 from pathlib import Path
+from typing import Self
 
 import torch
 
+from hsa_mini.checkpoint.folder import CONFIG, verified_folder
+from hsa_mini.checkpoint.weights import SHARD_BYTES, load_weights, save_weights
+from hsa_mini.config import HSAConfig
+from hsa_mini.inference.generate import Generation, generate
 from hsa_mini.model.core import HSACore
 
 
 class HSAModel(HSACore):
-    """A causal language model that reads nearby tokens through a window and all others through chunks."""
+    """A causal language model for long texts.
 
-    def generate(self, ids: torch.Tensor, **options):
-        """Continue ids [B, T]; see `hsa_mini.inference.generate.generate`."""
-        from hsa_mini.inference.generate import generate
+    It reads nearby tokens by sliding-window attention, and all earlier ones in chunks by
+    Hierarchical Sparse Attention.
+    """
 
+    def generate(self, ids: torch.Tensor, **options) -> Generation:
+        """Continue ids [B, T]; see `hsa_mini.inference.generate.generate` for the options."""
         return generate(self, ids, **options)
 
-    def save_pretrained(self, path: str | Path, **options) -> None:
-        """Write weights, configuration and sha256 manifest; for the options see `hsa_mini.checkpoint.weights.save_model`."""
-        from hsa_mini.checkpoint.weights import save_model
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        texts: dict[str, str] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """Write weights, configuration and sha256 manifest as the folder `path`.
 
-        save_model(self, Path(path), **options)
+        dtype: that of the stored weights, if other than the model's. texts: further files, content
+        by name. shard_bytes: weights that take more bytes are split over several files. Raises
+        ValueError for shard_bytes below 1, and if `path` holds something other than a checkpoint.
+        """
+        texts = {CONFIG: self.config.to_json(), **(texts or {})}
+        weights = self._stored_weights()
+        save_weights(weights, Path(path), texts=texts, dtype=dtype, shard_bytes=shard_bytes)
 
     @classmethod
     def from_pretrained(
@@ -29,8 +49,30 @@ class HSAModel(HSACore):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-    ) -> "HSAModel":
-        """The model in folder `path`, in evaluation mode. Raises ValueError if a file is missing or was altered."""
-        from hsa_mini.checkpoint.weights import load_model
+    ) -> Self:
+        """The model in the folder `path`, in evaluation mode and without gradients.
 
-        return load_model(Path(path), device=device, dtype=dtype)
+        dtype: that of the weights; None is bfloat16 on a GPU and float32 elsewhere. Raises
+        ValueError if a file is missing or was altered, and if the files do not fit together.
+        """
+        device = torch.device(device)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        folder = verified_folder(Path(path), CONFIG)
+        try:
+            config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"path: {folder} cannot be read ({error})") from None
+        model = cls(config, device="meta")
+        weights = load_weights(folder, model._stored_weights(), device=device, dtype=dtype)
+        model.load_state_dict(weights, strict=False, assign=True)
+        if config.tied:
+            model.head.weight = model.embedding.weight
+        return model.eval().requires_grad_(False)
+
+    def _stored_weights(self) -> dict[str, torch.Tensor]:
+        """The weights to store, by name. A tied head is left out because it is the embedding."""
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if not (self.config.tied and name == "head.weight")
+        }

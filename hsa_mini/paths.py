@@ -1,4 +1,4 @@
-"""Where files live: the shipped `data/` folder and the reader's cache; and how a file is written."""
+"""The folders of shipped data and of the user's cache, and how a single file is written."""
 
 import os
 import tempfile
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def data_dir() -> Path:
-    """The folder with tokenizer ranks, checkpoints and results (`HSA_MINI_DATA` overrides it)."""
+    """The folder with tokenizer ranks, checkpoints and results.
+
+    The environment variable `HSA_MINI_DATA` overrides it. Raises FileNotFoundError without it.
+    """
     folder = Path(os.environ.get("HSA_MINI_DATA", Path(__file__).resolve().parent.parent / "data"))
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -16,13 +19,16 @@ def data_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """The folder for fetched archives and encoded corpora (`HSA_MINI_CACHE` overrides it)."""
+    """The folder for downloaded archives and encoded corpora (`HSA_MINI_CACHE` overrides it)."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hsa-mini"
     return Path(os.environ.get("HSA_MINI_CACHE", default))
 
 
 def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
-    """Raise ValueError if `path` cannot become a file (or, if `folder`, hold files). Leaves nothing behind."""
+    """Raise ValueError, which names the argument `name`, if nothing can be written to `path`.
+
+    `path` is a file, or with `folder` a folder for files. The check leaves nothing behind.
+    """
     try:
         if path.exists() and path.is_dir() != folder:
             raise OSError(0, "it is a file" if folder else "it is a folder")
@@ -36,7 +42,7 @@ def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file so that it appears with all of its content or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, fresh = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
     try:

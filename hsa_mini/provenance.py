@@ -1,5 +1,9 @@
-"""Where a measured number comes from: hardware, versions, commit, command. Written into every result."""
+"""Where a measured number comes from: hardware, versions, commit and command.
 
+Every file of results holds this record.
+"""
+
+import contextlib
 import json
 import os
 import platform
@@ -15,7 +19,7 @@ from hsa_mini.paths import write_whole
 
 
 def hardware(device: torch.device) -> str:
-    """ "one NVIDIA H200", or the processor and the threads in use."""
+    """The GPU ("one NVIDIA H200"), or the processor and the number of threads in use."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
     names = [
@@ -24,21 +28,24 @@ def hardware(device: torch.device) -> str:
         if line.startswith("model name")
     ]
     threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def versions() -> dict[str, str]:
+    """The versions of Python, torch and, where they are installed, Triton and tiktoken."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "tiktoken"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            pass
     return found
 
 
 def commit() -> str:
-    """The commit of the checkout ("+changes" if it has any), from git or from `HSA_MINI_COMMIT`; else "unknown"."""
+    """The commit of this checkout, with "+changes" if files were edited since.
+
+    The environment variable `HSA_MINI_COMMIT` overrides it. It is "unknown" without git.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -47,15 +54,15 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return os.environ.get("HSA_MINI_COMMIT") or git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain") else ""
-        )
+        if given := os.environ.get("HSA_MINI_COMMIT"):
+            return given
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def command() -> str:
-    """The command line as a person would type it."""
+    """The command that is running, as a user would type it."""
     ours = Path(sys.argv[0]).name == "hsa-mini" or Path(sys.argv[0]).parts[-2:] == (
         "hsa_mini",
         "__main__.py",
@@ -64,6 +71,7 @@ def command() -> str:
 
 
 def record(device: torch.device) -> dict:
+    """Hardware, versions, commit and command of this process."""
     return {
         "hardware": hardware(device),
         "versions": versions(),
@@ -73,11 +81,15 @@ def record(device: torch.device) -> dict:
 
 
 def write_results(path: Path, device: torch.device, **values) -> None:
-    """Values (rows may be dataclasses), and where they come from, as JSON; the file appears whole or not at all."""
+    """Write values, and the record of where they come from, as a JSON file.
+
+    Values may be lists of dataclasses. The file appears with all of its content or not at all.
+    """
     write_whole(path, (json.dumps(record(device) | values, indent=1, default=vars) + "\n").encode())
 
 
 def _read(path: str) -> str:
+    """The text of a file, or nothing if it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -37,7 +37,7 @@ from matplotlib.patches import Patch, Rectangle
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.inference.prefill import prefill
-from hsa_mini.model.cost_estimate import plan, scaled
+from hsa_mini.model.cost_estimate import estimate_cost, scaled
 from hsa_mini.paths import data_dir
 from hsa_mini.reference import chunk_attention
 from hsa_mini.viz import Control, explore, make_figure, show
@@ -436,12 +436,12 @@ def bill(c, T, size=2):
 
 
 # %% [markdown]
-# First check it. `plan` takes its bytes from the tensors of the model itself. Its FLOP contain the matrices as well, so we
+# First check it. `estimate_cost` takes its bytes from the tensors of the model itself. Its FLOP contain the matrices as well, so we
 # compare how much they *grow* from 1M to 16M tokens: growth is attention's alone.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-few, many = plan("ul_8b_a1b", 1 << 20), plan("ul_8b_a1b", 1 << 24)
+few, many = estimate_cost("ul_8b_a1b", 1 << 20), estimate_cost("ul_8b_a1b", 1 << 24)
 now, then = bill(big, 1 << 20), bill(big, 1 << 24)
 caches = many.window_cache_bytes, many.window_cache_bytes + many.landmark_bytes
 print("bytes kept == plan:", [row[0] for row in then.values()] == [

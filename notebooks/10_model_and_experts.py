@@ -38,7 +38,7 @@ from torch.nn.functional import cross_entropy, grouped_mm, silu
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.model.chunk_encoder import ChunkEncoder
-from hsa_mini.model.cost_estimate import PRINTED, plan, scaled
+from hsa_mini.model.cost_estimate import PRINTED, estimate_cost, scaled
 from hsa_mini.model.mlp import MLP
 from hsa_mini.model.core import Block
 from hsa_mini.model.moe import MoE
@@ -408,7 +408,7 @@ def parameters(c, experts):
 # NBVAL_CHECK_OUTPUT
 for name in ("mini_moe", "ul_0_5b", "ul_8b_a1b"):
     by_hand = parameters(PRESETS[name], PRESETS[name].experts)
-    print(f"{name:9} by hand == package, part by part:", by_hand == plan(name).params_by_part)
+    print(f"{name:9} by hand == package, part by part:", by_hand == estimate_cost(name).params_by_part)
 met = parameters(config, A)
 active = sum(met.values()) - met["embedding and head"]
 print(f"mini_moe: {sum(parameters(config, E).values()):,} in all, {active:,} active")
@@ -627,7 +627,7 @@ explore(
 # %% [markdown]
 # ## The 8B
 #
-# Now the large one. We cannot make it here: its weights alone take 16 GB. But `plan` makes it on PyTorch's *meta* device, where
+# Now the large one. We cannot make it here: its weights alone take 16 GB. But `estimate_cost` makes it on PyTorch's *meta* device, where
 # tensors have a shape and no memory, and counts. The paper prints the totals of two models, and 64 experts of which 4 are
 # asked. It prints no widths and depths. Those of the presets are **ours**, chosen so that the totals come out.
 
@@ -635,7 +635,7 @@ explore(
 # NBVAL_CHECK_OUTPUT
 for name, printed in PRINTED.items():
     for what, theirs in printed.items():
-        ours = getattr(plan(name), what)
+        ours = getattr(estimate_cost(name), what)
         print(f"{name:9} {what:24} ours {ours / 1e6:7,.1f} M, paper {theirs / 1e6:7,.1f} M: {100 * (ours / theirs - 1):+.1f}%")
 
 # %% [markdown]
@@ -753,7 +753,7 @@ def decode_flop(c, T):
 # %%
 # NBVAL_CHECK_OUTPUT
 for T in (1 << 12, 1 << 24):
-    by_hand, theirs = decode_flop(big, T), plan("ul_8b_a1b", T).decode_flops_per_token
+    by_hand, theirs = decode_flop(big, T), estimate_cost("ul_8b_a1b", T).decode_flops_per_token
     named = ", ".join(f"{name} {flop / 1e9:.2f}" for name, flop in by_hand.items())
     print(f"{length_name(T):>3} tokens: {named}; in all {sum(by_hand.values()) / 1e9:.2f} GFLOP, plan {theirs / 1e9:.2f}")
 
@@ -771,7 +771,7 @@ for T in (1 << 12, 1 << 24):
 # %%
 @lru_cache
 def bill(tokens):
-    return plan("ul_8b_a1b", tokens)
+    return estimate_cost("ul_8b_a1b", tokens)
 
 
 def log_bars(axes, values, colours, unit, limits):
@@ -846,10 +846,10 @@ explore(
 # ```python
 # finer = dataclasses.replace(big, experts=128, experts_active=8, expert_width=big.expert_width // 2)
 # for c in (big, finer):
-#     p = plan(c)
+#     p = estimate_cost(c)
 #     ways = math.comb(c.experts, c.experts_active)
 #     print(f"{p.params_total / 1e9:.2f} B in all, {p.params_active / 1e9:.2f} B active, {ways:.1e} ways")
-# assert plan(finer).params_total < plan(big).params_total and math.comb(128, 8) > 10**6 * math.comb(64, 4)
+# assert estimate_cost(finer).params_total < estimate_cost(big).params_total and math.comb(128, 8) > 10**6 * math.comb(64, 4)
 # ```
 #
 # Both totals fall a little, because the shared expert has become half as wide too. The routers are twice as large, which is

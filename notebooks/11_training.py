@@ -41,7 +41,8 @@ from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
-from hsa_mini.data.corpus import HELD_OUT_WORKS, SPLITS, documents, load_corpus
+from hsa_mini.data.corpus import SPLITS, load_corpus
+from hsa_mini.data.documents import HELD_OUT_WORKS, load_documents
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.demo import find_needle
 from hsa_mini.paths import data_dir
@@ -208,7 +209,7 @@ print(f"loss {loss:.3f}; text, copy and answer {[round(mean.item(), 3) for mean 
 # plays in several editions, and they must all fall on the same side.
 
 # %%
-name, found = documents()
+name, found = load_documents()
 count, letters, held_out = Counter(), Counter(), []
 for document in found:
     count[document.split] += 1

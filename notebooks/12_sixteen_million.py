@@ -38,14 +38,16 @@ import torch
 from hsa_mini import HSAModel
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.evaluation.haystack import Haystack, chunks_retrieved
-from hsa_mini.evaluation.perplexity import measure
+from hsa_mini.evaluation.haystack import Haystack
+from hsa_mini.evaluation.perplexity import measure_perplexity
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, PUBLISHED, read_results
+from hsa_mini.evaluation.retrievals import chunks_retrieved
 from hsa_mini.evaluation.runner import DEPTHS, ask_one
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
 from hsa_mini.inference.generate import generate
 from hsa_mini.paths import data_dir
-from hsa_mini.tasks.forms import TASKS, place, tile
+from hsa_mini.tasks.forms import TASKS
+from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import encode
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import length_name, needle_strip
@@ -500,7 +502,7 @@ paths = sorted((data_dir() / "results").glob("*_perplexity.json"))
 tables = {path.stem.removesuffix("_perplexity"): json.loads(path.read_text())["rows"] for path in paths}
 if NAME not in tables:
     print(f"no file of `python -m hsa_mini perplexity {NAME}`: measured here, on a few short stretches")
-    tables[NAME] = [vars(row) for row in measure(model, lengths=(1024, 4096), stretches=3)]
+    tables[NAME] = [vars(row) for row in measure_perplexity(model, lengths=(1024, 4096), stretches=3)]
 words = {}
 for name, rows in tables.items():
     losses = np.array([row["losses"] for row in rows]).T  # [stretches, lengths]

@@ -36,10 +36,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hsa_mini.lab.arms import ARMS, SCALES
-from hsa_mini.lab.claims import CLAIMS, FAR, NEAR, NOT_RUN, SEEDS, TEXTS, Measure, Spread, judge, table, verdict
-from hsa_mini.lab.harness import append_record, current, read_records
-from hsa_mini.lab.run import PackedBatches, run
+from hsa_mini.lab.arms import ARMS
+from hsa_mini.lab.claims import (
+    CLAIMS, FAR, NEAR, NOT_RUN, SEEDS, TEXTS, Measure, Spread, format_findings, judge, verdict,
+)
+from hsa_mini.lab.records import append_record, current, read_records
+from hsa_mini.lab.run import PackedBatches, run_arm
+from hsa_mini.lab.scales import SCALES
 from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, laboratory, make_figure, show
 
@@ -65,7 +68,7 @@ torch.set_num_threads(1)  # these tensors are small: one core is faster than two
 # | arm | one variant: another layer, other settings, or other training | `ARMS[name]` |
 # | scale | the sizes, the training and the questions that all arms share | `SCALES["lab"]` |
 # | seed | decides the first weights, the batches and the noise | `seed` |
-# | run | one arm, trained from nothing with one seed, then measured | `run(arm, scale, seed, ...)` |
+# | run | one arm, trained from nothing with one seed, then measured | `run_arm(arm, scale, seed, ...)` |
 # | record | what a run leaves: its settings, its curve, what was found | one line of JSON |
 # | measure | a task and a length: 1×, 4×, 16× or 64× the training length | `Measure("s_niah", 64)` |
 # | claim | some sentences "this arm is better than that one, by this measure" | `CLAIMS` |
@@ -173,7 +176,7 @@ print("arms that do not change the data get the same tokens:", all(same))
 # %%
 def live(name, seed):
     """One run on this processor, without the time that it took."""
-    record = run(ARMS[name], TINY, seed, device=CPU, steps=STEPS)
+    record = run_arm(ARMS[name], TINY, seed, device=CPU, steps=STEPS)
     seconds.append(record.pop("seconds"))
     return record
 
@@ -427,7 +430,7 @@ def tell(name):
     told.append(name)
     for arm in finding.claim.arms:
         tell_arm(arm)
-    print(table([finding]), "\n")
+    print(format_findings([finding]), "\n")
     print("\n".join(tell_comparison(finding, c) for c in finding.claim.comparisons))
     if any(runs[arm] for arm in finding.claim.arms):
         measures = laboratory.measures_of(finding, brief=True)
@@ -712,7 +715,7 @@ for name, same in runs.items():
 # print(changed(one))
 # assert list(changed(one)) == ["config.top_k"]
 # assert one.parameters(LAB) == ARMS["hsa"].parameters(LAB)
-# mine = run(one, TINY, 0, device=CPU, steps=8)
+# mine = run_arm(one, TINY, 0, device=CPU, steps=8)
 # print(mine["final"]["text"], mine["found"]["s_niah"])
 # ```
 #

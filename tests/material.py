@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
-from hsa_mini.data import corpus
+from hsa_mini.data import archives, corpus
 from hsa_mini.data.tokenizer import load_tokenizer
 
 # The smallest model that reads the tokens of our tokenizer.
@@ -146,7 +146,7 @@ def small_archives(folder: Path) -> list[Path]:
     django |= {f"Django-5.2/docs/d{i}/guide.txt": words(100, f"{i} guide") for i in range(20)}
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for (_, name, _), files in zip(corpus.ARCHIVES, (shakespeare, sympy, django)):
+    for (_, name, _), files in zip(archives.ARCHIVES, (shakespeare, sympy, django)):
         with tarfile.open(folder / name, "w:gz") as tar:
             for path, content in files.items():
                 content = content if isinstance(content, bytes) else content.encode()
@@ -161,9 +161,9 @@ def small_archives(folder: Path) -> list[Path]:
 def real_archives() -> tuple[Path, ...]:
     """The paths of the fetched archives, or nothing if one of them is missing or incomplete."""
     paths = [
-        (corpus.cache_dir() / "archives" / name, digest) for _, name, digest in corpus.ARCHIVES
+        (archives.archives_dir() / name, digest) for _, name, digest in archives.ARCHIVES
     ]
-    return tuple(path for path, _ in paths) if all(corpus._matches(*pair) for pair in paths) else ()
+    return tuple(path for path, _ in paths) if all(archives.has_digest(*pair) for pair in paths) else ()
 
 
 def read(text: str, question: str) -> str:

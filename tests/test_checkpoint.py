@@ -1,4 +1,7 @@
-"""Checkpoints: what is read is what was written, any altered byte is refused, and whoever kills the writer loses nothing."""
+"""Checkpoints: they are read as they were written, and altered ones are refused.
+
+A writer that is killed at any moment leaves the old checkpoint or the new one.
+"""
 
 import dataclasses
 import gc
@@ -7,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.checkpoint.folder import CONFIG, MANIFEST, write_folder
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
-from hsa_mini.checkpoint.weights import INDEX, SHARD_BYTES, WEIGHTS, load_model, save_model
+from hsa_mini.checkpoint.weights import INDEX, SHARD_BYTES, WEIGHTS
 from hsa_mini.paths import data_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,12 +34,12 @@ SMALL = dict(
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    save_model(tiny(**SMALL), tmp_path / "model", texts={"log.csv": "step,loss\n"})
+    tiny(**SMALL).save_pretrained(tmp_path / "model", texts={"log.csv": "step,loss\n"})
     return tmp_path / "model"
 
 
 def seal(folder: Path) -> None:
-    """Write a manifest that fits the files, as whoever alters a checkpoint on purpose would."""
+    """Write a manifest that fits the files, to alter a checkpoint without being noticed."""
     files = [file for file in folder.iterdir() if file.name != MANIFEST]
     digests = {
         f.name: {"sha256": hashlib.sha256(f.read_bytes()).hexdigest(), "bytes": f.stat().st_size}
@@ -53,7 +57,7 @@ def test_what_is_read_is_what_was_written(tmp_path, changes, dtype):
     model = tiny(**changes)
     for module in model.modules():
         if hasattr(module, "bias") and torch.is_tensor(module.bias):
-            module.bias.normal_()  # what balances the experts is part of the model too
+            module.bias.normal_()  # the router's bias is part of the model too
     model.save_pretrained(tmp_path / "model", dtype=dtype)
     got = HSAModel.from_pretrained(tmp_path / "model")
     assert got.config == model.config
@@ -76,11 +80,13 @@ def test_a_tied_head_is_stored_once_and_an_untied_one_too(tmp_path):
 
 def test_dtype_of_the_loaded_weights_can_be_asked_for(folder):
     for dtype in (torch.bfloat16, torch.float64):
-        assert {p.dtype for p in load_model(folder, dtype=dtype).parameters()} == {dtype}
+        assert {p.dtype for p in HSAModel.from_pretrained(folder, dtype=dtype).parameters()} == {
+            dtype
+        }
 
 
 def test_training_goes_on_from_a_loaded_model(folder):
-    model = load_model(folder).requires_grad_(True).train()
+    model = HSAModel.from_pretrained(folder).requires_grad_(True).train()
     model(torch.arange(20)[None]).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.head.weight.grad is model.embedding.weight.grad
@@ -95,11 +101,11 @@ def test_a_flipped_bit_anywhere_is_refused(folder, name):
         altered = bytearray(content)
         altered[bit // 8] ^= 1 << bit % 8
         file.write_bytes(altered)
-        with pytest.raises(ValueError, match="^path: .*; accepted is ") as caught:
-            load_model(folder)
+        with pytest.raises(ValueError, match=r"^path: .*; accepted is ") as caught:
+            HSAModel.from_pretrained(folder)
         assert name in str(caught.value) and "\n" not in str(caught.value), bit
     file.write_bytes(content)
-    load_model(folder)
+    HSAModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, MANIFEST, "log.csv"])
@@ -118,7 +124,7 @@ def test_a_file_that_is_cut_off_longer_or_missing_is_refused(folder, name):
         if altered is not None:
             file.write_bytes(altered)
         with pytest.raises(ValueError, match=f"^path: .*{re.escape(name)}.*; accepted is "):
-            load_model(folder)
+            HSAModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_a_file_that_is_cut_off_longer_or_missing_is_refused(folder, name):
 def test_a_manifest_that_vouches_for_nothing_is_refused(folder, manifest):
     (folder / MANIFEST).write_text(manifest)
     with pytest.raises(ValueError, match=f"^path: .*{MANIFEST}.*; accepted is "):
-        load_model(folder)
+        HSAModel.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("left_out", [WEIGHTS, CONFIG])
@@ -137,7 +143,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for_is_not_read(folder, left_ou
     del manifest[left_out]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"^path: .*{MANIFEST} does not name {left_out}"):
-        load_model(folder)
+        HSAModel.from_pretrained(folder)
 
 
 def test_a_path_without_a_checkpoint_is_refused(tmp_path):
@@ -147,7 +153,7 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path):
         with pytest.raises(
             ValueError, match=f"^path: .*{name}.*accepted is the folder of a checkpoint"
         ):
-            load_model(tmp_path / name)
+            HSAModel.from_pretrained(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +172,7 @@ def test_a_configuration_that_does_not_fit_is_refused(folder, change, message):
     (folder / CONFIG).write_text(json.dumps(config | change))
     seal(folder)
     with pytest.raises(ValueError, match=message) as caught:
-        load_model(folder)
+        HSAModel.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -177,12 +183,12 @@ def test_a_file_that_cannot_be_read_is_refused_even_if_the_manifest_fits(folder,
     (folder / name).write_bytes(content)
     seal(folder)
     with pytest.raises(ValueError):
-        load_model(folder)
+        HSAModel.from_pretrained(folder)
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    save_model(tiny(**SMALL), tmp_path / "sharded", shard_bytes=5000)
+    tiny(**SMALL).save_pretrained(tmp_path / "sharded", shard_bytes=5000)
     return tmp_path / "sharded"
 
 
@@ -198,14 +204,14 @@ def test_every_preset_that_fits_comes_back_bit_by_bit_from_one_file_and_from_man
 ):
     torch.manual_seed(0)
     model = HSAModel(PRESETS[preset], dtype=dtype)
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         buffer.normal_()
     size = sum(parameter.nbytes for parameter in (*model.parameters(), *model.buffers()))
     for shard_bytes in (size, size // 3):
         model.save_pretrained(tmp_path / "model", shard_bytes=shard_bytes)
         shards = list((tmp_path / "model").glob("*.safetensors"))
         assert (len(shards) > 2) == (shard_bytes < size) == (tmp_path / "model" / INDEX).exists()
-        got = load_model(tmp_path / "model", dtype=dtype).state_dict()
+        got = HSAModel.from_pretrained(tmp_path / "model", dtype=dtype).state_dict()
         want = model.state_dict()
         assert got.keys() == want.keys()
         assert all(
@@ -238,7 +244,9 @@ def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, s
         "total_size": sum(map(sum, sizes.values()))
     }
     assert all(sum(size) <= shard_bytes or len(size) == 1 for size in sizes.values())
-    for shard, following in zip(shards, shards[1:]):  # none is cut off earlier than it must be
+    for shard, following in pairwise(
+        shards
+    ):  # a file ends only where the next tensor would not fit
         first = next(
             value
             for name, value in model.named_parameters()
@@ -247,7 +255,7 @@ def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, s
         assert sum(sizes[shard]) + first.numel() * (dtype or first.dtype).itemsize > shard_bytes
     manifest = json.loads((tmp_path / "model" / MANIFEST).read_text())
     assert manifest.keys() == {CONFIG, INDEX, *shards}
-    got = load_model(tmp_path / "model").state_dict()
+    got = HSAModel.from_pretrained(tmp_path / "model").state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(got[name], value.to(dtype or value.dtype).float())
 
@@ -271,9 +279,9 @@ def test_a_shard_that_is_altered_or_missing_is_refused(sharded):
             with pytest.raises(
                 ValueError, match=f"^path: .*{re.escape(file.name)}.*; accepted is "
             ):
-                load_model(sharded)
+                HSAModel.from_pretrained(sharded)
         file.write_bytes(content)
-    load_model(sharded)
+    HSAModel.from_pretrained(sharded)
 
 
 def edit_index(folder: Path, change) -> None:
@@ -282,7 +290,7 @@ def edit_index(folder: Path, change) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-LAST = "norm.weight"  # of the weights in the files below
+LAST = "norm.weight"  # the last weight in the files below
 MISFITS = {
     "a shard is missing": (
         lambda folder: (folder / index_of(folder)["weight_map"][LAST]).unlink(),
@@ -306,7 +314,8 @@ MISFITS = {
         lambda folder: edit_index(
             folder, lambda places: places.update({LAST: places["embedding.weight"]})
         ),
-        r"norm.weight is in model-00001-of-\d+.safetensors by the index, in model-\d+-of-\d+.safetensors by the files",
+        r"norm.weight is in model-00001-of-\d+.safetensors by the index, "
+        r"in model-\d+-of-\d+.safetensors by the files",
     ),
     "a shard outside the folder": (
         lambda folder: edit_index(folder, lambda places: places.update({LAST: "../weights"})),
@@ -337,7 +346,7 @@ def test_files_that_do_not_fit_the_index_are_refused_even_if_the_manifest_fits(s
     change(sharded)
     seal(sharded)
     with pytest.raises(ValueError, match=f"^path: .*{message}.*; accepted is ") as caught:
-        load_model(sharded)
+        HSAModel.from_pretrained(sharded)
     assert "\n" not in str(caught.value)
 
 
@@ -370,13 +379,13 @@ def test_weights_that_do_not_fit_are_refused(folder, name, value, message):
     with pytest.raises(
         ValueError, match=rf"^path: the weights in .* do not fit its config.json \({message}"
     ) as caught:
-        load_model(folder)
+        HSAModel.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
 def new_objects_alone():
-    """The garbage collector looks at what a test makes, not at what was there."""
+    """The garbage collector looks only at the objects that a test makes."""
     gc.collect()
     gc.freeze()
     yield
@@ -384,11 +393,15 @@ def new_objects_alone():
 
 
 def test_never_are_two_copies_of_all_weights_held(tmp_path, monkeypatch, new_objects_alone):
-    """Bytes of all living tensors besides the model's, at each file written and each tensor read in another dtype."""
+    """Bytes of all living tensors except the model's.
+
+    They are counted at each file that is written and at each tensor that is read in another dtype.
+    """
     model = tiny(width=256, mlp_width=1024, lower_layers=1)
     sizes, shard_bytes = [parameter.nbytes for parameter in model.parameters()], 600_000
     held = max(shard_bytes, max(sizes) // 2)  # of one file, in bfloat16
-    before, alive = living_bytes(), []
+    before = living_bytes()
+    alive = []
 
     def watched_save(tensors, path):
         alive.append(living_bytes() - before)
@@ -415,7 +428,7 @@ def test_never_are_two_copies_of_all_weights_held(tmp_path, monkeypatch, new_obj
     model.save_pretrained(tmp_path / "model", dtype=torch.bfloat16, shard_bytes=shard_bytes)
     assert len(alive) > 3 and 0 < max(alive) <= held < sum(sizes) // 4
     alive.clear()
-    got = load_model(tmp_path / "model")
+    got = HSAModel.from_pretrained(tmp_path / "model")
     assert (
         sum(sizes)
         == sum(parameter.nbytes for parameter in got.parameters())
@@ -426,6 +439,7 @@ def test_never_are_two_copies_of_all_weights_held(tmp_path, monkeypatch, new_obj
 
 MEMORY = """
 import sys
+from itertools import pairwise
 from pathlib import Path
 import torch
 from hsa_mini import HSAConfig, HSAModel
@@ -435,7 +449,8 @@ def reset():
     return current("VmRSS")
 
 def current(name):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 def measured(work):
@@ -448,7 +463,7 @@ def measured(work):
 
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(),
-    reason="the peak of a process's memory is asked of Linux",
+    reason="only Linux tells a process the peak of its memory",
 )
 def test_the_process_grows_by_a_shard_when_it_writes_and_by_the_model_when_it_reads(tmp_path):
     code = (
@@ -488,7 +503,9 @@ def test_writing_replaces_a_checkpoint_and_leaves_nothing_else(tmp_path, monkeyp
     for name in ("model", "empty", "new/deep", "link"):
         other.save_pretrained(tmp_path / name)
         other.save_pretrained(tmp_path / name)
-        assert torch.equal(load_model(tmp_path / name).embedding.weight, other.embedding.weight)
+        assert torch.equal(
+            HSAModel.from_pretrained(tmp_path / name).embedding.weight, other.embedding.weight
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "model", "new"]
     assert (tmp_path / "link").is_symlink()
     monkeypatch.chdir(tmp_path / "model")
@@ -536,20 +553,32 @@ def test_of_the_states_of_a_run_the_two_newest_stay_and_the_newest_whole_one_is_
     assert load_progress(tmp_path) is None
 
 
+# What the processes below run first. A child writes one byte into a pipe before every step on the
+# disk, and its parent kills it after a given number of steps. No clock is involved, so that the test
+# is the same on a slow machine. Only where in the next step the signal arrives is random.
 KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, sys
 from pathlib import Path
 import torch
-from hsa_mini import HSAConfig, HSAModel, checkpoint
+from hsa_mini import HSAConfig, HSAModel
+from hsa_mini.checkpoint import folder as files
+from hsa_mini.checkpoint.training_state import load_progress, save_progress
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 random.seed(0)
+STEPS = [(os, name) for name in ("rename", "fsync", "unlink", "rmdir", "chmod")]
+STEPS += [(files, "save_file")]
 
-def forever(write):
-    for i in range(10**6):
-        write(i)
+def before_every_step(action):
+    def watched(function):
+        def call(*arguments, **options):
+            action()
+            return function(*arguments, **options)
+        return call
+    for owner, name in STEPS:
+        setattr(owner, name, watched(getattr(owner, name)))
 
-def child(work) -> int:
+def child(work):
     pid = os.fork()
     if pid == 0:
         try:
@@ -557,6 +586,34 @@ def child(work) -> int:
         finally:
             os._exit(1)
     return pid
+
+def killed_after(steps, write):
+    # Call write(0), write(1), ... in a child, and kill it after so many steps on the disk.
+    reader, writer = os.pipe()
+    def forever():
+        before_every_step(lambda: os.write(writer, b"."))
+        for i in range(10**6):
+            write(i)
+    pid = child(forever)
+    os.close(writer)
+    for _ in range(steps):
+        assert os.read(reader, 1) == b".", "the writer failed"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(reader)
+
+def steps_of(write):
+    # The number of steps on the disk of write(0).
+    reader, writer = os.pipe()
+    def once():
+        before_every_step(lambda: os.write(writer, b"."))
+        write(0)
+        os._exit(0)
+    os.waitpid(child(once), 0)
+    os.close(writer)
+    count = len(os.read(reader, 1 << 16))
+    os.close(reader)
+    return count
 """
 
 
@@ -566,7 +623,7 @@ several_sizes = pytest.mark.parametrize(
 
 
 def killed(code: str, folder: Path) -> list[str]:
-    """Run KILLED + code in a process of its own; what it prints, by lines."""
+    """Run KILLED + code in its own process; returns the lines that it prints."""
     run = subprocess.run(
         [sys.executable, "-c", KILLED + code, str(folder)], capture_output=True, text=True, cwd=ROOT
     )
@@ -584,17 +641,16 @@ def write(i):
     torch.nn.init.constant_(model.embedding.weight, i)
     model.save_pretrained(folder / "model", shard_bytes={shard_bytes})
 
-began = time.monotonic()
 write(0)
-seconds, last = time.monotonic() - began, 0  # of one write
+last, steps = 0, steps_of(lambda _: write(0))
 for round in range(25):
-    pid = child(lambda: forever(lambda i: write(last + 1 + i)))
-    time.sleep(random.uniform(0, 2) * seconds)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    weight = checkpoint.load_model(folder / "model").embedding.weight
-    seconds *= 1.5 if weight[0, 0] == last else 0.8  # the disk may be slower than it was
-    last = int(weight[0, 0])
+    taken = random.randint(1, 2 * steps)
+    killed_after(taken, lambda i: write(last + 1 + i))
+    weight = HSAModel.from_pretrained(folder / "model").embedding.weight
+    found = int(weight[0, 0])
+    # one write has been finished by then, even if it had to clear up after the one that was killed
+    assert found >= last + (taken > 1.5 * steps), (found, last, taken, steps)
+    last = found
     print(last if (weight == last).all() else "mixed")
 """
     found = killed(code, tmp_path)
@@ -604,22 +660,21 @@ for round in range(25):
 
 @several_sizes
 def test_kill_between_any_two_steps_leaves_a_loadable_checkpoint(tmp_path, shard_bytes):
-    """The writer dies before the n-th call that touches the disk, for every n, on top of what the last one left."""
+    """The writer dies before the n-th step on the disk, for every n.
+
+    It starts from what the previous one left behind.
+    """
     code = f"""
 model = HSAModel(HSAConfig(**{dataclasses.asdict(TINY)}))
 model.save_pretrained(folder / "model")
 
 def die_at(count):
     left = [count]
-    def counted(function):
-        def call(*arguments, **options):
-            left[0] -= 1
-            if left[0] < 0:
-                os._exit(9)
-            return function(*arguments, **options)
-        return call
-    for owner, name in ((os, "rename"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "chmod"), (checkpoint, "save_file")):
-        setattr(owner, name, counted(getattr(owner, name)))
+    def counted():
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+    before_every_step(counted)
 
 for n in range(60):
     def work():
@@ -629,9 +684,10 @@ for n in range(60):
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1])
     assert status in (0, 9), status
-    weight = checkpoint.load_model(folder / "model").embedding.weight
+    weight = HSAModel.from_pretrained(folder / "model").embedding.weight
     assert n == 0 or weight[0, 0] in (n, n - 1, last), (n, weight[0, 0])
-    assert len(checkpoint.fingerprint(folder / "model")) == 64  # of what was just loaded, wherever that is
+    # the fingerprint is that of the checkpoint just loaded, whichever folder it was in
+    assert len(files.fingerprint(folder / "model")) == 64
     last = weight[0, 0].item()
     print(status)
     if status == 0:
@@ -643,20 +699,19 @@ for n in range(60):
 
 def test_kill_during_training_leaves_the_newest_whole_state(tmp_path):
     code = """
-def write(i):
-    checkpoint.save_progress(folder, start + i, {"x": torch.full((50_000,), float(start + i))}, {"step": start + i})
+def state(step):
+    return step, {"x": torch.full((50_000,), float(step))}, {"step": step}
 
+steps = steps_of(lambda _: save_progress(folder / "try", *state(1)))
+folder = folder / "run"
 start, seen = 1, 0
 for round in range(25):
-    pid = child(lambda: forever(write))
-    time.sleep(random.uniform(0.001, 0.05))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    state = checkpoint.load_progress(folder)
-    if state is None:
+    killed_after(random.randint(1, 3 * steps), lambda i: save_progress(folder, *state(start + i)))
+    found = load_progress(folder)
+    if found is None:
         assert not seen
         continue
-    tensors, progress = state
+    tensors, progress = found
     assert (tensors["x"] == progress["step"]).all() and progress["step"] >= seen
     assert progress["step"] >= max(int(path.name[5:]) for path in folder.glob("step-*")) - 1
     seen = progress["step"]
@@ -681,7 +736,7 @@ def test_nothing_is_ever_unpickled():
     "path", sorted((data_dir() / "checkpoints").glob("*/")), ids=lambda path: path.name
 )
 def test_shipped_checkpoints_are_whole_and_say_how_they_were_trained(path):
-    model = load_model(path)
+    model = HSAModel.from_pretrained(path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     how = json.loads((path / "training.json").read_text())
     assert {"hardware", "versions", "command", "seed", "seconds", "recipe"} <= how.keys()

@@ -1,6 +1,7 @@
-"""The command line: what it writes, and one line on standard error with exit status 2 for whatever is wrong.
+"""The command line: what it writes, and how it refuses wrong input.
 
-Cheap checks come first: most wrong inputs are refused before a model is loaded or a text is read.
+A wrong input makes one line on standard error and exit status 2. Most are refused before a model is
+loaded or a text is read.
 """
 
 import json
@@ -18,13 +19,16 @@ import pytest
 from helpers import call
 from material import KEYS, TINY, tiny, word_corpus, words
 
+from hsa_mini import HSAModel
 from hsa_mini.checkpoint.folder import fingerprint
-from hsa_mini.cli import entry as cli
+from hsa_mini.cli import arguments, entry
 from hsa_mini.cli.report import printable
-from hsa_mini.data import corpus
+from hsa_mini.data import archives
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
+from hsa_mini.evaluation.demo import MIN_HAYSTACK, MIN_TOKENS
+from hsa_mini.evaluation.perplexity import TARGETS
 from hsa_mini.paths import data_dir
-from hsa_mini.tasks.forms import TASKS
+from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 CORRUPTED = "corrupted"
@@ -33,7 +37,10 @@ TOKENIZER = load_tokenizer()
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """The current folder, with what the bad inputs below name; no command may leave anything in it but its results."""
+    """The current folder, with the files that the wrong inputs below name.
+
+    A command may leave nothing in it but its results.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", word_corpus)
@@ -164,7 +171,8 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["perplexity"], "the following arguments are required: checkpoint"),
     (
         ["plan", "huge"],
-        "preset: got 'huge', accepted are debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b",
+        "preset: got 'huge', accepted are "
+        "debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b",
     ),
     (["plan"], "the following arguments are required: preset"),
     (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),
@@ -185,7 +193,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["sing"], "invalid choice: 'sing'"),
     ([], "the following arguments are required: demo"),
 ]
-DEARER = [  # a model or a text has to be opened
+DEARER = [  # refused after a model or a text was opened
     (
         [*DEMO, "--checkpoint", "nosuch"],
         r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini",
@@ -269,7 +277,7 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(
     folder, capfd, monkeypatch, words, message
 ):
     if (words, message) in CHEAP:
-        monkeypatch.setattr("hsa_mini.checkpoint.weights.load_model", refuse)
+        monkeypatch.setattr("hsa_mini.hsa_model.HSAModel.from_pretrained", refuse)
         monkeypatch.setattr("hsa_mini.data.corpus.load_text", refuse)
         monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", refuse)
     before = listing(folder)
@@ -311,11 +319,18 @@ def test_a_run_of_other_settings(folder, capfd):
     )
 
 
+def raising(error: BaseException):
+    """A function that raises `error` whatever it is called with."""
+
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
 def test_running_out_of_memory_is_one_line(folder, capfd, monkeypatch):
     for error in (RuntimeError("CUDA out of memory.\nTried to allocate"), MemoryError()):
-        monkeypatch.setattr(
-            "hsa_mini.evaluation.demo.prefill", lambda *_, **__: (_ for _ in ()).throw(error)
-        )
+        monkeypatch.setattr("hsa_mini.evaluation.demo.prefill", raising(error))
         before = listing(folder)
         status, _, err = call(capfd, *DEMO)
         assert (
@@ -324,12 +339,10 @@ def test_running_out_of_memory_is_one_line(folder, capfd, monkeypatch):
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch):
-    monkeypatch.setattr(
-        "hsa_mini.evaluation.demo.prefill",
-        lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes do not match")),
-    )
+    error = RuntimeError("shapes do not match")
+    monkeypatch.setattr("hsa_mini.evaluation.demo.prefill", raising(error))
     with pytest.raises(RuntimeError, match="shapes"):
-        cli.main(DEMO)
+        entry.main(DEMO)
 
 
 def test_json_on_standard_output_is_json_alone_and_the_picture_is_a_picture(folder, capfd):
@@ -361,17 +374,15 @@ def test_json_in_a_file_and_the_report_for_people(folder, capfd):
 
 
 def test_the_haystack_is_held_out_text_if_none_is_given(folder, capfd):
-    first, second = (
-        ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a"),
-        ("--seed", "1"),
-    )
+    first = ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a")
+    second = ("--seed", "1")
     assert call(capfd, *first)[0] == call(capfd, *first, *second)[0] == 0
 
 
 def test_a_text_that_would_upset_a_terminal_or_a_picture(folder, capfd, monkeypatch):
     Path("evil.txt").write_text("\x1b[2J\x9b\x07\0\r\u202e$x$\\frac{" * 200, encoding="utf-8")
     monkeypatch.setattr("hsa_mini.evaluation.demo.continue_from", answering("\x1b$\\frac$"))
-    status, out, err = call(capfd, *DEMO, "--haystack", "evil.txt")
+    status, out, _ = call(capfd, *DEMO, "--haystack", "evil.txt")
     assert status == 0 and Path("out/needle_2048_0.png").stat().st_size > 5000
     assert not set("\x1b\x9b\x07\0\u202e") & set(out) and "\N{MIDDLE DOT}$\\frac$" in out
 
@@ -428,7 +439,7 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
     monkeypatch.setenv("HSA_MINI_DATA", str(data))
     status, out, _ = call(capfd, "eval", "own", "--lengths", "300", "--samples", "1")
     assert status == 0 and (data / "results" / "own_s_niah.json").is_file()
-    for task in cli.TASKS:
+    for task in arguments.TASKS:
         options = (
             "--task",
             task,
@@ -463,14 +474,12 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
 
 
 def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch):
-    monkeypatch.setattr(corpus, "fetch_archives", lambda: None)
+    monkeypatch.setattr(archives, "fetch_archives", lambda: None)
     status, out, err = call(capfd, "fetch")
     assert (status, err) == (0, "") and re.search(
         r"train: [\d,]+ tokens\n *validation: [\d,]+ tokens", out
     )
-    monkeypatch.setattr(
-        corpus, "fetch_archives", lambda: (_ for _ in ()).throw(OSError("no network"))
-    )
+    monkeypatch.setattr(archives, "fetch_archives", raising(OSError("no network")))
     status, out, err = call(capfd, "fetch")
     assert status == 0 and "train" in out
     assert err == "no network; the standard library of this Python will serve as text instead\n"
@@ -480,10 +489,8 @@ def generated(**options) -> list[int]:
     """The tokens that `generate` makes of good.txt."""
     import torch
 
-    from hsa_mini.checkpoint.weights import load_model
-
     ids = torch.tensor([TOKENIZER.encode_ordinary(words(3000))])
-    return load_model(Path("model")).generate(ids, **options).ids[0].tolist()
+    return HSAModel.from_pretrained("model").generate(ids, **options).ids[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -505,7 +512,7 @@ def test_generate_writes_the_text_of_the_tokens_that_the_model_makes(capfd, opti
 def test_generate_ends_at_the_end_of_the_text(capfd, monkeypatch, made):
     import torch
 
-    later = iter([*made, end_of_text(TOKENIZER)])  # and no token is asked for behind it
+    later = iter([*made, end_of_text(TOKENIZER)])  # a further token would raise StopIteration
     monkeypatch.setattr(
         "hsa_mini.inference.generate.stream",
         lambda *_, **__: (torch.tensor([[next(later)]]) for _ in range(99)),
@@ -514,7 +521,7 @@ def test_generate_ends_at_the_end_of_the_text(capfd, monkeypatch, made):
 
 
 def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_made(folder):
-    """The weights make the model say the bytes of a text again and again, each token one byte."""
+    """The weights make the model repeat the bytes of a text; each token is one byte."""
     import torch
 
     text = "é中😀"
@@ -522,10 +529,10 @@ def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_m
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
-                parameter.zero_()  # what a token becomes depends on it alone
+                parameter.zero_()  # so a token is predicted from the last one alone
         said = list(text.encode())
         tokens = [TOKENIZER.encode_single_token(bytes([byte])) for byte in dict.fromkeys(said)]
-        assert len(tokens) == len(said)  # so the next byte follows from the last one
+        assert len(tokens) == len(said)  # no byte occurs twice: each decides the next
         for token, following in zip(tokens, [*tokens[1:], tokens[0]]):
             model.head.weight[following] = 100 * model.embedding.weight[token]
     model.save_pretrained("parrot")
@@ -542,7 +549,8 @@ def test_generate_reads_standard_input_and_writes_characters_whole_as_they_are_m
     process.stdin.close()
     assert process.stdout.read(len(text) * 5) == text * 5
     os.killpg(process.pid, signal.SIGINT)  # while it writes
-    out, err = process.stdout.read(), process.stderr.read()
+    out = process.stdout.read()
+    err = process.stderr.read()
     assert process.wait(timeout=60) == 130 and "Traceback" not in err and "interrupted" in err
     assert (text * 40_000).startswith(out)
 
@@ -568,7 +576,7 @@ def start(*words: str, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # a shell starts what it puts in the background with Ctrl-C ignored, and the tests with it
+        # background jobs of a shell ignore Ctrl-C, and so would the tests started from one
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )
@@ -590,7 +598,7 @@ def test_control_c_during_the_demo_ends_with_130_and_leaves_nothing_half_written
     assert process.stdout.readline().startswith("reading 50,000,000 tokens")
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
     assert listing(folder) == before
 
@@ -605,7 +613,7 @@ def test_control_c_during_training_ends_with_130_and_the_run_can_go_on(folder):
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
     assert [path.name for path in Path("runs/nano").iterdir()] == ["log.csv"]
 
@@ -625,7 +633,7 @@ def test_help_explains_every_option(capfd, command):
     status, out, err = call(capfd, command, "--help")
     assert (status, err) == (0, "")
     parser = next(
-        a for a in cli.build_parser()._actions if a.choices and "demo" in a.choices
+        a for a in entry.build_parser()._actions if a.choices and "demo" in a.choices
     ).choices[command]
     for action in parser._actions:
         assert all(name in out for name in action.option_strings)
@@ -638,4 +646,25 @@ def test_printable_keeps_every_script_and_drops_what_moves_the_cursor():
 
 
 def test_the_tasks_are_those_of_the_package():
-    assert cli.TASKS == tuple(TASKS)
+    assert tuple(TASKS) == arguments.TASKS
+
+
+def test_the_limits_are_those_of_the_package():
+    assert (arguments.MIN_DEMO_TOKENS, arguments.MIN_HAYSTACK) == (MIN_TOKENS, MIN_HAYSTACK)
+    assert (arguments.PERPLEXITY_TARGETS, arguments.MAX_DISTRACTORS) == (TARGETS, MAX_DISTRACTORS)
+
+
+@pytest.mark.parametrize("words", [["demo", "--tokens", "12"], ["demo", "--help"], ["sing"]])
+def test_a_command_line_is_refused_or_explained_without_loading_torch(words):
+    code = f"""
+import sys
+from hsa_mini.cli import main
+try:
+    main({words})
+except SystemExit:
+    print("torch" in sys.modules, "numpy" in sys.modules)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert run.stdout.endswith("False False\n")

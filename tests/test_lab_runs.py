@@ -1,4 +1,4 @@
-"""Runs of the laboratory: what is missing is run once, a record is whole or not there, and a verdict follows its rule."""
+"""Runs of the laboratory: each missing run runs once, records are complete, verdicts follow the rule."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from material import small_archives
 from hsa_mini.inference.cuda_graph import WARM_UP
 from hsa_mini.lab import claims as judging
 from hsa_mini.lab import harness
-from hsa_mini.lab.arms import ARMS, SCALES
+from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.claims import (
     CLAIMS,
     DIFFERENT,
@@ -28,11 +28,13 @@ from hsa_mini.lab.claims import (
     REPRODUCED,
     Measure,
     Spread,
+    format_findings,
     judge,
-    table,
     verdict,
 )
-from hsa_mini.lab.harness import append_record, current, read_records, run_missing
+from hsa_mini.lab.harness import run_missing
+from hsa_mini.lab.records import append_record, current, read_records
+from hsa_mini.lab.scales import SCALES
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -42,12 +44,12 @@ LAB = SCALES["lab"]
 def record(
     arm: str, seed: int, value: float = 0.5, *, scale: str = "lab", perplexity: float | None = 20.0
 ) -> dict:
-    """A made-up one, with the same accuracy everywhere."""
+    """A made-up record with the same accuracy everywhere."""
     rows = [
         {"tokens": tokens, "samples": 32, "correct": 0, "accuracy": value}
         for tokens in SCALES[scale].lengths
     ]
-    found = {name: rows for name in ("s_niah", "mq_niah", "vt", "copy")}
+    found = dict.fromkeys(("s_niah", "mq_niah", "vt", "copy"), rows)
     found["perplexity"] = [
         {"tokens": tokens, "scored": 1, "perplexity": perplexity}
         for tokens in SCALES[scale].lengths
@@ -61,12 +63,13 @@ def record(
 
 
 class Worker:
-    """In the place of a process: a thread that has a record at once, or says what is wrong, or ends without a word."""
+    """Stands in for a process: a thread that sends a record at once, or an error, or just ends."""
 
     alive, most = 0, 0
 
     def __init__(self, link, dies) -> None:
-        self.link, self.dies = link, dies
+        self.link = link
+        self.dies = dies
         Worker.alive += 1
         Worker.most = max(Worker.most, Worker.alive)
         threading.Thread(target=self.work, daemon=True).start()
@@ -92,7 +95,7 @@ class Worker:
 
 @pytest.fixture
 def workers(monkeypatch):
-    """The (arm, seed) whose worker dies."""
+    """Threads replace the processes; returns the set of (arm, seed) whose worker dies."""
     dies: set = set()
 
     def start(*_):
@@ -100,7 +103,8 @@ def workers(monkeypatch):
         return link, Worker(other, dies)
 
     monkeypatch.setattr(harness, "_start", start)
-    Worker.alive = Worker.most = 0
+    Worker.alive = 0
+    Worker.most = 0
     return dies
 
 
@@ -122,7 +126,7 @@ def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     assert path.read_bytes().startswith(before) and len(read_records(path)) == 7
     assert (
         run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1
-    )  # other settings are another run
+    )  # other settings make another run
 
 
 def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp_path, capfd):
@@ -148,10 +152,11 @@ def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("CUDA error:\n\nout of\nhope")
 
-    monkeypatch.setattr(harness, "run", broken)
+    monkeypatch.setattr(harness, "run_arm", broken)
     link, other = Pipe()
     link.send(("hsa", 0))
-    before, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    before = signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
     harness._work(other, SCALES["tiny"], None, CPU, 1)
     signal.signal(signal.SIGINT, before)
     torch.set_num_threads(threads)
@@ -162,7 +167,7 @@ def test_a_worker_makes_itself_ready_with_a_few_steps_of_every_stage(monkeypatch
     seen = []
     monkeypatch.setattr(
         harness,
-        "run",
+        "run_arm",
         lambda arm, scale, seed, **options: seen.append(
             (arm.recipe(scale, options["steps"]), scale)
         ),
@@ -178,8 +183,9 @@ def test_a_worker_makes_itself_ready_with_a_few_steps_of_every_stage(monkeypatch
 
 def test_commands_that_write_at_once_lose_no_line(tmp_path):
     path = tmp_path / "lab.jsonl"
-    code = "import sys, pathlib; from hsa_mini.lab.harness import append_record\n"
-    code += "for i in range(20): append_record(pathlib.Path(sys.argv[1]), dict(arm=sys.argv[2], seed=i, settings={}))"
+    code = "import sys, pathlib; from hsa_mini.lab.records import append_record\n"
+    code += "path, arm = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+    code += "for i in range(20): append_record(path, dict(arm=arm, seed=i, settings={}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen([sys.executable, "-c", code, path, arm], env=environment)
@@ -199,7 +205,7 @@ def test_a_record_that_is_cut_off_leaves_the_file_as_it_was(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         append_record(path, record("hsa", 1))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["lab.jsonl"]
-    with pytest.raises(ValueError):  # nan is no JSON
+    with pytest.raises(ValueError):  # NaN is not JSON
         append_record(path, record("hsa", 1, float("nan")))
     assert path.read_bytes() == before
 
@@ -219,9 +225,7 @@ def test_a_file_of_other_things_is_refused(tmp_path, line):
 def test_records_of_other_settings_are_left_out_and_younger_options_do_not_matter():
     same, other, older, gone = (record("hsa", seed) for seed in range(4))
     other["settings"]["recipe"]["stages"][0]["batch"] += 1
-    del older["settings"]["config"][
-        "exclude_window"
-    ]  # as if the record were from before there was such an option
+    del older["settings"]["config"]["exclude_window"]  # as in a record older than the option
     gone["settings"]["recipe"]["of_old"] = 1
     assert set(current([same, other, older, gone, record("window", 0, scale="tiny")])) == {
         ("hsa", 0),
@@ -244,23 +248,17 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1",
         "HSA_MINI_CACHE": str(folder / "cache"),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "hsa_mini",
-        "lab",
-        "--scale",
-        "tiny",
-        "--out",
-        "lab.jsonl",
-        "--device",
-        "cpu",
-        *words,
-    ]
+    options = ("--scale", "tiny", "--out", "lab.jsonl", "--device", "cpu")
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-m", "hsa_mini", "lab", *options, *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def test_two_arms_from_the_command_line(tmp_path):
@@ -340,7 +338,7 @@ PERPLEXITY = Measure("perplexity", 1)
         (S, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), NOT_REPRODUCED),
         (S, (1.0, 1.0), (0.0, 0.0, 0.0), NOT_RUN),
         (S, (1.0, 1.0, 1.0), None, NOT_RUN),
-        (PERPLEXITY, (19.0, 19.1, 19.2), (20.0, 20.1, 20.2), REPRODUCED),  # the lower, the better
+        (PERPLEXITY, (19.0, 19.1, 19.2), (20.0, 20.1, 20.2), REPRODUCED),  # lower is better
         (PERPLEXITY, (20.0, 20.1, 20.2), (19.0, 19.1, 19.2), DIFFERENT),
         (PERPLEXITY, (19.98, 19.97, 19.96), (20.0, 20.01, 20.02), NOT_REPRODUCED),
         (PERPLEXITY, (20.0, 20.0, 20.0), (float("inf"),) * 3, REPRODUCED),
@@ -361,7 +359,7 @@ def test_every_claim_names_arms_that_are_there_and_measures_that_are_taken():
 
 
 def all_records(**accuracy: float) -> list[dict]:
-    """Three seeds of every arm, with 0.5 but for the arms named."""
+    """Three seeds of every arm; the accuracy is 0.5 except for the arms named."""
     return [
         record(arm, seed, accuracy.get(arm, 0.5) + seed / 1000) for arm in ARMS for seed in range(3)
     ]
@@ -392,7 +390,7 @@ def test_claims_wait_for_every_seed_and_for_records_of_now():
 def test_the_table_says_mean_lowest_highest_and_verdict():
     records = [record("hsa", seed, value) for seed, value in enumerate((0.25, 0.5, 0.9))]
     records += [record("window", seed, 0.0, perplexity=None) for seed in range(3)]
-    text = table(judge(records))
+    text = format_findings(judge(records))
     assert (
         re.search(r"^blindness: reproduced$", text, re.MULTILINE) and text.count("not yet run") == 9
     )

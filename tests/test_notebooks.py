@@ -23,7 +23,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.evaluation.statistics import wilson_interval
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import claims
-from hsa_mini.model.cost_estimate import plan
+from hsa_mini.model.cost_estimate import estimate_cost
 from hsa_mini.model.moe import MoE
 from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.reference.dispatch import route
@@ -469,13 +469,13 @@ def _early_exit(ours):
 @twin("09_memory", "bill")
 def _bill(ours):
     for name, tokens in product(("ul_8b_a1b", "ul_0_5b", "mini"), (1 << 14, 1 << 20)):
-        counted, rows = plan(name, tokens), ours(PRESETS[name], tokens)
+        counted, rows = estimate_cost(name, tokens), ours(PRESETS[name], tokens)
         caches, marks = counted.window_cache_bytes, counted.landmark_bytes
         assert [row[0] for row in rows.values()] == [
             counted.full_attention_kv_bytes, caches, caches + marks + counted.kv_bytes, caches + marks
         ]  # fmt: skip
         assert rows["HSA, library outside"][1] == counted.kv_bytes
-        more, grown = plan(name, 2 * tokens), ours(PRESETS[name], 2 * tokens)
+        more, grown = estimate_cost(name, 2 * tokens), ours(PRESETS[name], 2 * tokens)
         assert (
             grown["HSA"][4] - rows["HSA"][4]
             == more.decode_flops_per_token - counted.decode_flops_per_token
@@ -548,7 +548,7 @@ def _logits(ours):
 @twin("10_model_and_experts", "parameters")
 def _parameters(ours):
     for name, config in PRESETS.items():
-        counted, met = plan(name), ours(config, config.experts_active)
+        counted, met = estimate_cost(name), ours(config, config.experts_active)
         assert ours(config, config.experts) == counted.params_by_part
         assert sum(met.values()) - met["embedding and head"] == counted.params_active
 
@@ -557,7 +557,7 @@ def _parameters(ours):
 def _decode_flop(ours):
     for name, tokens in (("ul_8b_a1b", 1 << 24), ("ul_8b_a1b", 1000), ("ul_0_5b", 1 << 20)):
         assert sum(ours(PRESETS[name], tokens).values()) == pytest.approx(
-            plan(name, tokens).decode_flops_per_token, rel=0.01
+            estimate_cost(name, tokens).decode_flops_per_token, rel=0.01
         )
 
 

@@ -1,4 +1,4 @@
-"""Samples of every task: exactly as long as asked, the answer to be read in the text, and nothing written over it.
+"""Samples of every task have the length asked for, and their text gives the answer unharmed.
 
 Dimensions: T tokens, S chunk size, W window.
 """
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material import read, word_tokens
+from material import word_tokens
 
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.tasks.chains import Chain, draw_chains
-from hsa_mini.tasks.forms import TASKS, place, s_niah, scatter, tile
+from hsa_mini.tasks.forms import TASKS, s_niah
 from hsa_mini.tasks.needles import VALUE_DIGITS, Needle, ask, draw_needles
+from hsa_mini.tasks.placement import place, scatter, tile
 from hsa_mini.tasks.sentences import KEY_LETTERS, LETTERS, draw_keys, encode, is_held_out
 
 TOKENIZER = load_tokenizer()
@@ -47,14 +48,38 @@ def draw(
 
 
 def least(task: str, sizes, distractors=0, border=False) -> int:
-    return TASKS[task](rng(), distractors=distractors).least_tokens(*sizes, border=border)
+    return TASKS[task](rng(), distractors=distractors).min_tokens(*sizes, border=border)
+
+
+def read(text: str, question: str) -> str:
+    """The answer to a question of any task, read from the text."""
+    codes = dict(re.findall(r" The secret code of ([A-Z]{4}) is ([0-9]{6})\.", text))
+    heads = dict(re.findall(r" The number ([0-9]{8}) is given to ([A-Z]{4})\.", text))
+    links = dict(re.findall(r" The number of ([A-Z]{4}) is given to ([A-Z]{4})\.", text))
+    asked = re.fullmatch(
+        r"\nWhat (?:is|are) the secret codes? of ([A-Z and]+)\?\nThe secret code of ([A-Z]{4}) is ",
+        question,
+    )
+    if asked:
+        first, *others = asked[1].split(" and ")
+        assert first == asked[2]
+        return f"{codes[first]}." + "".join(
+            f" The secret code of {key} is {codes[key]}." for key in others
+        )
+    asked = re.fullmatch(
+        r"\nWhich names are given the number ([0-9]{8})\?\nThe number \1 is given to ", question
+    )
+    names = [heads[asked[1]]]
+    while names[-1] in links:
+        names.append(links[names[-1]])
+    return ", ".join(names) + "."
 
 
 COUNTS = {
     "s_niah": (1, 6),
     "mq_niah": (2, 6),
     "vt": (3, 6),
-}  # sentences that the question needs, and all
+}  # (sentences that the question needs, all sentences)
 
 
 @given(
@@ -71,7 +96,8 @@ def test_a_sample_has_the_stated_length_and_its_answer_is_in_the_text(
     tokens = least(task, sizes, distractors) + more
     sample = draw(task, seed, tokens=tokens, depth=depth, sizes=sizes, distractors=distractors)
     haystack = tile(word_tokens(), tokens)
-    ids, question = sample.apply(haystack), sample.problem.question
+    ids = sample.apply(haystack)
+    question = sample.problem.question
     assert ids.shape == (tokens,) and ids.dtype == np.int64
     assert (
         len(question.needed) == COUNTS[task][0]
@@ -86,7 +112,7 @@ def test_a_sample_has_the_stated_length_and_its_answer_is_in_the_text(
     assert ranges[-1] == (
         tokens - len(encode(question.text)),
         tokens,
-    )  # the question ends the text: the answer follows
+    )  # the question ends the text, so the answer follows it
     touched = np.zeros(tokens, dtype=bool)
     for first, last in ranges:
         touched[first:last] = True
@@ -139,8 +165,9 @@ def test_where_it_is_absent_nothing_that_the_question_needs_is_in_the_text(
     st.integers(0, 40),
 )
 def test_across_borders(task, sizes, more, depth, seed, distractors):
-    """Every sentence has tokens in two chunks, none is lost, and the first is near where it would be otherwise."""
-    (S, W), tokens = sizes, least(task, sizes, distractors, border=True) + more
+    """Every sentence lies in two chunks, none is lost, and the first hardly moves."""
+    S, W = sizes
+    tokens = least(task, sizes, distractors, border=True) + more
     options = dict(tokens=tokens, depth=depth, sizes=sizes, distractors=distractors)
     plain, sample = (draw(task, seed, **options, border=border) for border in (False, True))
     assert sample.problem == plain.problem
@@ -157,7 +184,8 @@ def test_across_borders(task, sizes, more, depth, seed, distractors):
 
 @given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), st.integers(0, 1000))
 def test_depth_runs_from_the_first_chunk_to_the_last_outside_the_window(task, sizes, more, seed):
-    (S, W), tokens = sizes, least(task, sizes) + more
+    S, W = sizes
+    tokens = least(task, sizes) + more
     samples = [
         draw(task, seed, tokens=tokens, depth=depth, sizes=sizes) for depth in np.linspace(0, 1, 11)
     ]
@@ -165,10 +193,10 @@ def test_depth_runs_from_the_first_chunk_to_the_last_outside_the_window(task, si
     assert starts[0] == 0 and starts == sorted(starts)
     q = len(encode(samples[0].problem.question.text))
     end = starts[-1] + len(encode(samples[0].problem.sentences[0]))
-    assert end % S == 0  # it fills the end of a chunk, which is complete,
+    assert end % S == 0  # the first sentence ends a complete chunk,
     assert (
         tokens - max(W, q) - S < end <= tokens - max(W, q)
-    )  # the last one that neither window nor question reaches
+    )  # the last chunk that neither window nor question reaches
     assert np.allclose(starts, np.linspace(0, starts[-1], 11), atol=0.5)
     assert samples[0].first_chunks(S)[0] == 0 and samples[-1].first_chunks(S)[-1] == end // S - 1
 
@@ -177,16 +205,16 @@ def test_depth_runs_from_the_first_chunk_to_the_last_outside_the_window(task, si
 @given(st.integers(1, 128), st.integers(0, 2000))
 def test_first_chunks_are_those_that_hold_a_token_of_the_first_sentence(task, S, start):
     sample = draw(task)
-    moved, length = (
-        type(sample)(**{**vars(sample), "start": start}),
-        len(encode(sample.problem.sentences[0])),
-    )
+    moved = type(sample)(**{**vars(sample), "start": start})
+    length = len(encode(sample.problem.sentences[0]))
     assert moved.first_chunks(S) == sorted({place // S for place in range(start, start + length)})
 
 
 @every_task
 def test_a_sample_is_a_function_of_its_seed(task):
-    first, again, other = draw(task, 7), draw(task, 7), draw(task, 8)
+    first = draw(task, 7)
+    again = draw(task, 7)
+    other = draw(task, 8)
     assert first.problem == again.problem != other.problem
     for (place_, patch), (same_place, same_patch) in zip(first.patches, again.patches, strict=True):
         assert place_ == same_place and np.array_equal(patch, same_patch)
@@ -263,7 +291,7 @@ def test_keys_of_the_text_are_not_drawn(task):
 
 def test_a_text_with_every_key_is_refused():
     every = " ".join("".join(letters) for letters in itertools.product(LETTERS, repeat=KEY_LETTERS))
-    with pytest.raises(ValueError, match="^absent_from: .*accepted is"):
+    with pytest.raises(ValueError, match=r"^absent_from: .*accepted is"):
         draw(absent_from=every)
 
 
@@ -302,7 +330,8 @@ def test_tile_starts_over_at_the_end(text, tokens, first):
 
 def test_needles_and_chains_say_what_they_are():
     needles = Needle("QXZB", "482913"), Needle("WQNH", "394149")
-    one, two = ask(needles[:1]), ask(needles)
+    one = ask(needles[:1])
+    two = ask(needles)
     assert one.needed == (" The secret code of QXZB is 482913.",)
     assert (
         one.text + one.answer

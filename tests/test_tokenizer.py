@@ -1,4 +1,4 @@
-"""The tokenizer: any text survives it, keys and values are read symbol by symbol, and its ranks are the recorded ones."""
+"""The tokenizer: lossless for any text, one token per symbol of keys and values, recorded ranks."""
 
 import hashlib
 import pickle
@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from material import real_archives, words
 
-from hsa_mini.data.corpus import read_documents
+from hsa_mini.data.documents import read_documents
 from hsa_mini.data.tokenizer import (
     RANKS_FILE,
     SPECIAL_TOKENS,
@@ -27,7 +27,8 @@ from hsa_mini.tasks.needles import Needle, ask
 from hsa_mini.tasks.sentences import LETTERS
 
 TOKENIZER = load_tokenizer()
-encode, decode = TOKENIZER.encode_ordinary, TOKENIZER.decode
+encode = TOKENIZER.encode_ordinary
+decode = TOKENIZER.decode
 LATIN = st.text(st.characters(max_codepoint=255))
 KEYS = st.text(LETTERS, min_size=4, max_size=4)
 NEEDLES = st.builds(Needle, KEYS, st.text("0123456789", min_size=6, max_size=6))
@@ -60,7 +61,7 @@ def test_any_text_survives(text):
 
 @pytest.mark.parametrize("text", ["a", " ", "\n", " \n", "\0", "!", "0", "A", "é", "中", "😀"])
 def test_a_million_times_the_same_survives(text):
-    """tiktoken's regular expressions used to run out of stack on white space without end."""
+    """Without its bound, the pattern overflows tiktoken's stack on long white space."""
     for end in ("", "x"):
         assert decode(encode(text * 1_000_000 + end)) == text * 1_000_000 + end
 
@@ -97,11 +98,12 @@ def test_keys_and_numbers_of_the_tasks_are_read_symbol_by_symbol(question):
 
 @given(st.text(), QUESTIONS, st.text())
 def test_a_sentence_in_a_text_encodes_as_it_does_alone(before, question, after):
-    """A sentence put between ids is what the same sentence typed into the text would be.
+    """Inserting a sentence's ids equals encoding the text with the sentence typed in.
 
     Only white space in front of it, or punctuation behind its full stop, could join with it.
     """
-    before, after = before + "x", " " + after
+    before = before + "x"
+    after = " " + after
     for sentence in question.needed:
         assert encode(before + sentence + after) == [
             *encode(before),
@@ -129,7 +131,8 @@ def test_text_that_comes_token_by_token_is_the_text_of_all_tokens(numbers):
 
 
 def test_text_comes_no_later_than_its_last_byte():
-    ids, asked = encode("né 中 x"), []
+    ids = encode("né 中 x")
+    asked = []
     text = ""
     for part in decode_stream(TOKENIZER, (asked.append(i) or i for i in ids)):
         text += part

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 import ipywidgets  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from hsa_mini.evaluation.results import Row  # noqa: E402
+from hsa_mini.evaluation.results import RetrievalRow  # noqa: E402
 from hsa_mini.evaluation.statistics import wilson_interval  # noqa: E402
 from hsa_mini.lab.claims import (  # noqa: E402
     CLAIMS,
@@ -29,7 +29,7 @@ from hsa_mini.lab.claims import (  # noqa: E402
     NEAR,
     NOT_RUN,
     REPRODUCED,
-    Finding,
+    ClaimFinding,
     Measure,
     Spread,
 )
@@ -382,7 +382,7 @@ def test_length_name(tokens, name):
 
 
 def row(tokens, depth, right, asked=10):
-    return Row(tokens, depth, asked, right, right, tokens, 1)
+    return RetrievalRow(tokens, depth, asked, right, right, tokens, 1)
 
 
 ROWS = [row(4096, 0.0, 10), row(4096, 1.0, 9), row(65536, 0.0, 3), row(65536, 0.0, 1)]
@@ -455,7 +455,7 @@ S_FAR, PERPLEXITY = Measure("s_niah", FAR), Measure("perplexity", NEAR)
 def finding(claim, verdict=REPRODUCED, numbers=None):
     """Every arm with the same numbers by every measure, or some numbers by arm."""
     numbers = {arm: HIGH for arm in claim.arms} if numbers is None else numbers
-    return Finding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
+    return ClaimFinding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
 
 
 def points(ax) -> list[tuple[float, float]]:

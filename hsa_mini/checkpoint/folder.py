@@ -1,8 +1,8 @@
-"""Weights and memories on disk: safetensors with a sha256 manifest, written whole or not at all, never unpickled.
+"""A checkpoint folder: safetensors and texts with a sha256 manifest, and nothing that is unpickled.
 
-A folder is written beside its place under a temporary name, synced, and renamed: whoever kills the writer leaves the
-folder as it was. Reading checks every file against the manifest first: a flipped bit would load without a sound.
-Weights are cast one file at a time when written and one tensor at a time when read: never are two copies of all held.
+A new folder is written next to its final place under a temporary name, synced to the disk, and then
+renamed. If the writer is killed, the previous folder stays as it was. Every file is compared with
+the manifest before the folder is read, because a flipped bit in a weight would not show otherwise.
 """
 
 import hashlib
@@ -26,20 +26,15 @@ def write_folder(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write files of tensors and of text, and their manifest, as the folder `path`, replacing the checkpoint there.
+    """Write tensor files, text files and their manifest as the folder `path`.
 
-    Floating tensors are cast to `dtype` if given, one file at a time. Raises ValueError if something else stands there:
-    nobody's own files are deleted.
+    A checkpoint that is already there is replaced. Floating-point tensors are cast to `dtype` if it
+    is given, one file at a time, so that at most one file's copies are held in memory. Raises
+    ValueError if `path` holds something other than a checkpoint: a user's own files are never
+    deleted.
     """
     path = path.resolve()
-    if (
-        path.exists()
-        and not (path / MANIFEST).is_file()
-        and not (path.is_dir() and not any(path.iterdir()))
-    ):
-        raise ValueError(
-            f"path: got {path}, accepted is a new or empty folder, or that of a checkpoint, which is replaced"
-        )
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
     try:
@@ -66,11 +61,15 @@ def write_folder(
 
 
 def verified_folder(path: Path, *names: str) -> Path:
-    """The folder to read, once it has `names` and every file matches its manifest. Raises ValueError that names the file."""
-    folder = _folder(path)
+    """The folder to read, after a check that it has the files `names` and matches its manifest.
+
+    This is usually `path` itself (see `_existing_folder`). Raises ValueError that names the wrong
+    file.
+    """
+    folder = _existing_folder(path)
     if not folder.is_dir():
         raise ValueError(f"path: got {path}, accepted is the folder of a checkpoint")
-    expected = _entries(folder, MANIFEST)
+    expected = read_entries(folder, MANIFEST)
     for name in names:
         if name not in expected:
             raise ValueError(
@@ -79,26 +78,31 @@ def verified_folder(path: Path, *names: str) -> Path:
     for name, digest in expected.items():
         if "/" in name or not (folder / name).is_file():
             raise ValueError(
-                f"path: {folder} lacks {name}, which its {MANIFEST} names; accepted is a whole checkpoint"
+                f"path: {folder} lacks {name}, which its {MANIFEST} names; "
+                "accepted is a whole checkpoint"
             )
         if _digest(folder / name) != digest:
             raise ValueError(
-                f"path: {folder / name} does not match its {MANIFEST}; accepted is an unaltered checkpoint"
+                f"path: {folder / name} does not match its {MANIFEST}; "
+                "accepted is an unaltered checkpoint"
             )
     return folder
 
 
 def fingerprint(path: Path) -> str:
-    """The sha256 of a checkpoint's manifest, which holds that of every file: by it a result says what was measured."""
-    return _digest(_folder(path) / MANIFEST)["sha256"]
+    """The sha256 of the manifest of a checkpoint, in hexadecimal.
+
+    The manifest holds the sha256 of every other file, so this number identifies the whole
+    checkpoint. Results store it to state which checkpoint was measured.
+    """
+    return _sha256(_existing_folder(path) / MANIFEST)
 
 
-def _stored(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+def read_entries(folder: Path, name: str, key: str | None = None) -> dict:
+    """The JSON object in the file `name`, or the object under `key` in it.
 
-
-def _entries(folder: Path, name: str, key: str | None = None) -> dict:
-    """The JSON object in a file, or the one below `key` in it."""
+    Raises ValueError if the file cannot be read or holds no such object.
+    """
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         return dict((content if key is None else content[key]).items())
@@ -108,8 +112,29 @@ def _entries(folder: Path, name: str, key: str | None = None) -> dict:
         ) from None
 
 
-def _folder(path: Path) -> Path:
-    """Where a checkpoint is: elsewhere if its writer died between two renames."""
+def _check_replaceable(path: Path) -> None:
+    """Raise ValueError unless `path` is free, an empty folder or a checkpoint."""
+    if not path.exists() or (path / MANIFEST).is_file():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    raise ValueError(
+        f"path: got {path}, accepted is a new or empty folder, "
+        "or the folder of a checkpoint, which is replaced"
+    )
+
+
+def _stored(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """The tensor as it is written: contiguous on the CPU; a floating-point one in `dtype`."""
+    return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+
+
+def _existing_folder(path: Path) -> Path:
+    """The folder of a checkpoint, which has its temporary name if its writer died mid-replacement.
+
+    `write_folder` renames the old folder away before it renames the new folder to `path`. A writer
+    that dies between the two leaves only the old folder, under the name `_previous(path)`.
+    """
     return path if path.is_dir() or not _previous(path).is_dir() else _previous(path)
 
 
@@ -118,15 +143,17 @@ def _previous(path: Path) -> Path:
 
 
 def _digest(path: Path) -> dict[str, str | int]:
-    """What the manifest says of a file."""
+    """The manifest's entry for a file: its sha256 and its size in bytes."""
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return {
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            "bytes": path.stat().st_size,
-        }
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,7 @@
-"""training_state: TODO."""
+"""The state of a training run: the folders `step-N` in the folder of the run.
+
+A run that was cut off continues from the newest of them that is whole.
+"""
 
 import json
 import shutil
@@ -14,14 +17,18 @@ PROGRESS = "progress.json"
 
 
 def save_progress(run: Path, step: int, tensors: dict[str, torch.Tensor], progress: dict) -> None:
-    """Write the state of a training run after `step` steps; the two newest states are kept."""
+    """Write the state of a run after `step` training steps; delete all but the two newest states.
+
+    progress: values that JSON can hold. Two states are kept because the newest one may be
+    incomplete.
+    """
     write_folder(run / f"step-{step}", {STATE: tensors}, {PROGRESS: json.dumps(progress)})
     for old in _steps(run)[:-2]:
         shutil.rmtree(old)
 
 
 def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """The newest state of a run that is whole, or None."""
+    """The newest state of a run that is whole, as (tensors, progress), or None if there is none."""
     for folder in reversed(_steps(run)):
         try:
             folder = verified_folder(folder, STATE, PROGRESS)
@@ -32,4 +39,5 @@ def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
 
 
 def _steps(run: Path) -> list[Path]:
+    """The folders of states, oldest first."""
     return sorted(run.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))

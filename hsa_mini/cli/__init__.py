@@ -1,4 +1,4 @@
-"""The command line: `python -m hsa_mini COMMAND`."""
+"""The command line: `python -m hsa_mini COMMAND`, one module per command."""
 
 from hsa_mini.cli.entry import main
 

@@ -1,44 +1,106 @@
-"""What the words of a command line mean: numbers and their ranges, devices, models. Raises one line that names the argument."""
+"""The types of command-line arguments, and the checks that need more than the argument itself.
+
+An argument that is refused ends the command with status 2 and one line on standard error, which
+names the argument, what was given and what is accepted.
+"""
 
 import argparse
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
-from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import data_dir
+from hsa_mini.paths import check_writable, data_dir
+
+# Limits of other packages. The parser cannot import those, because they load torch; a test checks
+# that the numbers are the same.
+MIN_DEMO_TOKENS = 1024  # `evaluation/demo.py`
+MIN_HAYSTACK = 64  # tokens; `evaluation/demo.py`
+PERPLEXITY_TARGETS = 512  # `evaluation/perplexity.py`
+MAX_DISTRACTORS = 10_000  # `tasks/forms.py`
+TASKS = ("s_niah", "mq_niah", "vt")  # `tasks/forms.py`
+
+MAX_SEED = (1 << 32) - 1
+MAX_STEPS = 10**9
+MAX_JOBS = 64
+
+
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line, without the usage text."""
+
     def error(self, message: str):
+        message = message.removeprefix("argument ")
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is an integer") from None
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """The argparse type of integers from `least` to `most`."""
+    return _in_range(int, "an integer", least, most)
 
 
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is a number") from None
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The argparse type of numbers from `least` to `most`."""
+    return _in_range(float, "a number", least, most)
 
 
-def check_choices(name: str, given: list[str], accepted) -> None:
+def _in_range(
+    kind: Callable[[str], Number], accepted: str, least: float, most: float
+) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is {accepted}") from None
+        if not least <= value <= most:  # nan is in no range
+            raise argparse.ArgumentTypeError(f"got {value}, accepted is {least} to {most}")
+        return value
+
+    return parse
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add --device; `choose_device` checks it."""
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)"
+    )
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """Add --json; `check_json` checks it and `report.write_json` writes to it."""
+    command.add_argument(
+        "--json",
+        metavar="PATH|-",
+        help="write the result as JSON to a file, or to standard output (-)",
+    )
+
+
+def check_json(target: str | None) -> None:
+    """Raise ValueError unless --json was left out, is standard output, or can be written."""
+    if target not in (None, "-"):
+        check_writable("--json", Path(target))
+
+
+def check_choices(name: str, given: list[str], accepted: Collection[str]) -> None:
+    """Raise ValueError for the first given word that is not an accepted one."""
     for word in given:
         if word not in accepted:
             raise ValueError(f"{name}: got {word[:80]!r}, accepted are {', '.join(accepted)}")
 
 
-def check_range(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:  # nan is in no range
-        raise ValueError(f"{name}: got {value}, accepted is {least} to {most}")
+def results_path(out: Path | None, name: str) -> Path:
+    """The file for the results of a command: `out`, or NAME.json next to the shipped results.
+
+    Raises ValueError if the file cannot be written.
+    """
+    path = data_dir() / "results" / f"{name}.json" if out is None else out
+    check_writable("--out", path)
+    return path
 
 
 def choose_device(name: str):
-    """The device of a name; "auto" is a GPU if there is one."""
+    """The torch device with this name; "auto" is a GPU if there is one, else the CPU."""
     import torch
 
     if name == "auto":
@@ -48,62 +110,3 @@ def choose_device(name: str):
     if name not in accepted:
         raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}")
     return torch.device(name)
-
-
-def shipped_models() -> dict[str, Path]:
-    """Folders of the models that come with the package, by name."""
-    home = data_dir() / "checkpoints"
-    return (
-        {path.name: path for path in sorted(home.iterdir()) if path.is_dir()}
-        if home.is_dir()
-        else {}
-    )
-
-
-def checkpoint_folder(given: str) -> Path:
-    """Where the model is that is shipped under a name, or in a folder."""
-    return shipped_models().get(given, Path(given))
-
-
-def read_model(argument: str, given: str, device):
-    """The model that is shipped under a name, or in a folder. Raises ValueError that names the argument."""
-    from hsa_mini.checkpoint.weights import load_model
-    from hsa_mini.data.tokenizer import load_tokenizer
-
-    folder = checkpoint_folder(given)
-    try:
-        model = load_model(folder, device=device)
-        symbols = load_tokenizer().n_vocab
-        if model.config.vocab_size < symbols:
-            raise ValueError(
-                f"{folder} knows {model.config.vocab_size} tokens, accepted is a model of at least {symbols}"
-            )
-    except (ValueError, OSError) as error:
-        reason = str(error).removeprefix("path: ")
-        raise ValueError(
-            f"{argument}: {reason} (shipped with the package: {', '.join(shipped_models()) or 'none'})"
-        ) from None
-    return model
-
-
-def check_length(
-    argument: str,
-    tokens: int,
-    config,
-    task: str = "s_niah",
-    *,
-    distractors: int = 0,
-    border: bool = False,
-) -> None:
-    """Raise ValueError if sentences and question of `task` do not fit into `tokens` tokens for a model of this window."""
-    import numpy as np
-
-    from hsa_mini.tasks.forms import TASKS
-
-    problem = TASKS[task](np.random.default_rng(0), distractors=distractors)  # any other is as long
-    check_range(
-        argument,
-        tokens,
-        problem.least_tokens(config.chunk_size, config.window, border=border),
-        MAX_TOKENS,
-    )

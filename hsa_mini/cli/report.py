@@ -1,8 +1,14 @@
-"""What the commands show a person: a finding in words, and text that a terminal can take."""
+"""What commands write for people and for programs: reports, text for terminals, JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+from hsa_mini.paths import write_whole
 
 
 def report(finding) -> str:
-    """What a person wants to know of a finding."""
+    """What `find_needle` found, in words: question, answer, chunks and times."""
     layers = "; ".join(
         f"layer {i}: {' '.join(map(str, chunks))}"
         for i, chunks in enumerate(finding.retrieved_chunks)
@@ -13,10 +19,11 @@ def report(finding) -> str:
         if any(chunk in chunks for chunks in finding.retrieved_chunks)
     ]
     verdict = "right" if finding.correct else f"wrong: it is {finding.expected}"
+    needles = " and ".join(map(str, finding.needle_chunks))
     lines = [
         f"\nquestion   {finding.question}",
         f"answer     {printable(finding.answer.rstrip('.'))}   ({verdict})",
-        f"needle in  chunk {' and '.join(map(str, finding.needle_chunks))} of {finding.scores.shape[1]:,}",
+        f"needle in  chunk {needles} of {finding.scores.shape[1]:,}",
         f"retrieved  {layers}",
     ]
     for chunk in finding.needle_chunks:
@@ -25,12 +32,22 @@ def report(finding) -> str:
         lines.append(f"\nchunk {chunk} ({kind}), the needle between >>> and <<<:\n  {text}")
     rate = finding.tokens / finding.prefill_seconds
     lines.append(
-        f"\nprefill    {finding.prefill_seconds:.1f} s ({rate:,.0f} tokens/s), answer {finding.decode_seconds:.2f} s, "
+        f"\nprefill    {finding.prefill_seconds:.1f} s ({rate:,.0f} tokens/s), "
+        f"answer {finding.decode_seconds:.2f} s, "
         f"peak memory {finding.peak_memory_bytes / 1e9:.2f} GB"
     )
     return "\n".join(lines)
 
 
 def printable(text: str) -> str:
-    """`text` with dots for what would upset a terminal."""
+    """`text` with a dot in place of every character that could move a terminal's cursor."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
+
+
+def write_json(target: str | None, result: dict) -> None:
+    """Write `result` to standard output ("-"), to a file, or not at all (None)."""
+    text = json.dumps(result, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif target is not None:
+        write_whole(Path(target), text.encode())

@@ -1,12 +1,14 @@
-"""Byte-pair encoding: ranks trained once with `rustbpe`, encoded by `tiktoken` from the file in `data/`.
+"""Byte-pair encoding: ranks trained once with `rustbpe`, encoded by `tiktoken` from the file in
+`data/`.
 
-Every digit and every capital letter that no small letter follows is a token of its own, so that the
-keys (`QXZB`) and values (`482913`) of the retrieval tasks are read symbol by symbol.
+Every digit is a token of its own, and so is every capital letter that no small letter follows. So
+the model reads the keys (`QXZB`) and values (`482913`) of the retrieval tasks symbol by symbol.
 """
 
 import base64
 import codecs
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,7 +21,8 @@ PATTERN = (
     r"| ?\p{Lu}?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"  # a word, with its space and its capital
     r"|\p{Lu}"  # one capital letter
     r"| ?[^\s\p{L}\p{N}\p{M}]+[\r\n]*"  # punctuation
-    r"|\s{1,512}(?!\S)|\s{1,512}"  # white space; without a bound the regular expression runs out of stack on long runs
+    # White space. Without the bound, long runs overflow the stack of the regular expression.
+    r"|\s{1,512}(?!\S)|\s{1,512}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 VOCAB_SIZE = 4096
@@ -27,8 +30,10 @@ RANKS_FILE = "tokenizer.tiktoken"
 
 
 def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> dict[bytes, int]:
-    """Learn merges from `texts`; returns token bytes -> rank, leaving room for the special tokens."""
-    import rustbpe  # only whoever trains a tokenizer needs it
+    """Learn merges from `texts`: token bytes -> rank. The special tokens are part of `vocab_size`
+    but have no rank.
+    """
+    import rustbpe  # optional: only training a tokenizer needs it
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(
@@ -38,20 +43,32 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> dict[byte
 
 
 def save_ranks(ranks: dict[bytes, int], path: Path) -> None:
-    """Write ranks in tiktoken's text format: one `base64 rank` pair a line."""
+    """Write ranks in tiktoken's text format: one `base64 rank` pair per line."""
     lines = (
         f"{base64.b64encode(token).decode()} {rank}\n"
-        for token, rank in sorted(ranks.items(), key=lambda x: x[1])
+        for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])
     )
     path.write_text("".join(lines), encoding="ascii")
 
 
 @functools.cache
-def load_tokenizer(path: Path | None = None) -> tiktoken.Encoding:
-    """The course's tokenizer; `encode_ordinary(text)` -> token ids, `decode(ids)` -> text."""
+def load_ranks(path: Path | None = None) -> dict[bytes, int]:
+    """Token bytes -> rank, from a file that `save_ranks` wrote; by default the course's."""
     path = path or data_dir() / RANKS_FILE
     pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def ranks_digest(path: Path | None = None) -> str:
+    """Eight hexadecimal digits that identify the ranks, for names of files that hold tokens."""
+    ranks = sorted(load_ranks(path).items())
+    return hashlib.sha256(repr(ranks).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def load_tokenizer(path: Path | None = None) -> tiktoken.Encoding:
+    """The course's tokenizer; `encode_ordinary(text)` -> token ids, `decode(ids)` -> text."""
+    ranks = load_ranks(path)
     special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
     return tiktoken.Encoding(
         "hsa-mini", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
@@ -59,17 +76,18 @@ def load_tokenizer(path: Path | None = None) -> tiktoken.Encoding:
 
 
 def decode_stream(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[str]:
-    """The text of token ids as they come: a character whose bytes lie in several tokens appears with its last byte.
+    """Decode token ids as they arrive. A character whose bytes lie in several tokens is yielded
+    with its last byte.
 
-    Joined it is `tokenizer.decode` of them all: bytes that are no UTF-8 become U+FFFD; so does an id without a token.
+    The parts joined equal `tokenizer.decode` of all ids: bytes that are not UTF-8 become U+FFFD. An
+    id without a token also becomes U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
-        token = (
-            tokenizer.decode_single_token_bytes(i)
-            if i < tokenizer.n_vocab
-            else "\N{REPLACEMENT CHARACTER}".encode()
-        )
+        if i < tokenizer.n_vocab:
+            token = tokenizer.decode_single_token_bytes(i)
+        else:
+            token = "\N{REPLACEMENT CHARACTER}".encode()
         if text := decoder.decode(token):
             yield text
     if text := decoder.decode(b"", final=True):
@@ -77,8 +95,10 @@ def decode_stream(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> Iterator[
 
 
 def end_of_text(tokenizer: tiktoken.Encoding) -> int:
+    """The id of the token that ends every document."""
     return tokenizer.encode_single_token(SPECIAL_TOKENS[0])
 
 
 def pad(tokenizer: tiktoken.Encoding) -> int:
+    """The id of the token that fills a batch."""
     return tokenizer.encode_single_token(SPECIAL_TOKENS[1])

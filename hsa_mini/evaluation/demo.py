@@ -1,4 +1,4 @@
-"""One needle in a haystack of any length: the question, the answer, and where the model looked."""
+"""One needle in a text of any length: the question, the answer, and where the model looked."""
 
 import resource
 import sys
@@ -11,20 +11,26 @@ import torch
 
 from hsa_mini.config import MAX_TOKENS
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.evaluation.haystack import chunks_retrieved
+from hsa_mini.evaluation.retrievals import chunks_retrieved, retrieval_scores
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import continue_from
 from hsa_mini.inference.prefill import prefill
-from hsa_mini.tasks.forms import place, s_niah, tile
+from hsa_mini.tasks.forms import s_niah
+from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import DEMO
 
-LEAST_TOKENS = 1024
-LEAST_HAYSTACK = 64
+MIN_TOKENS = 1024
+MIN_HAYSTACK = 64  # tokens of text, which are repeated as often as needed
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was asked, answered and retrieved. scores: float32 [HSA layers, N], of the last prompt token; -inf: not visible."""
+class NeedleFinding:
+    """What was asked, answered and retrieved.
+
+    scores: float32 [HSA layers, N], those that the last prompt token gives to each chunk; -inf
+    where it cannot see the chunk.
+    ids: int64 [tokens], the whole prompt.
+    """
 
     tokens: int
     depth: float
@@ -46,30 +52,41 @@ class Finding:
     chunk_size: int
 
     def chunk_text(self, chunk: int, *, marks: tuple[str, str] = (">>>", "<<<")) -> str:
-        """The text of a chunk; what belongs to the needle stands between the marks."""
+        """The text of a chunk, with the part that belongs to the needle between the marks."""
         tokenizer = load_tokenizer()
         needle = tokenizer.encode_ordinary(self.needle_text)
-        rows = self.ids.tolist()
+        ids = self.ids.tolist()
         first = chunk * self.chunk_size
-        last = (chunk + 1) * self.chunk_size
-        start = next(
-            (
-                i
-                for i in range(first - len(needle) + 1, last)
-                if i >= 0 and rows[i : i + len(needle)] == needle
-            ),
-            None,
-        )
+        last = first + self.chunk_size
+        starts = range(
+            max(first - len(needle) + 1, 0), last
+        )  # from which a needle reaches the chunk
+        start = next((i for i in starts if ids[i : i + len(needle)] == needle), None)
         if start is None:
-            return tokenizer.decode(rows[first:last])
-        cuts = (first, max(start, first), min(start + len(needle), last), last)
-        before, inside, after = (tokenizer.decode(rows[a:b]) for a, b in zip(cuts, cuts[1:]))
+            return tokenizer.decode(ids[first:last])
+        needle_first = max(start, first)
+        needle_last = min(start + len(needle), last)
+        before = tokenizer.decode(ids[first:needle_first])
+        inside = tokenizer.decode(ids[needle_first:needle_last])
+        after = tokenizer.decode(ids[needle_last:last])
         return f"{before}{marks[0]}{inside}{marks[1]}{after}"
 
     def to_json(self) -> dict:
-        """What the command line's JSON holds."""
+        """What the command line writes as JSON."""
         left_out = ("scores", "ids", "needle_text", "chunk_size")
         return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the model made of a prompt."""
+
+    answer: list[int]  # token ids
+    retrieved_chunks: list[list[int]]  # of each HSA layer, sorted
+    scores: np.ndarray
+    prefill_seconds: float
+    decode_seconds: float
+    peak_memory_bytes: int
 
 
 def find_needle(
@@ -81,23 +98,19 @@ def find_needle(
     seed: int = 0,
     first: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Finding:
-    """Hide needles in `tokens` tokens of `haystack` (from token `first` on, repeated to length) and ask for one.
+) -> NeedleFinding:
+    """Hide needles in a text of `tokens` tokens and ask for one of them.
 
-    depth: 0 puts the needle first, 1 last of what lies outside the window. seed: of keys (held-out ones, none of which
-    stands in the haystack), values and distractors. Raises ValueError for a haystack of fewer than 64 tokens, or tokens,
-    depth or seed out of range.
+    haystack: uint16 [n], the text; it is read from token `first` on and repeated to the full
+    length.
+    depth: at 0 the needle opens the text; at 1 it ends the part outside the window.
+    seed: decides keys, values and distractors. All keys are held-out ones that do not occur in the
+    haystack.
+    Raises ValueError if the haystack has fewer than 64 tokens, or if tokens, depth or seed is out
+    of range.
     """
-    if len(haystack) < LEAST_HAYSTACK:
-        raise ValueError(
-            f"haystack: got {len(haystack)} tokens of text, accepted are at least {LEAST_HAYSTACK}"
-        )
-    if not LEAST_TOKENS <= tokens <= MAX_TOKENS:
-        raise ValueError(f"tokens: got {tokens}, accepted are {LEAST_TOKENS} to {MAX_TOKENS}")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}, accepted is 0 or more")
+    _check_arguments(haystack, tokens, seed)
     config = model.config
-    device = next(model.parameters()).device
     tokenizer = load_tokenizer()
     text = tile(haystack, tokens, first)
     rng = np.random.default_rng((DEMO, seed))
@@ -105,62 +118,72 @@ def find_needle(
     sample = place(
         rng, problem, tokens=tokens, depth=depth, chunk_size=config.chunk_size, window=config.window
     )
-    ids = torch.from_numpy(sample.apply(text))
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    output = prefill(model, ids[None].to(device), progress=progress)
-    scores = retrieval_scores(model, output)  # reads the result, and so waits for the GPU
-    prefilled = time.perf_counter()
-    generation = continue_from(model, output, max_new_tokens=len(sample.answer))
-    answer = generation.ids[0].tolist()
-    decoded = time.perf_counter()
-
+    ids = sample.apply(text)
+    reading = _read(model, torch.from_numpy(ids), len(sample.answer), progress)
     needle_chunks = sample.first_chunks(config.chunk_size)
-    retrieved_chunks = [sorted(chunks) for chunks in chunks_retrieved(generation.first)]
-    return Finding(
+    return NeedleFinding(
         tokens=tokens,
         depth=depth,
         seed=seed,
-        device=str(device),
+        device=str(next(model.parameters()).device),
         question=problem.question.text.split("\n")[1],
         expected=problem.question.answer,
-        answer=tokenizer.decode(answer),
-        correct=answer == sample.answer.tolist(),
+        answer=tokenizer.decode(reading.answer),
+        correct=reading.answer == sample.answer.tolist(),
         needle_chunks=needle_chunks,
-        retrieved_chunks=retrieved_chunks,
-        retrieved=any(set(needle_chunks) & set(chunks) for chunks in retrieved_chunks),
-        prefill_seconds=round(prefilled - began, 3),
-        decode_seconds=round(decoded - prefilled, 3),
-        peak_memory_bytes=peak_memory_bytes(device),
-        scores=scores,
-        ids=ids.numpy(),
+        retrieved_chunks=reading.retrieved_chunks,
+        retrieved=any(set(needle_chunks) & set(chunks) for chunks in reading.retrieved_chunks),
+        prefill_seconds=reading.prefill_seconds,
+        decode_seconds=reading.decode_seconds,
+        peak_memory_bytes=reading.peak_memory_bytes,
+        scores=reading.scores,
+        ids=ids,
         needle_text=problem.sentences[0],
         chunk_size=config.chunk_size,
     )
 
 
-@torch.no_grad()
-def retrieval_scores(model: HSAModel, output) -> np.ndarray:
-    """Scores of the last token read over all chunks, the best of its retrieval heads: float32 [HSA layers, N]."""
-    memory = output.memory
-    rows = []
-    for retrieval in output.aux.retrievals:
-        query = retrieval.queries[0, -1].float()  # [J_r, R]
-        scores = torch.stack(
-            [memory.chunks.landmarks[0, :, j].float() @ query[j] for j in range(len(query))]
-        ).amax(dim=0)
-        rows.append(scores / query.shape[-1] ** 0.5)
-    visible = (
-        torch.arange(1, len(memory.chunks) + 1, device=rows[0].device) * model.config.chunk_size
-        < memory.position
+def _check_arguments(haystack: np.ndarray, tokens: int, seed: int) -> None:
+    """Raise ValueError for what is out of range; `place` checks the depth."""
+    if len(haystack) < MIN_HAYSTACK:
+        raise ValueError(
+            f"haystack: got {len(haystack)} tokens of text, accepted are at least {MIN_HAYSTACK}"
+        )
+    if not MIN_TOKENS <= tokens <= MAX_TOKENS:
+        raise ValueError(f"tokens: got {tokens}, accepted are {MIN_TOKENS} to {MAX_TOKENS}")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, accepted is 0 or more")
+
+
+def _read(
+    model: HSAModel,
+    ids: torch.Tensor,
+    answer_tokens: int,
+    progress: Callable[[int], None] | None,
+) -> _Reading:
+    """Read the prompt ids int64 [tokens] and answer it greedily, measuring time and memory."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    output = prefill(model, ids[None].to(device), progress=progress)
+    scores = retrieval_scores(model, output)  # copies to the CPU, so it waits for the GPU
+    prefilled = time.perf_counter()
+    generation = continue_from(model, output, max_new_tokens=answer_tokens)
+    answer = generation.ids[0].tolist()
+    decoded = time.perf_counter()
+    return _Reading(
+        answer=answer,
+        retrieved_chunks=[sorted(chunks) for chunks in chunks_retrieved(generation.first)],
+        scores=scores,
+        prefill_seconds=round(prefilled - began, 3),
+        decode_seconds=round(decoded - prefilled, 3),
+        peak_memory_bytes=peak_memory_bytes(device),
     )
-    return torch.stack(rows).masked_fill(~visible, float("-inf")).cpu().numpy()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used: of the GPU's by tensors, else of this process."""
+    """The most memory in use so far: on a GPU by tensors, otherwise by this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

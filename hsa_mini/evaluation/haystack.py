@@ -1,4 +1,9 @@
-"""haystack: TODO."""
+"""A text that is encoded once and then answers many questions.
+
+For each question only those chunks are encoded again that its sentences change, directly or through
+the reach of the lower decoder. This is exact: tests compare it with encoding every sample from
+scratch.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +16,7 @@ from hsa_mini.inference.generate import Generation, continue_from
 from hsa_mini.inference.prefill import SEGMENT
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, Output
-from hsa_mini.tasks.forms import Sample
+from hsa_mini.tasks.placement import Sample
 
 
 class Haystack:
@@ -128,8 +133,3 @@ class Haystack:
         draft = self.memory.draft(start)
         hidden = self.model.lower_decoder(self.text[None, start:last], draft)
         return hidden[:, first - start :], draft
-
-
-def chunks_retrieved(aux: Aux) -> list[set[int]]:
-    """The chunks that each HSA layer kept for the last token read (batch entry 0, all heads)."""
-    return [set(retrieval.indices[0, -1].flatten().tolist()) - {-1} for retrieval in aux.retrievals]

@@ -1,6 +1,7 @@
-"""Held-out perplexity by context: the same tokens are predicted again and again, with more of the text in front of them.
+"""Held-out perplexity by context: the same tokens are predicted several times, each time after more
+of the text.
 
-Text is read in a stream: memory grows with the chunks that are kept, and with nothing else.
+The text is read in segments. Only the memory grows with it, by the chunks that are kept.
 """
 
 import math
@@ -17,17 +18,19 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.tasks.sentences import EVALUATION
 
-LENGTHS = tuple(1 << n for n in range(10, 21, 2))  # from a sequence in training, 1K, to 1M
-TARGETS = (
-    512  # so that the first of them has as many in front at a length of 1K, four windows of `mini`
-)
+LENGTHS = tuple(1 << n for n in range(10, 21, 2))  # from 1K, a training sequence, to 1M
+# At the shortest length, 1K, even the first target has 512 tokens in front of it: four windows of
+# `mini`.
+TARGETS = 512
 
 
 @dataclass(frozen=True)
-class Row:
-    """The last `targets` tokens of each stretch of text, predicted by a model that has read `tokens` of it.
+class PerplexityRow:
+    """The loss of the last `targets` tokens of several stretches of text, each read from `tokens`
+    tokens back.
 
-    loss: nats a target. losses: of each stretch, in the same order at every length.
+    loss: nats per target, the mean over all stretches. losses: the same per stretch, in one order
+    at every length.
     """
 
     tokens: int
@@ -39,54 +42,69 @@ class Row:
     seed: int
 
 
-def measure(
+def measure_perplexity(
     model: HSAModel,
     *,
     lengths: Iterable[int] = LENGTHS,
     stretches: int = 20,
     targets: int = TARGETS,
     seed: int = 1,
-    report: Callable[[Row], None] | None = None,
-) -> list[Row]:
-    """A row for each length, the shortest first, over random places of the validation split, its documents end to end.
+    report: Callable[[PerplexityRow], None] | None = None,
+) -> list[PerplexityRow]:
+    """One row per length, the shortest first, for stretches that end at random places of the
+    validation split.
 
-    The places depend on the seed and on the longest length, which is read from every one of them. No text is repeated:
-    what is predicted would have been read. Raises ValueError for a length outside `targets` to the split's tokens - 1.
+    The documents of the split are read one after another. The places depend on the seed and on the
+    longest length, because every stretch must have that many tokens in front of it. No text is
+    repeated: otherwise the model would already have read what it must predict. `report` is called
+    with each row.
+    Raises ValueError for a length below `targets` or not below the number of tokens of the split.
     """
-    device = next(model.parameters()).device
     corpus = load_corpus("validation").tokens
     lengths = sorted(set(lengths))
     for tokens in lengths:
         if not targets <= tokens < len(corpus):
             raise ValueError(
-                f"lengths: got {tokens}, accepted is {targets} to {len(corpus) - 1} (of the validation split)"
+                f"lengths: got {tokens}, accepted is {targets} to {len(corpus) - 1}"
+                " (of the validation split)"
             )
-    ends = np.random.default_rng((EVALUATION, seed)).integers(
-        lengths[-1], len(corpus), stretches
-    )  # the last target of each
+    rng = np.random.default_rng((EVALUATION, seed))
+    ends = rng.integers(lengths[-1], len(corpus), stretches)  # the last target of each stretch
     rows = []
     for tokens in lengths:
-        losses = []
-        with tqdm(
-            total=tokens * stretches,
-            desc=f"{tokens:,} tokens",
-            unit=" tokens",
-            unit_scale=True,
-            mininterval=0.5,
-        ) as bar:
-            for end in ends:
-                text = torch.from_numpy(corpus[end - tokens : end + 1].astype(np.int64)).to(device)
-                losses.append(loss_of_last(model, text, targets, progress=bar.update))
+        losses = _losses(model, corpus, ends, tokens, targets)
         loss = sum(losses) / stretches
-        rows.append(Row(tokens, stretches, targets, loss, math.exp(loss), tuple(losses), seed))
+        row = PerplexityRow(tokens, stretches, targets, loss, math.exp(loss), losses, seed)
+        rows.append(row)
         if report:
-            report(rows[-1])
+            report(row)
     return rows
+
+
+def _losses(
+    model: HSAModel, corpus: np.ndarray, ends: np.ndarray, tokens: int, targets: int
+) -> tuple[float, ...]:
+    """The loss of each stretch, read from `tokens` tokens before its last target."""
+    device = next(model.parameters()).device
+    losses = []
+    with tqdm(
+        total=tokens * len(ends),
+        desc=f"{tokens:,} tokens",
+        unit=" tokens",
+        unit_scale=True,
+        mininterval=0.5,
+    ) as bar:
+        for end in ends:
+            text = torch.from_numpy(corpus[end - tokens : end + 1].astype(np.int64)).to(device)
+            losses.append(loss_of_last(model, text, targets, progress=bar.update))
+    return tuple(losses)
 
 
 def loss_of_last(
     model: HSAModel, text: torch.Tensor, targets: int, progress: Callable[[int], None] | None = None
 ) -> float:
-    """Mean loss, in nats, of the last `targets` tokens of text int64 [T + 1], each predicted from all in front of it."""
+    """Mean loss, in nats, of the last `targets` tokens of text int64 [T + 1], each predicted from
+    all tokens before it.
+    """
     logits = prefill(model, text[None, :-1], last=targets, progress=progress).logits[0]
     return cross_entropy(logits.double(), text[-targets:]).item()

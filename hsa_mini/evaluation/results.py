@@ -1,12 +1,16 @@
-"""results: TODO."""
+"""The rows that an evaluation of retrieval yields, the file that holds them, and the paper's
+published numbers.
+"""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)  # of the paper's Figure 4
-# What the paper's 8B reached at these lengths, lowest and highest percent (Figure 4; of S-NIAH we keep the range that it prints
-# after long-context mid-training, of the other two the best curve).
+# Tokens; the lengths of the paper's Figure 4.
+LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)
+# Accuracy of the paper's 8B model at these lengths, as (lowest, highest) percent, read from Figure
+# 4. For S-NIAH: the range that the figure prints after long-context mid-training. For the other two
+# tasks: the best curve.
 PUBLISHED = {
     "s_niah": ((94, 100),) * 7,
     "mq_niah": tuple((x, x) for x in (100, 98, 96, 98, 90, 90, 75)),
@@ -19,11 +23,15 @@ CONTROLS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """The questions of one length and depth: correct and retrieved are counts.
+class RetrievalRow:
+    """What became of the questions of one length and depth; samples, correct and retrieved are
+    counts.
 
-    depth: the place of the first sentence that the question needs (the asked needle, the first of two, or the head of the
-    chain); all others lie anywhere. retrieved: any HSA layer kept a chunk of that sentence for the first answer token.
+    depth: where the first sentence that the question needs stands (the needle asked for, the first
+    of two needles, or the head of the chain). All other sentences stand anywhere.
+    retrieved: the samples in which any HSA layer chose a chunk of that sentence for the first
+    answer token.
+    distinct_tokens: tokens of text before it repeats.
     """
 
     tokens: int
@@ -36,17 +44,25 @@ class Row:
 
 
 @dataclass(frozen=True)
-class ControlRow(Row):
-    """Questions that cannot be answered; depth and retrieved are of the place where the sentence would stand."""
+class ControlRow(RetrievalRow):
+    """Questions that the memory cannot answer; depth and retrieved refer to where the sentence
+    would stand.
+    """
 
     control: str  # one of CONTROLS
 
 
-def read_results(path: Path) -> tuple[list[Row], list[ControlRow], str]:
-    """Rows and control rows that a command wrote into `path`, and into NAME_far.json beside it, of further lengths, if that is
-    there; and the hardware that was asked."""
-    paths = [p for p in (path, path.with_name(f"{path.stem}_far.json")) if p == path or p.is_file()]
-    found = [json.loads(p.read_text()) for p in paths]
-    rows = [Row(**row) for part in found for row in part["rows"]]
-    controls = [ControlRow(**row) for part in found for row in part["control_rows"]]
-    return rows, controls, " and ".join(sorted({part["hardware"] for part in found}))
+def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]:
+    """Rows, control rows and the hardware, from a file that `python -m hsa_mini eval` wrote.
+
+    If NAME_far.json lies beside `path` (NAME.json), its rows, for further lengths, are added.
+    """
+    paths = [path]
+    far = path.with_name(f"{path.stem}_far.json")
+    if far.is_file():
+        paths.append(far)
+    results = [json.loads(p.read_text()) for p in paths]
+    rows = [RetrievalRow(**row) for result in results for row in result["rows"]]
+    controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
+    hardware = " and ".join(sorted({result["hardware"] for result in results}))
+    return rows, controls, hardware

@@ -1,29 +1,34 @@
-"""Questions of every task over haystacks of any length, scored by greedy generation.
+"""Questions of every retrieval task over texts of any length, answered greedily and counted.
 
-Samples may share a haystack: it is encoded once, and for each sample only the tokens that its sentences and
-their lower-decoder reach touch are encoded again. Exact, not an approximation (tests compare with encoding from scratch).
+Long texts are shared: from `SHARED_FROM` tokens on, all samples of a length ask one `Haystack`,
+which is encoded once.
 """
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.evaluation.haystack import Haystack, chunks_retrieved
-from hsa_mini.evaluation.results import CONTROLS, LENGTHS, ControlRow, Row
+from hsa_mini.evaluation.haystack import Haystack
+from hsa_mini.evaluation.results import CONTROLS, LENGTHS, ControlRow, RetrievalRow
+from hsa_mini.evaluation.retrievals import chunks_retrieved
 from hsa_mini.hsa_model import HSAModel
-from hsa_mini.tasks.forms import MOST_DISTRACTORS, TASKS, Sample, place, tile
+from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS
+from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
 DEPTHS = tuple(round(i / 9, 4) for i in range(10))
-SHARED_FROM = 1 << 20  # from this length on the samples of a length share one haystack
+CONTROL_DEPTH = 0.5
+SHARED_FROM = 1 << 20  # tokens: from this length on all samples of a length share one haystack
+
+Condition = tuple[float, str | None]  # depth, and a control or None
+Counts = dict[Condition, tuple[int, int, int]]  # samples, correct, retrieved
 
 
 def evaluate(
@@ -36,76 +41,108 @@ def evaluate(
     seed: int = 1,
     distractors: int = 0,
     border: bool = False,
-    report: Callable[[Row], None] | None = None,
-) -> tuple[list[Row], list[ControlRow]]:
-    """One of TASKS on held-out text: rows by length and depth, and by length the controls.
+    report: Callable[[RetrievalRow], None] | None = None,
+) -> tuple[list[RetrievalRow], list[ControlRow]]:
+    """Evaluate one of TASKS on held-out text: a row per length and depth, and a row per length and
+    control.
 
-    samples: questions per depth, and per control, of each length. Every sample has its own text below `SHARED_FROM` tokens,
-    its own sentences and question always. distractors: further sentences of the same form in every text. border: every
-    sentence lies across two chunks. Raises ValueError for an unknown task, distractors out of range, and as `place` does.
+    samples: questions per row. Every sample has its own sentences and question; below `SHARED_FROM`
+    tokens it has its own text too.
+    distractors: further sentences of the same form in every text.
+    border: every sentence crosses a border between two chunks.
+    report: called with each row once it is complete.
+    Raises ValueError for an unknown task or too many distractors, and as `place` does.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, accepted are {', '.join(TASKS)}")
-    if not 0 <= distractors <= MOST_DISTRACTORS:
-        raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MOST_DISTRACTORS}")
-    device = next(model.parameters()).device
+    if not 0 <= distractors <= MAX_DISTRACTORS:
+        raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MAX_DISTRACTORS}")
     corpus = load_corpus("validation").tokens
+    conditions = [(depth, None) for depth in depths for _ in range(samples)]
+    conditions += [(CONTROL_DEPTH, control) for control in CONTROLS for _ in range(samples)]
+    ask = partial(ask_one, task=task, distractors=distractors, border=border)
     rows = []
     controls = []
     for tokens in lengths:
         rng = np.random.default_rng((EVALUATION, seed, tokens))
-        plan = [(depth, None) for depth in depths for _ in range(samples)]
-        plan += [(0.5, control) for control in CONTROLS for _ in range(samples)]
-        counts = {key: [0, 0, 0] for key in plan}
-        haystack = None
-        with tqdm(plan, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
-            for key in bar:
-                if haystack is None or tokens < SHARED_FROM:
-                    text = tile(corpus, tokens, int(rng.integers(len(corpus)))).astype(np.int64)
-                    haystack = Haystack(model, torch.from_numpy(text).to(device))
-                scores = ask_one(haystack, rng, task, *key, distractors=distractors, border=border)
-                counts[key] = [x + y for x, y in zip(counts[key], (1, *scores))]
-        for (depth, control), (asked, correct, retrieved) in counts.items():
-            values = (tokens, depth, asked, correct, retrieved, min(tokens, len(corpus)), seed)
-            row = Row(*values) if control is None else ControlRow(*values, control)
-            (rows if control is None else controls).append(row)
+        counts = _ask_all(model, corpus, rng, tokens, conditions, ask)
+        for (depth, control), numbers in counts.items():
+            values = (tokens, depth, *numbers, min(tokens, len(corpus)), seed)
+            if control is None:
+                row = RetrievalRow(*values)
+                rows.append(row)
+            else:
+                row = ControlRow(*values, control)
+                controls.append(row)
             if report:
                 report(row)
     return rows, controls
 
 
+def _ask_all(
+    model: HSAModel,
+    corpus: np.ndarray,
+    rng: np.random.Generator,
+    tokens: int,
+    conditions: Sequence[Condition],
+    ask: Callable[..., tuple[bool, bool]],
+) -> Counts:
+    """Ask one question per entry of `conditions` in texts of `tokens` tokens, and count by
+    condition.
+    """
+    device = next(model.parameters()).device
+    counts: Counts = dict.fromkeys(conditions, (0, 0, 0))
+    haystack = None
+    with tqdm(conditions, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
+        for condition in bar:
+            if haystack is None or tokens < SHARED_FROM:
+                first = int(rng.integers(len(corpus)))
+                text = tile(corpus, tokens, first).astype(np.int64)
+                haystack = Haystack(model, torch.from_numpy(text).to(device))
+            depth, control = condition
+            correct, retrieved = ask(haystack, rng, depth=depth, control=control)
+            before = counts[condition]
+            counts[condition] = (before[0] + 1, before[1] + correct, before[2] + retrieved)
+    return counts
+
+
 def evaluate_side_by_side(
     load: Callable[[], HSAModel], task: str, *, lengths: Iterable[int], jobs: int, **options
-) -> tuple[list[Row], list[ControlRow]]:
-    """What `evaluate` returns for the model that `load` gives, with `jobs` lengths at once, each in a process of its own.
+) -> tuple[list[RetrievalRow], list[ControlRow]]:
+    """What `evaluate` returns for the model that `load` returns, computed for `jobs` lengths at
+    once.
 
-    On a GPU a question is many small kernels, which keep it less busy than the processor that launches them.
+    Each job is a process with its own copy of the model. On a GPU this pays because a question
+    consists of many small kernels, which one process cannot launch fast enough to keep the GPU
+    busy.
     """
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     lengths = list(lengths)
     longest_first = sorted(set(lengths), reverse=True)
+    evaluate_length = partial(_evaluate_length, task, options)
     with ProcessPoolExecutor(jobs, context, _begin, (context.RLock(), load)) as pool:
         try:
-            found = dict(
-                zip(longest_first, pool.map(partial(_evaluate_one, task, options), longest_first))
-            )
-        except BaseException:  # Ctrl-C too: it is heard here alone
+            results = dict(zip(longest_first, pool.map(evaluate_length, longest_first)))
+        except BaseException:  # including Ctrl-C, which the workers ignore
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    return tuple(
-        list(chain.from_iterable(found[tokens][part] for tokens in lengths)) for part in range(2)
-    )
+    rows = [row for tokens in lengths for row in results[tokens][0]]
+    controls = [row for tokens in lengths for row in results[tokens][1]]
+    return rows, controls
 
 
 def _begin(lock, load: Callable[[], HSAModel]) -> None:
+    """Start a worker process: it loads the model once and keeps it for every length."""
     global _model
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(lock)
     _model = load()
 
 
-def _evaluate_one(task: str, options: dict, tokens: int) -> tuple[list[Row], list[ControlRow]]:
+def _evaluate_length(
+    task: str, options: dict, tokens: int
+) -> tuple[list[RetrievalRow], list[ControlRow]]:
     return evaluate(_model, task, lengths=(tokens,), **options)
 
 
@@ -119,18 +156,29 @@ def ask_one(
     distractors: int = 0,
     border: bool = False,
 ) -> tuple[bool, bool]:
-    """One question: was the greedy answer wholly right, and was a chunk of the first sentence retrieved for its first token?"""
+    """Ask one question; returns (correct, retrieved).
+
+    correct: every token of the greedy answer is right. retrieved: any HSA layer chose a chunk of
+    the first sentence for the first answer token.
+    """
     config = haystack.model.config
 
     def draw() -> Sample:
         return place(
-            rng, TASKS[task](rng, distractors=distractors), tokens=len(haystack.text), depth=depth,
-            chunk_size=config.chunk_size, window=config.window, border=border, absent=control == "absent",
-        )  # fmt: skip
+            rng,
+            TASKS[task](rng, distractors=distractors),
+            tokens=len(haystack.text),
+            depth=depth,
+            chunk_size=config.chunk_size,
+            window=config.window,
+            border=border,
+            absent=control == "absent",
+        )
 
     sample = draw()
     remembered = draw() if control == "shuffled" else sample
     generation = haystack.ask(sample, answer_tokens=len(sample.answer), remembered=remembered)
-    right = generation.ids[0].tolist() == sample.answer.tolist()
+    correct = generation.ids[0].tolist() == sample.answer.tolist()
     wanted = set(sample.first_chunks(config.chunk_size))
-    return right, any(wanted & chunks for chunks in chunks_retrieved(generation.first))
+    retrieved = any(wanted & chunks for chunks in chunks_retrieved(generation.first))
+    return correct, retrieved

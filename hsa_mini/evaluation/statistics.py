@@ -1,12 +1,19 @@
-"""statistics: TODO."""
+"""What counts of right answers tell: the share, its confidence interval, and rows added up by
+length.
+"""
 
 import math
+from collections.abc import Sequence
 
-from hsa_mini.evaluation.results import Row
+from hsa_mini.evaluation.results import RetrievalRow
 
 
 def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share (Wilson 1927)."""
+    """The Wilson score interval of the share correct/samples (Wilson 1927); z = 1.96 makes it the
+    95% interval.
+
+    Without samples it is 0 to 1.
+    """
     if samples == 0:
         return 0.0, 1.0
     share = correct / samples
@@ -16,15 +23,26 @@ def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float,
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def by_length(rows: list[Row]) -> list[dict]:
-    """Rows of one length added up, the shortest first, with share and 95% interval."""
-    table = []
-    for tokens in sorted({row.tokens for row in rows}):
-        same = [row for row in rows if row.tokens == tokens]
-        samples, correct, retrieved = (
-            sum(getattr(row, name) for row in same) for name in ("samples", "correct", "retrieved")
-        )
-        low, high = wilson_interval(correct, samples)
-        entry = {"tokens": tokens, "samples": samples, "correct": correct, "retrieved": retrieved}
-        table.append({**entry, "accuracy": correct / samples, "low": low, "high": high})
-    return table
+def by_length(rows: Sequence[RetrievalRow]) -> list[dict]:
+    """One summary per length, the shortest first: the counts of all depths, the share right and its
+    95% interval.
+
+    Keys: tokens, samples, correct, retrieved (counts); accuracy, low, high (shares from 0 to 1).
+    """
+    lengths = sorted({row.tokens for row in rows})
+    return [_summary(tokens, [row for row in rows if row.tokens == tokens]) for tokens in lengths]
+
+
+def _summary(tokens: int, rows: Sequence[RetrievalRow]) -> dict:
+    samples = sum(row.samples for row in rows)
+    correct = sum(row.correct for row in rows)
+    low, high = wilson_interval(correct, samples)
+    return {
+        "tokens": tokens,
+        "samples": samples,
+        "correct": correct,
+        "retrieved": sum(row.retrieved for row in rows),
+        "accuracy": correct / samples,
+        "low": low,
+        "high": high,
+    }

@@ -1,1 +1,3 @@
-"""The laboratory: variants of the mechanism at equal parameters, data, steps and seeds, and what became of the paper's claims."""
+"""The laboratory: variants of the mechanism with equal parameters, data, steps and seeds, and what
+they tell about the paper's claims.
+"""

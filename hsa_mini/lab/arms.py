@@ -1,101 +1,64 @@
-"""The arms of the laboratory: what each changes of the baseline `hsa`, and nothing else, at every scale.
+"""The arms of the laboratory: variants of the baseline `hsa` that change one thing each.
 
-All arms of a scale have as many parameters (the width of their MLPs makes up for what a change takes or adds), and see as many
-tokens in as many steps with the same seeds.
+All arms of a scale have the same number of parameters: the width of their MLPs makes up for what a
+change removes or adds. They train on equally many tokens, in equally many steps, with the same
+seeds.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
-from hsa_mini.config import PRESETS, HSAConfig
+from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
-from hsa_mini.lab import variants
+from hsa_mini.lab import changes, variants
+from hsa_mini.lab.changes import MLP_STEP, ConfigChange, TrainingChange
+from hsa_mini.lab.scales import Scale
 from hsa_mini.model.cost_estimate import idle
-from hsa_mini.training.mixture import Mixture
-from hsa_mini.training.recipes import Recipe, Stage
-
-MLP_STEP = 8  # widths of MLPs are multiples of it
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What all arms of a size share: the baseline's configuration and training, and what is asked of a trained model."""
-
-    name: str
-    config: HSAConfig
-    stage: Stage  # at the training length: the last one
-    # The ones before it, as (part of the training length, batch, steps): retrieval is learnt among few chunks first.
-    growth: tuple[tuple[float, int, int], ...] = ()
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    multiples: tuple[int, ...] = (
-        1,
-        4,
-        16,
-        64,
-    )  # of the training length, at which a model is evaluated
-    questions: int = 32  # of a task, at each length
-    texts: int = 16  # for perplexity and copies, at each length
-    tail: int = 256  # tokens at the end of each text that are scored
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(self.stage.tokens * multiple for multiple in self.multiples)
-
-    def stages(self, window: int) -> tuple[Stage, ...]:
-        """Contexts grow, and with them the window of the arm and the distance of copies: what it cannot reach stays so."""
-
-        def part(share: float, batch: int, steps: int) -> Stage:
-            mixture = dataclasses.replace(
-                self.stage.mixture, copy_least=round(share * self.stage.mixture.copy_least)
-            )
-            tokens = round(share * self.stage.tokens)
-            near = max(round(share * window), 1)
-            return dataclasses.replace(
-                self.stage, steps=steps, batch=batch, tokens=tokens, window=near, mixture=mixture
-            )
-
-        return *(part(*row) for row in self.growth), part(1, self.stage.batch, self.stage.steps)
+from hsa_mini.training.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant: another model, other settings, or other training."""
+    """One variant of the baseline: another model, other settings, or other training.
+
+    what: the difference from the baseline, in words.
+    changes: of the configuration. training: of every stage.
+    packed: sequences that fill one row of the training length. With more than one, nothing beyond a
+    short sequence's start can help.
+    counted: which count of parameters equals the baseline's, "parameters" (all) or "active" (those
+    that one token uses).
+    """
 
     name: str
-    what: str  # it is, beside the baseline
+    what: str
     model: type[HSAModel] = HSAModel
-    changes: Callable[[Scale], dict] = lambda scale: {}  # of the configuration
-    training: Callable[[Scale, Stage], dict] = lambda scale, stage: {}  # changes of every stage
-    packed: int = 1  # sequences that make one of the training length: what lies further back than a shorter one never helps
-    counted: str = field(
-        default="parameters", kw_only=True
-    )  # what is equal to the baseline's: these, or "active" ones
+    changes: ConfigChange = lambda scale: {}
+    training: TrainingChange = lambda scale, stage: {}
+    packed: int = 1
+    counted: str = field(default="parameters", kw_only=True)
 
     def config(self, scale: Scale) -> HSAConfig:
+        """The configuration at this scale, with the width of its MLPs adapted."""
         return _matched(self, scale)
 
     def recipe(self, scale: Scale, steps: int | None = None) -> Recipe:
-        """steps: instead of the scale's."""
+        """The training at this scale; `steps` replaces the scale's number of steps."""
         stages = scale.stages(self.config(scale).window)
         stages = tuple(
             dataclasses.replace(stage, **self.training(scale, stage)) for stage in stages
         )
         recipe = Recipe(stages, learning_rate=scale.learning_rate, warmup=scale.warmup)
-        return (
-            recipe
-            if steps is None
-            else dataclasses.replace(recipe, warmup=min(recipe.warmup, steps)).scaled(steps)
-        )
+        if steps is None:
+            return recipe
+        return dataclasses.replace(recipe, warmup=min(recipe.warmup, steps)).scaled(steps)
 
     def parameters(self, scale: Scale) -> dict[str, int]:
-        """All of them, and those that one token meets."""
+        """The number of all parameters, and of those that one token uses ("active")."""
         return _count(self.model, self.config(scale))
 
     def settings(self, scale: Scale, steps: int | None = None) -> dict:
-        """All that decides how a run goes, but its seed."""
+        """Everything but the seed that decides how a run goes."""
         return {
             "scale": scale.name,
             "arm": self.name,
@@ -110,6 +73,7 @@ class Arm:
 
 
 def _count(model: type[HSAModel], config: HSAConfig) -> dict[str, int]:
+    """Counts parameters on the meta device, which allocates none."""
     made = model(config, device="meta")
     total = sum(parameter.numel() for parameter in made.parameters())
     return {"parameters": total, "active": total - idle(made)}
@@ -117,156 +81,118 @@ def _count(model: type[HSAModel], config: HSAConfig) -> dict[str, int]:
 
 @cache
 def _matched(arm: Arm, scale: Scale) -> HSAConfig:
-    """The arm's configuration with MLPs as wide as makes it count what the baseline does, to the nearest `MLP_STEP`."""
+    """The arm's configuration, with MLPs so wide that `arm.counted` equals the baseline's, to the
+    nearest `MLP_STEP`.
+    """
     config = dataclasses.replace(scale.config, **arm.changes(scale))
+
+    def count(width: int) -> int:
+        return _count(arm.model, dataclasses.replace(config, mlp_width=width))[arm.counted]
+
     wanted = _count(HSAModel, scale.config)[arm.counted]
-    narrow, wide = (
-        _count(arm.model, dataclasses.replace(config, mlp_width=width))[arm.counted]
-        for width in (MLP_STEP, 2 * MLP_STEP)
-    )
-    width = MLP_STEP * max(
-        1 + round((wanted - narrow) / (wide - narrow)), 1
-    )  # parameters are linear in the width
-    return dataclasses.replace(config, mlp_width=width)
-
-
-def _one_query(scale: Scale) -> dict:
-    """Attention's queries in the place of retrieval's: as large, and one for each key/value head."""
-    return {
-        "retrieval_dim": scale.config.hsa_head_dim,
-        "retrieval_heads": scale.config.hsa_kv_heads,
-    }
-
-
-def _full_rope(scale: Scale) -> dict:
-    """A window as long as the longest text."""
-    return variants.NO_HSA | {"window": max(scale.lengths)}
-
-
-def _window(times: int) -> Callable[[Scale], dict]:
-    return lambda scale: {"window": times * scale.config.window}
-
-
-def _every_chunk(scale: Scale) -> int:
-    """K that keeps all chunks of a training sequence."""
-    return scale.stage.tokens // scale.config.chunk_size
-
-
-def _experts(scale: Scale) -> dict:
-    """Eight experts; the shared one and two of the others are together as wide as the baseline's MLP."""
-    return {
-        "experts": 8,
-        "experts_active": 2,
-        "expert_width": scale.config.mlp_width // (3 * MLP_STEP) * MLP_STEP,
-    }
-
-
-def _mixture(**shares) -> Callable[[Scale, Stage], dict]:
-    return lambda scale, stage: {"mixture": dataclasses.replace(stage.mixture, **shares)}
-
-
-def _chains(scale: Scale, stage: Stage) -> dict:
-    """Questions about chains, but in contexts without room for one and its question."""
-    return _mixture(needles=0.4, chains=0.25)(scale, stage) if stage.tokens >= 128 else {}
-
-
-_text = _mixture(self_copy=0.0, needles=0.0)  # alone
-
-
-def _text_in_a_crowd(scale: Scale, stage: Stage) -> dict:
-    """At the training length behind as many chunks as the longest text of evaluation has."""
-    crowd = {"crowd": max(scale.lengths) // scale.config.chunk_size, "explore": False}
-    return _text(scale, stage) | (crowd if stage.tokens == scale.stage.tokens else {})
-
-
-def _warm_up(**changes) -> Callable[[Scale, Stage], dict]:
-    """No copies; but changes (functions of the scale and the stage) while contexts grow, the warm-up."""
-
-    def training(scale: Scale, stage: Stage) -> dict:
-        warming = changes if stage.tokens < scale.stage.tokens else {}
-        return _mixture(self_copy=0.0)(scale, stage) | {
-            name: change(scale, stage) for name, change in warming.items()
-        }
-
-    return training
+    narrow = count(MLP_STEP)
+    wide = count(2 * MLP_STEP)
+    # The number of parameters is linear in the width.
+    steps = 1 + round((wanted - narrow) / (wide - narrow))
+    return dataclasses.replace(config, mlp_width=MLP_STEP * max(steps, 1))
 
 
 _ARMS = (
-    Arm("hsa", "the baseline: fused scores, no positions, chunk encoder, sparse K, exploration noise, long data"),
     Arm(
-        "full_rope", "full attention with RoPE in every block, no HSA", variants.WithoutHSA, changes=_full_rope,
-        training=lambda scale, stage: {"window": stage.tokens},
+        "hsa",
+        "the baseline: fused scores, no positions, chunk encoder, sparse K, exploration noise,"
+        " long data",
     ),
-    Arm("window", "the window alone, no HSA", variants.WithoutHSA, changes=lambda scale: variants.NO_HSA),
+    Arm(
+        "full_rope", "full attention with RoPE in every block, no HSA", variants.WithoutHSA,
+        changes=changes.full_attention, training=changes.window_of_stage,
+    ),
+    Arm(
+        "window", "only the sliding window, no HSA", variants.WithoutHSA,
+        changes=changes.without_hsa,
+    ),
     Arm("hsa_rope", "RoPE on queries and keys of chunks", variants.RopeInside),
-    Arm("mean_landmark", "no chunk encoder: the landmark is made of the mean of a chunk", variants.MeanLandmark),
-    Arm("concatenated", "select, then concatenate (NSA's selected branch): scores choose and get no gradient", variants.Concatenated),
     Arm(
-        "mean_key", "as MoBA: mean keys are landmarks, attention's query scores them, chosen chunks are concatenated",
-        variants.MeanKey, changes=_one_query,
+        "mean_landmark", "no chunk encoder: the landmark is a projection of the chunk's mean",
+        variants.MeanLandmark,
     ),
     Arm(
-        "grouped_softmax", "as Landmark Attention: landmarks are keys, in one softmax with the token's own", variants.GroupedSoftmax,
-        changes=lambda scale: _one_query(scale) | {"retrieval_norm": True},
+        "concatenated",
+        "selected chunks are concatenated (NSA's selected branch): scores only select, and get no"
+        " gradient",
+        variants.Concatenated,
     ),
     Arm(
-        "full_k", "every chunk is kept in training, K in evaluation",
-        training=lambda scale, stage: {"top_k": _every_chunk(scale)},
-    ),
-    Arm("no_noise", "no exploration noise on the choice", changes=lambda scale: {"exploration": False}),
-    Arm("window_4x", "a window of four times the baseline's: as long as the shortest copy distance", changes=_window(4)),
-    Arm("window_8x", "a window of eight times the baseline's: as long as the longest copy distance", changes=_window(8)),
-    Arm("window_16x", "a window as long as a training sequence", changes=_window(16)),
-    Arm("warmup_none", "window 4x; needles in text, no copies, no warm-up", changes=_window(4), training=_warm_up()),
-    Arm(
-        "warmup_self_copy", "the same after a warm-up on self-copies", changes=_window(4),
-        training=_warm_up(mixture=lambda scale, stage: stage.mixture),
+        "mean_key",
+        "as in MoBA: landmarks are mean keys, attention's queries score them, selected chunks are"
+        " concatenated",
+        variants.MeanKey, changes=changes.attention_queries,
     ),
     Arm(
-        "warmup_short_window", "the same after a warm-up with the baseline's window and every chunk kept", changes=_window(4),
-        training=_warm_up(window=lambda scale, stage: stage.window // 4, top_k=lambda scale, stage: _every_chunk(scale)),
+        "grouped_softmax",
+        "as in Landmark Attention: landmarks are keys, in one softmax with the token's own key",
+        variants.GroupedSoftmax, changes=changes.landmark_attention,
     ),
-    Arm("data_short", "no sequence longer than a quarter, several in a row: nothing useful lies further back", packed=4),
-    Arm("dense_chains", "a quarter of the data are questions about chains", training=_chains),
+    Arm("full_k", "training keeps every chunk, evaluation keeps K", training=changes.every_chunk),
+    Arm("no_noise", "no exploration noise on the selection", changes=changes.without_noise),
     Arm(
-        "moe_chains", "the same with experts: as many active parameters, more in all", changes=_experts, training=_chains,
-        counted="active",
+        "window_4x", "a window four times the baseline's, as long as the shortest copy distance",
+        changes=changes.window(4),
     ),
-    Arm("text", "plain text alone: no copies, no questions", training=_text),
-    Arm("text_window_4x", "the same, a window of a quarter of a sequence, as the paper's", changes=_window(4), training=_text),
-    Arm("text_window_8x", "the same, a window of half a sequence", changes=_window(8), training=_text),
-    Arm("text_no_noise", "plain text alone, no noise on the choice", changes=lambda scale: {"exploration": False}, training=_text),
-    Arm("text_crowd", "plain text alone, at last behind as many chunks as a long text has", training=_text_in_a_crowd),
     Arm(
-        "text_full_rope", "plain text alone for full attention with RoPE", variants.WithoutHSA, changes=_full_rope,
-        training=lambda scale, stage: _text(scale, stage) | {"window": stage.tokens},
+        "window_8x", "a window eight times the baseline's, as long as the longest copy distance",
+        changes=changes.window(8),
+    ),
+    Arm("window_16x", "a window as long as a training sequence", changes=changes.window(16)),
+    Arm(
+        "warmup_none", "window 4x; needles in text, no copies, no warm-up",
+        changes=changes.window(4), training=changes.no_warm_up,
+    ),
+    Arm(
+        "warmup_self_copy", "as warmup_none, after a warm-up on self-copies",
+        changes=changes.window(4), training=changes.warm_up_on_copies,
+    ),
+    Arm(
+        "warmup_short_window",
+        "as warmup_none, after a warm-up with the baseline's window and every chunk kept",
+        changes=changes.window(4), training=changes.warm_up_with_short_window,
+    ),
+    Arm(
+        "data_short",
+        "sequences of at most a quarter of the length, several per row: nothing useful lies further"
+        " back",
+        packed=4,
+    ),
+    Arm(
+        "dense_chains", "a quarter of the data are questions about chains",
+        training=changes.chains,
+    ),
+    Arm(
+        "moe_chains", "as dense_chains, with experts: equal active parameters, more in total",
+        changes=changes.experts, training=changes.chains, counted="active",
+    ),
+    Arm("text", "plain text only: no copies, no questions", training=changes.text_only),
+    Arm(
+        "text_window_4x", "as text, with a window of a quarter of a sequence, like the paper's",
+        changes=changes.window(4), training=changes.text_only,
+    ),
+    Arm(
+        "text_window_8x", "as text, with a window of half a sequence",
+        changes=changes.window(8), training=changes.text_only,
+    ),
+    Arm(
+        "text_no_noise", "as text, without exploration noise",
+        changes=changes.without_noise, training=changes.text_only,
+    ),
+    Arm(
+        "text_crowd",
+        "as text; in the last stage as many chunks of other texts in front as a long text has",
+        training=changes.text_behind_queue,
+    ),
+    Arm(
+        "text_full_rope", "as full_rope, trained on plain text only", variants.WithoutHSA,
+        changes=changes.full_attention, training=changes.text_in_full_attention,
     ),
     Arm("no_qk_norm", "no norm on queries and keys, in any attention", variants.WithoutQKNorm),
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in _ARMS}
-
-SCALES = {
-    scale.name: scale
-    for scale in (
-        # `mini` with 4 blocks in the place of 7, and half its training length, chunks and, twice over, window: stacked windows
-        # do not reach a needle. Below 1,024 tokens no step waits for a compiler.
-        Scale(
-            "lab",
-            dataclasses.replace(
-                PRESETS["mini"], lower_layers=2, layers_per_group=1, window=32, chunk_size=32, embedding_std=0.0625
-            ),
-            Stage(steps=850, batch=32, tokens=512, text_weight=0.25, mixture=Mixture(copy_least=128)),
-            growth=((1 / 8, 64, 250), (1 / 4, 64, 200), (1 / 2, 32, 200)), learning_rate=1.5e-3,
-        ),
-        # Seconds on a processor: too small to learn more than words, large enough to try every arm.
-        Scale(
-            "tiny",
-            dataclasses.replace(
-                PRESETS["debug"], vocab_size=4096, chunk_size=32, window=16, top_k=4, hsa_heads=2, hsa_kv_heads=1, retrieval_heads=1,
-                layers_per_group=1, lower_layers=1,
-            ),
-            Stage(steps=20, batch=2, tokens=512, mixture=Mixture(copy_least=128)),
-            growth=((1 / 4, 4, 20),), learning_rate=3e-3, warmup=10, multiples=(1, 4), questions=2, texts=2, tail=64,
-        ),
-    )
-}  # fmt: skip

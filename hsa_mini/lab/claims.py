@@ -1,12 +1,15 @@
 """What became of the paper's claims: measured numbers by arm, and a verdict by one rule.
 
-A comparison says that one arm is better than another by one measure. With three seeds of both it is
+A comparison states that one arm is better than another by one measure. With three seeds of both
+arms it is
 
-    reproduced            every seed of the better arm is better than every seed of the other, and the means differ by the margin
+    reproduced            every seed of the better arm beats every seed of the other arm,
+                          and the means differ by the margin
     different in small    the same the other way round
     not reproduced        anything else
 
-A claim is reproduced if all its comparisons are, different in small if one of them is, and not yet run if a seed is missing.
+A claim is reproduced if all its comparisons are, different in small if one of them is, and not yet
+run if a seed is missing.
 """
 
 import math
@@ -14,39 +17,46 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hsa_mini.lab.arms import ARMS
-from hsa_mini.lab.harness import current
+from hsa_mini.lab.records import current
 
 SEEDS = 3  # that a verdict needs
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 DIFFERENT = "different in small"
 NOT_RUN = "not yet run"
-# times the training length
+# Lengths of evaluation, as multiples of the training length.
 NEAR = 1
 FAR = 64
-TEXTS = tuple(name for name in ARMS if name.startswith("text"))  # arms trained on plain text alone
+TEXTS = tuple(name for name in ARMS if name.startswith("text"))  # arms trained on plain text only
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A row of what a run found: of a task or "copy" the accuracy, of "perplexity" that; at so many training lengths."""
+    """One number of a run: what was measured, at which multiple of the training length.
+
+    what: "perplexity"; or a task or "copy", of which the accuracy counts.
+    """
 
     what: str
     multiple: int
 
     @property
     def margin(self) -> float:
-        """Least difference of two means that counts: a share of questions, or of the logarithm of perplexity."""
+        """The smallest difference of two means that counts.
+
+        It is a difference of accuracies, or of logarithms of perplexities.
+        """
         return 0.01 if self.what == "perplexity" else 0.1
 
     def read(self, record: dict) -> float:
+        """The number in a record; infinite if a perplexity was not finite."""
         tokens = self.multiple * record["settings"]["evaluation"]["lengths"][0]
         row = next(row for row in record["found"][self.what] if row["tokens"] == tokens)
         value = row["perplexity" if self.what == "perplexity" else "accuracy"]
-        return math.inf if value is None else value  # only a perplexity can be without bound
+        return math.inf if value is None else value
 
     def goodness(self, value: float) -> float:
-        """The larger, the better."""
+        """A number that is larger for a better value."""
         return -math.log(value) if self.what == "perplexity" else value
 
     def __str__(self) -> str:
@@ -55,6 +65,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Comparison:
+    """Arm `better` should beat arm `worse` by this measure."""
+
     better: str
     worse: str
     by: Measure
@@ -62,30 +74,33 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
+    """A statement of the paper and the comparisons that decide about it.
+
+    other_arms, other_measures: shown for information only; they do not enter the verdict.
+    """
+
     name: str
-    says: str
+    statement: str
     comparisons: tuple[Comparison, ...]
-    beside: tuple[
-        str, ...
-    ] = ()  # arms whose numbers belong to the picture, without a say in the verdict
-    shown: tuple[Measure, ...] = ()  # measures too
+    other_arms: tuple[str, ...] = ()
+    other_measures: tuple[Measure, ...] = ()
 
     @property
     def arms(self) -> tuple[str, ...]:
-        return tuple(
-            dict.fromkeys(
-                (*(arm for c in self.comparisons for arm in (c.better, c.worse)), *self.beside)
-            )
-        )
+        """All arms, each once: those compared, then the others."""
+        compared = [arm for c in self.comparisons for arm in (c.better, c.worse)]
+        return tuple(dict.fromkeys((*compared, *self.other_arms)))
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        return tuple(dict.fromkeys((*(c.by for c in self.comparisons), *self.shown)))
+        """All measures, each once: those that decide, then the others."""
+        deciding = [c.by for c in self.comparisons]
+        return tuple(dict.fromkeys((*deciding, *self.other_measures)))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One measure of the seeds of an arm."""
+    """One measure of one arm: a value per seed."""
 
     values: tuple[float, ...]
 
@@ -103,65 +118,92 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """numbers: by measure and arm, of the arms that have been run."""
+class ClaimFinding:
+    """A claim, its numbers by measure and arm (only arms that were run), and the verdict."""
 
     claim: Claim
     numbers: dict[Measure, dict[str, Spread]]
     verdict: str
 
 
-def _claim(name: str, says: str, *comparisons: tuple[str, str, Measure], **more) -> Claim:
-    return Claim(name, says, tuple(Comparison(*comparison) for comparison in comparisons), **more)
+def _claim(name: str, statement: str, *comparisons: tuple[str, str, Measure], **others) -> Claim:
+    return Claim(name, statement, tuple(Comparison(*c) for c in comparisons), **others)
 
 
-_S, _MQ, _VT = (Measure(task, FAR) for task in ("s_niah", "mq_niah", "vt"))
+_S = Measure("s_niah", FAR)
+_MQ = Measure("mq_niah", FAR)
+_VT = Measure("vt", FAR)
 _S_NEAR = Measure("s_niah", NEAR)
 _VT_NEAR = Measure("vt", NEAR)
 _PERPLEXITY = Measure("perplexity", NEAR)
 CLAIMS = (
     _claim(
-        "positions", "without positions far away, retrieval goes on beyond the training length; with RoPE it does not",
-        ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S), beside=TEXTS,
-        shown=(_S_NEAR, _PERPLEXITY, Measure("perplexity", FAR)),
+        "positions",
+        "without positions on far tokens, retrieval works beyond the training length;"
+        " with RoPE it does not",
+        ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S),
+        other_arms=TEXTS, other_measures=(_S_NEAR, _PERPLEXITY, Measure("perplexity", FAR)),
     ),
     _claim(
-        "fusion", "chunks fused by their scores beat chunks that are selected, then concatenated",
-        ("hsa", "concatenated", _MQ), ("hsa", "mean_key", _MQ), beside=("grouped_softmax",), shown=(_S,),
-    ),
-    _claim("encoder", "a landmark from an encoder beats one from the mean of a chunk", ("hsa", "mean_landmark", _MQ), shown=(_S,)),
-    _claim(
-        "warm-up", "both warm-ups teach retrieval; self-copy reaches further, a short window with every chunk predicts better",
-        ("warmup_self_copy", "warmup_none", _MQ), ("warmup_short_window", "warmup_none", _MQ),
-        ("warmup_self_copy", "warmup_short_window", _MQ), ("warmup_short_window", "warmup_self_copy", _PERPLEXITY),
+        "fusion",
+        "chunks fused by their scores beat chunks that are selected and then concatenated",
+        ("hsa", "concatenated", _MQ), ("hsa", "mean_key", _MQ),
+        other_arms=("grouped_softmax",), other_measures=(_S,),
     ),
     _claim(
-        "seesaw", "a window as long as the copy distance keeps retrieval from being learnt",
-        ("hsa", "window_8x", _S), ("hsa", "window_16x", _S), beside=("window_4x",), shown=(_S_NEAR, _PERPLEXITY),
+        "encoder", "a landmark from an encoder beats a landmark from the mean of a chunk",
+        ("hsa", "mean_landmark", _MQ), other_measures=(_S,),
     ),
     _claim(
-        "effective context", "data whose context is short teach no retrieval beyond it",
-        ("hsa", "data_short", _S), shown=(_S_NEAR,),
+        "warm-up",
+        "both warm-ups teach retrieval; with self-copies it reaches further, with a short window"
+        " and every chunk kept the model predicts better",
+        ("warmup_self_copy", "warmup_none", _MQ),
+        ("warmup_short_window", "warmup_none", _MQ),
+        ("warmup_self_copy", "warmup_short_window", _MQ),
+        ("warmup_short_window", "warmup_self_copy", _PERPLEXITY),
     ),
     _claim(
-        "sparse training", "retrieval survives sparsity in evaluation only if it was trained sparse",
-        ("hsa", "full_k", _S), beside=("no_noise",), shown=(_S_NEAR,),
+        "seesaw",
+        "a window as long as the copy distance prevents the model from learning retrieval",
+        ("hsa", "window_8x", _S), ("hsa", "window_16x", _S),
+        other_arms=("window_4x",), other_measures=(_S_NEAR, _PERPLEXITY),
     ),
-    _claim("QK norm", "training needs a norm on queries and keys", ("hsa", "no_qk_norm", _PERPLEXITY), shown=(_S,)),
-    _claim("scale", "experts help where an answer takes several steps (VT)", ("moe_chains", "dense_chains", _VT_NEAR), shown=(_VT,)),
-    _claim("blindness", "a window alone does not see a needle behind it", ("hsa", "window", _S_NEAR), shown=(_PERPLEXITY,)),
+    _claim(
+        "effective context", "data with a short context teach no retrieval beyond that context",
+        ("hsa", "data_short", _S), other_measures=(_S_NEAR,),
+    ),
+    _claim(
+        "sparse training",
+        "retrieval survives sparsity in evaluation only if the model was trained sparse",
+        ("hsa", "full_k", _S), other_arms=("no_noise",), other_measures=(_S_NEAR,),
+    ),
+    _claim(
+        "QK norm", "training needs a norm on queries and keys",
+        ("hsa", "no_qk_norm", _PERPLEXITY), other_measures=(_S,),
+    ),
+    _claim(
+        "scale", "experts help where an answer takes several steps (VT)",
+        ("moe_chains", "dense_chains", _VT_NEAR), other_measures=(_VT,),
+    ),
+    _claim(
+        "blindness", "a window alone does not see a needle beyond its edge",
+        ("hsa", "window", _S_NEAR), other_measures=(_PERPLEXITY,),
+    ),
 )  # fmt: skip
 
 
-def judge(records: Iterable[dict]) -> list[Finding]:
-    """Every claim by the records of the arms as they are declared now, at scale "lab" and in full length."""
+def judge(records: Iterable[dict]) -> list[ClaimFinding]:
+    """A finding for every claim, from the records of full runs at scale "lab" with the settings
+    declared now.
+    """
     runs: dict[str, list[dict]] = {}
     for (arm, _), record in sorted(current(records).items()):
         runs.setdefault(arm, []).append(record)
     return [_judge(claim, runs) for claim in CLAIMS]
 
 
-def _judge(claim: Claim, runs: dict[str, list[dict]]) -> Finding:
+def _judge(claim: Claim, runs: dict[str, list[dict]]) -> ClaimFinding:
     numbers = {
         measure: {
             arm: Spread(tuple(measure.read(record) for record in runs[arm]))
@@ -176,35 +218,46 @@ def _judge(claim: Claim, runs: dict[str, list[dict]]) -> Finding:
     }
     for found in (NOT_RUN, DIFFERENT, NOT_REPRODUCED):
         if found in verdicts:
-            return Finding(claim, numbers, found)
-    return Finding(claim, numbers, REPRODUCED)
+            return ClaimFinding(claim, numbers, found)
+    return ClaimFinding(claim, numbers, REPRODUCED)
 
 
 def verdict(measure: Measure, better: Spread | None, worse: Spread | None) -> str:
-    """The rule of a comparison, as it stands at the top of this file."""
+    """Applies the rule at the top of this file to one comparison; None: the arm was not run."""
     if any(spread is None or len(spread.values) < SEEDS for spread in (better, worse)):
         return NOT_RUN
-    better, worse = (
-        Spread(tuple(map(measure.goodness, spread.values))) for spread in (better, worse)
-    )
-    for one, other, found in ((better, worse, REPRODUCED), (worse, better, DIFFERENT)):
-        if one.low > other.high and one.mean - other.mean >= measure.margin:
-            return found
+    expected_better = _goodness(measure, better)
+    expected_worse = _goodness(measure, worse)
+    if _beats(measure, expected_better, expected_worse):
+        return REPRODUCED
+    if _beats(measure, expected_worse, expected_better):
+        return DIFFERENT
     return NOT_REPRODUCED
 
 
-def table(findings: Iterable[Finding]) -> str:
-    """For a terminal: verdicts, and mean (lowest to highest) of every measure and arm."""
+def _goodness(measure: Measure, spread: Spread) -> Spread:
+    return Spread(tuple(map(measure.goodness, spread.values)))
+
+
+def _beats(measure: Measure, one: Spread, other: Spread) -> bool:
+    return one.low > other.high and one.mean - other.mean >= measure.margin
+
+
+def format_findings(findings: Iterable[ClaimFinding]) -> str:
+    """For a terminal: every verdict, and the mean (lowest to highest) of every measure and arm."""
     lines = []
     for finding in findings:
-        lines += ["", f"{finding.claim.name}: {finding.verdict}", f"  {finding.claim.says}"]
+        claim = finding.claim
+        lines += ["", f"{claim.name}: {finding.verdict}", f"  {claim.statement}"]
         for measure, spreads in finding.numbers.items():
-            for arm, spread in spreads.items():
-                mean, low, high = (
-                    f"{x:.2f}" if measure.what == "perplexity" else f"{x:.1%}"
-                    for x in (spread.mean, spread.low, spread.high)
-                )
-                lines.append(
-                    f"  {measure!s:<20} {arm:<20} {mean:>8}  ({low} to {high}, {len(spread.values)} seeds)"
-                )
+            lines += [_format_spread(measure, arm, spread) for arm, spread in spreads.items()]
     return "\n".join(lines)
+
+
+def _format_spread(measure: Measure, arm: str, spread: Spread) -> str:
+    style = ".2f" if measure.what == "perplexity" else ".1%"
+    mean = format(spread.mean, style)
+    low = format(spread.low, style)
+    high = format(spread.high, style)
+    seeds = len(spread.values)
+    return f"  {measure!s:<20} {arm:<20} {mean:>8}  ({low} to {high}, {seeds} seeds)"

@@ -1,6 +1,7 @@
-"""Other ways to read the chunks that were chosen than Eq. (2), as functions of tensors.
+"""Ways to read the chosen chunks other than Eq. (2) of the paper, as functions of tensors.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size, K kept.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension,
+N chunks, S chunk size, K kept.
 """
 
 import torch
@@ -10,10 +11,15 @@ from torch.nn.functional import scaled_dot_product_attention
 def concatenated(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
-    """One softmax over all tokens of the kept chunks, as NSA (arXiv 2502.11089) and MoBA (arXiv 2502.13189) read them.
+    """One softmax over all tokens of the kept chunks.
 
-    q [B, T, H, D], k and v [B, N, S, J, D], indices [B, T, J, K] (-1: empty slot) -> [B, T, H, D]; 0 where all slots are
-    empty. Scores of chunks are no part of it, so what chose them gets no gradient. Holds a mask [B, J, T, N*S].
+    NSA (arXiv 2502.11089) and MoBA (arXiv 2502.13189) read chunks in this way. It does not use the
+    scores of the chunks, so retrieval gets no gradient. It needs a mask of size [B, J, T, N*S].
+
+        q        [B, T, H, D]
+        k, v     [B, N, S, J, D]
+        indices  [B, T, J, K]    -1: no chunk
+        returns  [B, T, H, D]    0 for a token without any chunk
     """
     H = q.shape[2]
     N, S, J = k.shape[1:4]
@@ -22,19 +28,16 @@ def concatenated(
     kept = torch.zeros(*indices.shape[:3], N + 1, dtype=torch.bool, device=q.device)
     kept = kept.scatter_(3, indices.long() + 1, True)[..., 1:].transpose(1, 2)  # [B, J, T, N]
     blind = ~kept.any(-1, keepdim=True)
-    seen = (kept | blind).repeat_interleave(
-        S, dim=-1
-    )  # a softmax over nothing would be NaN: what a blind token sees is dropped
-    rows = (
-        x.flatten(1, 2).transpose(1, 2).repeat_interleave(H // J, dim=1) for x in (k, v)
-    )  # [B, H, N*S, D]
+    # A softmax over nothing would be NaN, so a token without chunks attends to all; its result is
+    # then set to 0.
+    seen = (kept | blind).repeat_interleave(S, dim=-1)
+    k = k.flatten(1, 2).transpose(1, 2).repeat_interleave(H // J, dim=1)  # [B, H, N*S, D]
+    v = v.flatten(1, 2).transpose(1, 2).repeat_interleave(H // J, dim=1)
     if J > 1:
-        seen, blind = (x.repeat_interleave(H // J, dim=1) for x in (seen, blind))
-    return (
-        scaled_dot_product_attention(q.transpose(1, 2), *rows, attn_mask=seen)
-        .masked_fill(blind, 0.0)
-        .transpose(1, 2)
-    )
+        seen = seen.repeat_interleave(H // J, dim=1)
+        blind = blind.repeat_interleave(H // J, dim=1)
+    out = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen)  # [B, H, T, D]
+    return out.masked_fill(blind, 0.0).transpose(1, 2)
 
 
 def mean_query(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -45,15 +48,23 @@ def mean_query(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
 def grouped_gates(
     query: torch.Tensor, landmarks: torch.Tensor, own: torch.Tensor, indices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax in which the landmarks of the kept chunks compete with a token's own key (Landmark Attention, arXiv 2305.16300).
+    """Weights from one softmax over the token's own key and the landmarks of its chunks.
 
-    query and own [B, T, J, D], landmarks [B, N, J, D], indices [B, T, J, K] -> gates of the token itself [B, T, J, 1] and of
-    the chunks [B, T, J, K], 0 where a slot is empty; float32 or wider.
+    This follows Landmark Attention (arXiv 2305.16300).
+
+        query, own  [B, T, J, D]
+        landmarks   [B, N, J, D]
+        indices     [B, T, J, K]    -1: no chunk
+        returns     [B, T, J, 1] for the token itself, [B, T, J, K] for its chunks (0: no chunk);
+                    float32 (float64 for float64 queries)
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query, landmarks, own = (x.to(wide) for x in (query, landmarks, own))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query = query.to(dtype)
+    landmarks = landmarks.to(dtype)
+    own = own.to(dtype)
     far = torch.einsum("btjd,bnjd->btjn", query, landmarks)
-    scores = torch.cat(((query * own).sum(-1, keepdim=True), far), dim=-1) * query.shape[-1] ** -0.5
+    near = (query * own).sum(-1, keepdim=True)
+    scores = torch.cat((near, far), dim=-1) * query.shape[-1] ** -0.5  # [B, T, J, 1 + N]
     kept = scores.gather(-1, indices.long() + 1).masked_fill(indices < 0, float("-inf"))
-    gates = torch.cat((scores[..., :1], kept), dim=-1).softmax(dim=-1)
-    return gates[..., :1], gates[..., 1:]
+    weights = torch.cat((scores[..., :1], kept), dim=-1).softmax(dim=-1)
+    return weights[..., :1], weights[..., 1:]

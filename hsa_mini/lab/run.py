@@ -1,16 +1,19 @@
-"""One run: an arm is trained from nothing with one seed, and measured. Nothing is kept of it but a record."""
+"""One run: an arm is trained from scratch with one seed, then measured. Only a record of it is
+kept.
+"""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.data import Dataset
 
 from hsa_mini.hsa_model import HSAModel
-from hsa_mini.lab.arms import Arm, Scale
-from hsa_mini.lab.measure import measure
+from hsa_mini.lab.arms import Arm
+from hsa_mini.lab.measure import measure_arm
+from hsa_mini.lab.scales import Scale
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.mixture import NONE
 from hsa_mini.training.recipes import Recipe, Stage
@@ -24,11 +27,11 @@ from hsa_mini.training.trainer import (
 )
 
 FIGURES = COLUMNS[1:8]  # of a training step
-POINTS = 40  # of the curves that a record keeps
-LAST = 4  # of them make the final figures
+POINTS = 40  # of the curves in a record
+LAST = 4  # points at the end of a curve whose mean is the final figure
 
 
-def run(
+def run_arm(
     arm: Arm,
     scale: Scale,
     seed: int,
@@ -37,9 +40,10 @@ def run(
     steps: int | None = None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> dict:
-    """Train and measure `arm`; everything that JSON can say about it. `progress(n)` is called as n steps are given to the device.
+    """Train and measure `arm`; returns the record, which JSON can hold.
 
-    Figures that are not finite, of a training that went wrong, are None.
+    steps: of training, instead of the scale's. progress(n): called whenever n more steps were given
+    to the device. A figure that is not finite, because training diverged, is None.
     """
     began = time.monotonic()
     recipe = arm.recipe(scale, steps)
@@ -49,7 +53,8 @@ def run(
     trained = time.monotonic()
     if device.type == "cuda":
         model.bfloat16()
-    found = measure(model.eval(), scale)
+    found = measure_arm(model.eval(), scale)
+    measured = time.monotonic()
     return {
         "arm": arm.name,
         "seed": seed,
@@ -57,12 +62,10 @@ def run(
         **arm.parameters(scale),
         "seconds": {
             "training": round(trained - began, 1),
-            "evaluation": round(time.monotonic() - trained, 1),
+            "evaluation": round(measured - trained, 1),
         },
         "final": {
-            name: _finite(sum(values[-LAST:]) / len(values[-LAST:]))
-            for name, values in curve.items()
-            if name != "step"
+            name: _finite(_mean(values[-LAST:])) for name, values in curve.items() if name != "step"
         },
         "curve": {name: [_finite(value) for value in values] for name, values in curve.items()},
         "found": {
@@ -80,7 +83,9 @@ def _train(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> dict[str, list[float]]:
-    """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
+    """Take all steps of the recipe; returns the curves: "step", and the figures of about `POINTS`
+    steps.
+    """
     optimizer = make_optimizer(model, recipe)
     past = ChunkQueue(recipe.crowd)
     steps_of = recorded_steps(model, optimizer, recipe, past)
@@ -97,8 +102,10 @@ def _train(
 
 
 class PackedBatches(Dataset):
-    """The batches of a recipe with sequences of at most 1/`packed` of its longest: several that know nothing of one another
-    make a row."""
+    """The batches of a recipe, made of sequences of at most 1/`packed` of its longest.
+
+    Several such sequences, which know nothing of one another, fill one row.
+    """
 
     def __init__(self, recipe: Recipe, seed: int, packed: int) -> None:
         longest = max(stage.tokens for stage in recipe.stages) // packed
@@ -109,17 +116,25 @@ class PackedBatches(Dataset):
                 stage, batch=count * stage.batch, tokens=stage.tokens // count
             )
 
-        self.batches = StagedBatches(
-            dataclasses.replace(recipe, stages=tuple(map(shortened, recipe.stages))), seed
-        )
+        stages = tuple(map(shortened, recipe.stages))
+        self.batches = StagedBatches(dataclasses.replace(recipe, stages=stages), seed)
         self.recipe = recipe
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and parts [B, T + 1] of a step."""
         ids, parts = self.batches[step]
-        parts[:, 0] = NONE  # nothing before it tells the first token
+        parts[:, 0] = NONE  # nothing in front of a sequence predicts its first token
         stage = self.recipe.stage(step)
-        # [count*B, T/count + 1] -> [B, T + 1], without the first tokens of the first
-        return tuple(x.reshape(stage.batch, -1)[:, -(stage.tokens + 1) :] for x in (ids, parts))
+
+        def in_rows(x: torch.Tensor) -> torch.Tensor:
+            """[count*B, T/count + 1] -> [B, T + 1], without the surplus in front of each row."""
+            return x.reshape(stage.batch, -1)[:, -(stage.tokens + 1) :]
+
+        return in_rows(ids), in_rows(parts)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _finite(value: float) -> float | None:

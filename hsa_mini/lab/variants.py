@@ -1,9 +1,11 @@
-"""Models that differ from `HSAModel` in one thing each, made from outside of it.
+"""Models that differ from `HSAModel` in one thing each, built without changing it.
 
-Every one trains, reads a text in segments and goes on from it as `HSAModel` does, by `forward` and `generate.prefill`; none
-takes the short way of `steps` for single tokens, a crowd, or a memory with `offload`.
+Every variant trains, reads a text in segments and continues from it as `HSAModel` does, through
+`forward` and `prefill`. None supports the decode step for single tokens, cross-batch chunks, or a
+memory with `offload`.
 
-Dimensions: B batch, T tokens, C width, N chunks, S chunk size, H query heads, J key/value heads, D head dimension.
+Dimensions: B batch, T tokens, C width, N chunks, S chunk size, H query heads, J key/value heads,
+D head dimension.
 """
 
 from collections.abc import Callable
@@ -69,19 +71,22 @@ NO_HSA = dict.fromkeys(
 
 
 class WithoutHSA(Variant):
-    """The window alone: no HSA layer, no chunk encoder, so nothing but zeros is remembered of a chunk.
+    """Only the sliding window: no HSA layer and no chunk encoder, so the memory holds zeros for
+    each chunk.
 
-    With a window as long as the text this is full attention with RoPE. Its configuration should have the sizes `NO_HSA`.
+    With a window as long as the text this is full attention with RoPE. The configuration should
+    have the sizes `NO_HSA`.
     """
 
     def change(self) -> None:
         self.encoder = NoEncoder(self.config)
         for block in self.upper:
-            block.hsa = block.hsa_norm = None
+            block.hsa = None
+            block.hsa_norm = None
 
 
 class NoEncoder(nn.Module):
-    """hidden [B, N, S, C] -> zeros for k, v [B, N, S, J, D] and landmarks [B, N, J_r, R]."""
+    """hidden [B, N, S, C] -> zeros for k and v [B, N, S, J, D] and landmarks [B, N, J_r, R]."""
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class NoEncoder(nn.Module):
 
 
 class RopeInside(Variant):
-    """HSA with positions: queries and keys of chunks are turned by RoPE, each by its place in the text."""
+    """HSA with positions: RoPE rotates queries and keys of chunks by their positions."""
 
     def attend(self, memory, position, q, indices, weights):
         turn = partial(rope_table, dim=self.config.hsa_head_dim, base=self.config.rope_base)
@@ -110,14 +115,16 @@ class RopeInside(Variant):
 
 
 class Concatenated(Variant):
-    """Select, then concatenate (the selected branch of NSA): landmarks choose, and no gradient tells them how."""
+    """Select, then concatenate (the selected branch of NSA): landmarks choose chunks but get no
+    gradient.
+    """
 
     def attend(self, memory, position, q, indices, weights):
         return concatenated(q, memory.chunks.k, memory.chunks.v, indices)
 
 
 class WithoutCLS(ChunkEncoder):
-    """A chunk encoder without [CLS]: `summary` makes the landmark of what the tokens give."""
+    """A chunk encoder without [CLS]: `summary` computes the landmark from the encoded tokens."""
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__(config)
@@ -130,7 +137,9 @@ class WithoutCLS(ChunkEncoder):
 
 
 class MeanEncoder(WithoutCLS):
-    """No layer between tokens: k and v of each alone, and the landmark of their mean."""
+    """No layer mixes the tokens: k and v come from each token alone, the landmark from the mean of
+    the tokens.
+    """
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__(config)
@@ -141,7 +150,9 @@ class MeanEncoder(WithoutCLS):
 
 
 class MeanKeyEncoder(WithoutCLS):
-    """Chunks of mean keys: [B, N, S, J, D] -> [B, N, J, D], nothing learnt beside the keys."""
+    """The landmark is the mean key, [B, N, S, J, D] -> [B, N, J, D]; it has no parameters of its
+    own.
+    """
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__(config)
@@ -159,10 +170,10 @@ class MeanLandmark(Variant):
 
 
 class OneQuery(HSA):
-    """The queries of attention choose the chunks too: R = D, and no query of retrieval.
+    """Attention's queries also choose the chunks: R = D, and there is no separate retrieval query.
 
-    NOTE: MoBA and Landmark Attention let every query head choose; the G heads that share a key/value head choose together
-    here, as everywhere in this package.
+    NOTE: in MoBA and Landmark Attention every query head chooses chunks of its own. Here the G
+    heads that share a key/value head choose together, as everywhere in this package.
     """
 
     def __init__(self, config: HSAConfig) -> None:
@@ -175,19 +186,22 @@ class OneQuery(HSA):
 
 
 class MeanKey(Concatenated):
-    """As MoBA: the mean of a chunk's keys is its landmark, the query of attention scores it, one softmax reads the chosen."""
+    """As in MoBA: a chunk's landmark is its mean key, attention's query scores it, one softmax
+    reads all chosen chunks.
+    """
 
     def change(self) -> None:
         self.encoder = MeanKeyEncoder(self.config)
         for block in self.upper:
-            block.hsa = block.hsa and OneQuery(self.config)
+            if block.hsa is not None:
+                block.hsa = OneQuery(self.config)
 
 
 class GroupedHSA(OneQuery):
-    """Chunks are gated by their landmarks in one softmax with what is near; see `grouped_gates`.
+    """Landmarks weigh their chunks in one softmax with the token's own key; see `grouped_gates`.
 
-    NOTE: in Landmark Attention all tokens of the unfinished block take part. The window in front of this layer has read
-    them into x, so x's own key and value stand for them.
+    NOTE: in Landmark Attention this softmax includes every token of the unfinished block. Here the
+    sliding window has already read these tokens into x, so x's own key and value represent them.
     """
 
     def __init__(self, config: HSAConfig) -> None:
@@ -199,7 +213,8 @@ class GroupedHSA(OneQuery):
     def forward(self, x, source, **options):
         J = self.config.hsa_kv_heads
         D = self.config.hsa_head_dim
-        own_k, own_v = (project(x).unflatten(-1, (J, D)) for project in (self.own_k, self.own_v))
+        own_k = self.own_k(x).unflatten(-1, (J, D))
+        own_v = self.own_v(x).unflatten(-1, (J, D))
 
         def gated(q, indices, weights):
             near, far = grouped_gates(
@@ -213,20 +228,22 @@ class GroupedHSA(OneQuery):
 
 
 class GroupedSoftmax(Variant):
-    """As Landmark Attention: landmarks are keys, and compete with what is near."""
+    """As in Landmark Attention: landmarks are keys, and compete with the token's own key."""
 
     def change(self) -> None:
         for block in self.upper:
-            block.hsa = block.hsa and GroupedHSA(self.config)
+            if block.hsa is not None:
+                block.hsa = GroupedHSA(self.config)
 
 
 class WithoutQKNorm(Variant):
-    """No norm on queries and keys, in the window, the encoder and HSA."""
+    """No norm on queries and keys: in the window, the encoder and HSA."""
 
     def change(self) -> None:
         self.encoder.k_norm = nn.Identity()
         for module in self.modules():
             if isinstance(module, QKV):
-                module.q_norm = module.k_norm = nn.Identity()
+                module.q_norm = nn.Identity()
+                module.k_norm = nn.Identity()
             elif isinstance(module, HSA):
                 module.q_norm = nn.Identity()

@@ -1,47 +1,48 @@
-"""What a preset costs at a given length, before any of it exists: parameters, bytes and FLOP, from
-the meta device.
+"""What a preset costs at a given length: parameters, bytes and FLOP, counted on the meta device.
 
-Parameters and bytes are those of the model itself, made without memory. FLOP are 2 per multiply-add
-of matrix products: norms, RoPE, softmax, top-k and the gates of experts are left out, and keys that
-a window or causality masks.
+Parameters and bytes are those of the model itself, which is made with shapes but without memory.
+FLOP are 2 per multiply-add of matrix products. Norms, RoPE, softmax, top-k and the gates of experts
+are left out, and so are the keys that a window or causality masks.
 
 Dimensions: B batch (1 here), N chunks, S chunk size, K chunks kept, C width, W window.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from hsa_mini.config import MAX_TOKENS, PRESETS, HSAConfig
 from hsa_mini.model.chunk_encoder import ChunkEncoder
-from hsa_mini.model.core import HSACore
+from hsa_mini.model.core import Block, HSACore
 from hsa_mini.model.moe import MoE
-from hsa_mini.ops.rope import rope_table
+from hsa_mini.model.rope import rope_table
 
-PRINTED = {  # what the paper prints of its two models
+PRINTED = {  # the numbers of parameters that the paper prints for its two models
     "ul_0_5b": {"params_total": 537.7e6, "params_base_without_hsa": 519.6e6},
     "ul_8b_a1b": {"params_total": 8e9, "params_active": 1e9},
 }
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One sequence of `tokens` tokens through a model of `config`, weights and caches in bfloat16."""
+class CostEstimate:
+    """The cost of one sequence of `tokens` tokens in a model of `config`.
 
-    preset: str  # "custom" for a configuration that has no name
+    Weights and caches are in bfloat16. FLOP are given per token.
+    """
+
+    preset: str  # "custom" for a configuration without a name
     config: HSAConfig
     tokens: int
     params_total: int
-    params_active: int  # that one token meets, without the embedding and the head
+    params_active: int  # parameters that one token uses, without the embedding and the head
     params_active_with_head: int
-    params_base_without_hsa: (
-        int  # without the HSA layers and the chunk encoder, their norms included
-    )
+    params_base_without_hsa: int  # without the HSA layers, the chunk encoder and their norms
     params_by_part: dict[str, int]
     weight_bytes: int
-    kv_bytes: int  # of the chunk memory
+    kv_bytes: int  # K and V of the chunk memory
     landmark_bytes: int
     window_cache_bytes: int
     full_attention_kv_bytes: int
@@ -51,18 +52,17 @@ class Plan:
     full_attention_decode_flops_per_token: int
 
     def to_json(self) -> dict:
-        """What the command line's JSON holds."""
+        """The fields as the command `plan` writes them; `config` is left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "config"}
 
 
 @torch.no_grad()
-def plan(preset: str | HSAConfig, tokens: int = 1 << 20) -> Plan:
-    """Count a preset, or any configuration, at `tokens` tokens; see `Plan`. Makes nothing but
-    shapes.
+def estimate_cost(preset: str | HSAConfig, tokens: int = 1 << 20) -> CostEstimate:
+    """Count a preset, or any configuration, at `tokens` tokens; allocates no memory for tensors.
 
-    The full-attention model of the same shape is the one without HSA layers and chunk encoder whose
-    blocks, each with its own KV cache of as many heads, attend to every token. Raises ValueError
-    for an unknown preset and for tokens out of range.
+    It is compared with full attention: a model of the same shape without HSA layers and chunk
+    encoder, in which every block attends to every token and has its own KV cache with as many
+    heads. Raises ValueError for an unknown preset and for tokens out of range.
     """
     if not isinstance(preset, HSAConfig) and preset not in tuple(PRESETS):
         raise ValueError(f"preset: got {preset!r}, accepted are {', '.join(PRESETS)}")
@@ -74,7 +74,7 @@ def plan(preset: str | HSAConfig, tokens: int = 1 << 20) -> Plan:
     total = sum(parts.values())
     active = total - parts["embedding and head"] - idle(model)
     kv, landmarks = memory_bytes(model, tokens)
-    return Plan(
+    return CostEstimate(
         preset=next((name for name, known in PRESETS.items() if known == config), "custom"),
         config=config,
         tokens=tokens,
@@ -100,7 +100,7 @@ def plan(preset: str | HSAConfig, tokens: int = 1 << 20) -> Plan:
 
 
 def count_parts(model: HSACore) -> dict[str, int]:
-    """The parameters of every part; those of the encoder and of HSA include their norms."""
+    """The number of parameters of every part; the encoder and HSA include their norms."""
     halves = [
         f"{half} {kind}"
         for half in ("lower", "upper")
@@ -116,7 +116,7 @@ def count_parts(model: HSACore) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its name."""
+    """The part that a parameter with this name belongs to."""
     half = name.partition(".")[0]
     if half in ("embedding", "head"):
         return "embedding and head"
@@ -130,7 +130,7 @@ def part_of(name: str) -> str:
 
 
 def idle(module: nn.Module) -> int:
-    """Weights of the experts that one token is not sent to."""
+    """The number of weights in the experts that a token is not routed to."""
     layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
     experts = [
         (weights, layer.top_k) for layer in layers for weights in (layer.up_and_gate, layer.down)
@@ -139,10 +139,10 @@ def idle(module: nn.Module) -> int:
 
 
 def memory_bytes(model: HSACore, tokens: int) -> tuple[int, int]:
-    """Bytes of K and V, and of landmarks, of the complete chunks of `tokens` tokens, as the encoder
-    makes them.
+    """Bytes of K and V, and bytes of landmarks, for the complete chunks in `tokens` tokens.
 
-    Left out: what waits of the unfinished chunk, less than S vectors of width C.
+    They are counted on what the encoder returns. The hidden states of the unfinished chunk are left
+    out: fewer than S vectors of width C.
     """
     S = model.config.chunk_size
     C = model.config.width
@@ -153,42 +153,51 @@ def memory_bytes(model: HSACore, tokens: int) -> tuple[int, int]:
 
 
 def cache_bytes(model: HSACore, tokens: int) -> int:
-    """Bytes of keys and values of `tokens` tokens in every block, as its attention makes them."""
+    """Bytes of the keys and values of `tokens` tokens in the window attention of all blocks."""
     config = model.config
     rope = rope_table(torch.arange(tokens, device="meta"), config.head_dim, config.rope_base)
     x = torch.empty(1, tokens, config.width, device="meta", dtype=model.norm.weight.dtype)
-    projected = (block.swa.qkv(x, rope) for block in (*model.lower, *model.upper))
+    projected = (block.swa.qkv(x, rope) for block in _blocks(model))
     return sum(k.nbytes + v.nbytes for _, k, v in projected)
 
 
+def _blocks(model: HSACore) -> list[Block]:
+    """The blocks of both decoders; this is only about types, since a ModuleList forgets them."""
+    return cast("list[Block]", [*model.lower, *model.upper])
+
+
 def linear_flops(module: nn.Module) -> int:
-    """Linear maps of one token: 2 for every weight of a matrix that it meets."""
+    """FLOP of the linear maps for one token: 2 for every matrix weight that the token uses."""
     return 2 * (
         sum(weights.numel() for weights in module.parameters() if weights.dim() > 1) - idle(module)
     )
 
 
 def attention_flops(heads: int, head_dim: int, keys: float) -> float:
-    """q . k and weights . v of one token."""
+    """FLOP of q . k and weights . v for one token that attends to `keys` keys."""
     return 4 * heads * head_dim * keys
 
 
 def mean_keys(tokens: int, window: int) -> float:
-    """Keys that a token sees, its own included, on average over the first `tokens`."""
+    """The average number of keys that one of the first `tokens` tokens sees, its own included."""
     full = min(tokens, window)
     return full - full * (full - 1) / (2 * tokens)
 
 
 def block_flops(model: HSACore, blocks: nn.ModuleList, keys: float) -> float:
-    """Blocks over one token that sees `keys` keys in its window; of HSA the linear maps alone."""
+    """FLOP of blocks for one token that sees `keys` keys in its window.
+
+    HSA layers count with their linear maps; `upper_flops` adds the rest.
+    """
     return linear_flops(blocks) + len(blocks) * attention_flops(
         model.config.heads, model.config.head_dim, keys
     )
 
 
 def upper_flops(model: HSACore, keys: float, chunks: int, *, query_block: int = 1) -> float:
-    """The upper decoder over one token. Eq. (1): scores of all chunks; Eq. (2): attention in K of
-    them, and their sum.
+    """FLOP of the upper decoder for one token.
+
+    Eq. (1): scores of all chunks. Eq. (2): attention in the K chunks kept, and their weighted sum.
     """
     config = model.config
     scores = 2 * config.retrieval_heads * config.retrieval_dim * chunks / query_block
@@ -199,8 +208,9 @@ def upper_flops(model: HSACore, keys: float, chunks: int, *, query_block: int = 
 
 
 def chunk_flops(encoder: ChunkEncoder) -> float:
-    """The encoder over one chunk: S tokens and [CLS], each attending to all of them; K and V of S,
-    one landmark.
+    """FLOP of the encoder for one chunk.
+
+    S tokens and [CLS] attend to each other; K and V are made for S tokens, and one landmark.
     """
     config = encoder.config
     rows = encoder.config.chunk_size + 1
@@ -214,11 +224,10 @@ def chunk_flops(encoder: ChunkEncoder) -> float:
 
 
 def prefill_flops(model: HSACore, tokens: int) -> float:
-    """Reading all tokens: lower decoder and encoder over all, the upper decoder over its tail, the
-    head over the last.
+    """FLOP of reading a text.
 
-    Every token of the tail is charged with the landmarks of the whole text, as the operation
-    computes them.
+    The lower decoder and the encoder read all tokens, the upper decoder its tail, the head the last
+    token. Every token of the tail scores the landmarks of the whole text, as the operation does.
     """
     config = model.config
     chunks = tokens // model.config.chunk_size
@@ -231,11 +240,10 @@ def prefill_flops(model: HSACore, tokens: int) -> float:
 
 
 def training_flops(model: HSACore, tokens: int) -> float:
-    """A step over a whole sequence: every layer and the head over all tokens, and twice as much for
-    the gradients.
+    """FLOP of a training step over a whole sequence.
 
-    A token is charged with the landmarks that it sees; nothing is charged twice that is computed
-    again.
+    Every layer and the head read all tokens, and the gradients take twice as much. A token scores
+    the landmarks that it sees. What the backward pass recomputes is counted once.
     """
     config = model.config
     keys = mean_keys(tokens, model.config.window)
@@ -247,8 +255,9 @@ def training_flops(model: HSACore, tokens: int) -> float:
 
 
 def decode_flops(model: HSACore, tokens: int) -> float:
-    """One token behind `tokens` others: all layers, the head, and a token's share in encoding its
-    chunk.
+    """FLOP of one token after `tokens` others.
+
+    All layers and the head read it, and 1/S of the encoding of a chunk is added.
     """
     config = model.config
     keys = min(tokens + 1, model.config.window)
@@ -259,82 +268,17 @@ def decode_flops(model: HSACore, tokens: int) -> float:
 
 
 def full_attention_flops(model: HSACore, keys: float, *, predicted: float) -> float:
-    """One token through the blocks without HSA, each attending to `keys` keys; the head over this
-    share of the tokens.
+    """FLOP of one token in the full-attention model, whose blocks attend to `keys` keys.
+
+    predicted: the share of the tokens for which the head predicts the next one.
     """
     blocks = sum(block_flops(model, part, keys) for part in (model.lower, model.upper))
-    hsa = sum(linear_flops(block.hsa) for block in model.upper if block.hsa is not None)
+    hsa = sum(linear_flops(block.hsa) for block in _blocks(model) if block.hsa is not None)
     return blocks - hsa + predicted * linear_flops(model.head)
 
 
-def table(plan: Plan) -> str:
-    """The plan for people: parameters beside what the paper prints, bytes and FLOP beside full
-    attention.
-    """
-    c = plan.config
-    printed = PRINTED.get(plan.preset, {})
-    lines = [
-        f"{plan.preset} at {plan.tokens:,} tokens",
-        "",
-        f"{'parameters':<38}{'ours':>16}{'paper':>12}{'ours/paper':>12}",
-    ]
-    for label, name in (
-        ("total", "params_total"),
-        ("active per token, without head", "params_active"),
-        ("active per token, with head", "params_active_with_head"),
-        ("base: without HSA", "params_base_without_hsa"),
-    ):
-        value = getattr(plan, name)
-        paper = (
-            f"{printed[name] / 1e6:>10,.1f} M{value / printed[name]:>12.3f}"
-            if name in printed
-            else ""
-        )
-        lines.append(f"  {label:<36}{value:>16,}{paper}")
-    lines += [f"    {part:<34}{value:>16,}" for part, value in plan.params_by_part.items()]
-    sizes = f"width {c.width}, {c.lower_layers} + {c.upper_layers} blocks, {c.groups} with HSA, MLPs of {c.mlp_width}"
-    sizes += f", experts of {c.expert_width}" if c.experts else ""
-    ours = (
-        "  The paper prints no widths or depths; ours, chosen to meet its totals:"
-        if printed
-        else "  Every size is ours:"
-    )
-    full_kv = plan.full_attention_kv_bytes
-    full_prefill = plan.full_attention_prefill_flops_per_token
-    lines += [
-        f"{ours} {sizes}.",
-        "",
-        f"{'bytes, in bfloat16':<38}{'ours':>16}{'full attention':>20}",
-        row("weights", plan.weight_bytes, "B"),
-        row("K and V of the chunk memory", plan.kv_bytes, "B"),
-        row("landmarks", plan.landmark_bytes, "B"),
-        row("window caches", plan.window_cache_bytes, "B"),
-        row(
-            "all three", plan.kv_bytes + plan.landmark_bytes + plan.window_cache_bytes, "B", full_kv
-        ),
-        "",
-        f"{'per token, 2 FLOP a multiply-add':<38}{'ours':>16}{'full attention':>20}",
-        row("prefill", plan.prefill_flops_per_token, "FLOP", full_prefill),
-        row(
-            "decode, the next token",
-            plan.decode_flops_per_token,
-            "FLOP",
-            plan.full_attention_decode_flops_per_token,
-        ),
-        f"  Full attention: the same {c.lower_layers + c.upper_layers} blocks without HSA, every one with a KV cache "
-        f"(KV heads: {c.kv_heads} of {c.head_dim}).",
-    ]
-    return "\n".join(lines)
-
-
-def row(label: str, value: int, unit: str, full: int | None = None) -> str:
-    return f"  {label:<36}{scaled(value, unit):>16}" + (
-        "" if full is None else f"{scaled(full, unit):>20}"
-    )
-
-
 def scaled(value: float, unit: str) -> str:
-    """ "1.23 GB", in powers of 1,000."""
+    """A number with a unit prefix in powers of 1,000: 1.23e9 and "B" make "1.23 GB"."""
     size, prefix = next(
         (
             (size, p)

@@ -1,4 +1,5 @@
-"""Chains for variable tracking (VT): a number goes from name to name, a plain English sentence for every step.
+"""Chains for variable tracking (VT): a number passes from name to name, one plain English sentence
+per step.
 
 A = number   " The number 48291307 is given to QXZB."
 B = A        " The number of QXZB is given to WQNH."
@@ -20,20 +21,25 @@ NUMBER_DIGITS = 8
 
 @dataclass(frozen=True)
 class Chain:
+    """A number and the names that receive it, in order."""
+
     number: str
     names: tuple[str, ...]
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """The head, which tells the number, and the links in the chain's order."""
+        """The head, which states the number, then the links in the chain's order."""
         links = (f" The number of {a} is given to {b}." for a, b in itertools.pairwise(self.names))
         return (f" The number {self.number} is given to {self.names[0]}.", *links)
 
     @property
     def question(self) -> Question:
-        """Asks for all names in the chain's order; ends where the first letter of the answer belongs."""
+        """Asks for all names in the chain's order. Its text ends where the first letter of the
+        answer belongs.
+        """
+        asked = f"\nWhich names are given the number {self.number}?"
         return Question(
-            text=f"\nWhich names are given the number {self.number}?\nThe number {self.number} is given to ",
+            text=f"{asked}\nThe number {self.number} is given to ",
             answer=f"{', '.join(self.names)}.",
             needed=self.sentences,
         )
@@ -42,7 +48,9 @@ class Chain:
 def draw_chains(
     rng: np.random.Generator, lengths: Sequence[int], *, held_out: bool, absent_from: str = ""
 ) -> list[Chain]:
-    """A chain of so many names for each of `lengths`, of different names and numbers; see `draw_keys`."""
+    """One chain per entry of `lengths`, with that many names. All names and all numbers differ; see
+    `draw_keys`.
+    """
     names = iter(draw_keys(rng, sum(lengths), held_out=held_out, absent_from=absent_from))
     numbers = rng.choice(10**NUMBER_DIGITS, len(lengths), replace=False)
     return [

@@ -1,4 +1,5 @@
-"""Needles: a key and its value in a plain English sentence, and questions about one (S-NIAH) or several (MQ-NIAH).
+"""Needles: a key and its value in a plain English sentence, and questions about one (S-NIAH) or
+several (MQ-NIAH).
 
 needle    " The secret code of QXZB is 482913."          a sentence somewhere in real text
 question  "\\nWhat is the secret code of QXZB?\\nThe secret code of QXZB is "
@@ -19,6 +20,8 @@ VALUE_DIGITS = 6
 
 @dataclass(frozen=True)
 class Needle:
+    """A key and its value."""
+
     key: str
     value: str
 
@@ -28,7 +31,9 @@ class Needle:
 
 
 def ask(needles: Sequence[Needle]) -> Question:
-    """One question about one needle, or about several at once; it ends where the first digit of the answer belongs."""
+    """One question about one or several needles. Its text ends where the first digit of the answer
+    belongs.
+    """
     first, *others = needles
     what = "What are the secret codes" if others else "What is the secret code"
     keys = " and ".join(needle.key for needle in needles)
@@ -42,6 +47,6 @@ def ask(needles: Sequence[Needle]) -> Question:
 def draw_needles(
     rng: np.random.Generator, count: int, *, held_out: bool, absent_from: str = ""
 ) -> list[Needle]:
-    """`count` needles of different keys; see `draw_keys`."""
+    """`count` needles with different keys; see `draw_keys`."""
     keys = draw_keys(rng, count, held_out=held_out, absent_from=absent_from)
     return [Needle(key, f"{rng.integers(10**VALUE_DIGITS):0{VALUE_DIGITS}d}") for key in keys]

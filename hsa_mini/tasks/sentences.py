@@ -1,7 +1,9 @@
-"""What the sentences of every task are made of: keys of four consonants, numbers, and questions with their answers.
+"""What the sentences of every task are made of: keys of four consonants, numbers, and questions
+with their answers.
 
-About one key in ten is held out, by a hash of the key: training draws from the others alone, evaluation and demo from the
-held-out ones alone, so that no key that is asked for there was ever trained on.
+A hash of the key decides whether it is held out; about one key in ten is. Training draws only from
+the other keys, evaluation and demo only from the held-out ones. So no key that they ask for was
+ever trained on.
 """
 
 import zlib
@@ -11,10 +13,10 @@ import numpy as np
 
 from hsa_mini.data.tokenizer import load_tokenizer
 
-LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # consonants: no key is a word
+LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # only consonants, so no key is a word
 KEY_LETTERS = 4
-TRIES = 500  # keys drawn for each that is wanted
-# the first word of every seed: no two purposes ever draw alike
+MAX_TRIES = 500  # keys drawn per key wanted
+# The first number of every seed. It keeps the random streams of the three purposes apart.
 TRAINING = 1
 EVALUATION = 2
 DEMO = 3
@@ -22,7 +24,9 @@ DEMO = 3
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, the answer that goes on where `text` ends, and the sentences that it follows from."""
+    """A question's text, the answer that continues it, and the sentences that the answer follows
+    from (`needed`).
+    """
 
     text: str
     answer: str
@@ -30,24 +34,32 @@ class Question:
 
 
 def encode(text: str) -> np.ndarray:
-    """uint16 ids [tokens] of `text`. Symbol by symbol in keys and numbers: texts of one form have equally many tokens."""
+    """uint16 ids [tokens] of `text`. Each letter of a key and each digit is one token, so texts of
+    one form are equally long.
+    """
     return np.array(load_tokenizer().encode_ordinary(text), dtype=np.uint16)
 
 
 def is_held_out(key: str) -> bool:
+    """Whether the key is reserved for evaluation and demo."""
     return zlib.crc32(key.encode()) % 10 == 0
 
 
 def draw_keys(
     rng: np.random.Generator, count: int, *, held_out: bool, absent_from: str = ""
 ) -> list[str]:
-    """`count` different keys, all held out or none, none of which stands in the text `absent_from`."""
+    """`count` different keys, all held out or none, none of which occurs in the text `absent_from`.
+
+    Raises ValueError if the text holds so many keys that not enough others are found.
+    """
     keys: dict[str, None] = {}
     tries = 0
     while len(keys) < count:
-        if (tries := tries + 1) > TRIES * count:
+        tries += 1
+        if tries > MAX_TRIES * count:
             raise ValueError(
-                "absent_from: got a text that holds every key tried, accepted is one without most of them"
+                "absent_from: got a text that holds every key tried,"
+                " accepted is one without most of them"
             )
         key = "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=KEY_LETTERS))
         if is_held_out(key) == held_out and key not in absent_from:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from hsa_mini import provenance
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
-from hsa_mini.checkpoint.weights import save_model
 from hsa_mini.config import PRESETS, HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
@@ -141,7 +140,9 @@ def train(
             model, recipe.stages[-1], past, (ids.to(device) for ids, _ in counted)
         )
     texts = {LOG: (run / LOG).read_text(), "training.json": json.dumps(how, indent=1) + "\n"}
-    save_model(model, run / "final", dtype=torch.bfloat16, texts=texts, shard_bytes=SHIPPED_BYTES)
+    model.save_pretrained(
+        run / "final", dtype=torch.bfloat16, texts=texts, shard_bytes=SHIPPED_BYTES
+    )
     return model
 
 

@@ -1,6 +1,6 @@
 """Pictures of the laboratory: claims with a mark for every seed, learning curves, what the runs of an arm can do by length.
 
-Of `Finding`s and records as `hsa_mini.lab` makes them. Nothing is said by colour alone: every kind of arm has its own mark.
+Of `ClaimFinding`s and records as `hsa_mini.lab` makes them. Nothing is said by colour alone: every kind of arm has its own mark.
 """
 
 import math
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hsa_mini.lab.claims import NOT_RUN, Finding, Measure, Spread, verdict
+from hsa_mini.lab.claims import NOT_RUN, ClaimFinding, Measure, Spread, verdict
 from hsa_mini.viz.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
 from hsa_mini.viz.results import TITLES
 
@@ -47,7 +47,7 @@ def _perplexity(value: float) -> str:
     )
 
 
-def role(finding: Finding, measure: Measure, arm: str) -> str:
+def role(finding: ClaimFinding, measure: Measure, arm: str) -> str:
     """What the claim expects of the arm by this measure."""
     by = [c for c in finding.claim.comparisons if c.by == measure]
     better, worse = (arm in {getattr(c, side) for c in by} for side in ("better", "worse"))
@@ -161,7 +161,7 @@ def ratio_rows(ax: Axes, rows: Mapping[str, Spread | None]) -> None:
     )
 
 
-def measures_of(finding: Finding, brief: bool = False) -> list[Measure]:
+def measures_of(finding: ClaimFinding, brief: bool = False) -> list[Measure]:
     """Those of a claim, or those alone that decide."""
     return [
         measure
@@ -170,7 +170,7 @@ def measures_of(finding: Finding, brief: bool = False) -> list[Measure]:
     ]
 
 
-def claim(figure: Figure, finding: Finding, *, brief: bool = False) -> str:
+def claim(figure: Figure, finding: ClaimFinding, *, brief: bool = False) -> str:
     """A panel for every measure of a claim, a row for every arm, a mark for every seed; returns what is seen in one line.
 
     brief: the measures that decide alone, without the verdict above and the meaning of the marks below.
@@ -211,7 +211,7 @@ def _legend(figure: Figure, roles: Iterable[str]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=10)
 
 
-def means(finding: Finding) -> str:
+def means(finding: ClaimFinding) -> str:
     """Every mean of a finding, in words."""
     parts = []
     for measure, spreads in finding.numbers.items():
@@ -221,7 +221,7 @@ def means(finding: Finding) -> str:
     return " ".join(parts)
 
 
-def board(figure: Figure, findings: Sequence[Finding]) -> str:
+def board(figure: Figure, findings: Sequence[ClaimFinding]) -> str:
     """All comparisons, "better > worse", claim by claim: every seed, and the verdict in words; returns all verdicts.
 
     A comparison that is not the only one of its claim has its own verdict beside it.

@@ -401,7 +401,7 @@ def needle_strip(figure, scores, needle_chunks, retrieved_chunks, chunk_size: in
 
 
 def save_needle_strip(path: Path, finding, title: str) -> None:
-    """The retrieval scores of a `Finding` over the haystack as PNG; the file appears whole or not at all."""
+    """The retrieval scores of a `NeedleFinding` over the haystack as PNG; the file appears whole or not at all."""
     figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
     needle_strip(
         figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size

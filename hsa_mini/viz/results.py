@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from hsa_mini.evaluation.results import LENGTHS, Row
+from hsa_mini.evaluation.results import LENGTHS, RetrievalRow
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
 from hsa_mini.viz.plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, RED, length_name
 
@@ -17,7 +17,7 @@ TITLES = {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
 
 
 def heat_map(
-    ax: Axes, rows: Sequence[Row], *, at: tuple[int, float] | None = None, brief: bool = False
+    ax: Axes, rows: Sequence[RetrievalRow], *, at: tuple[int, float] | None = None, brief: bool = False
 ) -> None:
     """Lengths from left to right, depths from top to bottom; a cell says how many were right, and the interval in percent.
 
@@ -61,7 +61,7 @@ def heat_map(
 
 
 def length_curves(
-    ax: Axes, curves: dict[str, Sequence[Row]], *, published: Sequence[tuple[float, float]] = ()
+    ax: Axes, curves: dict[str, Sequence[RetrievalRow]], *, published: Sequence[tuple[float, float]] = ()
 ) -> None:
     """curves: name -> rows; share right at each length with its interval, the curves side by side.
 

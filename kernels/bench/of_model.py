@@ -15,7 +15,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.model.core import Output
-from hsa_mini.model.cost_estimate import plan
+from hsa_mini.model.cost_estimate import estimate_cost
 
 # tokens: 64k, 1m and 16m of the keys
 NEAR = 1 << 16
@@ -35,7 +35,7 @@ def waited(device: torch.device) -> float:
 
 def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
     """What decoding one token behind `tokens` others has to read: weights it meets, windows, landmarks, chosen chunks."""
-    counted = plan(preset, tokens)
+    counted = estimate_cost(preset, tokens)
     config = PRESETS[preset]
     weights = 2 * (
         counted.params_active_with_head - counted.params_by_part["chunk encoder"]

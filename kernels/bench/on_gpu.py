@@ -13,13 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import hsa_kernels
-from hsa_mini.checkpoint.weights import load_model
 from hsa_mini.data.corpus import load_corpus
+from hsa_mini.hsa_model import HSAModel
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.ops import operations as ops
 from hsa_mini.ops import torch_backend as blockwise
 from hsa_mini.paths import data_dir
-from hsa_mini.tasks.forms import tile
+from hsa_mini.tasks.placement import tile
 
 LENGTHS = tuple(1024 * thousands for thousands in (4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024))
 LONGEST_FULL = 131072  # tokens: full attention beyond takes seconds a call
@@ -76,7 +76,7 @@ class Trained:
     """What the shipped mini model chooses in held-out text, K chunks a token, by the scores of its first HSA layer."""
 
     def __init__(self) -> None:
-        self.model = load_model(data_dir() / "checkpoints" / "mini", device=DEVICE)
+        self.model = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini", device=DEVICE)
         self.text = load_corpus("validation").tokens
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ import torch
 from gpu_helpers import draw, relative_error
 
 from hsa_mini import PRESETS, HSAModel, ops, reference
-from hsa_mini.checkpoint.weights import load_model
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.paths import data_dir
@@ -110,8 +109,8 @@ def test_the_shipped_model_answers_alike_in_bfloat16():
     )  # in noise, all chunks are as good
     ids = torch.tensor([load_tokenizer().encode(words)[:2000]])
     half, full = (
-        load_model(folder, device="cuda"),
-        load_model(folder, device="cuda", dtype=torch.float32),
+        HSAModel.from_pretrained(folder, device="cuda"),
+        HSAModel.from_pretrained(folder, device="cuda", dtype=torch.float32),
     )
     with torch.no_grad():
         ours, exact = (model(ids.cuda()).logits.double() for model in (half, full))

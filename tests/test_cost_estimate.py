@@ -1,6 +1,9 @@
-"""The plan of a preset against a real model: its tensors, its gradients, and what torch's counter sees it multiply.
+"""The estimated cost of a preset against a real model.
 
-Dimensions: B batch, T tokens, S chunk size, C width, W window, H heads, D head dimension, E experts, A experts active.
+The estimate has to match the model's tensors, its gradients, and the FLOP that torch counts.
+
+Dimensions: B batch, T tokens, S chunk size, C width, W window, H heads, D head dimension,
+E experts, A experts active.
 """
 
 import dataclasses
@@ -15,18 +18,29 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel
+from hsa_mini.cli.plan import table
 from hsa_mini.config import MAX_TOKENS
 from hsa_mini.inference.prefill import prefill
-from hsa_mini.model.cost_estimate import mean_keys, plan, table, training_flops
+from hsa_mini.model.cost_estimate import estimate_cost, mean_keys, training_flops
 from hsa_mini.model.norm import RMSNorm
 
-# K = 2 of 64 chunks: few enough that attention gathers the kept ones, as the plan charges, and does not attend to all
+# K = 2 of 64 chunks are kept. With so few, attention gathers the kept chunks, as the estimate
+# assumes; with more, it would attend to all chunks and mask.
 SMALL = dataclasses.replace(PRESETS["nano"], vocab_size=512, top_k=2)
 MOE = dataclasses.replace(SMALL, experts=5, experts_active=2, expert_width=24)
 REQUIRED = (
-    "preset params_total params_active params_active_with_head params_base_without_hsa kv_bytes landmark_bytes "
-    "window_cache_bytes weight_bytes prefill_flops_per_token decode_flops_per_token"
-).split()
+    "preset",
+    "params_total",
+    "params_active",
+    "params_active_with_head",
+    "params_base_without_hsa",
+    "kv_bytes",
+    "landmark_bytes",
+    "window_cache_bytes",
+    "weight_bytes",
+    "prefill_flops_per_token",
+    "decode_flops_per_token",
+)
 
 
 def build(config: HSAConfig, dtype=None) -> HSAModel:
@@ -46,7 +60,7 @@ def size(parameters) -> int:
 @pytest.mark.parametrize("config", [PRESETS["debug"], SMALL, MOE])
 def test_parts_are_those_of_a_real_model_and_sum_to_its_total(config, changes):
     model = build(dataclasses.replace(config, **changes))
-    got = plan(model.config)
+    got = estimate_cost(model.config)
     outside = [
         *model.lower.modules(),
         *(m for name, m in model.upper.named_modules() if "hsa" not in name),
@@ -89,7 +103,7 @@ def test_active_parameters_are_those_that_one_token_gives_a_gradient(config):
     with torch.no_grad():
         memory = model(
             text(8 * config.chunk_size)
-        ).memory  # the encoder's work is done: the token reads what it made
+        ).memory  # made by the encoder, which has no work left
     model(text(1), memory).logits.sum().backward()
     reached = 0
     for name, parameter in model.named_parameters():
@@ -97,17 +111,18 @@ def test_active_parameters_are_those_that_one_token_gives_a_gradient(config):
         gradients = parameter.grad if by_expert else [parameter.grad]
         if not name.startswith(("embedding", "head", "encoder")):
             reached += sum(g.numel() for g in gradients if g.any())
-    got = plan(config)
+    got = estimate_cost(config)
     assert got.params_active == reached + got.params_by_part["chunk encoder"]
 
 
 def test_active_parameters_by_hand():
-    got = plan(MOE)
-    # 3 of the 4 blocks have experts (the first is dense), and each leaves 3 of its 5 idle: [C, 2*24] and [24, C], C = 64
+    got = estimate_cost(MOE)
+    # 3 of the 4 blocks have experts (the first is dense). Each of the 3 leaves 3 of its 5 experts
+    # idle, with weights [C, 2*24] and [24, C], C = 64.
     assert got.params_total - got.params_by_part[
         "embedding and head"
     ] - got.params_active == 3 * 3 * (64 * 48 + 24 * 64)
-    assert plan(SMALL).params_active == plan(SMALL).params_total - 512 * 64
+    assert estimate_cost(SMALL).params_active == estimate_cost(SMALL).params_total - 512 * 64
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 31, 32, 33, 250, 601])
@@ -115,7 +130,7 @@ def test_active_parameters_by_hand():
 def test_bytes_are_those_of_the_tensors_that_a_real_memory_holds(name, tokens):
     model = build(PRESETS[name], torch.bfloat16)
     memory = prefill(model, text(tokens), segment=97).memory
-    got = plan(name, tokens)
+    got = estimate_cost(name, tokens)
     assert (got.preset, got.tokens) == (name, tokens)
     assert got.kv_bytes == memory.k.nbytes + memory.v.nbytes
     assert got.landmark_bytes == memory.landmarks.nbytes
@@ -124,19 +139,25 @@ def test_bytes_are_those_of_the_tensors_that_a_real_memory_holds(name, tokens):
     )
     wide = dataclasses.replace(
         PRESETS[name], window=tokens + 1
-    )  # full attention: a window that forgets nothing
-    assert got.full_attention_kv_bytes == plan(wide, tokens).window_cache_bytes
+    )  # a window over everything is full attention
+    assert got.full_attention_kv_bytes == estimate_cost(wide, tokens).window_cache_bytes
 
 
 def multiplied(step) -> int:
-    """FLOP of matrix products. The plain attention kernel is chosen because the counter does not know the CPU's fused one."""
+    """FLOP of matrix products.
+
+    The plain attention kernel is chosen because torch's counter does not know the CPU's fused one.
+    """
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def expert_flops(config: HSAConfig) -> float:
-    """A token's share of what the counter does not see (`grouped_mm`), less what the plan leaves out (gates times outputs)."""
+    """FLOP per token of `grouped_mm`, which torch's counter does not see.
+
+    The product of gates and outputs is subtracted, which the counter sees and the estimate omits.
+    """
     return (
         2 * config.experts_active * (3 * config.width * config.expert_width - config.width)
         if config.experts
@@ -162,8 +183,13 @@ def window_surplus(config: HSAConfig, tokens: int) -> float:
     ids=["dense", "experts", "options", "debug"],
 )
 def test_flops_are_what_the_counter_sees(config, tokens):
-    """To 1 in 10,000 once known differences are taken out: tokens in blocks, and one chunk that completes on the way."""
-    model, memory, got = build(config), ChunkMemory(config), plan(config, tokens)
+    """They agree to 1 in 10,000 after known differences are removed.
+
+    The differences are the blocks of the window operation and the chunk that decoding completes.
+    """
+    model = build(config)
+    memory = ChunkMemory(config)
+    got = estimate_cost(config, tokens)
     tail = min(config.upper_tail + (tokens - config.upper_tail) % config.query_block, tokens)
     counted = multiplied(lambda: prefill(model, text(tokens), memory))
     counted -= config.lower_layers * window_surplus(
@@ -177,17 +203,18 @@ def test_flops_are_what_the_counter_sees(config, tokens):
     counted = (
         multiplied(lambda: [model(text(1), memory) for _ in range(S)]) / S
     )  # one of them completes a chunk
-    counted -= layers * 4 * config.heads * config.head_dim  # a key in front of the window, masked
+    counted -= layers * 4 * config.heads * config.head_dim  # a masked key before the window
     counted += expert_flops(config) * (layers - 1)
     assert got.decode_flops_per_token == pytest.approx(counted, rel=2e-4)
 
 
 @pytest.mark.parametrize("config", [SMALL, MOE], ids=["dense", "experts"])
 def test_flops_of_training_are_three_times_those_of_a_forward_pass(config, tokens=1024):
-    model, layers = build(config), config.lower_layers + config.upper_layers
+    model = build(config)
+    layers = config.lower_layers + config.upper_layers
     counted = multiplied(lambda: model(text(tokens))) - layers * window_surplus(config, tokens)
     counted += expert_flops(config) * (layers - 1) * tokens
-    # the operation scores all chunks; half of them lie in front of a token
+    # the operation scores all chunks; on average half of them lie before a token
     counted -= (
         config.groups
         * 2
@@ -202,7 +229,8 @@ def test_flops_of_training_are_three_times_those_of_a_forward_pass(config, token
 
 def test_full_attention_is_a_model_whose_window_is_everything():
     tokens = 512
-    got, model = plan(SMALL, tokens), build(dataclasses.replace(SMALL, window=tokens + 1))
+    got = estimate_cost(SMALL, tokens)
+    model = build(dataclasses.replace(SMALL, window=tokens + 1))
     for block in model.upper:
         block.hsa = None
     memory = ChunkMemory(model.config)
@@ -211,13 +239,16 @@ def test_full_attention_is_a_model_whose_window_is_everything():
     )  # no chunk is encoded
     counted = multiplied(lambda: model(text(tokens), memory))
     step = multiplied(lambda: model(text(1), memory))
-    head, all_keys = 2 * 512 * 64, 4 * SMALL.heads * SMALL.head_dim * 4
-    # prefill multiplies every query with tokens + (tokens + 1) keys of a block, and predicts every token
+    head = 2 * 512 * 64
+    all_keys = 4 * SMALL.heads * SMALL.head_dim * 4
+    # prefill multiplies every query with tokens + (tokens + 1) keys of a block, and predicts the
+    # token after each token
     want = (
         counted / tokens - all_keys * (2 * tokens + 1 - (tokens + 1) / 2) - head * (1 - 1 / tokens)
     )
     assert got.full_attention_prefill_flops_per_token == pytest.approx(want, abs=1)
-    assert got.full_attention_decode_flops_per_token == step - all_keys  # one key more, masked
+    # decoding multiplies the query with one more key, which is masked
+    assert got.full_attention_decode_flops_per_token == step - all_keys
 
 
 @pytest.mark.parametrize("tokens, window", [(1, 1), (1, 8), (5, 8), (8, 8), (20, 8), (20, 1)])
@@ -228,7 +259,8 @@ def test_mean_keys(tokens, window):
 
 
 def test_totals_of_the_paper():
-    dense, large = plan("ul_0_5b"), plan("ul_8b_a1b")
+    dense = estimate_cost("ul_0_5b")
+    large = estimate_cost("ul_8b_a1b")
     assert dense.params_base_without_hsa == pytest.approx(519.6e6, rel=0.02)
     assert dense.params_total == pytest.approx(537.7e6, rel=0.02)
     assert large.params_total == pytest.approx(8e9, rel=0.05)
@@ -236,8 +268,11 @@ def test_totals_of_the_paper():
 
 
 def test_a_longer_text_costs_no_more_a_token():
-    """Early exit: the upper decoder's tail is amortised, and what is left of a token is the lower decoder and the encoder."""
-    short, long = (plan("ul_8b_a1b", tokens) for tokens in (1 << 20, 1 << 24))
+    """Early exit: a longer text spreads the upper decoder's tail over more tokens.
+
+    The lower decoder and the encoder are what each token still costs.
+    """
+    short, long = (estimate_cost("ul_8b_a1b", tokens) for tokens in (1 << 20, 1 << 24))
     ratio = long.prefill_flops_per_token / short.prefill_flops_per_token
     assert 0.9 < ratio < 1
     full = (
@@ -246,7 +281,7 @@ def test_a_longer_text_costs_no_more_a_token():
     assert 15 < full < 16
     assert (
         long.decode_flops_per_token < 1.2 * short.decode_flops_per_token
-    )  # landmarks alone grow with the text
+    )  # only the landmarks grow with the text
     assert (
         long.window_cache_bytes == short.window_cache_bytes and long.kv_bytes == 16 * short.kv_bytes
     )
@@ -255,18 +290,22 @@ def test_a_longer_text_costs_no_more_a_token():
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, True, "4096", MAX_TOKENS + 1])
 def test_tokens_out_of_range_are_refused(tokens):
     with pytest.raises(ValueError, match=f"^tokens: got {tokens!r}, accepted is 1 to 1073741824$"):
-        plan("nano", tokens)
+        estimate_cost("nano", tokens)
 
 
 @pytest.mark.parametrize("preset", ["huge", "", None, ["nano"]])
 def test_an_unknown_preset_is_refused_with_those_that_there_are(preset):
     with pytest.raises(ValueError, match=f"^preset: got .*, accepted are {', '.join(PRESETS)}$"):
-        plan(preset)
+        estimate_cost(preset)
 
 
 def test_a_plan_does_not_change_and_a_configuration_without_a_name_is_custom():
-    got = plan(SMALL)
-    assert got == plan(SMALL) and got.preset == "custom" and plan(PRESETS["nano"]) == plan("nano")
+    got = estimate_cost(SMALL)
+    assert (
+        got == estimate_cost(SMALL)
+        and got.preset == "custom"
+        and estimate_cost(PRESETS["nano"]) == estimate_cost("nano")
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.tokens = 1
 
@@ -274,7 +313,7 @@ def test_a_plan_does_not_change_and_a_configuration_without_a_name_is_custom():
 def test_json_on_standard_output_is_json_alone(capfd):
     status, out, err = call(capfd, "plan", "ul_8b_a1b", "--tokens", "4096", "--json", "-")
     result = json.loads(out)
-    assert (status, err) == (0, "") and result == plan("ul_8b_a1b", 4096).to_json()
+    assert (status, err) == (0, "") and result == estimate_cost("ul_8b_a1b", 4096).to_json()
     assert set(REQUIRED) < set(result) and all(
         isinstance(result[name], int) for name in REQUIRED[1:]
     )
@@ -283,14 +322,14 @@ def test_json_on_standard_output_is_json_alone(capfd):
 def test_json_in_a_file_and_the_table_for_people(tmp_path, capfd):
     path = tmp_path / "new" / "plan.json"
     status, out, err = call(capfd, "plan", "ul_8b_a1b", "--json", str(path))
-    got = plan("ul_8b_a1b")
+    got = estimate_cost("ul_8b_a1b")
     assert (status, out, err) == (0, table(got) + "\n", "")
     assert json.loads(path.read_text()) == got.to_json() and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_table_says_every_number_and_what_it_stands_beside(name):
-    got = plan(name)
+    got = estimate_cost(name)
     text = table(got)
     assert (
         f"{name} at 1,048,576 tokens" in text
@@ -321,6 +360,6 @@ class MetaAlone(TorchDispatchMode):
 
 def test_nothing_is_made_but_shapes():
     with MetaAlone():
-        assert plan("ul_8b_a1b", MAX_TOKENS).kv_bytes > 5e11
+        assert estimate_cost("ul_8b_a1b", MAX_TOKENS).kv_bytes > 5e11
     with pytest.raises(AssertionError), MetaAlone():
         torch.zeros(1)

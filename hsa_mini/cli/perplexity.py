@@ -1,0 +1,79 @@
+"""`perplexity`: predict the same held-out tokens after more and more text."""
+
+import argparse
+from pathlib import Path
+
+from hsa_mini.cli.arguments import (
+    MAX_SEED,
+    PERPLEXITY_TARGETS,
+    add_device,
+    choose_device,
+    integer,
+    results_path,
+)
+from hsa_mini.cli.models import checkpoint_folder, read_model
+from hsa_mini.config import MAX_TOKENS
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    """Add the command and its arguments; returns its parser."""
+    command = commands.add_parser(
+        "perplexity", help="predict the same held-out tokens after more and more text"
+    )
+    command.add_argument("checkpoint", help="a shipped model (mini) or a folder")
+    command.add_argument(
+        "--lengths",
+        type=integer(PERPLEXITY_TARGETS, MAX_TOKENS),
+        nargs="+",
+        metavar="TOKENS",
+        help="numbers of tokens to read (default: 1K to 1M)",
+    )
+    command.add_argument(
+        "--stretches",
+        type=integer(1, 10**6),
+        default=20,
+        metavar="N",
+        help="number of places in the held-out text (default 20)",
+    )
+    command.add_argument(
+        "--seed", type=integer(0, MAX_SEED), default=1, help="seed of the places (default 1)"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: data/results/CHECKPOINT_perplexity.json",
+    )
+    add_device(command)
+    return command
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    from hsa_mini.checkpoint.folder import fingerprint
+    from hsa_mini.evaluation.perplexity import LENGTHS, measure_perplexity
+    from hsa_mini.provenance import write_results
+
+    path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")
+    device = choose_device(arguments.device)
+    model = read_model("checkpoint", arguments.checkpoint, device)
+    measured = fingerprint(checkpoint_folder(arguments.checkpoint))
+    rows = measure_perplexity(
+        model,
+        lengths=arguments.lengths or LENGTHS,
+        stretches=arguments.stretches,
+        seed=arguments.seed,
+        report=_print_row,
+    )
+    write_results(path, device, checkpoint=measured, rows=rows)
+    print(f"written to {path}")
+    return 0
+
+
+def _print_row(row) -> None:
+    """Print the result of one length as soon as it is there."""
+    print(
+        f"{row.tokens:>12,} tokens, the last {row.targets} predicted: "
+        f"loss {row.loss:.4f} nats, perplexity {row.perplexity:.2f}",
+        flush=True,
+    )
