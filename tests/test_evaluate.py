@@ -318,7 +318,7 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
         np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed)
     )
     TrainingBatches(
-        Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens()
+        Mixture(min_copy=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens()
     )[0]
     evaluate.evaluate(short[0], "s_niah", lengths=(LEAST,), depths=(0.5,), samples=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)

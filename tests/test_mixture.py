@@ -1,4 +1,4 @@
-"""Training sequences: every answer can be read in what stands before it, and every token has the right part in the loss.
+"""Training sequences: the text before a question holds its answer; every token has the right part.
 
 Dimensions: B batch, T tokens; a sequence has T+1.
 """
@@ -21,11 +21,13 @@ from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, Trainin
 
 TOKENIZER = load_tokenizer()
 ORDINARY = TOKENIZER.n_vocab - len(SPECIAL_TOKENS)
-RECIPES = {"nano": (256, Mixture(copy_least=64)), "mini": (1024, Mixture())}
-SENTENCE = rf" The secret code of [{LETTERS}]{{4}} is [0-9]{{6}}\.| The number (?:of )?\w+ is given to [{LETTERS}]{{4}}\."
+RECIPES = {"nano": (256, Mixture(min_copy=64)), "mini": (1024, Mixture())}
+NEEDLE = rf" The secret code of [{LETTERS}]{{4}} is [0-9]{{6}}\."
+LINK = rf" The number (?:of )?\w+ is given to [{LETTERS}]{{4}}\."
+SENTENCE = f"{NEEDLE}|{LINK}"
 QUESTION = re.compile(r"\n[^\n]*\?\n[^\n]* $")
 every_recipe = pytest.mark.parametrize("name", RECIPES)
-FEWEST_AND_MOST = {  # sentences
+MIN_AND_MAX_SENTENCES = {
     ("nano", "needle_questions"): (1, 6), ("mini", "needle_questions"): (1, 20),
     ("nano", "chain_questions"): (2, 7), ("mini", "chain_questions"): (2, 12),
 }  # fmt: skip
@@ -46,9 +48,9 @@ def sequences(name: str, kind: str, count: int = 60, **changes):
 
 
 def runs(parts: np.ndarray) -> list[tuple[int, int, int]]:
-    """(part, first, last) of every stretch of one part."""
+    """(part, first, end) of every stretch of tokens with the same part."""
     edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-    return [(int(parts[a]), a, b) for a, b in zip(edges, edges[1:])]
+    return [(int(parts[a]), a, b) for a, b in itertools.pairwise(edges)]
 
 
 def is_real_text(ids: np.ndarray) -> bool:
@@ -65,7 +67,7 @@ def test_a_batch_has_the_stated_shape_and_ordinary_tokens(name):
         ids, parts = batches(name)[step]
         assert ids.shape == parts.shape == (4, RECIPES[name][0] + 1)
         assert (ids.dtype, parts.dtype) == (torch.int64, torch.int8)
-        assert 0 <= ids.min() and ids.max() < ORDINARY
+        assert ids.min() >= 0 and ids.max() < ORDINARY
         assert set(parts.unique().tolist()) <= {NONE, TEXT, COPY, ANSWER}
 
 
@@ -96,7 +98,7 @@ def test_without_a_text_the_training_corpus_is_drawn_from(monkeypatch):
 
 
 def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
-    """What stood before each question, the question, and its answer."""
+    """(text before the question, question, answer) for every question of a sequence."""
     found = []
     for part, first, last in runs(parts):
         if part == ANSWER:
@@ -136,7 +138,7 @@ def test_mostly_few_sentences_are_hidden_and_half_of_a_sequence_is_text(name, ki
         hidden.append(re.findall(SENTENCE, told))
         assert sum(len(encode(sentence)) for sentence in hidden[-1]) <= total // 2
     numbers = sorted(map(len, hidden))
-    assert (numbers[0], numbers[-1]) == FEWEST_AND_MOST[name, kind]
+    assert (numbers[0], numbers[-1]) == MIN_AND_MAX_SENTENCES[name, kind]
     assert kind == "chain_questions" or numbers[150] < 6  # mostly few
 
 
@@ -163,7 +165,7 @@ def test_a_quarter_of_the_questions_asks_for_two_codes():
 def test_links_of_a_chain_come_in_any_order():
     orders = set()
     for ids, parts in sequences("mini", "chain_questions"):
-        for before, question, answer in asked(ids, parts):
+        for before, _, answer in asked(ids, parts):
             places = [
                 before.index(f" is given to {name}.")
                 for name in answer.removesuffix(".").split(", ")
@@ -190,7 +192,7 @@ def test_neither_sentences_nor_questions_count_as_text(name, kind):
 
 @every_kind
 def test_made_up_text_is_never_a_target(kind):
-    for ids, parts in sequences("nano", kind, made_up=1.0):
+    for _, parts in sequences("nano", kind, made_up=1.0):
         assert set(parts.tolist()) == {NONE, ANSWER}
 
 
@@ -217,7 +219,7 @@ def test_a_self_copy_is_the_passage_again(name):
     for ids, parts in sequences(name, "self_copy"):
         assert len(ids) == len(parts) == tokens + 1
         length = int((parts == COPY).sum())
-        assert mixture.copy_least <= length <= (tokens + 1) // 2
+        assert mixture.min_copy <= length <= (tokens + 1) // 2
         assert np.array_equal(ids[-length:], ids[-2 * length : -length])
         assert (parts[-length:] == COPY).all()
         passage = parts[-2 * length : -length]
@@ -226,7 +228,7 @@ def test_a_self_copy_is_the_passage_again(name):
         before = parts[: -2 * length]
         assert (before == TEXT).all() and is_real_text(ids[: len(before)])
         lengths.append(length)
-    assert max(lengths) - min(lengths) > 0.5 * ((tokens + 1) // 2 - mixture.copy_least)
+    assert max(lengths) - min(lengths) > 0.5 * ((tokens + 1) // 2 - mixture.min_copy)
 
 
 def test_the_kinds_come_in_the_stated_shares():
@@ -248,15 +250,15 @@ def test_made_up_text_is_of_several_kinds(name):
     distinct = []
     for _ in range(80):
         ids = source.made_up(rng, 500)
-        assert len(ids) == 500 and 0 <= ids.min() and ids.max() < ORDINARY
+        assert len(ids) == 500 and ids.min() >= 0 and ids.max() < ORDINARY
         distinct.append(len(np.unique(ids)))
     assert min(distinct) <= 5 and max(distinct) >= 400
 
 
 def test_a_fifth_of_made_up_haystacks_are_nothing_but_needles():
     full = 0
-    for ids, parts in sequences("mini", "needle_questions", 200, made_up=1.0, needles_most=1):
-        before, question, answer = asked(ids, parts)[-1]
+    for ids, parts in sequences("mini", "needle_questions", 200, made_up=1.0, max_needles=1):
+        before, _, _ = asked(ids, parts)[-1]
         needles = re.findall(r" The secret code of (\w{4}) is (\d{6})\.", before)
         full += len(needles) > 30
         assert not any(is_held_out(key) for key, _ in needles)

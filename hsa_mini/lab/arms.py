@@ -14,7 +14,7 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.lab import variants
 from hsa_mini.model.cost_estimate import idle
 from hsa_mini.training.mixture import Mixture
-from hsa_mini.training.recipes import Recipe, Stage
+from hsa_mini.training.recipes import Recipe, Stage, recipe_settings
 
 MLP_STEP = 8  # widths of MLPs are multiples of it
 
@@ -49,7 +49,7 @@ class Scale:
 
         def part(share: float, batch: int, steps: int) -> Stage:
             mixture = dataclasses.replace(
-                self.stage.mixture, copy_least=round(share * self.stage.mixture.copy_least)
+                self.stage.mixture, min_copy=round(share * self.stage.mixture.min_copy)
             )
             tokens = round(share * self.stage.tokens)
             near = max(round(share * window), 1)
@@ -102,7 +102,7 @@ class Arm:
             "model": self.model.__name__,
             "packed": self.packed,
             "config": dataclasses.asdict(self.config(scale)),
-            "recipe": dataclasses.asdict(self.recipe(scale, steps)),
+            "recipe": recipe_settings(self.recipe(scale, steps)),
             "evaluation": {
                 name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")
             },
@@ -175,8 +175,11 @@ _text = _mixture(self_copy=0.0, needles=0.0)  # alone
 
 def _text_in_a_crowd(scale: Scale, stage: Stage) -> dict:
     """At the training length behind as many chunks as the longest text of evaluation has."""
-    crowd = {"crowd": max(scale.lengths) // scale.config.chunk_size, "explore": False}
-    return _text(scale, stage) | (crowd if stage.tokens == scale.stage.tokens else {})
+    queue = {
+        "queue_chunks": max(scale.lengths) // scale.config.chunk_size,
+        "gumbel_noise": False,
+    }
+    return _text(scale, stage) | (queue if stage.tokens == scale.stage.tokens else {})
 
 
 def _warm_up(**changes) -> Callable[[Scale, Stage], dict]:
@@ -255,7 +258,7 @@ SCALES = {
             dataclasses.replace(
                 PRESETS["mini"], lower_layers=2, layers_per_group=1, window=32, chunk_size=32, embedding_std=0.0625
             ),
-            Stage(steps=850, batch=32, tokens=512, text_weight=0.25, mixture=Mixture(copy_least=128)),
+            Stage(steps=850, batch=32, tokens=512, text_weight=0.25, mixture=Mixture(min_copy=128)),
             growth=((1 / 8, 64, 250), (1 / 4, 64, 200), (1 / 2, 32, 200)), learning_rate=1.5e-3,
         ),
         # Seconds on a processor: too small to learn more than words, large enough to try every arm.
@@ -265,7 +268,7 @@ SCALES = {
                 PRESETS["debug"], vocab_size=4096, chunk_size=32, window=16, top_k=4, hsa_heads=2, hsa_kv_heads=1, retrieval_heads=1,
                 layers_per_group=1, lower_layers=1,
             ),
-            Stage(steps=20, batch=2, tokens=512, mixture=Mixture(copy_least=128)),
+            Stage(steps=20, batch=2, tokens=512, mixture=Mixture(min_copy=128)),
             growth=((1 / 4, 4, 20),), learning_rate=3e-3, warmup=10, multiples=(1, 4), questions=2, texts=2, tail=64,
         ),
     )

@@ -9,8 +9,10 @@ import torch
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.inference.cuda_graph import Replay
 from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.optimizer import make_optimizer
 from hsa_mini.training.recipes import RECIPES
-from hsa_mini.training.trainer import make_optimizer, shared, train_step
+from hsa_mini.training.step import train_step
+from hsa_mini.training.trainer import with_shared_parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -25,13 +27,13 @@ def test_recorded_steps_equal_plain_ones(preset):
     def losses(wrap) -> torch.Tensor:
         torch.manual_seed(0)
         model = HSAModel(PRESETS[preset], device="cuda").train()
-        optimizer, past = make_optimizer(model, recipe), Past(recipe.crowd)
+        optimizer, past = make_optimizer(model, recipe), Past(recipe.queue_chunks)
         found = []
         for stage in recipe.stages:
             step = wrap(
                 partial(
                     train_step,
-                    shared(model, stage.config(model.config)),
+                    with_shared_parameters(model, stage.config(model.config)),
                     optimizer,
                     recipe,
                     stage,
