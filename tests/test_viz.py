@@ -1,4 +1,4 @@
-"""Pictures and controls: what is drawn is what was given, and an error is seen."""
+"""Pictures and controls: each picture shows the given numbers, and an error is visible."""
 
 import ast
 import base64
@@ -17,12 +17,12 @@ from hsa_mini.reference import retrieve
 pytest.importorskip("anywidget")
 pytest.importorskip("matplotlib")
 
-import ipywidgets  # noqa: E402
-from PIL import Image  # noqa: E402
+import ipywidgets
+from PIL import Image
 
-from hsa_mini.evaluation.results import Row  # noqa: E402
-from hsa_mini.evaluation.statistics import wilson_interval  # noqa: E402
-from hsa_mini.lab.claims import (  # noqa: E402
+from hsa_mini.evaluation.results import Row
+from hsa_mini.evaluation.statistics import wilson_interval
+from hsa_mini.lab.claims import (
     CLAIMS,
     DIFFERENT,
     FAR,
@@ -33,8 +33,9 @@ from hsa_mini.lab.claims import (  # noqa: E402
     Measure,
     Spread,
 )
-from hsa_mini.viz import (  # noqa: E402  # noqa: E402
+from hsa_mini.viz import (
     Control,
+    costs,
     explore,
     explore_map,
     laboratory,
@@ -43,12 +44,14 @@ from hsa_mini.viz import (  # noqa: E402  # noqa: E402
     plots,
     results,
     show,
+    stills,
+    style,
     training,
     widgets,
 )
 
 PNG = b"\x89PNG\r\n"
-WORDS = "the code is 7 birds sing at dawn what is the code".split()
+WORDS = ["the", "code", "is", "7", "birds", "sing", "at", "dawn", "what", "is", "the", "code"]
 
 
 def draw_line(figure, token, how):
@@ -250,7 +253,7 @@ def test_pyplot_is_never_loaded():
 
 @pytest.mark.parametrize(
     "module",
-    [laboratory, live, plots, results, training, widgets],
+    [costs, laboratory, live, plots, results, stills, style, training, widgets],
     ids=lambda module: module.__name__,
 )
 def test_viz_computes_nothing_of_its_own(module):
@@ -262,7 +265,10 @@ def test_viz_computes_nothing_of_its_own(module):
         for alias in node.names
     }
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    low = tuple(f"hsa_mini.{package}" for package in ("model", "memory", "ops", "reference", "inference", "training"))
+    low = tuple(
+        f"hsa_mini.{package}"
+        for package in ("model", "memory", "ops", "reference", "inference", "training")
+    )
     assert not {name for name in imported if name.split(".")[0] == "torch" or name.startswith(low)}
 
 
@@ -271,9 +277,9 @@ def test_viz_computes_nothing_of_its_own(module):
 
 def test_chunk_grid_says_what_every_chunk_is_to_the_token():
     ax = axes()
-    plots.chunk_grid(ax, WORDS + ["is"], 4, token=9, weights=[0.75, 0.0, 0.0])
+    plots.chunk_grid(ax, [*WORDS, "is"], 4, token=9, weights=[0.75, 0.0, 0.0])
     shown = texts(ax)
-    assert [word for word in shown if word in WORDS] == WORDS + ["is"]
+    assert [word for word in shown if word in WORDS] == [*WORDS, "is"]
     assert shown[-7:-1:2] == ["weight 0.75", "not chosen", "not complete before this token"]
     assert shown[-1] == "the future"
 
@@ -451,7 +457,7 @@ S_FAR, PERPLEXITY = Measure("s_niah", FAR), Measure("perplexity", NEAR)
 
 def finding(claim, verdict=REPRODUCED, numbers=None):
     """Every arm with the same numbers by every measure, or some numbers by arm."""
-    numbers = {arm: HIGH for arm in claim.arms} if numbers is None else numbers
+    numbers = dict.fromkeys(claim.arms, HIGH) if numbers is None else numbers
     return Finding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
 
 
@@ -492,7 +498,8 @@ def test_what_is_not_finite_is_said():
 
 
 @pytest.mark.parametrize("measure, value, words", [
-    (S_FAR, 0.906, "91%"), (PERPLEXITY, 9.5, "9.50"), (PERPLEXITY, 34.82, "34.8"), (PERPLEXITY, 41788.2, "41,788")
+    (S_FAR, 0.906, "91%"), (PERPLEXITY, 9.5, "9.50"),
+    (PERPLEXITY, 34.82, "34.8"), (PERPLEXITY, 41788.2, "41,788"),
 ])  # fmt: skip
 def test_shares_are_in_percent_and_perplexities_in_three_digits(measure, value, words):
     assert laboratory.in_figures(measure, value) == words
@@ -503,8 +510,10 @@ def test_an_arm_is_marked_by_what_its_claim_expects_of_it():
     by = next(measure for measure in of.numbers if measure.what == "mq_niah")
     roles = {arm: laboratory.role(of, by, arm) for arm in of.claim.arms}
     assert roles == {
-        "warmup_self_copy": laboratory.BETTER, "warmup_none": laboratory.WORSE, "warmup_short_window": laboratory.BOTH
-    }  # fmt: skip
+        "warmup_self_copy": laboratory.BETTER,
+        "warmup_none": laboratory.WORSE,
+        "warmup_short_window": laboratory.BOTH,
+    }
     assert laboratory.role(of, PERPLEXITY, "warmup_none") == laboratory.BESIDE
 
 
@@ -514,7 +523,11 @@ def test_a_claim_has_a_panel_for_every_measure_and_says_what_is_missing():
         make_figure(10, 4),
     )
     said = laboratory.claim(figure, of)
-    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == ["decides", "beside", "beside"]
+    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == [
+        "decides",
+        laboratory.BESIDE,
+        laboratory.BESIDE,
+    ]
     assert figure.get_suptitle() == "seesaw: not yet run" and said.startswith(
         "seesaw, not yet run. S-NIAH at 64×: hsa 90%"
     )
@@ -528,8 +541,9 @@ def test_a_claim_has_a_panel_for_every_measure_and_says_what_is_missing():
 def test_the_board_has_every_comparison_with_its_seeds_and_every_verdict():
     seesaw, norm = NAMED["seesaw"], NAMED["QK norm"]
     both = [
-        finding(seesaw, DIFFERENT, {"hsa": LOW, "window_8x": HIGH, "window_16x": MIDDLE}), finding(norm, NOT_RUN, {"hsa": HIGH})
-    ]  # fmt: skip
+        finding(seesaw, DIFFERENT, {"hsa": LOW, "window_8x": HIGH, "window_16x": MIDDLE}),
+        finding(norm, NOT_RUN, {"hsa": HIGH}),
+    ]
     figure = make_figure(9, 4)
     said = laboratory.board(figure, both)
     shares, perplexities = figure.axes
