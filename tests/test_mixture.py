@@ -43,7 +43,8 @@ def batches(name: str, *, seed=0, batch=4, **changes) -> TrainingBatches:
 
 
 def sequences(name: str, kind: str, count: int = 60, **changes):
-    source, rng = batches(name, **changes), np.random.default_rng(0)
+    source = batches(name, **changes)
+    rng = np.random.default_rng(0)
     return [getattr(source, kind)(rng) for _ in range(count)]
 
 
@@ -54,7 +55,8 @@ def runs(parts: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def is_real_text(ids: np.ndarray) -> bool:
-    text, wanted = word_tokens().tobytes(), ids.astype(np.uint16).tobytes()
+    text = word_tokens().tobytes()
+    wanted = ids.astype(np.uint16).tobytes()
     place = text.find(wanted)
     while place % 2 and place > 0:
         place = text.find(wanted, place + 1)
@@ -74,7 +76,8 @@ def test_a_batch_has_the_stated_shape_and_ordinary_tokens(name):
 @every_recipe
 def test_a_batch_is_a_function_of_seed_and_step_alone(name):
     source = batches(name)
-    later, sooner = source[3], source[1]
+    later = source[3]
+    sooner = source[1]
     for step, want in ((1, sooner), (3, later)):
         for twin in (batches(name), pickle.loads(pickle.dumps(source))):
             assert all(torch.equal(x, y) for x, y in zip(twin[step], want))
@@ -113,7 +116,8 @@ def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
 @every_kind
 @every_recipe
 def test_an_answer_can_be_read_in_what_stood_before(name, kind):
-    counts, total = [], RECIPES[name][0] + 1
+    counts = []
+    total = RECIPES[name][0] + 1
     for ids, parts in sequences(name, kind, 300):
         assert len(ids) == len(parts) == total and parts[-1] == ANSWER
         questions = asked(ids, parts)
@@ -129,11 +133,13 @@ def test_an_answer_can_be_read_in_what_stood_before(name, kind):
 @every_kind
 @every_recipe
 def test_mostly_few_sentences_are_hidden_and_half_of_a_sequence_is_text(name, kind):
-    hidden, total = [], RECIPES[name][0] + 1
+    hidden = []
+    total = RECIPES[name][0] + 1
     for ids, parts in sequences(name, kind, 300, made_up=0.0):
         questions = asked(ids, parts)
         told = questions[-1][0]
-        for _, question, answer in questions[:-1]:  # an answer about two needles repeats a sentence
+        # the answer to a question about two needles repeats a sentence, which must not count twice
+        for _, question, answer in questions[:-1]:
             told = told.replace(question + answer, "")
         hidden.append(re.findall(SENTENCE, told))
         assert sum(len(encode(sentence)) for sentence in hidden[-1]) <= total // 2
@@ -149,15 +155,15 @@ def test_a_quarter_of_the_questions_asks_for_two_codes():
         for _, q, _ in asked(ids, parts)
     ]
     pairs = sum(" and " in question for question in questions)
-    assert (
-        0.12 * len(questions) < pairs < 0.3 * len(questions)
-    )  # a quarter where two needles are left
+    # a quarter of the questions for which two needles are left
+    assert 0.12 * len(questions) < pairs < 0.3 * len(questions)
     for share, accepted in ((0.0, {False}), (1.0, {False, True})):
         drawn = [asked(*row) for row in sequences("mini", "needle_questions", two_codes=share)]
         assert {
             " and " in question for questions in drawn for _, question, _ in questions
         } == accepted
-    for questions in drawn:  # one code alone is asked for only where there is no second needle
+    # the last questions were drawn with two_codes=1: one code only if there is no second needle
+    for questions in drawn:
         needles = len(re.findall(SENTENCE, questions[0][0]))
         assert " and " in questions[0][1] or len(questions) > 1 or needles == 1
 
@@ -182,9 +188,8 @@ def test_neither_sentences_nor_questions_count_as_text(name, kind):
         for part, first, last in stretches:
             if part == TEXT:
                 assert is_real_text(ids[first:last])
-            elif (
-                part == NONE
-            ):  # sentences that follow each other, or a question with nothing in between
+            elif part == NONE:
+                # adjacent sentences, perhaps followed by a question
                 text = TOKENIZER.decode(ids[first:last].tolist())
                 assert re.fullmatch(rf"(?:{SENTENCE})*(?:\n.*\?\n.* )?", text), text
         assert (parts == TEXT).sum() >= 0.2 * len(parts)
@@ -201,15 +206,14 @@ def test_keys_that_differ_in_one_letter_are_among_the_needles():
         return sum(x != y for x, y in zip(a, b))
 
     near = 0
-    for ids, _ in sequences(
-        "mini", "needle_questions", two_codes=0.0
-    ):  # an answer about two repeats a sentence
+    # an answer about two needles would repeat a key
+    for ids, _ in sequences("mini", "needle_questions", two_codes=0.0):
         keys = re.findall(
             rf" The secret code of ([{LETTERS}]{{4}}) is", TOKENIZER.decode(ids.tolist())
         )
         assert len(set(keys)) == len(keys)
         near += any(distance(a, b) == 1 for i, a in enumerate(keys) for b in keys[:i])
-    assert 6 <= near <= 36  # about three in ten of sixty
+    assert 6 <= near <= 36  # about 0.3 * 60
 
 
 @every_recipe
@@ -232,7 +236,8 @@ def test_a_self_copy_is_the_passage_again(name):
 
 
 def test_the_kinds_come_in_the_stated_shares():
-    source, rng = batches("nano", self_copy=0.3, needles=0.4, chains=0.2), np.random.default_rng(0)
+    source = batches("nano", self_copy=0.3, needles=0.4, chains=0.2)
+    rng = np.random.default_rng(0)
     kinds = []
     for _ in range(600):
         ids, parts = source.sequence(rng)
@@ -246,7 +251,8 @@ def test_the_kinds_come_in_the_stated_shares():
 
 @every_recipe
 def test_made_up_text_is_of_several_kinds(name):
-    source, rng = batches(name), np.random.default_rng(0)
+    source = batches(name)
+    rng = np.random.default_rng(0)
     distinct = []
     for _ in range(80):
         ids = source.made_up(rng, 500)

@@ -62,13 +62,13 @@ def log(run: Path) -> list[list[str]]:
 
 
 def assert_same(got: HSAModel, want: HSAModel) -> None:
-    """To the last bit."""
+    """All parameters and buffers are equal to the last bit."""
     for (name, a), b in zip(got.state_dict().items(), want.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
 def rounded(model: HSAModel) -> HSAModel:
-    """What the finished model's file holds."""
+    """The model with its weights rounded to bfloat16, as `run/final` holds it."""
     twin = HSAModel(model.config)
     twin.load_state_dict({name: x.bfloat16().float() for name, x in model.state_dict().items()})
     return twin
@@ -76,7 +76,7 @@ def rounded(model: HSAModel) -> HSAModel:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts, and its model."""
+    """The folder of an uninterrupted run, and its model."""
     run = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
@@ -102,7 +102,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_not_cut_off(tmp_path, whole, 
     for stop in stops:
         run_tiny(tmp_path, stop_after=stop)
         assert load_progress(tmp_path)[1]["step"] == stop and not (tmp_path / "final").exists()
-        torch.manual_seed(stop)  # whatever happens in between
+        torch.manual_seed(stop)  # something else used the generator in between
     assert_same(run_tiny(tmp_path), want)
     assert log(tmp_path) == log(run)
 
@@ -148,9 +148,8 @@ def test_rows_of_the_log_behind_the_state_are_written_again(tmp_path, whole):
     run, want = whole
     run_tiny(tmp_path, stop_after=5)
     with (tmp_path / "log.csv").open("a") as file:
-        file.write(
-            "6,1,1,1,1,1,1,1,1\n8,1,1"
-        )  # what a run had logged when it was killed, after its last state
+        # rows that a killed run wrote after its last saved state
+        file.write("6,1,1,1,1,1,1,1,1\n8,1,1")
     assert_same(run_tiny(tmp_path), want)
     assert log(tmp_path) == log(run)
 
@@ -313,9 +312,9 @@ def test_loss_is_the_sum_of_the_mean_of_every_part():
     loss.backward()
     assert not logits.grad[parts == NONE].any() and logits.grad[parts != NONE].any(-1).all()
     loss, shares, accuracy = mixture_loss(logits, targets, torch.full((3, 20), TEXT))
-    assert (shares[1], shares[2], accuracy) == (0, 0, 0) and loss == shares[
-        0
-    ]  # a batch without copies and answers
+    # the batch has neither copies nor answers
+    assert (shares[1], shares[2], accuracy) == (0, 0, 0)
+    assert loss == shares[0]
 
 
 def test_a_step_clips_the_gradient_and_reports_its_norm_before():
@@ -354,7 +353,8 @@ def test_a_step_clips_the_gradient_and_reports_its_norm_before():
 
 
 def test_a_stage_has_its_own_noise_crowd_and_choice(monkeypatch, tmp_path):
-    seen, forward = [], HSAModel.forward
+    seen = []
+    forward = HSAModel.forward
 
     def watched(self, ids, **options):
         past = options["past"]
@@ -402,7 +402,9 @@ def golden_losses() -> list[list[float]]:
     """The loss and its three parts at each of 50 steps of `nano`, on generated words."""
     torch.manual_seed(0)
     model = HSAModel(PRESETS["nano"]).train()
-    recipe, stage, optimizer = GOLDEN_RECIPE, GOLDEN_STAGE, make_optimizer(model, GOLDEN_RECIPE)
+    recipe = GOLDEN_RECIPE
+    stage = GOLDEN_STAGE
+    optimizer = make_optimizer(model, GOLDEN_RECIPE)
     batches = TrainingBatches(
         stage.mixture,
         batch=stage.batch,
@@ -439,7 +441,7 @@ def test_losses_are_the_golden_ones():
     got = torch.tensor(golden_losses())
     torch.testing.assert_close(got[:10], want[:10], rtol=2e-5, atol=0)
     torch.testing.assert_close(got, want, rtol=2e-4, atol=0)
-    for column in range(1, 4):  # text, copies and answers are all learnt
+    for column in range(1, 4):  # text, copies and answers: all three losses fall
         part = got[:, column][got[:, column] > 0]
         assert part[-5:].mean() < 0.8 * part[:5].mean()
 
