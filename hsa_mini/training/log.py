@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 from hsa_mini.paths import write_whole
-from hsa_mini.training.step import StepFigures
 
 # The columns of the file for the fields of `StepFigures`, in order. `imbalance` is
 # `max_over_mean_load`.
@@ -30,11 +29,13 @@ class Log:
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
 
-    def write(self, step: int, figures: StepFigures, rate: float, seconds: float) -> None:
-        """Append one row; the figures are numbers. A loss of nan or inf is a FloatingPointError."""
-        if not math.isfinite(figures.loss):
-            raise FloatingPointError(
-                f"the loss is {figures.loss} after step {step}: the run is stopped"
-            )
-        self._writer.writerow([step, *(f"{x:.6g}" for x in (*figures, rate, seconds))])
+    def write(self, step: int, numbers: dict[str, float], rate: float, seconds: float) -> None:
+        """Append the row of a step; numbers: see `StepFigures.numbers`.
+
+        Raises FloatingPointError if the loss is not finite.
+        """
+        loss = numbers["loss"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} after step {step}: the run is stopped")
+        self._writer.writerow([step, *(f"{x:.6g}" for x in (*numbers.values(), rate, seconds))])
         self._file.flush()

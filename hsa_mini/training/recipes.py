@@ -1,6 +1,7 @@
 """How the presets are trained: a recipe is a list of stages and the settings of one optimizer."""
 
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from hsa_mini.config import HSAConfig
 from hsa_mini.training.mixture import Mixture
@@ -103,7 +104,7 @@ KEYS_IN_FILES = {
 def recipe_settings(recipe: Recipe) -> dict:
     """The recipe with the keys that training.json, progress.json and lab.jsonl use."""
 
-    def renamed(value):
+    def renamed(value: Any) -> Any:
         if isinstance(value, dict):
             return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in value.items()}
         if isinstance(value, list | tuple):

@@ -20,15 +20,19 @@ from hsa_mini.training.recipes import Recipe, Stage
 
 
 class StepFigures(NamedTuple):
-    """What one step measured: tensors [] on the device, or numbers once they have been read."""
+    """What one step measured: tensors [] on the device."""
 
-    loss: torch.Tensor | float
-    text: torch.Tensor | float  # mean loss of plain text, in nats per token
-    copy: torch.Tensor | float  # mean loss of copied tokens
-    answer: torch.Tensor | float  # mean loss of answer tokens
-    answer_accuracy: torch.Tensor | float
-    gradient_norm: torch.Tensor | float  # before clipping
-    max_over_mean_load: torch.Tensor | float  # of the worst MoE layer; 1 for a model without MoE
+    loss: torch.Tensor
+    text: torch.Tensor  # mean loss of plain text, in nats per token
+    copy: torch.Tensor  # mean loss of copied tokens
+    answer: torch.Tensor  # mean loss of answer tokens
+    answer_accuracy: torch.Tensor
+    gradient_norm: torch.Tensor  # before clipping
+    max_over_mean_load: torch.Tensor  # of the worst MoE layer; 1 for a model without MoE
+
+    def numbers(self) -> dict[str, float]:
+        """The figures as numbers, by name. This waits for the device."""
+        return {name: float(value) for name, value in self._asdict().items()}
 
 
 def train_step(

@@ -62,7 +62,7 @@ class Trainer:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def train_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> StepFigures:
+    def train_step(self, batch: tuple[torch.Tensor, ...]) -> StepFigures:
         """Train on the batch (ids, parts) of the current step, then advance by one step.
 
         The figures stay on the device. Read them before the next step, which overwrites them on a
@@ -75,7 +75,7 @@ class Trainer:
         noise = torch.full((), noise_seed(self.seed, self.step), device=self.device)
         figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise)
         self.step += 1
-        return figures
+        return StepFigures(*figures)
 
     def max_over_mean_loads(self, batches: Iterable[tuple[torch.Tensor, ...]]) -> list[float]:
         """The max-over-mean load of every MoE layer over batches of the last stage; no training."""
@@ -173,11 +173,10 @@ def train(
             step = trainer.step
             bar.update()
             if step % log_every == 0 or step == recipe.steps:
-                numbers = StepFigures(*(float(x) for x in figures))
+                numbers = figures.numbers()
                 log.write(step, numbers, recipe.rate(step - 1), elapsed())
-                bar.set_postfix(
-                    loss=f"{numbers.loss:.3f}", answers=f"{numbers.answer_accuracy:.1%}"
-                )
+                accuracy = numbers["answer_accuracy"]
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}", answers=f"{accuracy:.1%}")
             overdue = time.monotonic() - saved > checkpoint_seconds and step < recipe.steps
             if step == stop_after or overdue:
                 progress = {"step": step, "seconds": elapsed(), "settings": settings}

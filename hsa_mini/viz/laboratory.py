@@ -148,7 +148,7 @@ def measure_axis(ax: Axes, measure: Measure) -> None:
         ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
         return
     marks = [line for line in ax.lines if line.get_linestyle() == "None"]
-    perplexity_axis(ax, [x for line in marks for x in line.get_xdata()])
+    perplexity_axis(ax, [x for line in marks for x in np.asarray(line.get_xdata())])
 
 
 def ratio_rows(ax: Axes, rows: Mapping[str, Spread | None]) -> None:
@@ -172,7 +172,8 @@ def claim(figure: Figure, finding, *, brief: bool = False) -> str:
     measures = measures_of(finding, brief)
     arms = finding.claim.arms
     used = []
-    figure.get_layout_engine().set(w_pad=0.12)
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.set(w_pad=0.12)
     panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for ax, measure in zip(panels, measures):
         roles = [role(finding, measure, arm) for arm in arms]

@@ -233,22 +233,14 @@ def _token_axis(ax: Axes, tokens, T: int) -> None:
 
 def _cell(ax: Axes, x: float, y: float, *, face, edge, width: float = 1) -> None:
     """A square with this corner."""
-    ax.add_patch(
-        Rectangle(
-            (x, y),
-            1,
-            1,
-            facecolor=face,
-            edgecolor=edge,
-            linewidth=width,
-            zorder=3 if face == "none" else 1,
-        )
-    )
+    look = dict(facecolor=face, edgecolor=edge, linewidth=width)
+    ax.add_patch(Rectangle((x, y), 1, 1, zorder=3 if face == "none" else 1, **look))
 
 
 def _mix(weight: float) -> tuple[float, float, float]:
     """White at 0, blue at 1."""
-    return tuple(1 - weight * (1 - part) for part in (0.0, 0x72 / 255, 0xB2 / 255))
+    red, green, blue = (1 - weight * (1 - part) for part in (0.0, 0x72 / 255, 0xB2 / 255))
+    return red, green, blue
 
 
 def needle_strip(figure, scores, needle_chunks, retrieved_chunks, chunk_size: int) -> None:

@@ -174,7 +174,7 @@ def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
         shift = 1.07 ** (i - (len(names) - 1) / 2)  # marks must not hide each other
         _seeds_by_length(ax, [record["found"][name] for record in records], name, shift)
     if tuple(names) == ("perplexity",):
-        drawn = [y for line in ax.lines for y in line.get_ydata() if math.isfinite(y)]
+        drawn = [y for line in ax.lines for y in np.asarray(line.get_ydata()) if math.isfinite(y)]
         perplexity_axis(ax, drawn, "y")
         ax.set_ylabel("perplexity")
     else:

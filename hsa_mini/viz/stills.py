@@ -12,9 +12,9 @@ class KeepStills(Preprocessor):
     an error instead. Its id would also be a new one in every run.
     """
 
-    def preprocess(self, notebook, resources):
-        notebook.metadata.pop("widgets", None)
-        return super().preprocess(notebook, resources)
+    def preprocess(self, nb, resources):
+        nb.metadata.pop("widgets", None)
+        return super().preprocess(nb, resources)
 
     def preprocess_cell(self, cell, resources, index):
         for output in cell.get("outputs", ()):
