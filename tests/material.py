@@ -160,10 +160,12 @@ def small_archives(folder: Path) -> list[Path]:
 @functools.cache
 def real_archives() -> tuple[Path, ...]:
     """The paths of the fetched archives, or nothing if one of them is missing or incomplete."""
-    paths = [
-        (archives.archives_dir() / name, digest) for _, name, digest in archives.ARCHIVES
-    ]
-    return tuple(path for path, _ in paths) if all(archives.has_digest(*pair) for pair in paths) else ()
+    paths = [(archives.archives_dir() / name, digest) for _, name, digest in archives.ARCHIVES]
+    return (
+        tuple(path for path, _ in paths)
+        if all(archives.has_digest(*pair) for pair in paths)
+        else ()
+    )
 
 
 def read(text: str, question: str) -> str:

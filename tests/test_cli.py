@@ -407,7 +407,7 @@ def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
     monkeypatch.setitem(
         RECIPES,
         "tiny",
-        Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(copy_least=16)),)),
+        Recipe((Stage(steps=9, batch=2, tokens=96, mixture=Mixture(min_copy=16)),)),
     )
     status, out, _ = call(capfd, "train", "tiny", "--steps", "2", "--device", "cpu")
     assert status == 0 and "runs/tiny/final" in out and "runs/tiny/log.csv" in out

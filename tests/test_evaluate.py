@@ -335,9 +335,9 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     monkeypatch.setattr(
         np.random, "default_rng", lambda seed: seeds.append(seed) or default_rng(seed)
     )
-    TrainingBatches(
-        Mixture(copy_least=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens()
-    )[0]
+    TrainingBatches(Mixture(min_copy=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[
+        0
+    ]
     runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS,), depths=(0.5,), samples=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)
     assert len({seed[0] for seed in seeds}) == len(seeds) == 3

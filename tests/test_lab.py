@@ -24,10 +24,9 @@ from hsa_mini.lab.reading import concatenated, grouped_gates
 from hsa_mini.lab.run import PackedBatches, run_arm
 from hsa_mini.lab.scales import SCALES, Scale
 from hsa_mini.ops.rope import apply_rope, rope_table
-from hsa_mini.training.cross_batch import Past
 from hsa_mini.training.mixture import ANSWER, NONE, TrainingBatches
 from hsa_mini.training.recipes import Stage
-from hsa_mini.training.trainer import make_optimizer, recorded_steps, take_step
+from hsa_mini.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TINY = SCALES["tiny"]
@@ -126,7 +125,7 @@ def test_an_arm_changes_what_it_says_and_widths_of_mlps():
     assert (
         lab.config.window * 8
         == lab.stage.tokens // 2
-        >= lab.stage.mixture.copy_least
+        >= lab.stage.mixture.min_copy
         > lab.config.window
     )
 
@@ -138,19 +137,19 @@ def test_contexts_grow_and_with_them_windows_and_distances_of_copies():
     for arm in ARMS.values():
         for stage in arm.recipe(lab).stages:
             share = stage.tokens / lab.stage.tokens
-            assert stage.mixture.copy_least == share * lab.stage.mixture.copy_least
+            assert stage.mixture.min_copy == share * lab.stage.mixture.min_copy
             warms = arm.name == "warmup_short_window" and share < 1
             window = lab.config.window if warms else arm.config(lab).window
             assert stage.window == (stage.tokens if "full_rope" in arm.name else share * window), (
                 arm.name
             )
-            assert stage.crowd == (
+            assert stage.queue_chunks == (
                 lab.lengths[-1] // lab.config.chunk_size
                 if arm.name == "text_crowd" and share == 1
                 else None
             )
     for stage in ARMS["hsa"].recipe(lab).stages:
-        assert stage.window < stage.mixture.copy_least
+        assert stage.window < stage.mixture.min_copy
 
 
 @pytest.mark.parametrize(
@@ -463,13 +462,9 @@ def test_every_arm_learns_a_batch_by_heart(arm):
     model = made(arm, torch.float32).train()
     recipe = arm.recipe(SMALL)
     recipe = dataclasses.replace(recipe, learning_rate=1e-2, warmup=3)
-    past = Past(0)
-    optimizer = make_optimizer(model, recipe)
-    steps_of = recorded_steps(model, optimizer, recipe, past)
+    trainer = Trainer(model, recipe)
     batch = some_ids(49), torch.ones(2, 49, dtype=torch.int8)
-    losses = [
-        float(take_step(steps_of, recipe, 0, step, batch, CPU)[0]) for step in range(recipe.steps)
-    ]
+    losses = [float(trainer.train_step(batch).loss) for _ in range(recipe.steps)]
     assert losses[-1] < 0.6 * losses[0]
 
 

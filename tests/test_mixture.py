@@ -1,4 +1,4 @@
-"""Training sequences: every answer can be read in what stands before it, and every token has the right part in the loss.
+"""Training sequences: the text before a question holds its answer; every token has the right part.
 
 Dimensions: B batch, T tokens; a sequence has T+1.
 """
@@ -20,11 +20,13 @@ from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, Trainin
 
 TOKENIZER = load_tokenizer()
 ORDINARY = TOKENIZER.n_vocab - len(SPECIAL_TOKENS)
-RECIPES = {"nano": (256, Mixture(copy_least=64)), "mini": (1024, Mixture())}
-SENTENCE = rf" The secret code of [{LETTERS}]{{4}} is [0-9]{{6}}\.| The number (?:of )?\w+ is given to [{LETTERS}]{{4}}\."
+RECIPES = {"nano": (256, Mixture(min_copy=64)), "mini": (1024, Mixture())}
+NEEDLE = rf" The secret code of [{LETTERS}]{{4}} is [0-9]{{6}}\."
+LINK = rf" The number (?:of )?\w+ is given to [{LETTERS}]{{4}}\."
+SENTENCE = f"{NEEDLE}|{LINK}"
 QUESTION = re.compile(r"\n[^\n]*\?\n[^\n]* $")
 every_recipe = pytest.mark.parametrize("name", RECIPES)
-FEWEST_AND_MOST = {  # sentences
+MIN_AND_MAX_SENTENCES = {
     ("nano", "needle_questions"): (1, 6), ("mini", "needle_questions"): (1, 20),
     ("nano", "chain_questions"): (2, 7), ("mini", "chain_questions"): (2, 12),
 }  # fmt: skip
@@ -40,18 +42,20 @@ def batches(name: str, *, seed=0, batch=4, **changes) -> TrainingBatches:
 
 
 def sequences(name: str, kind: str, count: int = 60, **changes):
-    source, rng = batches(name, **changes), np.random.default_rng(0)
+    source = batches(name, **changes)
+    rng = np.random.default_rng(0)
     return [getattr(source, kind)(rng) for _ in range(count)]
 
 
 def runs(parts: np.ndarray) -> list[tuple[int, int, int]]:
-    """(part, first, last) of every stretch of one part."""
+    """(part, first, end) of every stretch of tokens with the same part."""
     edges = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-    return [(int(parts[a]), a, b) for a, b in zip(edges, edges[1:])]
+    return [(int(parts[a]), a, b) for a, b in itertools.pairwise(edges)]
 
 
 def is_real_text(ids: np.ndarray) -> bool:
-    text, wanted = word_tokens().tobytes(), ids.astype(np.uint16).tobytes()
+    text = word_tokens().tobytes()
+    wanted = ids.astype(np.uint16).tobytes()
     place = text.find(wanted)
     while place % 2 and place > 0:
         place = text.find(wanted, place + 1)
@@ -64,14 +68,15 @@ def test_a_batch_has_the_stated_shape_and_ordinary_tokens(name):
         ids, parts = batches(name)[step]
         assert ids.shape == parts.shape == (4, RECIPES[name][0] + 1)
         assert (ids.dtype, parts.dtype) == (torch.int64, torch.int8)
-        assert 0 <= ids.min() and ids.max() < ORDINARY
+        assert ids.min() >= 0 and ids.max() < ORDINARY
         assert set(parts.unique().tolist()) <= {NONE, TEXT, COPY, ANSWER}
 
 
 @every_recipe
 def test_a_batch_is_a_function_of_seed_and_step_alone(name):
     source = batches(name)
-    later, sooner = source[3], source[1]
+    later = source[3]
+    sooner = source[1]
     for step, want in ((1, sooner), (3, later)):
         for twin in (batches(name), pickle.loads(pickle.dumps(source))):
             assert all(torch.equal(x, y) for x, y in zip(twin[step], want))
@@ -95,7 +100,7 @@ def test_without_a_text_the_training_corpus_is_drawn_from(monkeypatch):
 
 
 def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
-    """What stood before each question, the question, and its answer."""
+    """(text before the question, question, answer) for every question of a sequence."""
     found = []
     for part, first, last in runs(parts):
         if part == ANSWER:
@@ -110,7 +115,8 @@ def asked(ids: np.ndarray, parts: np.ndarray) -> list[tuple[str, str, str]]:
 @every_kind
 @every_recipe
 def test_an_answer_can_be_read_in_what_stood_before(name, kind):
-    counts, total = [], RECIPES[name][0] + 1
+    counts = []
+    total = RECIPES[name][0] + 1
     for ids, parts in sequences(name, kind, 300):
         assert len(ids) == len(parts) == total and parts[-1] == ANSWER
         questions = asked(ids, parts)
@@ -126,16 +132,18 @@ def test_an_answer_can_be_read_in_what_stood_before(name, kind):
 @every_kind
 @every_recipe
 def test_mostly_few_sentences_are_hidden_and_half_of_a_sequence_is_text(name, kind):
-    hidden, total = [], RECIPES[name][0] + 1
+    hidden = []
+    total = RECIPES[name][0] + 1
     for ids, parts in sequences(name, kind, 300, made_up=0.0):
         questions = asked(ids, parts)
         told = questions[-1][0]
-        for _, question, answer in questions[:-1]:  # an answer about two needles repeats a sentence
+        # the answer to a question about two needles repeats a sentence, which must not count twice
+        for _, question, answer in questions[:-1]:
             told = told.replace(question + answer, "")
         hidden.append(re.findall(SENTENCE, told))
         assert sum(len(encode(sentence)) for sentence in hidden[-1]) <= total // 2
     numbers = sorted(map(len, hidden))
-    assert (numbers[0], numbers[-1]) == FEWEST_AND_MOST[name, kind]
+    assert (numbers[0], numbers[-1]) == MIN_AND_MAX_SENTENCES[name, kind]
     assert kind == "chain_questions" or numbers[150] < 6  # mostly few
 
 
@@ -146,15 +154,15 @@ def test_a_quarter_of_the_questions_asks_for_two_codes():
         for _, q, _ in asked(ids, parts)
     ]
     pairs = sum(" and " in question for question in questions)
-    assert (
-        0.12 * len(questions) < pairs < 0.3 * len(questions)
-    )  # a quarter where two needles are left
+    # a quarter of the questions for which two needles are left
+    assert 0.12 * len(questions) < pairs < 0.3 * len(questions)
     for share, accepted in ((0.0, {False}), (1.0, {False, True})):
         drawn = [asked(*row) for row in sequences("mini", "needle_questions", two_codes=share)]
         assert {
             " and " in question for questions in drawn for _, question, _ in questions
         } == accepted
-    for questions in drawn:  # one code alone is asked for only where there is no second needle
+    # the last questions were drawn with two_codes=1: one code only if there is no second needle
+    for questions in drawn:
         needles = len(re.findall(SENTENCE, questions[0][0]))
         assert " and " in questions[0][1] or len(questions) > 1 or needles == 1
 
@@ -162,7 +170,7 @@ def test_a_quarter_of_the_questions_asks_for_two_codes():
 def test_links_of_a_chain_come_in_any_order():
     orders = set()
     for ids, parts in sequences("mini", "chain_questions"):
-        for before, question, answer in asked(ids, parts):
+        for before, _, answer in asked(ids, parts):
             places = [
                 before.index(f" is given to {name}.")
                 for name in answer.removesuffix(".").split(", ")
@@ -179,9 +187,8 @@ def test_neither_sentences_nor_questions_count_as_text(name, kind):
         for part, first, last in stretches:
             if part == TEXT:
                 assert is_real_text(ids[first:last])
-            elif (
-                part == NONE
-            ):  # sentences that follow each other, or a question with nothing in between
+            elif part == NONE:
+                # adjacent sentences, perhaps followed by a question
                 text = TOKENIZER.decode(ids[first:last].tolist())
                 assert re.fullmatch(rf"(?:{SENTENCE})*(?:\n.*\?\n.* )?", text), text
         assert (parts == TEXT).sum() >= 0.2 * len(parts)
@@ -189,7 +196,7 @@ def test_neither_sentences_nor_questions_count_as_text(name, kind):
 
 @every_kind
 def test_made_up_text_is_never_a_target(kind):
-    for ids, parts in sequences("nano", kind, made_up=1.0):
+    for _, parts in sequences("nano", kind, made_up=1.0):
         assert set(parts.tolist()) == {NONE, ANSWER}
 
 
@@ -198,15 +205,14 @@ def test_keys_that_differ_in_one_letter_are_among_the_needles():
         return sum(x != y for x, y in zip(a, b))
 
     near = 0
-    for ids, _ in sequences(
-        "mini", "needle_questions", two_codes=0.0
-    ):  # an answer about two repeats a sentence
+    # an answer about two needles would repeat a key
+    for ids, _ in sequences("mini", "needle_questions", two_codes=0.0):
         keys = re.findall(
             rf" The secret code of ([{LETTERS}]{{4}}) is", TOKENIZER.decode(ids.tolist())
         )
         assert len(set(keys)) == len(keys)
         near += any(distance(a, b) == 1 for i, a in enumerate(keys) for b in keys[:i])
-    assert 6 <= near <= 36  # about three in ten of sixty
+    assert 6 <= near <= 36  # about 0.3 * 60
 
 
 @every_recipe
@@ -216,7 +222,7 @@ def test_a_self_copy_is_the_passage_again(name):
     for ids, parts in sequences(name, "self_copy"):
         assert len(ids) == len(parts) == tokens + 1
         length = int((parts == COPY).sum())
-        assert mixture.copy_least <= length <= (tokens + 1) // 2
+        assert mixture.min_copy <= length <= (tokens + 1) // 2
         assert np.array_equal(ids[-length:], ids[-2 * length : -length])
         assert (parts[-length:] == COPY).all()
         passage = parts[-2 * length : -length]
@@ -225,11 +231,12 @@ def test_a_self_copy_is_the_passage_again(name):
         before = parts[: -2 * length]
         assert (before == TEXT).all() and is_real_text(ids[: len(before)])
         lengths.append(length)
-    assert max(lengths) - min(lengths) > 0.5 * ((tokens + 1) // 2 - mixture.copy_least)
+    assert max(lengths) - min(lengths) > 0.5 * ((tokens + 1) // 2 - mixture.min_copy)
 
 
 def test_the_kinds_come_in_the_stated_shares():
-    source, rng = batches("nano", self_copy=0.3, needles=0.4, chains=0.2), np.random.default_rng(0)
+    source = batches("nano", self_copy=0.3, needles=0.4, chains=0.2)
+    rng = np.random.default_rng(0)
     kinds = []
     for _ in range(600):
         ids, parts = source.sequence(rng)
@@ -243,19 +250,20 @@ def test_the_kinds_come_in_the_stated_shares():
 
 @every_recipe
 def test_made_up_text_is_of_several_kinds(name):
-    source, rng = batches(name), np.random.default_rng(0)
+    source = batches(name)
+    rng = np.random.default_rng(0)
     distinct = []
     for _ in range(80):
         ids = source.made_up(rng, 500)
-        assert len(ids) == 500 and 0 <= ids.min() and ids.max() < ORDINARY
+        assert len(ids) == 500 and ids.min() >= 0 and ids.max() < ORDINARY
         distinct.append(len(np.unique(ids)))
     assert min(distinct) <= 5 and max(distinct) >= 400
 
 
 def test_a_fifth_of_made_up_haystacks_are_nothing_but_needles():
     full = 0
-    for ids, parts in sequences("mini", "needle_questions", 200, made_up=1.0, needles_most=1):
-        before, question, answer = asked(ids, parts)[-1]
+    for ids, parts in sequences("mini", "needle_questions", 200, made_up=1.0, max_needles=1):
+        before, _, _ = asked(ids, parts)[-1]
         needles = re.findall(r" The secret code of (\w{4}) is (\d{6})\.", before)
         full += len(needles) > 30
         assert not any(is_held_out(key) for key, _ in needles)

@@ -28,9 +28,9 @@ from hsa_mini.model.moe import MoE
 from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.reference.dispatch import route
 from hsa_mini.training.cross_batch import Crowd, Past
+from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import COPY, TEXT
 from hsa_mini.training.recipes import RECIPES
-from hsa_mini.training.trainer import mixture_loss
 
 jupytext = pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")

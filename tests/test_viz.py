@@ -1,4 +1,4 @@
-"""Pictures and controls: what is drawn is what was given, and an error is seen."""
+"""Pictures and controls: each picture shows the given numbers, and an error is visible."""
 
 import ast
 import base64
@@ -17,12 +17,12 @@ from hsa_mini.reference import retrieve
 pytest.importorskip("anywidget")
 pytest.importorskip("matplotlib")
 
-import ipywidgets  # noqa: E402
-from PIL import Image  # noqa: E402
+import ipywidgets
+from PIL import Image
 
-from hsa_mini.evaluation.results import RetrievalRow  # noqa: E402
-from hsa_mini.evaluation.statistics import wilson_interval  # noqa: E402
-from hsa_mini.lab.claims import (  # noqa: E402
+from hsa_mini.evaluation.results import RetrievalRow
+from hsa_mini.evaluation.statistics import wilson_interval
+from hsa_mini.lab.claims import (
     CLAIMS,
     DIFFERENT,
     FAR,
@@ -33,8 +33,9 @@ from hsa_mini.lab.claims import (  # noqa: E402
     Measure,
     Spread,
 )
-from hsa_mini.viz import (  # noqa: E402  # noqa: E402
+from hsa_mini.viz import (
     Control,
+    costs,
     explore,
     explore_map,
     laboratory,
@@ -43,12 +44,14 @@ from hsa_mini.viz import (  # noqa: E402  # noqa: E402
     plots,
     results,
     show,
+    stills,
+    style,
     training,
     widgets,
 )
 
 PNG = b"\x89PNG\r\n"
-WORDS = "the code is 7 birds sing at dawn what is the code".split()
+WORDS = ["the", "code", "is", "7", "birds", "sing", "at", "dawn", "what", "is", "the", "code"]
 
 
 def draw_line(figure, token, how):
@@ -167,7 +170,8 @@ def compute(K):
 def test_the_map_carries_the_numbers_bit_by_bit():
     explorer = explore_map(compute, alt="A map.", token=4, K=(1, 3))
     explorer.controls["K"].value = 2
-    data, (scores, indices, weights) = explorer.picture.data, compute(2)
+    data = explorer.picture.data
+    scores, indices, weights = compute(2)
     assert data["shape"] == [6, 3, 2]
     assert np.array_equal(
         np.frombuffer(data["scores"], "<f4").reshape(6, 3), scores.float().numpy()
@@ -190,7 +194,7 @@ def test_the_maps_still_picture_follows_the_token():
 
 def test_an_error_of_the_map_is_seen():
     explorer = explore_map(compute, alt="A map.", K=(1, 5))
-    explorer.controls["K"].value = 5  # topk of 3 chunks cannot find 5
+    explorer.controls["K"].value = 5  # there are only 3 chunks
     assert explorer.summary.value.startswith("Could not draw K=5: RuntimeError")
 
 
@@ -198,12 +202,13 @@ def test_an_error_of_the_map_is_seen():
 
 
 def test_png_has_few_colours_and_none_is_far_off():
-    """A colour map beside pale tints: half the size or less, and nothing that an eye could see."""
+    """A colour map beside pale tints: half the size or less, with no visible difference."""
     figure = make_figure(6, 3)
     left, right = figure.subplots(1, 2)
     plots.score_map(left, random(64, 20))
     plots.chunk_grid(right, WORDS, 4, weights=[0.04, 0.96, 0.0])
-    small, whole = widgets.to_png(figure), io.BytesIO()
+    small = widgets.to_png(figure)
+    whole = io.BytesIO()
     drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     drawn.save(whole, format="png")
     assert len(small) < 0.5 * len(whole.getvalue())
@@ -215,7 +220,8 @@ def test_png_has_few_colours_and_none_is_far_off():
 def test_64_colours_are_enough_for_marks_and_words():
     figure = make_figure(9, 5)
     laboratory.board(figure, [finding(claim) for claim in CLAIMS])
-    usual, small = widgets.to_png(figure), widgets.to_png(figure, 64)
+    usual = widgets.to_png(figure)
+    small = widgets.to_png(figure, 64)
     assert len(small) < 0.85 * len(usual)
     drawn = np.asarray(
         Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
@@ -223,7 +229,7 @@ def test_64_colours_are_enough_for_marks_and_words():
     assert np.abs(np.asarray(Image.open(io.BytesIO(small)).convert("RGB")) - drawn).max() <= 10
 
 
-# ---- show, and what viz may not do
+# ---- show, and what viz must not import
 
 
 def test_show_displays_png_and_alt(monkeypatch):
@@ -250,7 +256,7 @@ def test_pyplot_is_never_loaded():
 
 @pytest.mark.parametrize(
     "module",
-    [laboratory, live, plots, results, training, widgets],
+    [costs, laboratory, live, plots, results, stills, style, training, widgets],
     ids=lambda module: module.__name__,
 )
 def test_viz_computes_nothing_of_its_own(module):
@@ -274,9 +280,9 @@ def test_viz_computes_nothing_of_its_own(module):
 
 def test_chunk_grid_says_what_every_chunk_is_to_the_token():
     ax = axes()
-    plots.chunk_grid(ax, WORDS + ["is"], 4, token=9, weights=[0.75, 0.0, 0.0])
+    plots.chunk_grid(ax, [*WORDS, "is"], 4, token=9, weights=[0.75, 0.0, 0.0])
     shown = texts(ax)
-    assert [word for word in shown if word in WORDS] == WORDS + ["is"]
+    assert [word for word in shown if word in WORDS] == [*WORDS, "is"]
     assert shown[-7:-1:2] == ["weight 0.75", "not chosen", "not complete before this token"]
     assert shown[-1] == "the future"
 
@@ -289,7 +295,8 @@ def test_chunk_grid_of_the_last_token_shows_what_waits():
 
 
 def test_score_map_frames_every_kept_chunk_and_crosses_the_unseen():
-    queries, landmarks = random(1, 12, 1, 5), random(1, 3, 1, 5, seed=1)
+    queries = random(1, 12, 1, 5)
+    landmarks = random(1, 3, 1, 5, seed=1)
     indices, _ = retrieve(queries, landmarks, chunk_size=4, top_k=1)
     scores = (queries[0, :, 0] @ landmarks[0, :, 0].T).masked_fill(
         ~(torch.arange(1, 4) * 4 <= torch.arange(12)[:, None]), float("-inf")
@@ -344,7 +351,7 @@ def test_roofline_puts_work_where_it_was_measured_or_on_the_roof():
         {"measured": (4e12, 1e11, 20.0), "slope": (1e12, 1e11, None), "flat": (1e15, 1e12, None)},
     )
     roof, _, measured, slope, flat = ax.lines
-    assert measured.get_xydata().tolist() == [[40, 200]]  # FLOP a byte; TFLOP a second
+    assert measured.get_xydata().tolist() == [[40, 200]]  # FLOP per byte, TFLOP per second
     assert slope.get_xydata().tolist() == [[10, 40]] and flat.get_xydata().tolist() == [[1000, 800]]
     assert (measured.get_markerfacecolor(), slope.get_markerfacecolor()) == (plots.RED, "white")
     assert roof.get_xydata().tolist() == [[2.5, 10], [200, 800], [4000, 800]]
@@ -366,7 +373,7 @@ def test_crossover_draws_what_was_measured_and_says_from_where_on_hsa_is_faster(
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["HSA"] == [[4096, 1], [8192, 2], [16384, 4], [65536, 16]]
     assert lines["cuDNN (full)"] == [[4096, 0.1], [8192, 1], [16384, 3]]
-    assert texts(ax) == [" 8K"]  # than FlashAttention-2; cuDNN is faster wherever it was measured
+    assert texts(ax) == [" 8K"]  # of FlashAttention-2; cuDNN is faster at every length
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "16K"]
 
 
@@ -447,19 +454,22 @@ def test_the_context_curve_is_what_is_gained_over_the_first_length():
 
 # ---- laboratory
 
-HIGH, LOW, MIDDLE = Spread((0.9, 0.8, 1.0)), Spread((0.1, 0.3, 0.2)), Spread((0.2, 0.2, 0.8))
+HIGH = Spread((0.9, 0.8, 1.0))
+LOW = Spread((0.1, 0.3, 0.2))
+MIDDLE = Spread((0.2, 0.2, 0.8))
 NAMED = {claim.name: claim for claim in CLAIMS}
-S_FAR, PERPLEXITY = Measure("s_niah", FAR), Measure("perplexity", NEAR)
+S_FAR = Measure("s_niah", FAR)
+PERPLEXITY = Measure("perplexity", NEAR)
 
 
 def finding(claim, verdict=REPRODUCED, numbers=None):
-    """Every arm with the same numbers by every measure, or some numbers by arm."""
-    numbers = {arm: HIGH for arm in claim.arms} if numbers is None else numbers
+    """A finding with the same numbers for every measure; every arm is `HIGH` by default."""
+    numbers = dict.fromkeys(claim.arms, HIGH) if numbers is None else numbers
     return ClaimFinding(claim, {measure: dict(numbers) for measure in claim.measures}, verdict)
 
 
 def points(ax) -> list[tuple[float, float]]:
-    """The marks of seeds."""
+    """The positions of the marks of all seeds."""
     return [
         tuple(xy) for line in ax.lines if line.get_linestyle() == "None" for xy in line.get_xydata()
     ]
@@ -470,7 +480,7 @@ def test_every_seed_has_a_mark_in_the_row_of_its_arm_with_the_mean_beside():
     laboratory.seed_rows(ax, {"a": HIGH, "b": None, "c": Spread((0.5, 0.5, 0.5))}, "{:.2f}".format)
     rows = [[x for x, y in points(ax) if round(y) == row] for row in range(3)]
     assert rows == [[0.9, 0.8, 1.0], [], [0.5, 0.5, 0.5]]
-    assert len({y for x, y in points(ax) if x == 0.5}) == 3  # equal ones do not hide each other
+    assert len({y for x, y in points(ax) if x == 0.5}) == 3  # equal values do not hide each other
     assert sorted(texts(ax)) == ["0.50", "0.90", NOT_RUN]
     bars = [
         line.get_xdata()[0]
@@ -495,7 +505,8 @@ def test_what_is_not_finite_is_said():
 
 
 @pytest.mark.parametrize("measure, value, words", [
-    (S_FAR, 0.906, "91%"), (PERPLEXITY, 9.5, "9.50"), (PERPLEXITY, 34.82, "34.8"), (PERPLEXITY, 41788.2, "41,788")
+    (S_FAR, 0.906, "91%"), (PERPLEXITY, 9.5, "9.50"),
+    (PERPLEXITY, 34.82, "34.8"), (PERPLEXITY, 41788.2, "41,788"),
 ])  # fmt: skip
 def test_shares_are_in_percent_and_perplexities_in_three_digits(measure, value, words):
     assert laboratory.in_figures(measure, value) == words
@@ -506,18 +517,22 @@ def test_an_arm_is_marked_by_what_its_claim_expects_of_it():
     by = next(measure for measure in of.numbers if measure.what == "mq_niah")
     roles = {arm: laboratory.role(of, by, arm) for arm in of.claim.arms}
     assert roles == {
-        "warmup_self_copy": laboratory.BETTER, "warmup_none": laboratory.WORSE, "warmup_short_window": laboratory.BOTH
-    }  # fmt: skip
+        "warmup_self_copy": laboratory.BETTER,
+        "warmup_none": laboratory.WORSE,
+        "warmup_short_window": laboratory.BOTH,
+    }
     assert laboratory.role(of, PERPLEXITY, "warmup_none") == laboratory.BESIDE
 
 
 def test_a_claim_has_a_panel_for_every_measure_and_says_what_is_missing():
-    of, figure = (
-        finding(NAMED["seesaw"], NOT_RUN, {"hsa": HIGH, "window_4x": LOW}),
-        make_figure(10, 4),
-    )
+    of = finding(NAMED["seesaw"], NOT_RUN, {"hsa": HIGH, "window_4x": LOW})
+    figure = make_figure(10, 4)
     said = laboratory.claim(figure, of)
-    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == ["decides", "beside", "beside"]
+    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == [
+        "decides",
+        laboratory.BESIDE,
+        laboratory.BESIDE,
+    ]
     assert figure.get_suptitle() == "seesaw: not yet run" and said.startswith(
         "seesaw, not yet run. S-NIAH at 64×: hsa 90%"
     )
@@ -529,10 +544,12 @@ def test_a_claim_has_a_panel_for_every_measure_and_says_what_is_missing():
 
 
 def test_the_board_has_every_comparison_with_its_seeds_and_every_verdict():
-    seesaw, norm = NAMED["seesaw"], NAMED["QK norm"]
+    seesaw = NAMED["seesaw"]
+    norm = NAMED["QK norm"]
     both = [
-        finding(seesaw, DIFFERENT, {"hsa": LOW, "window_8x": HIGH, "window_16x": MIDDLE}), finding(norm, NOT_RUN, {"hsa": HIGH})
-    ]  # fmt: skip
+        finding(seesaw, DIFFERENT, {"hsa": LOW, "window_8x": HIGH, "window_16x": MIDDLE}),
+        finding(norm, NOT_RUN, {"hsa": HIGH}),
+    ]
     figure = make_figure(9, 4)
     said = laboratory.board(figure, both)
     shares, perplexities = figure.axes
@@ -669,7 +686,8 @@ def test_curves_leave_out_what_was_not_measured_and_number_the_stages_that_are_s
 
 
 def test_a_live_picture_is_drawn_again_in_its_place(monkeypatch):
-    shown, figures = [], []
+    shown = []
+    figures = []
 
     class Place:
         def update(self, data, **options):

@@ -15,7 +15,7 @@ from hsa_mini.lab import changes, variants
 from hsa_mini.lab.changes import MLP_STEP, ConfigChange, TrainingChange
 from hsa_mini.lab.scales import Scale
 from hsa_mini.model.cost_estimate import idle
-from hsa_mini.training.recipes import Recipe
+from hsa_mini.training.recipes import Recipe, recipe_settings
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Arm:
             "model": self.model.__name__,
             "packed": self.packed,
             "config": dataclasses.asdict(self.config(scale)),
-            "recipe": dataclasses.asdict(self.recipe(scale, steps)),
+            "recipe": recipe_settings(self.recipe(scale, steps)),
             "evaluation": {
                 name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")
             },

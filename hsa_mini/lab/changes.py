@@ -103,7 +103,10 @@ def text_behind_queue(scale: Scale, stage: Stage) -> dict:
     """
     changes = text_only(scale, stage)
     if stage.tokens == scale.stage.tokens:
-        changes |= {"crowd": max(scale.lengths) // scale.config.chunk_size, "explore": False}
+        changes |= {
+            "queue_chunks": max(scale.lengths) // scale.config.chunk_size,
+            "gumbel_noise": False,
+        }
     return changes
 
 

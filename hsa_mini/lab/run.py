@@ -14,21 +14,14 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.lab.arms import Arm
 from hsa_mini.lab.measure import measure_arm
 from hsa_mini.lab.scales import Scale
-from hsa_mini.training.cross_batch import ChunkQueue
+from hsa_mini.training.batches import StagedBatches, prefetch
+from hsa_mini.training.log import FIGURES
 from hsa_mini.training.mixture import NONE
 from hsa_mini.training.recipes import Recipe, Stage
-from hsa_mini.training.trainer import (
-    COLUMNS,
-    StagedBatches,
-    drawn_ahead,
-    make_optimizer,
-    recorded_steps,
-    take_step,
-)
+from hsa_mini.training.trainer import Trainer
 
-FIGURES = COLUMNS[1:8]  # of a training step
-POINTS = 40  # of the curves in a record
-LAST = 4  # points at the end of a curve whose mean is the final figure
+POINTS = 40  # of the curves that a record keeps
+LAST = 4  # of them make the final figures
 
 
 def run_arm(
@@ -83,16 +76,12 @@ def _train(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> dict[str, list[float]]:
-    """Take all steps of the recipe; returns the curves: "step", and the figures of about `POINTS`
-    steps.
-    """
-    optimizer = make_optimizer(model, recipe)
-    past = ChunkQueue(recipe.crowd)
-    steps_of = recorded_steps(model, optimizer, recipe, past)
+    """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
+    trainer = Trainer(model, recipe, seed=seed)
     every = max(recipe.steps // POINTS, 1)
     curve: dict[str, list[float]] = {name: [] for name in ("step", *FIGURES)}
-    for step, batch in enumerate(drawn_ahead(batches, range(recipe.steps), device=device)):
-        figures = take_step(steps_of, recipe, seed, step, batch, device)
+    for step, batch in enumerate(prefetch(batches, range(recipe.steps), device=device)):
+        figures = trainer.train_step(batch)
         if (step + 1) % every == 0:
             curve["step"].append(step + 1)
             for name, value in zip(FIGURES, figures):

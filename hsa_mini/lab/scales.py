@@ -46,7 +46,7 @@ class Scale:
 
         def part(share: float, batch: int, steps: int) -> Stage:
             mixture = dataclasses.replace(
-                self.stage.mixture, copy_least=round(share * self.stage.mixture.copy_least)
+                self.stage.mixture, min_copy=round(share * self.stage.mixture.min_copy)
             )
             tokens = round(share * self.stage.tokens)
             near = max(round(share * window), 1)
@@ -70,7 +70,7 @@ LAB = Scale(
         chunk_size=32,
         embedding_std=0.0625,
     ),
-    Stage(steps=850, batch=32, tokens=512, text_weight=0.25, mixture=Mixture(copy_least=128)),
+    Stage(steps=850, batch=32, tokens=512, text_weight=0.25, mixture=Mixture(min_copy=128)),
     growth=((1 / 8, 64, 250), (1 / 4, 64, 200), (1 / 2, 32, 200)),
     learning_rate=1.5e-3,
 )
@@ -89,7 +89,7 @@ TINY = Scale(
         layers_per_group=1,
         lower_layers=1,
     ),
-    Stage(steps=20, batch=2, tokens=512, mixture=Mixture(copy_least=128)),
+    Stage(steps=20, batch=2, tokens=512, mixture=Mixture(min_copy=128)),
     growth=((1 / 4, 4, 20),),
     learning_rate=3e-3,
     warmup=10,

@@ -18,7 +18,7 @@ from hsa_mini.config import MAX_TOKENS, PRESETS, HSAConfig
 from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.model.core import Block, HSACore
 from hsa_mini.model.moe import MoE
-from hsa_mini.model.rope import rope_table
+from hsa_mini.ops.rope import rope_table
 
 PRINTED = {  # the numbers of parameters that the paper prints for its two models
     "ul_0_5b": {"params_total": 537.7e6, "params_base_without_hsa": 519.6e6},

@@ -1,6 +1,9 @@
-"""Training batches: plain text, self-copy, questions about needles and about chains; a function of (seed, step) alone.
+"""Training batches: plain text, self-copies, questions about needles, questions about chains.
 
-Every token has a part in the loss: none, text, copy (the second half of a self-copy) or answer.
+A batch is a function of (seed, step). Every token belongs to one part of the loss: none, text, copy
+(the second half of a self-copy) or answer.
+
+Dimensions: B batch, T tokens; a sequence has T+1 (inputs and targets overlap).
 """
 
 from dataclasses import dataclass
@@ -17,29 +20,34 @@ from hsa_mini.tasks.sentences import TRAINING, Question, encode, is_held_out
 
 NONE, TEXT, COPY, ANSWER = range(4)
 PARTS = ("none", "text", "copy", "answer")
+SIMILAR_KEYS = 0.3  # share of the needle sequences in which some keys differ in one letter only
+
+TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of each token [T+1]
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the four kinds of sequence, of questions, and of the text that sentences are hidden in."""
+    """How sequences are drawn: the share of each kind, and the limits of each kind.
+
+    self_copy, needles and chains are shares of the sequences; the remaining sequences are plain
+    text.
+    """
 
     self_copy: float = 0.35
     needles: float = 0.5
-    chains: float = 0.0  # the rest is plain text
-    two_codes: float = (
-        0.25  # of the questions about needles: for two at once, if two are left to ask for
-    )
-    made_up: float = 0.25  # of the haystacks: random tokens, few symbols, repetition, other needles, instead of real text
-    needles_most: int = (
-        20  # their number is drawn log-uniformly: mostly few, so that most chunks are text
-    )
-    chains_most: int = 4  # of 2 to 3 names
-    questions_most: int = 4
-    copy_least: int = 256  # tokens copied; above the window, or the window would do it
+    chains: float = 0.0
+    two_codes: float = 0.25  # share of the needle questions that ask for two needles at once
+    # Share of the haystacks that are generated instead of drawn from a real text: random tokens,
+    # few symbols, one passage over and over, or needles only.
+    made_up: float = 0.25
+    max_needles: int = 20  # the number is drawn log-uniformly: mostly few, so most chunks are text
+    max_chains: int = 4  # each of 2 to 3 names
+    max_questions: int = 4
+    min_copy: int = 256  # tokens; longer than the window, or the window alone could copy
 
 
 class TrainingBatches(Dataset):
-    """Item `step` is a batch: ids int64 [B, T+1] and parts int8 [B, T+1] (the part of each token as a target)."""
+    """Item `step` is a batch: ids int64 [B, T+1] and parts int8 [B, T+1]."""
 
     def __init__(
         self,
@@ -51,7 +59,7 @@ class TrainingBatches(Dataset):
         seed: int,
         text: np.ndarray | None = None,
     ) -> None:
-        """`text`: tokens to draw real text from, instead of the training corpus."""
+        """text: tokens that real text is drawn from; None: the training corpus."""
         self.mixture = mixture
         self.batch = batch
         self.tokens = tokens
@@ -59,7 +67,7 @@ class TrainingBatches(Dataset):
         self.seed = seed
         self.text = load_corpus("train").tokens if text is None else text
         self.ordinary = load_tokenizer().n_vocab - len(SPECIAL_TOKENS)
-        self.needle_tokens = len(encode(Needle("BBBB", "000000").sentence))  # of any needle
+        self.needle_tokens = len(encode(Needle("BBBB", "000000").sentence))  # the same for any key
 
     def __len__(self) -> int:
         return self.steps
@@ -70,8 +78,10 @@ class TrainingBatches(Dataset):
         ids, parts = (np.stack(column) for column in zip(*rows))
         return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(parts.astype(np.int8))
 
-    def sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """One sequence: ids [T+1] and the part of each token."""
+    # ---- the four kinds of sequence
+
+    def sequence(self, rng: np.random.Generator) -> TrainingSequence:
+        """One sequence of a kind drawn by the shares of the mixture."""
         mixture = self.mixture
         kind = rng.random()
         if kind < mixture.self_copy:
@@ -82,105 +92,121 @@ class TrainingBatches(Dataset):
             return self.chain_questions(rng)
         return self.real_text(rng, self.tokens + 1), np.full(self.tokens + 1, TEXT)
 
-    def self_copy(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A passage, then the same passage again (§2.4): only what lies beyond the window helps to predict the copy."""
+    def self_copy(self, rng: np.random.Generator) -> TrainingSequence:
+        """Some text, a passage, and the same passage again (§2.4).
+
+        The passage is longer than the window, so only retrieval helps to predict its copy.
+        """
         total = self.tokens + 1
-        length = int(rng.integers(min(self.mixture.copy_least, total // 2), total // 2 + 1))
+        length = int(rng.integers(min(self.mixture.min_copy, total // 2), total // 2 + 1))
         made_up = rng.random() < self.mixture.made_up / 2
         passage = self.few_symbols(rng, length) if made_up else self.real_text(rng, length)
-        first = NONE if made_up else TEXT
+        part_of_passage = NONE if made_up else TEXT
         before = total - 2 * length
         ids = np.concatenate((self.real_text(rng, before), passage, passage))
-        return ids, np.repeat((TEXT, first, COPY), (before, length, length))
+        return ids, np.repeat((TEXT, part_of_passage, COPY), (before, length, length))
 
-    def needle_questions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Needles among text, and questions about some of them."""
+    def needle_questions(self, rng: np.random.Generator) -> TrainingSequence:
+        """Needles hidden in text, and questions about some of them."""
         mixture = self.mixture
-        most = min(mixture.needles_most, self.most_hidden // self.needle_tokens)
-        needles = draw_needles(rng, int(np.exp(rng.uniform(0, np.log(most + 1)))), held_out=False)
-        if rng.random() < 0.3:
-            needles = self.alike(rng, needles)
-        wanted = int(rng.integers(1, mixture.questions_most + 1))
+        limit = min(mixture.max_needles, self.max_hidden_tokens // self.needle_tokens)
+        count = int(np.exp(rng.uniform(0, np.log(limit + 1))))
+        needles = draw_needles(rng, count, held_out=False)
+        if rng.random() < SIMILAR_KEYS:
+            needles = self.with_similar_keys(rng, needles)
+        wanted = int(rng.integers(1, mixture.max_questions + 1))
         questions = []
         left = [needles[i] for i in rng.permutation(len(needles))]
         while left and len(questions) < wanted:
-            asked = 2 if len(left) > 1 and rng.random() < mixture.two_codes else 1
-            questions.append(ask(left[:asked]))
-            left = left[asked:]
+            codes = 2 if len(left) > 1 and rng.random() < mixture.two_codes else 1
+            questions.append(ask(left[:codes]))
+            left = left[codes:]
         return self.hide(rng, [needle.sentence for needle in needles], questions)
 
-    def chain_questions(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Chains among text, their links in any order, and questions about some of them."""
-        lengths = rng.integers(2, 4, int(rng.integers(1, self.mixture.chains_most + 1))).tolist()
-        chains = draw_chains(rng, lengths, held_out=False)
+    def chain_questions(self, rng: np.random.Generator) -> TrainingSequence:
+        """Chains hidden in text, their links in random order, and questions about some of them."""
+        count = int(rng.integers(1, self.mixture.max_chains + 1))
+        chains = draw_chains(rng, rng.integers(2, 4, count).tolist(), held_out=False)
         while (
             len(chains) > 1
-            and sum(len(encode(s)) for chain in chains for s in chain.sentences) > self.most_hidden
+            and sum(len(encode(s)) for chain in chains for s in chain.sentences)
+            > self.max_hidden_tokens
         ):
             chains.pop()
         sentences = [sentence for chain in chains for sentence in chain.sentences]
-        asked = rng.permutation(len(chains))[
-            : int(rng.integers(1, self.mixture.questions_most + 1))
-        ]
-        return self.hide(
-            rng,
-            [sentences[i] for i in rng.permutation(len(sentences))],
-            [chains[i].question for i in asked],
-        )
+        order = rng.permutation(len(chains))
+        asked = order[: int(rng.integers(1, self.mixture.max_questions + 1))]
+        shuffled = [sentences[i] for i in rng.permutation(len(sentences))]
+        return self.hide(rng, shuffled, [chains[i].question for i in asked])
+
+    # ---- sentences and questions among text
 
     @property
-    def most_hidden(self) -> int:
-        """Tokens of hidden sentences: at least half of a sequence is text and questions."""
+    def max_hidden_tokens(self) -> int:
+        """Hidden sentences take at most half of a sequence; text and questions take the rest."""
         return (self.tokens + 1) // 2
 
     def hide(
         self, rng: np.random.Generator, sentences: list[str], questions: list[Question]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The sentences, in this order, among text; every question after all that it needs, the first one at the end.
+    ) -> TrainingSequence:
+        """Sentences and questions at random places in a text.
 
-        The others are left out where questions would take more than half of the room that the sentences leave.
+        The sentences keep their order. The first question stands at the end of the sequence. Each
+        further question stands somewhere after all sentences that it needs. The first one that no
+        longer fits, and those after it, are left out: questions take at most half of what the
+        sentences leave.
         """
         total = self.tokens + 1
         last, *others = questions
-        room = (total - sum(len(encode(sentence)) for sentence in sentences)) // 2 - tokens_of(last)
+        spare = (total - sum(len(encode(sentence)) for sentence in sentences)) // 2
+        spare -= question_tokens(last)
         order: list[str | Question] = list(sentences)
         for question in others:
-            if (room := room - tokens_of(question)) < 0:
+            spare -= question_tokens(question)
+            if spare < 0:
                 break
             after = max(order.index(sentence) for sentence in question.needed) + 1
             order.insert(int(rng.integers(after, len(order) + 1)), question)
-        pieces = [pieces_of(item) for item in [*order, last]]
+        return self.fill_gaps(rng, [pieces_of(item) for item in [*order, last]])
 
+    def fill_gaps(
+        self, rng: np.random.Generator, items: list[list[tuple[np.ndarray, int]]]
+    ) -> TrainingSequence:
+        """A whole sequence: the items, each a list of (ids, part), with text before each."""
         made_up = rng.random() < self.mixture.made_up
-        spare = total - sum(len(ids) for piece in pieces for ids, _ in piece)
-        text = self.made_up(rng, spare) if made_up else self.real_text(rng, spare)
-        gaps = np.split(text, np.sort(rng.integers(0, spare + 1, len(pieces) - 1)))
-        row = [
-            pair
-            for gap, piece in zip(gaps, pieces)
-            for pair in ((gap, NONE if made_up else TEXT), *piece)
-        ]
-        return np.concatenate([ids for ids, _ in row]), np.repeat(
-            [part for _, part in row], [len(ids) for ids, _ in row]
-        )
+        count = self.tokens + 1 - sum(len(ids) for item in items for ids, _ in item)
+        text = self.made_up(rng, count) if made_up else self.real_text(rng, count)
+        gaps = np.split(text, np.sort(rng.integers(0, count + 1, len(items) - 1)))
+        part_of_text = NONE if made_up else TEXT
+        row = []
+        for gap, item in zip(gaps, items):
+            row += [(gap, part_of_text), *item]
+        ids = np.concatenate([ids for ids, _ in row])
+        return ids, np.repeat([part for _, part in row], [len(ids) for ids, _ in row])
 
-    def alike(self, rng: np.random.Generator, needles: list[Needle]) -> list[Needle]:
-        """Half of the needles get a key that differs from another's in one letter: the whole key must count."""
-        keys = {needle.key: needle.value for needle in needles}
+    def with_similar_keys(self, rng: np.random.Generator, needles: list[Needle]) -> list[Needle]:
+        """Half of the needles get a key that differs from another needle's key in one letter.
+
+        So the model has to compare the whole key.
+        """
+        values = {needle.key: needle.value for needle in needles}
         for donor, needle in zip(needles[::2], needles[1::2]):
-            place = int(rng.integers(len(donor.key)))
-            key = donor.key[:place] + needle.key[place] + donor.key[place + 1 :]
-            if key not in keys and not is_held_out(key):
-                del keys[needle.key]
-                keys[key] = needle.value
-        return [Needle(key, value) for key, value in keys.items()]
+            i = int(rng.integers(len(donor.key)))
+            key = donor.key[:i] + needle.key[i] + donor.key[i + 1 :]
+            if key not in values and not is_held_out(key):
+                del values[needle.key]
+                values[key] = needle.value
+        return [Needle(key, value) for key, value in values.items()]
+
+    # ---- text
 
     def real_text(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
+        """A random stretch of the corpus."""
         first = int(rng.integers(0, len(self.text) - tokens))
         return np.asarray(self.text[first : first + tokens])
 
     def made_up(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
-        """Text such as no corpus holds: any tokens, a handful of symbols, nothing but needles, or one passage over and over."""
+        """Random tokens, few symbols, one passage over and over, or needles only."""
         kind = rng.integers(5)
         if kind == 0:
             return rng.integers(0, self.ordinary, tokens)
@@ -194,18 +220,19 @@ class TrainingBatches(Dataset):
         return np.resize(passage, tokens)
 
     def few_symbols(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
-        """Independent draws from 2 to 64 symbols: digits, single bytes (any script is made of them) or any tokens."""
+        """Independent draws from 2 to 64 symbols: digits, single bytes or any tokens."""
         pools = (encode("0123456789,. \n"), np.arange(256), np.arange(self.ordinary))
         pool = pools[rng.integers(3)]
         return rng.choice(rng.choice(pool, int(rng.integers(2, 65))), tokens)
 
 
 def pieces_of(item: str | Question) -> list[tuple[np.ndarray, int]]:
-    """Ids of a sentence, or of a question and of its answer, and the part that they have in the loss."""
+    """Ids and part in the loss: of a sentence, or of a question and its answer."""
     if isinstance(item, str):
         return [(encode(item), NONE)]
     return [(encode(item.text), NONE), (encode(item.answer), ANSWER)]
 
 
-def tokens_of(question: Question) -> int:
+def question_tokens(question: Question) -> int:
+    """The number of tokens of a question and its answer."""
     return sum(len(ids) for ids, _ in pieces_of(question))

@@ -1,6 +1,7 @@
-"""How the presets are trained: a recipe is a list of stages, and all of it is declared here."""
+"""How the presets are trained: a recipe is a list of stages and the settings of one optimizer."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from hsa_mini.config import HSAConfig
 from hsa_mini.training.mixture import Mixture
@@ -8,24 +9,28 @@ from hsa_mini.training.mixture import Mixture
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps in a row that see the same: data, window, chunks kept, context."""
+    """Consecutive steps with the same data, context length, window and number of kept chunks.
+
+    queue_chunks: None means that a sequence retrieves only among its own chunks. A number means
+    that it retrieves among that many chunks of earlier batches, the chunks of all other sequences
+    of its batch, and its own. isolated: this many sequences of each batch see only their own chunks
+    even so. They keep the model used to the beginning of a text, where nothing has been read
+    before.
+    """
 
     steps: int
-    batch: int
+    batch: int  # sequences
     tokens: int  # of a sequence
-    window: int | None = None  # W, instead of the preset's
-    top_k: int | None = None  # K, instead of the preset's
-    explore: bool = True  # Gumbel noise on the choice
-    # Chunks of earlier batches that every sequence has in front of its own, with those of its whole batch (None: its own alone).
-    crowd: int | None = None
-    alone: int = (
-        0  # sequences of a batch that have nothing in front even so: texts have a beginning
-    )
-    text_weight: float = 1.0  # of plain text in the loss, where copies and answers weigh 1
+    window: int | None = None  # W; None: the preset's
+    top_k: int | None = None  # K; None: the preset's
+    gumbel_noise: bool = True  # on the retrieval scores, so that other chunks are tried too
+    queue_chunks: int | None = None
+    isolated: int = 0
+    text_weight: float = 1.0  # of plain text in the loss; copies and answers have weight 1
     mixture: Mixture = field(default_factory=Mixture)
 
     def config(self, preset: HSAConfig) -> HSAConfig:
-        """The preset as this stage has it."""
+        """The preset with the window and K of this stage."""
         changes = {
             name: value
             for name in ("window", "top_k")
@@ -36,28 +41,31 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages, and one optimizer for all. Learning rate: linear warm-up, constant, then linear decay to 0."""
+    """Stages, trained one after the other with one optimizer.
+
+    The learning rate warms up linearly, stays constant, and decays linearly to 0.
+    """
 
     stages: tuple[Stage, ...]
     learning_rate: float = 1e-3
-    warmup: int = 200
+    warmup: int = 200  # steps
     decay: float = 0.4  # share of the steps
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    balance_rate: float = 1e-3  # of the experts' bias, a step
+    clip: float = 1.0  # largest norm of the gradient
+    balance_rate: float = 1e-3  # change of an expert's bias in one step
 
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
     @property
-    def crowd(self) -> int:
-        """Chunks of earlier batches to keep."""
-        return max(stage.crowd or 0 for stage in self.stages)
+    def queue_chunks(self) -> int:
+        """The size of the chunk queue: large enough for every stage."""
+        return max(stage.queue_chunks or 0 for stage in self.stages)
 
     def stage(self, step: int) -> Stage:
-        """The stage of `step`, counted from 0."""
+        """The stage of `step`, counted from 0. Raises ValueError for a step after the last one."""
         for stage in self.stages:
             if step < stage.steps:
                 return stage
@@ -67,7 +75,7 @@ class Recipe:
         )
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
+        """The learning rate of `step`, counted from 0."""
         left = (self.steps - step) / max(self.decay * self.steps, 1)
         return self.learning_rate * min((step + 1) / self.warmup, left, 1.0)
 
@@ -81,37 +89,67 @@ class Recipe:
         return replace(self, stages=tuple(replace(s, steps=n) for s, n in zip(self.stages, shares)))
 
 
-# Needles are learnt among 16 chunks, with noise; then they have to be found among thousands of texts that were read before.
-# Plain text is content with soft mixtures of chunks, in which an answer drowns among many: then it counts for less.
-_ALONE = Stage(
+# Files of earlier versions hold these keys, and a run is resumed only if its settings are equal.
+KEYS_IN_FILES = {
+    "gumbel_noise": "explore",
+    "queue_chunks": "crowd",
+    "isolated": "alone",
+    "max_needles": "needles_most",
+    "max_chains": "chains_most",
+    "max_questions": "questions_most",
+    "min_copy": "copy_least",
+}
+
+
+def recipe_settings(recipe: Recipe) -> dict:
+    """The recipe with the keys that training.json, progress.json and lab.jsonl use."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(renamed, value))
+        return value
+
+    return renamed(asdict(recipe))
+
+
+# First the model learns to find a needle among 16 chunks, with noise. Then it has to find one among
+# thousands of chunks of other texts. Plain text is content with a soft mixture of many chunks, in
+# which a single answer drowns. So plain text gets a lower weight in the second stage.
+_OWN_CHUNKS = Stage(
     2000,
     batch=32,
     tokens=1024,
     text_weight=0.25,
     mixture=Mixture(self_copy=0.3, needles=0.35, chains=0.25),
 )
-_CROWD = replace(_ALONE, steps=4000, explore=False, crowd=4096, text_weight=0.1)
-_MINI = Recipe((_ALONE, replace(_CROWD, alone=4)))
-# The five stages of the paper in small: warm-up (a short window, every chunk kept, mostly copies), sparse pre-training, longer
-# texts, annealing, and questions.
+_WITH_QUEUE = replace(
+    _OWN_CHUNKS, steps=4000, gumbel_noise=False, queue_chunks=4096, text_weight=0.1
+)
+_MINI = Recipe((_OWN_CHUNKS, replace(_WITH_QUEUE, isolated=4)))
+# The paper's five stages at a small scale: warm-up (short window, every chunk kept, mostly copies),
+# sparse pre-training, longer texts, annealing, and questions.
 _SMALL = Recipe(
     (
         replace(
-            _ALONE,
+            _OWN_CHUNKS,
             steps=500,
             window=64,
             top_k=16,
             mixture=Mixture(self_copy=0.6, needles=0.2, chains=0.1),
         ),
-        replace(_ALONE, steps=1700),
-        replace(_CROWD, steps=400, batch=8, tokens=4096),
-        replace(_CROWD, steps=1400),
-        replace(_CROWD, steps=1000, mixture=Mixture(self_copy=0.1, needles=0.5, chains=0.35)),
+        replace(_OWN_CHUNKS, steps=1700),
+        replace(_WITH_QUEUE, steps=400, batch=8, tokens=4096),
+        replace(_WITH_QUEUE, steps=1400),
+        replace(_WITH_QUEUE, steps=1000, mixture=Mixture(self_copy=0.1, needles=0.5, chains=0.35)),
     ),
     learning_rate=7e-4,
 )
-# For a processor. Copying is learnt from a single chunk, where nothing has to be retrieved yet; then, among more and more
-# chunks, which one it is; and at last to do with a few. The window stays below what is copied, or it would do the copying.
+# For a CPU. The model learns to copy from a single chunk, where nothing has to be retrieved yet.
+# Then it learns which chunk to copy from, among more and more of them, and at last to manage with a
+# few kept chunks. The window stays shorter than the copied passage. Otherwise the window alone
+# could do the copying.
 _NANO = Recipe(
     (
         Stage(
@@ -121,7 +159,7 @@ _NANO = Recipe(
             window=4,
             top_k=8,
             text_weight=0.1,
-            mixture=Mixture(self_copy=1.0, needles=0.0, copy_least=16),
+            mixture=Mixture(self_copy=1.0, needles=0.0, min_copy=16),
         ),
         Stage(
             100,
@@ -130,10 +168,10 @@ _NANO = Recipe(
             window=8,
             top_k=8,
             text_weight=0.1,
-            mixture=Mixture(self_copy=0.7, needles=0.3, copy_least=24),
+            mixture=Mixture(self_copy=0.7, needles=0.3, min_copy=24),
         ),
-        Stage(400, 16, 128, window=16, top_k=8, text_weight=0.1, mixture=Mixture(copy_least=32)),
-        Stage(650, 8, 256, text_weight=0.25, mixture=Mixture(copy_least=64)),
+        Stage(400, 16, 128, window=16, top_k=8, text_weight=0.1, mixture=Mixture(min_copy=32)),
+        Stage(650, 8, 256, text_weight=0.25, mixture=Mixture(min_copy=64)),
     ),
     learning_rate=5e-3,
     warmup=30,

@@ -1,4 +1,4 @@
-"""Pictures for the notebooks and the demo: matplotlib and ipywidgets, no mathematics of their own."""
+"""Pictures for the notebooks and the demo. They show numbers that are computed elsewhere."""
 
 from hsa_mini.viz.widgets import Control, explore, explore_map, make_figure, show
 

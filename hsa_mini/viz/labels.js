@@ -1,4 +1,4 @@
-// Invisible: gives the widgets beside it what ipywidgets leaves out, so that they can be used without eyes or mouse.
+// Invisible: adds what ipywidgets leaves out, so that a screen reader and the keyboard can use the widgets.
 
 function label(box, alt) {
   for (const image of box.querySelectorAll("img")) image.alt = alt;
@@ -11,8 +11,8 @@ function label(box, alt) {
   }
   for (const line of box.querySelectorAll(".widget-label")) {
     if (line.parentElement !== box) continue;
-    line.setAttribute("role", "status"); // screen readers speak it when it changes
-    line.style.whiteSpace = "normal"; // a long line goes on below instead of being cut
+    line.setAttribute("role", "status"); // screen readers read it aloud when it changes
+    line.style.whiteSpace = "normal"; // a long line is wrapped instead of being cut
   }
 }
 
@@ -22,10 +22,10 @@ function render({ model, el }) {
   let box = null;
   const apply = () => label(box, model.get("alt"));
   const waiting = setInterval(() => {
-    box = el.closest(".widget-vbox"); // null until this view is in the page
+    box = el.closest(".widget-vbox"); // null until this view is part of the page
     if (!box) return;
     clearInterval(waiting);
-    observer.observe(box, { childList: true, subtree: true }); // sliders come later than this
+    observer.observe(box, { childList: true, subtree: true }); // sliders are added later than this view
     apply();
   }, 50);
   return () => {

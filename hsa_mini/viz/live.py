@@ -1,4 +1,4 @@
-"""A picture of something that is under way: drawn anew in the place where it was first shown."""
+"""A picture of a computation in progress: redrawn in the place where it was first shown."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,11 @@ from hsa_mini.viz.widgets import as_display, make_figure
 
 
 class LivePicture:
-    """`draw(figure, *values)` draws, and returns one line that says what is seen; `alt` says what the picture shows."""
+    """A picture that can be redrawn with new values.
+
+    `draw(figure, *values)` draws and returns one line of text: what can be seen. `alt` describes
+    the picture in words.
+    """
 
     def __init__(
         self, draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6)
@@ -19,7 +23,7 @@ class LivePicture:
         self._place = None
 
     def paint(self, *values) -> None:
-        """Show the picture of these values, in the place of the one before."""
+        """Show the picture of these values, in place of the previous one."""
         self.figure.clear()
         data, options = as_display(self.figure, f"{self.alt} {self.draw(self.figure, *values)}")
         if self._place is None:

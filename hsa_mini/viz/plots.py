@@ -1,38 +1,68 @@
-"""The pictures that several notebooks share. Each takes an Axes and arrays that are computed elsewhere.
+"""The pictures of chunks and tokens that several notebooks share.
 
-Dimensions: T tokens, S chunk size, N chunks, K chunks kept. Arrays may be tensors. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart, and nothing is said by colour alone.
+Each takes an Axes and arrays that are computed elsewhere. Arrays may be tensors. The names of
+`style` and `costs` can be imported from here too.
+
+Dimensions: T tokens, S chunk size, N chunks, K chunks kept.
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from hsa_mini.paths import write_whole
+from hsa_mini.viz.costs import cost_curves, crossover, roofline
+from hsa_mini.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    HEAT,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    SKY,
+    as_array,
+    hide_frame,
+    length_name,
+    save_figure,
+)
 
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-GREEN = "#009E73"
-SKY = "#56B4E9"
-PURPLE = "#CC79A7"
-RED = "#D55E00"
-INK = "#222222"
-GREY = "#767676"
-PALE = "#EDEDED"
-HEAT = "cividis"
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "HEAT",
+    "INK",
+    "ORANGE",
+    "PALE",
+    "PURPLE",
+    "RED",
+    "SKY",
+    "as_array",
+    "chunk_grid",
+    "cost_curves",
+    "crossover",
+    "length_name",
+    "needle_strip",
+    "reach_map",
+    "roofline",
+    "save_figure",
+    "save_needle_strip",
+    "score_map",
+    "weight_bars",
+]
 
 
 def chunk_grid(
     ax: Axes, tokens, chunk_size: int, *, token: int | None = None, weights=None
 ) -> None:
-    """One row a chunk, one cell a token, as token number `token` sees them (as the last one does, if None).
+    """One row per chunk, one cell per token, as seen by token number `token` (None: the last one).
 
-    weights: N numbers, how much the token reads of each chunk; 0 for a chunk that it did not choose.
+    weights: N numbers, the weight of each chunk for this token; 0 for a chunk that was not chosen.
     """
     token = len(tokens) - 1 if token is None else token
     for position, word in enumerate(tokens):
@@ -55,6 +85,7 @@ def chunk_grid(
 
 
 def _row_note(row: int, chunk_size: int, token: int, tokens: int, weights) -> str:
+    """What chunk number `row` is to the token."""
     if row * chunk_size > token:
         return "the future"
     if (row + 1) * chunk_size > tokens:
@@ -67,16 +98,16 @@ def _row_note(row: int, chunk_size: int, token: int, tokens: int, weights) -> st
 
 
 def score_map(ax: Axes, scores, indices=None, *, tokens=None, token: int | None = None) -> None:
-    """Scores [T, N] (-inf where a chunk is not visible) with tokens from left to right and chunks from top to bottom.
+    """Scores [T, N] (-inf where a chunk is not visible), one column per token, one row per chunk.
 
-    indices [T, K]: the chunks kept (-1: empty slot), framed, or dotted where cells are small. `token`: the column to
-    point at. tokens: T words.
+    indices [T, K]: the kept chunks (-1: empty slot). They have a frame, or a dot where cells are
+    small. tokens: T words. token: the column to point at.
     """
     scores = as_array(scores).astype(float)
     T, N = scores.shape
     shown = np.ma.masked_invalid(scores.T)
-    ax.set_facecolor(PALE)
     small = T <= 40
+    ax.set_facecolor(PALE)
     image = ax.imshow(
         shown,
         cmap=HEAT,
@@ -86,34 +117,9 @@ def score_map(ax: Axes, scores, indices=None, *, tokens=None, token: int | None 
     )
     ax.figure.colorbar(image, ax=ax, label="score", pad=0.01, fraction=0.04)
     if indices is not None:
-        kept = [(t, int(i)) for t, row in enumerate(as_array(indices)) for i in row if i >= 0]
-        if small:
-            for t, i in kept:
-                ax.add_patch(
-                    Rectangle(
-                        (t - 0.45, i - 0.45),
-                        0.9,
-                        0.9,
-                        fill=False,
-                        edgecolor=RED,
-                        linewidth=3,
-                        zorder=3,
-                    )
-                )
-        elif kept:
-            ax.scatter(*zip(*kept), s=4, color=RED, linewidths=0)
+        _mark_kept(ax, as_array(indices), framed=small)
     if token is not None:
-        ax.plot(
-            token,
-            1.04,
-            marker="v",
-            markersize=10,
-            color=INK,
-            clip_on=False,
-            transform=ax.get_xaxis_transform(),
-        )
-        if not small:
-            ax.axvline(token, color="white", linewidth=1.2)
+        _point_at(ax, token, line=not small)
     if small:
         for t in range(T):
             for i in range(N):
@@ -123,7 +129,27 @@ def score_map(ax: Axes, scores, indices=None, *, tokens=None, token: int | None 
     ax.yaxis.get_major_locator().set_params(integer=True)
 
 
+def _mark_kept(ax: Axes, indices: np.ndarray, *, framed: bool) -> None:
+    """A frame or a dot on each cell (token, kept chunk)."""
+    kept = [(t, int(i)) for t, row in enumerate(indices) for i in row if i >= 0]
+    if framed:
+        look = dict(fill=False, edgecolor=RED, linewidth=3, zorder=3)
+        for t, i in kept:
+            ax.add_patch(Rectangle((t - 0.45, i - 0.45), 0.9, 0.9, **look))
+    elif kept:
+        ax.scatter(*zip(*kept), s=4, color=RED, linewidths=0)
+
+
+def _point_at(ax: Axes, token: int, *, line: bool) -> None:
+    """A triangle above the column of a token, and a white line through it."""
+    above = ax.get_xaxis_transform()
+    ax.plot(token, 1.04, marker="v", markersize=10, color=INK, clip_on=False, transform=above)
+    if line:
+        ax.axvline(token, color="white", linewidth=1.2)
+
+
 def _number(ax: Axes, t: int, i: int, score: float, shown) -> None:
+    """The score in its cell, in a readable colour; a cross for a chunk that is not visible."""
     if not np.isfinite(score):
         ax.text(t, i, "×", ha="center", va="center", color=GREY, fontsize=11)
         return
@@ -140,7 +166,10 @@ def _number(ax: Axes, t: int, i: int, score: float, shown) -> None:
 
 
 def weight_bars(ax: Axes, weights, labels=None, *, limit: float = 1.0, digits: int = 2) -> None:
-    """One horizontal bar a chunk (N numbers), the first on top, each with its number beside it, for at most 16."""
+    """One horizontal bar per chunk (N numbers), the first on top.
+
+    Up to 16 bars have their numbers beside them.
+    """
     weights = as_array(weights)
     place = np.arange(len(weights))
     ax.barh(place, weights, color=BLUE, height=0.7)
@@ -159,11 +188,14 @@ def weight_bars(ax: Axes, weights, labels=None, *, limit: float = 1.0, digits: i
             place, labels if labels is not None else [f"chunk {i}" for i in place], fontsize=11
         )
     ax.set(xlim=(0, limit * 1.22), ylim=(len(weights) - 0.4, -0.6), xlabel="weight")
-    _plain(ax)
+    hide_frame(ax)
 
 
 def reach_map(ax: Axes, moved, *, tokens=None, token: int | None = None, title: str = "") -> None:
-    """moved [T, T]: does the output of token t (row) move when token i (column) changes? Filled: yes; dot: no."""
+    """Which tokens influence which: a filled cell means yes, a dot means no.
+
+    moved bool [T, T]: whether the output of token t (row) changes when token i (column) is changed.
+    """
     moved = as_array(moved)
     T = len(moved)
     pairs = [(t, i) for t in range(T) for i in range(t + 1)]
@@ -182,152 +214,11 @@ def reach_map(ax: Axes, moved, *, tokens=None, token: int | None = None, title: 
         ylabel="token that looks",
     )
     ax.set_title(title, fontsize=11)
-    _plain(ax)
-
-
-def cost_curves(
-    ax: Axes, lengths, curves: dict, *, at: int | None = None, ylabel: str = ""
-) -> None:
-    """curves: name -> one cost per context length; both axes double at each step. `at`: a length to mark."""
-    styles = ((RED, "-", "o"), (ORANGE, "--", "s"), (BLUE, "-.", "^"), (GREEN, ":", "D"))
-    for (name, costs), (color, line, mark) in zip(curves.items(), styles):
-        ax.plot(
-            lengths,
-            costs,
-            color=color,
-            linestyle=line,
-            marker=mark,
-            markersize=5,
-            linewidth=2,
-            label=name,
-        )
-        if at is not None:
-            ax.plot(
-                at,
-                costs[list(lengths).index(at)],
-                marker=mark,
-                markersize=12,
-                color=color,
-                markeredgecolor=INK,
-            )
-    if at is not None:
-        ax.axvline(at, color=GREY, linewidth=1, zorder=0)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xticks(lengths[::2], [length_name(length) for length in lengths[::2]], fontsize=11)
-    ax.set(xlabel="context length (tokens)", ylabel=ylabel)
-    ax.legend(frameon=False, fontsize=11)
-    _plain(ax)
-
-
-def roofline(ax: Axes, ceilings: dict, points: dict) -> None:
-    """What a card can do at best, and where work stands: FLOP a second against FLOP for each byte moved.
-
-    ceilings: flops_per_second and bytes_per_second. points: name -> (FLOP, bytes, milliseconds); without milliseconds
-    (None) a hollow mark stands on the roof, where the ceilings would let it be.
-    """
-    flops = ceilings["flops_per_second"]
-    moved = ceilings["bytes_per_second"]
-    intensities = [flop / size for flop, size, _ in points.values()]
-    ridge = flops / moved
-    ends = np.array([min(*intensities, ridge) / 4, ridge, max(*intensities, ridge) * 4])
-    ax.plot(ends, np.minimum(flops, ends * moved) / 1e12, color=INK, linewidth=2)
-    ax.axvline(ridge, ymax=0.83, color=GREY, linewidth=1, linestyle=":", zorder=0)
-    looks = ((RED, "o"), (ORANGE, "s"), (BLUE, "^"), (GREEN, "D"), (PURPLE, "v"), (SKY, "P"))
-    rates = [
-        min(flops, flop / size * moved) if ms is None else flop / ms * 1e3
-        for flop, size, ms in points.values()
-    ]
-    for (name, (flop, size, ms)), rate, (color, mark) in zip(points.items(), rates, looks):
-        look = dict(
-            markersize=11,
-            markerfacecolor="white" if ms is None else color,
-            markeredgecolor=color,
-            markeredgewidth=2,
-        )
-        ax.plot(flop / size, rate / 1e12, mark, label=name, **look)
-    ax.text(
-        ends[2],
-        flops * 1.12 / 1e12,
-        f"flat: multiplying, {flops / 1e12:.0f} TFLOP/s",
-        ha="right",
-        fontsize=10,
-        color=INK,
-    )
-    low = ends[0] * moved / 1e12
-    ax.text(
-        ends[0] * 1.2,
-        low,
-        f"slope: memory, {moved / 1e12:.2f} TB/s",
-        va="top",
-        fontsize=10,
-        color=INK,
-    )
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    lowest = min(low, *(rate / 1e12 for rate in rates))
-    ax.set(
-        xlabel="FLOP for each byte moved",
-        ylabel="TFLOP a second",
-        ylim=(lowest / 3, flops * 2 / 1e12),
-    )
-    ax.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=10, loc="lower right")
-    _plain(ax)
-
-
-def crossover(ax: Axes, rows: list[dict], *, title: str = "") -> None:
-    """Milliseconds against tokens: HSA beside full attention, rows of one `op` with T, ms, cudnn_ms and fa2_ms (or None).
-
-    A dotted line stands at the first measured length from which on HSA is faster.
-    """
-    rows = sorted(rows, key=lambda row: row["T"])
-    for key, name, color, line, mark in (
-        ("fa2_ms", "FlashAttention-2 (full)", ORANGE, "--", "s"),
-        ("cudnn_ms", "cuDNN (full)", RED, "-.", "^"),
-        ("ms", "HSA", BLUE, "-", "o"),
-    ):
-        measured = [row for row in rows if row[key] is not None]
-        xs = [row["T"] for row in measured]
-        ys = [row[key] for row in measured]
-        ax.plot(
-            xs, ys, color=color, linestyle=line, marker=mark, markersize=5, linewidth=2, label=name
-        )
-        slower = [row["T"] for row in measured if row["ms"] >= row[key]]
-        faster = [T for T in xs if T > max(slower, default=0)]
-        if key != "ms" and faster:
-            ax.axvline(
-                faster[0], ymax=0.72, color=color, linewidth=1.2, linestyle=":", zorder=0
-            )  # the legend is above
-            ax.text(
-                faster[0],
-                0.02,
-                f" {length_name(faster[0])}",
-                color=INK,
-                fontsize=10,
-                transform=ax.get_xaxis_transform(),
-            )
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    doubled = [row["T"] for row in rows if row["T"] & (row["T"] - 1) == 0][::2]
-    ax.set_xticks(doubled, [length_name(T) for T in doubled])
-    ax.minorticks_off()
-    ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    ax.set(xlabel="tokens", ylabel="milliseconds", title=title)
-    ax.legend(frameon=False, fontsize=10, loc="upper left")
-    _plain(ax)
-
-
-def length_name(tokens: int) -> str:
-    """4096 -> 4K, 16777216 -> 16M."""
-    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
-        if tokens >= size:
-            return f"{tokens / size:g}{unit}"
-    return str(tokens)
+    hide_frame(ax)
 
 
 def _token_axis(ax: Axes, tokens, T: int) -> None:
+    """Ticks with the tokens' words, or only a label if there are no words."""
     if tokens is None:
         ax.set_xlabel("token")
     else:
@@ -341,35 +232,22 @@ def _token_axis(ax: Axes, tokens, T: int) -> None:
 
 
 def _cell(ax: Axes, x: float, y: float, *, face, edge, width: float = 1) -> None:
-    ax.add_patch(
-        Rectangle(
-            (x, y),
-            1,
-            1,
-            facecolor=face,
-            edgecolor=edge,
-            linewidth=width,
-            zorder=3 if face == "none" else 1,
-        )
-    )
+    """A square with this corner."""
+    look = dict(facecolor=face, edgecolor=edge, linewidth=width)
+    ax.add_patch(Rectangle((x, y), 1, 1, zorder=3 if face == "none" else 1, **look))
 
 
 def _mix(weight: float) -> tuple[float, float, float]:
     """White at 0, blue at 1."""
-    return tuple(1 - weight * (1 - part) for part in (0.0, 0x72 / 255, 0xB2 / 255))
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def as_array(values) -> np.ndarray:
-    """A tensor or a list as a NumPy array, without its gradient."""
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    red, green, blue = (1 - weight * (1 - part) for part in (0.0, 0x72 / 255, 0xB2 / 255))
+    return red, green, blue
 
 
 def needle_strip(figure, scores, needle_chunks, retrieved_chunks, chunk_size: int) -> None:
-    """Retrieval scores [layers, N] (-inf: not visible) over the whole haystack, one Axes a layer; needle and choice marked."""
+    """Retrieval scores over the haystack, one Axes per layer; needle and kept chunks are marked.
+
+    scores [layers, N]: -inf for a chunk that is not visible.
+    """
     scores = as_array(scores)
     axes = figure.subplots(len(scores), 1, sharex=True, squeeze=False)[:, 0]
     place = (np.arange(scores.shape[1]) + 0.5) * chunk_size
@@ -394,24 +272,20 @@ def needle_strip(figure, scores, needle_chunks, retrieved_chunks, chunk_size: in
             label="holds the needle",
         )
         ax.set(ylabel=f"score, HSA layer {layer}", xlim=(0, scores.shape[1] * chunk_size))
-        _plain(ax)
+        hide_frame(ax)
     axes[0].legend(frameon=False, fontsize=11, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     axes[-1].set_xlabel("position in the haystack (tokens)")
     axes[-1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
 
 
 def save_needle_strip(path: Path, finding, title: str) -> None:
-    """The retrieval scores of a `NeedleFinding` over the haystack as PNG; the file appears whole or not at all."""
+    """Save the retrieval scores of a finding of `find_needle` as PNG.
+
+    The file appears whole or not at all.
+    """
     figure = Figure(figsize=(11, 2.4 * len(finding.scores) + 0.8), layout="constrained")
     needle_strip(
         figure, finding.scores, finding.needle_chunks, finding.retrieved_chunks, finding.chunk_size
     )
     figure.suptitle(title, fontsize=13, parse_math=False)
     save_figure(path, figure)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """A figure as PNG; the file appears whole or not at all."""
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_whole(path, image.getvalue())

@@ -1,55 +1,70 @@
-"""Pictures of what evaluation counted: by length and depth, by length beside the paper, controls, perplexity by context.
+"""Pictures of evaluation: by length and depth, by length beside the paper, controls, perplexity.
 
-Every share stands beside its 95% Wilson interval; no number and no difference is told by colour alone.
+Each share has its 95% Wilson interval beside it. No number and no difference is shown by colour
+only.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from hsa_mini.evaluation.results import LENGTHS, RetrievalRow
+from hsa_mini.evaluation.results import LENGTHS
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
-from hsa_mini.viz.plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, RED, length_name
+from hsa_mini.lab.claims import NOT_RUN
+from hsa_mini.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    HEAT,
+    INK,
+    ORANGE,
+    PALE,
+    RED,
+    empty_picture,
+    hide_frame,
+    length_axis,
+    length_name,
+    perplexity_axis,
+)
 
 TITLES = {"s_niah": "S-NIAH", "mq_niah": "MQ-NIAH", "vt": "VT"}
+TASK_LOOKS = {
+    "s_niah": (BLUE, "o", "-"),
+    "mq_niah": (ORANGE, "s", "--"),
+    "vt": (RED, "^", "-."),
+    "copy": (GREEN, "D", ":"),
+}
+CURVE_LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (RED, "^", "-."))
 
 
 def heat_map(
-    ax: Axes, rows: Sequence[RetrievalRow], *, at: tuple[int, float] | None = None, brief: bool = False
+    ax: Axes, rows: Sequence, *, at: tuple[int, float] | None = None, brief: bool = False
 ) -> None:
-    """Lengths from left to right, depths from top to bottom; a cell says how many were right, and the interval in percent.
+    """Lengths from left to right, depths downwards. A cell has its counts and its interval.
 
-    at: (tokens, depth) of a cell to frame. brief: neither intervals nor a colour bar, for several maps side by side.
-    Length and depth that nobody asked for together stay grey, with a dash.
+    rows: of `hsa_mini.evaluation.results`. at: (tokens, depth) of a cell to frame. brief: omit the
+    intervals and the colour bar, for several maps side by side. A cell that was not evaluated is
+    grey, with a dash.
     """
     lengths = sorted({row.tokens for row in rows})
     depths = sorted({row.depth for row in rows})
-    counts = np.zeros((2, len(depths), len(lengths)))  # right, asked
+    correct = np.zeros((len(depths), len(lengths)))
+    asked = np.zeros((len(depths), len(lengths)))
     for row in rows:
-        counts[:, depths.index(row.depth), lengths.index(row.tokens)] += row.correct, row.samples
-    shares = np.ma.masked_invalid(
-        np.divide(counts[0], counts[1], out=np.full(counts.shape[1:], np.nan), where=counts[1] > 0)
-    )
+        cell = depths.index(row.depth), lengths.index(row.tokens)
+        correct[cell] += row.correct
+        asked[cell] += row.samples
+    unknown = np.full(asked.shape, np.nan)
+    shares = np.ma.masked_invalid(np.divide(correct, asked, out=unknown, where=asked > 0))
     ax.set_facecolor(PALE)
     image = ax.imshow(shares, cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for y, x in np.ndindex(shares.shape):
-        right, asked = (int(count) for count in counts[:, y, x])
-        text = (
-            f"{right}/{asked}" if brief else f"{right} of {asked}\n{percent_interval(right, asked)}"
-        )
-        ink = INK if not asked or shares[y, x] > 0.5 else "white"
-        ax.text(
-            x,
-            y,
-            text if asked else "-",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=ink,
-            linespacing=1.1,
-        )
+        ink = INK if not asked[y, x] or shares[y, x] > 0.5 else "white"
+        text = _cell_text(int(correct[y, x]), int(asked[y, x]), brief)
+        ax.text(x, y, text, ha="center", va="center", fontsize=8, color=ink, linespacing=1.1)
     if at is not None:
         corner = lengths.index(at[0]) - 0.5, depths.index(at[1]) - 0.5
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=3, zorder=3))
@@ -60,103 +75,137 @@ def heat_map(
         ax.figure.colorbar(image, ax=ax, label="share right", pad=0.01, fraction=0.03)
 
 
-def length_curves(
-    ax: Axes, curves: dict[str, Sequence[RetrievalRow]], *, published: Sequence[tuple[float, float]] = ()
-) -> None:
-    """curves: name -> rows; share right at each length with its interval, the curves side by side.
+def _cell_text(correct: int, asked: int, brief: bool) -> str:
+    if not asked:
+        return "-"
+    if brief:
+        return f"{correct}/{asked}"
+    return f"{correct} of {asked}\n{percent_interval(correct, asked)}"
 
-    published: (lowest, highest) percent of the paper's 8B at `LENGTHS`.
+
+def length_curves(
+    ax: Axes, curves: dict[str, Sequence], *, published: Sequence[tuple[float, float]] = ()
+) -> None:
+    """One curve per name: the share correct at each length, with its interval.
+
+    curves: name -> rows of `hsa_mini.evaluation.results`. published: the lowest and the highest
+    percentage of the paper's 8B model at each of `LENGTHS`.
     """
-    looks = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (RED, "^", "-."))
-    for i, ((name, rows), (color, mark, line)) in enumerate(zip(curves.items(), looks)):
-        table = by_length(list(rows))
+    for i, ((name, rows), look) in enumerate(zip(curves.items(), CURVE_LOOKS)):
         shift = 1.06 ** (i - (len(curves) - 1) / 2)  # intervals must not hide each other
-        shares = [100 * entry["accuracy"] for entry in table]
-        below, above = (
-            [100 * abs(entry[end] - entry["accuracy"]) for entry in table]
-            for end in ("low", "high")
-        )
-        options = dict(
-            color=color, marker=mark, linestyle=line, markersize=6, linewidth=1.5, capsize=4
-        )
-        ax.errorbar(
-            [entry["tokens"] * shift for entry in table],
-            shares,
-            (below, above),
-            label=name,
-            **options,
-        )
+        _curve_with_intervals(ax, by_length(list(rows)), shift, look, name)
     if published:
-        low, high = zip(*published)
-        name = "paper's 8B (its Figure 4)"
-        if low == high:
-            ax.plot(
-                LENGTHS, low, color=GREY, marker="D", fillstyle="none", linestyle=":", label=name
-            )
-        else:
-            ax.fill_between(
-                LENGTHS,
-                low,
-                high,
-                facecolor=PALE,
-                edgecolor=GREY,
-                hatch="//",
-                linewidth=0.8,
-                label=name,
-            )
-    ax.set_xscale("log", base=2)
-    shown = sorted(
-        {row.tokens for rows in curves.values() for row in rows} | set(LENGTHS if published else ())
-    )
-    ax.set_xticks(shown, [length_name(tokens) for tokens in shown])
-    ax.minorticks_off()
+        _published_range(ax, published)
+    lengths = {row.tokens for rows in curves.values() for row in rows}
+    length_axis(ax, sorted(lengths | set(LENGTHS if published else ())))
     ax.set(xlabel="tokens", ylabel="percent right", ylim=(-3, 106))
     ax.legend(frameon=False, fontsize=10, loc="best")
-    ax.spines[["top", "right"]].set_visible(False)
+    hide_frame(ax)
+
+
+def _curve_with_intervals(ax: Axes, table: list[dict], shift: float, look, name: str) -> None:
+    """table: one summary per length; shift: a factor on the lengths."""
+    color, mark, line = look
+    lengths = [entry["tokens"] * shift for entry in table]
+    shares = [100 * entry["accuracy"] for entry in table]
+    below = [100 * abs(entry["low"] - entry["accuracy"]) for entry in table]
+    above = [100 * abs(entry["high"] - entry["accuracy"]) for entry in table]
+    options = dict(color=color, marker=mark, linestyle=line, markersize=6, linewidth=1.5)
+    ax.errorbar(lengths, shares, (below, above), label=name, capsize=4, **options)
+
+
+def _published_range(ax: Axes, published: Sequence[tuple[float, float]]) -> None:
+    """A band between the lowest and the highest number, or a line where they are equal."""
+    low, high = zip(*published)
+    name = "paper's 8B (its Figure 4)"
+    if low == high:
+        look = dict(color=GREY, marker="D", fillstyle="none", linestyle=":")
+        ax.plot(LENGTHS, low, label=name, **look)
+    else:
+        look = dict(facecolor=PALE, edgecolor=GREY, hatch="//", linewidth=0.8)
+        ax.fill_between(LENGTHS, low, high, label=name, **look)
 
 
 def count_marks(ax: Axes, counts: dict[str, tuple[int, int]]) -> None:
-    """counts: name -> (right, asked): a mark at the share with its interval, and the numbers beside it."""
-    for y, (name, (right, asked)) in enumerate(counts.items()):
-        low, high = wilson_interval(right, asked)
+    """A mark at each share with its interval, and the counts beside it.
+
+    counts: name -> (correct, asked).
+    """
+    for y, (correct, asked) in enumerate(counts.values()):
+        low, high = wilson_interval(correct, asked)
         ax.plot([100 * low, 100 * high], [y, y], color=BLUE, linewidth=2, marker="|", markersize=10)
         if asked:
-            ax.plot(100 * right / asked, y, color=BLUE, marker="o", markersize=8)
-        ax.text(
-            105,
-            y,
-            f"{right} of {asked}   {percent_interval(right, asked)}",
-            va="center",
-            fontsize=10,
-            color=INK,
-        )
+            ax.plot(100 * correct / asked, y, color=BLUE, marker="o", markersize=8)
+        text = f"{correct} of {asked}   {percent_interval(correct, asked)}"
+        ax.text(105, y, text, va="center", fontsize=10, color=INK)
     ax.set(
         xlim=(-2, 102),
         ylim=(len(counts) - 0.4, -0.6),
         xlabel="percent right, with its 95% interval",
     )
     ax.set_yticks(range(len(counts)), counts)
-    ax.spines[["top", "right"]].set_visible(False)
+    hide_frame(ax)
 
 
 def context_curve(ax: Axes, lengths: Sequence[int], losses) -> None:
-    """losses [stretches, lengths]: how far each stretch's loss is below that at the first length, and their mean in bold."""
+    """How far the loss falls below that at the first length: each text, and their mean in bold.
+
+    losses [stretches, lengths], in nats per token.
+    """
     gains = np.asarray(losses)[:, :1] - np.asarray(losses)
     for i, gain in enumerate(gains):
-        ax.plot(
-            lengths, gain, color=GREY, linewidth=0.8, label=None if i else "one stretch of text"
-        )
+        label = None if i else "one stretch of text"
+        ax.plot(lengths, gain, color=GREY, linewidth=0.8, label=label)
     ax.plot(lengths, gains.mean(axis=0), color=BLUE, linewidth=2.5, marker="o", label="their mean")
     ax.axhline(0, color=INK, linewidth=0.8)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(lengths, [length_name(tokens) for tokens in lengths])
-    ax.minorticks_off()
-    ax.set(xlabel="tokens read", ylabel="nats gained a token")
+    length_axis(ax, lengths)
+    ax.set(xlabel="tokens read", ylabel="nats gained per token")
     ax.legend(frameon=False, fontsize=10, loc="best")
-    ax.spines[["top", "right"]].set_visible(False)
+    hide_frame(ax)
 
 
-def percent_interval(right: int, asked: int) -> str:
+def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
+    """What one arm of the laboratory can do by length: a mark per seed, a line through their means.
+
+    records: of the arm's seeds. names: tasks (the share correct is shown), or only "perplexity".
+    There is no mean where a perplexity is not finite.
+    """
+    for i, name in enumerate(names):
+        shift = 1.07 ** (i - (len(names) - 1) / 2)  # marks must not hide each other
+        _seeds_by_length(ax, [record["found"][name] for record in records], name, shift)
+    if tuple(names) == ("perplexity",):
+        drawn = [y for line in ax.lines for y in np.asarray(line.get_ydata()) if math.isfinite(y)]
+        perplexity_axis(ax, drawn, "y")
+        ax.set_ylabel("perplexity")
+    else:
+        ax.set(ylabel="share right", ylim=(-0.04, 1.08), yticks=(0, 0.5, 1))
+    if records:
+        ax.legend(frameon=False, fontsize=10, loc="best")
+    else:
+        empty_picture(ax, NOT_RUN)
+    ax.set_xlabel("training lengths, tokens")
+    hide_frame(ax)
+
+
+def _seeds_by_length(ax: Axes, tables: Sequence[list[dict]], name: str, shift: float) -> None:
+    """tables: one per seed, with one row per length; shift: a factor on the lengths."""
+    if not tables:
+        return
+    color, mark, line = TASK_LOOKS.get(name, (BLUE, "o", "-"))
+    key = "perplexity" if name == "perplexity" else "accuracy"
+    lengths = [row["tokens"] for row in tables[0]]
+    x = np.multiply(lengths, shift)
+    seeds = [[math.nan if row[key] is None else row[key] for row in table] for table in tables]
+    for values in seeds:
+        ax.plot(x, values, mark, color=color, markersize=5, alpha=0.6, linestyle="none")
+    look = dict(color=color, linestyle=line, linewidth=2, marker=mark)
+    ax.plot(x, np.mean(seeds, axis=0), label=TITLES.get(name, name), **look)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, [f"{tokens // lengths[0]}×\n{tokens:,}" for tokens in lengths])
+    ax.minorticks_off()
+
+
+def percent_interval(correct: int, asked: int) -> str:
     """The 95% interval in whole percent: 9 of 10 -> "60-98%"."""
-    low, high = wilson_interval(right, asked)
+    low, high = wilson_interval(correct, asked)
     return f"{100 * low:.0f}-{100 * high:.0f}%"

@@ -1,7 +1,7 @@
-// A score map to walk through: the mouse or the arrow keys choose a token, and nothing is asked of the kernel.
-// Dimensions: T tokens (left to right), N chunks (top to bottom), K slots of a token. Numbers come from Python.
+// A score map: the mouse or the arrow keys choose a token, without a call to the kernel. The numbers come from Python.
+// Dimensions: T tokens (left to right), N chunks (top to bottom), K kept chunks per token.
 
-// matplotlib's cividis, dark to bright, in red, green and blue
+// The colour map cividis of matplotlib, from dark to bright, as red, green and blue
 const HEAT = [
   [0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
   [155, 148, 118], [188, 174, 108], [222, 201, 88], [254, 232, 56],
@@ -26,7 +26,7 @@ function read(model) {
   return { T, N, K, scores, weights, indices: typed(data.indices, Int32Array) };
 }
 
-// The heat map, one pixel a cell: painted once for each new set of numbers.
+// The heat map with one pixel per cell. It is painted once for each new set of numbers.
 function paintMap({ T, N, scores }) {
   const picture = new OffscreenCanvas(T, N);
   const pixels = new ImageData(T, N);
@@ -87,7 +87,7 @@ function drawMap(pen, box, { T, N, K, indices }, map, token) {
   axis(pen, box, N);
 }
 
-// Bars of the weights, on the same rows as the map.
+// Bars of the weights, in the same rows as the map.
 function drawBars(pen, box, { N, K, indices, weights }, token) {
   const row = box.h / N;
   pen.fillStyle = INK;

@@ -1,4 +1,4 @@
-"""For `make notebooks`: what an .ipynb keeps of a widget is its picture."""
+"""For `make notebooks`: an .ipynb keeps the picture of a widget, not the widget."""
 
 from nbconvert.preprocessors import Preprocessor
 
@@ -6,15 +6,15 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 class KeepStills(Preprocessor):
-    """Drop the state of widgets, and their views that have a PNG beside them.
+    """Drop the state of widgets, and the views of widgets that have a PNG beside them.
 
-    A view points at a widget that lived in the kernel of that run: JupyterLab would show an error in its place, and its id
-    is a new one in every run.
+    A view points at a widget in the kernel of that run. Without the kernel, JupyterLab would show
+    an error instead. Its id would also be a new one in every run.
     """
 
-    def preprocess(self, notebook, resources):
-        notebook.metadata.pop("widgets", None)
-        return super().preprocess(notebook, resources)
+    def preprocess(self, nb, resources):
+        nb.metadata.pop("widgets", None)
+        return super().preprocess(nb, resources)
 
     def preprocess_cell(self, cell, resources, index):
         for output in cell.get("outputs", ()):

@@ -1,38 +1,43 @@
-"""Pictures of training: the stages of a recipe one after the other, and what was measured from step to step."""
+"""Pictures of training: the stages of a recipe one after the other, and figures over the steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from hsa_mini.viz.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, RED, SKY
+from hsa_mini.lab.claims import NOT_RUN
+from hsa_mini.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    RED,
+    SKY,
+    empty_picture,
+    hide_frame,
+)
 
 LOOKS = ((BLUE, "-"), (RED, "--"), (ORANGE, "-."), (GREEN, ":"), (PURPLE, "-"))
 FILLS = ((SKY, ""), (ORANGE, "//"), (PURPLE, ".."), (PALE, ""))
+PARTS = ("text", "copy", "answer")  # of the loss; a log holds 0 where a batch had no such token
 
 
 def timeline(
     ax: Axes, steps: Sequence[int], shares: dict[str, Sequence[float]], notes: Sequence[str]
 ) -> None:
-    """One block a stage, as wide as its steps, filled by the shares of what it is made of; its note stands above it.
+    """One block per stage, as wide as its steps, filled by shares, with its note above.
 
-    shares: name -> one number from 0 to 1 for each stage, which together give 1.
+    shares: name -> one number from 0 to 1 per stage. The shares of a stage add up to 1.
     """
     ends = np.cumsum(steps)
     middles = ends - np.asarray(steps) / 2
     below = np.zeros(len(steps))
     for (name, parts), (color, hatch) in zip(shares.items(), FILLS):
-        ax.bar(
-            middles,
-            parts,
-            steps,
-            below,
-            color=color,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=1.5,
-            label=name,
-        )
+        look = dict(color=color, hatch=hatch, edgecolor="white", linewidth=1.5)
+        ax.bar(middles, parts, steps, below, label=name, **look)
         below = below + parts
     for middle, note in zip(middles, notes):
         ax.text(
@@ -46,7 +51,7 @@ def timeline(
         yticks=(0, 0.5, 1),
         ylabel="share of sequences",
     )
-    ax.spines[["top", "right"]].set_visible(False)
+    hide_frame(ax)
 
 
 def step_curves(
@@ -57,26 +62,20 @@ def step_curves(
     ends: Sequence[int] = (),
     within: tuple[int, int] | None = None,
 ) -> None:
-    """curves: name -> one number for each of `steps`; nan where nothing was measured.
+    """One line per name over the steps, with the ends of stages marked.
 
-    ends: of stages, marked and numbered if there are several. within: the first and the last step to show.
+    curves: name -> one number for each of `steps`, nan where nothing was measured. ends: the last
+    step of each stage; several stages are numbered. within: the first and the last step to show.
     """
     steps = np.asarray(steps)
     for (name, values), (color, line) in zip(curves.items(), LOOKS):
         seen = np.isfinite(values)
         if seen.any():
-            ax.plot(
-                steps[seen],
-                np.asarray(values)[seen],
-                color=color,
-                linestyle=line,
-                linewidth=2,
-                label=name,
-            )
+            look = dict(color=color, linestyle=line, linewidth=2)
+            ax.plot(steps[seen], np.asarray(values)[seen], label=name, **look)
     first, last = within or (0, max(steps, default=1))
-    starts = [0, *ends[:-1]]
-    for number, (start, end) in enumerate(zip(starts, ends), start=1):
-        ax.axvline(end, color=GREY, linewidth=1, linestyle=":", zorder=0)
+    for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends), start=1):
+        _mark_end(ax, end)
         if len(ends) > 1 and start < last and end > first:
             middle = (max(start, first) + min(end, last)) / 2
             ax.text(
@@ -90,4 +89,45 @@ def step_curves(
             )
     ax.set(xlabel="step", xlim=(first, last))
     ax.legend(frameon=False, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
+    hide_frame(ax)
+
+
+def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> None:
+    """One figure of the training steps in several runs: one line per seed, ends of stages marked.
+
+    runs: arm -> its records in the laboratory's file. name: a figure such as "copy".
+    """
+    drawn = False
+    for (arm, records), (color, line) in zip(runs.items(), LOOKS):
+        for i, record in enumerate(records):
+            steps, values = _measured(record["curve"], name)
+            drawn = drawn or len(steps) > 0
+            label = None if i else arm if steps else f"{arm}: not measured"
+            ax.plot(steps, values, color=color, linestyle=line, linewidth=1.3, label=label)
+    ax.set(xlabel="step", ylabel=f"loss of {name}" if name in PARTS else name.replace("_", " "))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if drawn:
+        some_record = next(record for records in runs.values() for record in records)
+        stages = some_record["settings"]["recipe"]["stages"]
+        for end in np.cumsum([stage["steps"] for stage in stages])[:-1]:
+            _mark_end(ax, end)
+        ax.legend(frameon=False, fontsize=10)
+    else:
+        empty_picture(ax, "nothing was measured" if any(runs.values()) else NOT_RUN)
+    hide_frame(ax)
+
+
+def _mark_end(ax: Axes, step: float) -> None:
+    """A dotted line at the end of a stage."""
+    ax.axvline(step, color=GREY, linewidth=1, linestyle=":", zorder=0)
+
+
+def _measured(curve: Mapping[str, Sequence], name: str) -> tuple[list, list]:
+    """Steps and values of a curve, without the steps whose batch had no token of that part."""
+    part = "answer" if name == "answer_accuracy" else name
+    kept = [
+        i
+        for i, value in enumerate(curve[name])
+        if value is not None and (part not in PARTS or curve[part][i])
+    ]
+    return [curve["step"][i] for i in kept], [curve[name][i] for i in kept]

@@ -1,7 +1,8 @@
-"""Pictures that answer to sliders, and pictures that stand still; both can be read without a kernel and without eyes.
+"""Interactive and still pictures, with an image for readers without a kernel and a text beside it.
 
-`explore` redraws one matplotlib figure into one image widget. `explore_map` feeds a canvas once, which then answers to
-mouse and arrow keys by itself. Neither touches pyplot: no figure piles up, and notebooks run without a display.
+`explore` redraws one matplotlib figure into one image widget. `explore_map` sends its numbers to a
+canvas once. The canvas then reacts to mouse and arrow keys by itself. Neither uses pyplot, so
+figures do not pile up in memory, and notebooks run without a display.
 """
 
 import base64
@@ -20,7 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hsa_mini.viz import plots
+from hsa_mini.viz.plots import score_map, weight_bars
+from hsa_mini.viz.style import as_array
 
 DPI = 110
 HERE = Path(__file__).parent
@@ -30,9 +32,12 @@ HERE = Path(__file__).parent
 class Control:
     """What one control offers, where it starts, and what is written beside it.
 
-    offers: a tuple `(low, high)` or `(low, high, step)` makes a slider, of integers if all are integers (the step is 1
-    unless given, and 0.1 otherwise); a list makes a choice: of words a menu, of numbers a slider over them (`(label,
-    value)` pairs are fine too); `bool` makes a check box.
+    offers is one of three things:
+    - a tuple `(low, high)` or `(low, high, step)` makes a slider. If all numbers are integers, the
+      slider moves in integers and the default step is 1; otherwise the default step is 0.1;
+    - a list makes a menu of words, or a slider over the listed numbers. Its entries may be
+      `(label, value)` pairs;
+    - `bool` makes a check box.
     """
 
     offers: tuple | Sequence | type
@@ -41,7 +46,7 @@ class Control:
 
 
 def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
-    """An empty figure of that many inches, laid out so that no label is cut; draws through Agg alone."""
+    """An empty figure of this size in inches. Its layout cuts no label; it draws through Agg."""
     figure = Figure(figsize=(width, height), dpi=DPI)
     figure.set_layout_engine("constrained", wspace=0.06)
     FigureCanvasAgg(figure)
@@ -49,10 +54,12 @@ def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
 
 
 def to_png(figure: Figure, colors: int = 256) -> bytes:
-    """The figure as the bytes of a PNG file with a palette of 256 colours: two fifths of the size that all colours need.
+    """The figure as the bytes of a PNG file with a palette of `colors` colours.
 
-    Marks, lines and words alone are well served by 64 (a quarter less again).
-    Maximum coverage leaves every colour within a few of 255 steps; a fast octree turns pale tints white and bands colour maps.
+    256 colours need two fifths of the bytes of a full-colour PNG. 64 colours need a quarter less
+    again and suit pictures of marks, lines and words. The palette is chosen by maximum coverage,
+    which keeps every colour within a few of 255 steps. A fast octree would turn pale tints white
+    and show bands in colour maps.
     """
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
@@ -62,13 +69,13 @@ def to_png(figure: Figure, colors: int = 256) -> bytes:
 
 
 def show(figure: Figure, alt: str, *, colors: int = 256) -> None:
-    """Display a figure that stands still; `alt` says in words what it shows. colors: as in `to_png`."""
+    """Display a still figure. `alt` describes it in words. colors: as in `to_png`."""
     data, options = as_display(figure, alt, colors)
     display(data, **options)
 
 
 def as_display(figure: Figure, alt: str, colors: int = 256) -> tuple[dict, dict]:
-    """What IPython's `display` takes: the picture and its text, and the options that say so."""
+    """The arguments of IPython's `display`: the picture with its text, and the options."""
     data = {"image/png": base64.b64encode(to_png(figure, colors)).decode(), "text/plain": alt}
     return data, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
 
@@ -76,12 +83,14 @@ def as_display(figure: Figure, alt: str, colors: int = 256) -> tuple[dict, dict]
 def explore(
     draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6), **controls
 ) -> "FigureExplorer":
-    """A picture with controls: `draw(figure, **values)` draws, and returns one line that says what is seen.
+    """A picture with controls.
 
-    Each keyword names an argument of `draw` and says what it may be: a `Control`, or its `offers` alone.
-    `alt` says in words what the picture shows. Raises whatever the first drawing raises, so that a broken notebook stops.
+    `draw(figure, **values)` draws and returns one line of text: what can be seen. Each further
+    keyword names an argument of `draw`; its value is a `Control`, or only the `offers` of one.
+    `alt` describes the picture in words. An error of the first drawing is raised, so that a broken
+    notebook stops.
 
-        explore(draw, alt="...", token=(0, 11), K=Control((1, 3), start=2), weighting=["softmax", "stick_breaking"])
+        explore(draw, alt="...", token=(0, 11), K=Control((1, 3), start=2), how=["a", "b"])
     """
     return FigureExplorer(draw, alt, size, controls)
 
@@ -89,33 +98,35 @@ def explore(
 def explore_map(
     compute: Callable[..., tuple], *, alt: str, token: int = 0, **controls
 ) -> "MapExplorer":
-    """A score map in which mouse and arrow keys move the token at once; controls as in `explore`.
+    """A score map in which mouse and arrow keys move the token; controls as in `explore`.
 
-    `compute(**values)` returns scores [T, N] (-inf where a chunk is not visible), indices [T, K] (-1: empty slot) and
-    weights [T, K]; it runs when a control moves, not when the token does. `token`: the one to start at.
+    `compute(**values)` returns scores [T, N] (-inf where a chunk is not visible), indices [T, K]
+    (-1: empty slot) and weights [T, K]. It runs when a control moves, but not when the token moves.
+    token: the first token to show.
     """
     return MapExplorer(compute, alt, token, controls)
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls above a picture. `values` is what they say; `controls[name].value = x` moves one of them."""
+    """Controls above a picture. `controls[name].value = x` moves a control."""
 
     def __init__(self, controls: dict, picture: ipywidgets.DOMWidget, alt: str) -> None:
         self.alt = alt
         self.picture = picture
         self.controls = {name: _make_control(name, control) for name, control in controls.items()}
         self.summary = ipywidgets.Label(layout=ipywidgets.Layout(height="auto"))
-        self.paint()  # not caught: the first drawing must work
+        self.paint()  # an error here is not caught: the first drawing must work
         super().__init__([*self.controls.values(), self.summary, picture, Labels(alt=alt)])
         for control in self.controls.values():
             control.observe(self._repaint, "value")
 
     @property
     def values(self) -> dict[str, Any]:
+        """The value of each control, by name."""
         return {name: control.value for name, control in self.controls.items()}
 
     def paint(self) -> None:
-        """Draw for the present `values`."""
+        """Draw the picture for the current `values`."""
         raise NotImplementedError
 
     def still(self) -> tuple[bytes, str]:
@@ -125,9 +136,8 @@ class Explorer(ipywidgets.VBox):
     def _repaint(self, _change) -> None:
         try:
             self.paint()
-        except (
-            Exception
-        ) as error:  # an error in a callback would vanish: it takes the place of the summary
+        except Exception as error:
+            # An error in a callback would not be shown anywhere, so the summary shows it.
             settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
             self.summary.value = f"Could not draw {settings}: {type(error).__name__}: {error}"
 
@@ -141,7 +151,7 @@ class Explorer(ipywidgets.VBox):
 
 
 class FigureExplorer(Explorer):
-    """What `explore` returns: one figure, drawn anew into one image widget."""
+    """What `explore` returns: one figure, redrawn into one image widget."""
 
     def __init__(
         self, draw: Callable[..., str], alt: str, size: tuple[float, float], controls: dict
@@ -162,39 +172,41 @@ class FigureExplorer(Explorer):
 
 
 class MapExplorer(Explorer):
-    """What `explore_map` returns: a `ScoreMap`, fed with new numbers when a control moves."""
+    """What `explore_map` returns: a `ScoreMap` that gets new numbers when a control moves."""
 
     def __init__(self, compute: Callable[..., tuple], alt: str, token: int, controls: dict) -> None:
         self.compute = compute
         super().__init__(controls, ScoreMap(token=token, alt=alt), alt)
 
     def paint(self) -> None:
-        scores, indices, weights = map(plots.as_array, self.compute(**self.values))
+        scores, indices, weights = map(as_array, self.compute(**self.values))
         self.picture.data = {
             "shape": [*scores.shape, indices.shape[1]],
             "scores": scores.astype("<f4").tobytes(),
             "indices": indices.astype("<i4").tobytes(),
             "weights": weights.astype("<f4").tobytes(),
         }
-        self.summary.value = ""  # the map says itself what is seen
+        self.summary.value = ""  # the canvas shows its own summary
 
     def still(self) -> tuple[bytes, str]:
-        scores, indices, weights = map(plots.as_array, self.compute(**self.values))
+        scores, indices, weights = map(as_array, self.compute(**self.values))
         token = self.picture.token
         figure = make_figure(11, 4)
         left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))
-        plots.score_map(left, scores, indices, token=token)
+        score_map(left, scores, indices, token=token)
         kept = {int(i): float(w) for i, w in zip(indices[token], weights[token]) if i >= 0}
-        plots.weight_bars(right, [kept.get(i, 0.0) for i in range(scores.shape[1])])
+        weight_bars(right, [kept.get(i, 0.0) for i in range(scores.shape[1])])
         right.set(title=f"weights of token {token}", ylabel="chunk")
         named = ", ".join(f"chunk {i} with {w:.2f}" for i, w in kept.items())
-        return to_png(
-            figure
-        ), f"Token {token} keeps {named or 'nothing: no chunk is complete before it'}."
+        words = f"Token {token} keeps {named or 'nothing: no chunk is complete before it'}."
+        return to_png(figure), words
 
 
 class ScoreMap(anywidget.AnyWidget):
-    """The canvas of `explore_map`. data: shape [T, N, K] and bytes of scores, indices and weights, set together."""
+    """The canvas of `explore_map`.
+
+    data: shape [T, N, K] and the bytes of scores, indices and weights, all set at once.
+    """
 
     _esm = HERE / "score_map.js"
     data = traitlets.Dict().tag(sync=True)
@@ -203,13 +215,14 @@ class ScoreMap(anywidget.AnyWidget):
 
 
 class Labels(anywidget.AnyWidget):
-    """Invisible: gives the widgets beside it what ipywidgets leaves out, the image a text and every slider a name."""
+    """Invisible: gives the image a text and every slider a name, which ipywidgets does not do."""
 
     _esm = HERE / "labels.js"
     alt = traitlets.Unicode().tag(sync=True)
 
 
 def _make_control(name: str, control) -> ipywidgets.DOMWidget:
+    """The widget of a `Control`, or of its `offers`. Raises ValueError for a wrong tuple."""
     control = control if isinstance(control, Control) else Control(control)
     offers = control.offers
     options: dict[str, Any] = {

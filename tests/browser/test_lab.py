@@ -1,6 +1,9 @@
-"""The course in a real JupyterLab: pictures are there before anything runs, all cells run, the keyboard moves a picture.
+"""The course in a real JupyterLab.
 
-Works on a copy of the notebooks, with settings of its own. CHROMIUM names the browser if it is not on the PATH.
+Stored pictures are visible before anything runs, all cells run, and the keyboard moves a picture.
+
+Works on a copy of the notebooks, with settings of its own. CHROMIUM names the browser if it is not
+on the PATH.
 """
 
 import json
@@ -24,7 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FOUND = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 CHROMIUM = os.environ.get("CHROMIUM") or next(FOUND, None)
-START_SECONDS, OPEN_SECONDS, RUN_SECONDS, REDRAW_SECONDS = 60, 60, 300, 20
+START_SECONDS = 60
+OPEN_SECONDS = 60
+RUN_SECONDS = 300
+REDRAW_SECONDS = 20
 
 pytestmark = [
     pytest.mark.browser,
@@ -37,12 +43,14 @@ pytestmark = [
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 PROMPTS = ".jp-CodeCell .jp-InputPrompt"
 SLIDER = ".jp-OutputArea [role=slider]"
-# What is seen of the picture that belongs to a slider: the address of an image is new whenever it is redrawn.
+# A string that changes whenever the picture of a slider is redrawn: the address of an image, or the
+# pixels of a canvas.
 PICTURE = """slider => {
   const picture = slider.closest('.widget-vbox').querySelector('img, canvas');
   return picture.tagName === 'IMG' ? picture.src : picture.toDataURL();
 }"""
-# Every cell is in the page, also those far below: with the default, cells that are not seen are not there either.
+# "none" puts every cell into the page. By default JupyterLab leaves out the cells that are not
+# visible.
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -51,7 +59,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab on a copy of the repository's notebooks; it ends with the tests."""
+    """The address of a JupyterLab that runs on a copy of the notebooks until the tests end."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(
         ROOT / "notebooks", home / "root" / "notebooks", ignore=shutil.ignore_patterns(".*")
@@ -64,20 +72,9 @@ def lab(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--ip=127.0.0.1",
-        f"--port={port}",
-    ]
-    command += [
-        "--ServerApp.port_retries=0",
-        "--IdentityProvider.token=",
-        "--ServerApp.disable_check_xsrf=True",
-    ]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += ["--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += ["--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
     command += ["--LabApp.news_url=", f"--ServerApp.root_dir={home / 'root'}"]
     log = (home / "log").open("w")
     server = subprocess.Popen(command, cwd=home, env=_environment(home), stdout=log, stderr=log)
@@ -85,7 +82,7 @@ def lab(tmp_path_factory):
         _wait_for(f"{address}/api/status", server, home / "log")
         yield address
     finally:
-        server.terminate()  # it ends its kernels first
+        server.terminate()  # the server first ends its kernels
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
@@ -95,7 +92,7 @@ def lab(tmp_path_factory):
 
 
 def _environment(home: Path) -> dict:
-    """This process's, with everything that JupyterLab writes in a folder of the test, and our package on the path."""
+    """The environment of the server: JupyterLab writes into `home` only, and finds this package."""
     folders = (
         "JUPYTER_CONFIG_DIR",
         "JUPYTER_DATA_DIR",
@@ -133,7 +130,7 @@ def browser():
 
 @pytest.fixture(params=NOTEBOOKS)
 def page(request, lab, browser):
-    """One notebook, opened and idle. Its kernel is shut down afterwards, for it holds memory."""
+    """One notebook, opened and idle. Its kernel is shut down afterwards to free its memory."""
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     page.goto(f"{lab}/doc/tree/notebooks/{request.param}?reset")
     page.wait_for_selector(IDLE, timeout=OPEN_SECONDS * 1000)
@@ -152,7 +149,7 @@ def menu(page, name: str, entry: str) -> None:
 
 
 def run_all(page, cells: int) -> None:
-    """Forget what is stored, run everything, and wait until each of the code cells has its number."""
+    """Clear all outputs, run all cells, and wait until every code cell has its number."""
     menu(page, "Edit", "Clear Outputs of All Cells")
     expect(page.locator(".jp-OutputArea-output")).to_have_count(0)
     menu(page, "Run", "Run All Cells")
@@ -166,7 +163,8 @@ def press_right(page, slider) -> None:
     slider.scroll_into_view_if_needed()
     assert slider.get_attribute("aria-label").strip()
     slider.focus()
-    value, before = slider.get_attribute("aria-valuenow"), slider.evaluate(PICTURE)
+    value = slider.get_attribute("aria-valuenow")
+    before = slider.evaluate(PICTURE)
     page.keyboard.press("ArrowRight")
     handle = slider.element_handle()
     changed = f"([slider, before]) => ({PICTURE})(slider) !== before"
@@ -188,12 +186,8 @@ def test_a_notebook_runs_and_answers_to_the_keyboard(page):
 
     run_all(page, len(cells))
     for kind in ("error", "stderr"):
-        assert (
-            page.locator(
-                f".jp-OutputArea [data-mime-type='application/vnd.jupyter.{kind}']"
-            ).all_text_contents()
-            == []
-        )
+        output = f".jp-OutputArea [data-mime-type='application/vnd.jupyter.{kind}']"
+        assert page.locator(output).all_text_contents() == []
     page.wait_for_selector(f"{SLIDER}[aria-label]", timeout=REDRAW_SECONDS * 1000)
     press_right(page, page.locator(SLIDER).first)
     if any("explore_map(" in "".join(cell["source"]) for cell in cells):
