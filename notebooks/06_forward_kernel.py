@@ -650,8 +650,8 @@ def draw_roofline(figure, tokens, share):
 
 explore(
     draw_roofline,
-    alt="The roofline of the card: a sloping line for memory and a flat line for multiplying. Hollow marks on it stand for "
-    "the schedules, and a filled mark stands for the package's kernel as measured.",
+    alt="The roofline of the card: a sloping line for memory and a flat line for multiplying. Hollow marks on it stand "
+    "for the schedules, and a filled mark stands for the package's kernel as measured.",
     size=(8.5, 3.8),
     tokens=Control([16384, 65536], start=16384, label="tokens T"),
     share=Control([1, 2, 4, 8, 16], start=16, label="heads that share, H/J"),
