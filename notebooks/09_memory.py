@@ -330,7 +330,7 @@ def draw_reach(figure, window, library, top_k):
 
 explore(
     draw_reach,
-    alt="A map of 40 observed tokens against 40 changed tokens: a band along the diagonal, and islands through retrieval.",
+    alt="A map of 40 observed tokens against 40 changed tokens: a band along the diagonal, and islands from retrieval.",
     size=(5.6, 4.8),
     window=Control((1, 8), start=2, label="window W"),
     library=Control(bool, start=True, label="change the library too"),
@@ -370,8 +370,8 @@ def draw_building(figure, tokens, window):
 
 explore(
     draw_building,
-    alt="Layers as rows, tokens as columns. Lower layers and chunks fill the whole width, upper layers form a staircase "
-    "at the right end.",
+    alt="Layers as rows, tokens as columns. Lower layers and chunks fill the whole width, upper layers form a "
+    "staircase at the right end.",
     size=(9, 3.2),
     tokens=Control((16, 200, 4), start=100, label="tokens T"),
     window=Control((2, 12), start=6, label="window W"),
@@ -493,7 +493,8 @@ outside = far * stored["offload_slowdown"]
 in_use = f"{stored['offload_16m_device_bytes'] / 1e9:.1f} GB in use"
 print(f"stored: {stored['hardware']}, commit {stored['commit'][:7]}")
 print(f"weights              {scaled(many.weight_bytes, 'B')}")
-print(f"read 16M tokens      {stored['prefill_16m_seconds']:.0f} s, {stored['prefill_16m_peak_bytes'] / 1e9:.1f} GB in use")
+peak = stored["prefill_16m_peak_bytes"] / 1e9
+print(f"read 16M tokens      {stored['prefill_16m_seconds']:.0f} s, {peak:.1f} GB in use")
 print(f"    a token of 16M over a token of 1M {stored['prefill_16m_over_1m_per_token']:.2f}")
 print(f"a new token behind 64K tokens         {near * 1e3:.2f} ms")
 print(f"    behind 16M                        {far * 1e3:.2f} ms")
@@ -514,7 +515,8 @@ def draw_designs(figure, tokens, window, K):
     """Four quantities of the bill, one panel each."""
     rows = bill(dataclasses.replace(big, window=window, top_k=K), tokens)
     titles = {0: "kept on the GPU", 1: "kept on the host", 2: "read per token", 4: "attention per token"}
-    for axes, (column, title), color in zip(figure.subplots(1, 4, sharey=True), titles.items(), (BLUE, ORANGE, BLUE, GREY)):
+    panels = zip(figure.subplots(1, 4, sharey=True), titles.items(), (BLUE, ORANGE, BLUE, GREY))
+    for axes, (column, title), color in panels:
         unit, limits = ("FLOP", (1e7, 1e16)) if column == 4 else ("B", (1e5, 3e15))
         values = {name: row[column] for name, row in rows.items()}
         labels = [scaled(value, unit) if value else "" for value in values.values()]
@@ -522,12 +524,13 @@ def draw_designs(figure, tokens, window, K):
         design_bars(axes, values, labels, color=color, limits=limits, title=title, mark=mark)
     times = rows["full attention"][0] / rows["HSA"][0]
     fetched = scaled(rows["HSA, library outside"][3], "B")
-    return f"{length_name(tokens)} tokens: full attention keeps {times:.1f} times as much as HSA; {fetched} fetched per token."
+    kept = f"full attention keeps {times:.1f} times as much as HSA"
+    return f"{length_name(tokens)} tokens: {kept}; {fetched} fetched per token."
 
 
 explore(
     draw_designs,
-    alt="Four panels of bars for four designs: bytes kept on the GPU, on the host, read per token, and FLOP of attention.",
+    alt="Four panels of bars for four designs: bytes kept on the GPU, on the host, read per token; FLOP of attention.",
     size=(11, 2.7),
     tokens=Control([(length_name(1 << n), 1 << n) for n in range(12, 25)], start=1 << 24, label="tokens"),
     window=Control([(length_name(1 << n), 1 << n) for n in range(9, 16)], start=4096, label="window W"),
@@ -545,7 +548,7 @@ explore(
 
 # %%
 def attend_fetching(q, k, v, indices, weights):
-    """Chunk attention of one sequence whose k and v [1, N, S, J, D] are elsewhere -> output, number of chunks fetched."""
+    """Chunk attention of one sequence with k and v [1, N, S, J, D] elsewhere -> output, number of chunks fetched."""
     wanted, renumbered = indices.unique(return_inverse=True)  # sorted, so -1 comes first if a slot is empty
     empty = int((wanted < 0).any())
     k, v = (store[:, wanted[empty:].long()] for store in (k, v))  # the only traffic
