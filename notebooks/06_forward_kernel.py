@@ -110,7 +110,7 @@ def read_by_rule(text, S=4):
     return [x.contiguous().to(DEVICE) for x in (q, k, v, indices[0, :, 0], weights[0, :, 0])]
 
 
-q, k, v, indices, weights = twelve = read_by_rule("the code is 7 | birds sing at dawn | what is the code")
+twelve = read_by_rule("the code is 7 | birds sing at dawn | what is the code")  # q, k, v, indices, weights
 
 # %% [markdown]
 # ## A kernel of a few lines
@@ -366,11 +366,11 @@ def count(indices, M=4):
 
 
 # %%
-def example(T=32, S=4, K=3, G=4, D=16, alike=1, seed=0):
-    """Random q [T, G, D], k and v [N, S, D], indices and weights [T, K]; groups of `alike` neighbours share scores."""
+def example(T=32, S=4, K=3, G=4, D=16, group=1, seed=0):
+    """Random q [T, G, D], k and v [N, S, D], indices and weights [T, K]; `group` neighbours share their scores."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(shape, generator=generator) for shape in ((T, G, D), (T // S, S, D), (T // S, S, D)))
-    scores = torch.rand(T // alike, T // S, generator=generator).repeat_interleave(alike, dim=0)
+    scores = torch.rand(T // group, T // S, generator=generator).repeat_interleave(group, dim=0)
     visible = reference.retrieval.visible_chunks(torch.arange(T), T // S, S)
     best = scores.masked_fill(~visible, -1.0).topk(K)
     weights = torch.rand(T, K, generator=generator).masked_fill(best.values < 0, 0.0)
@@ -444,9 +444,9 @@ def describe(meter, schedule, indices, program):
     return f"{schedule}, program {program + 1} of {len(meter.bytes)}; {work if cells else idle}; {used}."
 
 
-def draw_schedules(figure, schedule, program, heads, alike):
+def draw_schedules(figure, schedule, program, heads, same_chunks):
     """One program of one schedule at work, and the meters of all schedules."""
-    inputs = example(G=heads, alike=4 if alike else 1)
+    inputs = example(G=heads, group=4 if same_chunks else 1)
     meters = {name: Meter() for name in SCHEDULES}
     for name, run in SCHEDULES.items():
         run(meters[name], *inputs)
@@ -476,7 +476,7 @@ explore(
     schedule=Control(list(SCHEDULES), start="by token block"),
     program=Control((1, 40), start=6, label="program"),
     heads=Control([1, 2, 4, 8, 16], start=4, label="heads that share, H/J"),
-    alike=Control(bool, start=False, label="neighbours keep the same"),
+    same_chunks=Control(bool, start=False, label="neighbours keep the same"),
 )
 
 # %% [markdown]

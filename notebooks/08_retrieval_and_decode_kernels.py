@@ -79,7 +79,10 @@ MEASURED = json.loads((data_dir() / "results" / "kernels.json").read_text())  # 
 # **You should see** the table grow from 1 GiB to 16 **TiB**, and `True`.
 
 # %%
-CHUNK, KEPT, WIDTH = 64, 64, 128  # S, K and R of the large cases here; the small cases have sizes of their own
+# S, K and R of the large cases; the small cases have sizes of their own
+CHUNK = 64
+KEPT = 64
+WIDTH = 128
 
 
 def bytes_of(T):
@@ -447,9 +450,9 @@ explore(
 # %% [markdown]
 # ## All tokens, tile by tile
 #
-# Now we put everything together, in PyTorch, in the way of the kernel. Every token has its own candidate buffer, a row
-# of `[T, CAP]`. A tile of 32 chunks arrives. All tokens score it, and each token adds the chunks that exceed its floor
-# to its buffer.
+# Now we put everything together, in PyTorch, in the same way as the kernel. Every token has its own candidate buffer, a
+# row of `[T, CAP]`. A tile of 32 chunks arrives. All tokens score it, and each token adds the chunks that exceed its
+# floor to its buffer.
 #
 # One trick is worth a look. Which position does a new candidate get? No thread has to communicate with another one. A
 # cumulative sum over the mask numbers the new candidates, and that number *is* the position.

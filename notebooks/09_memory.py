@@ -118,7 +118,8 @@ def kept_after(t, S, W):
 same = []
 for t, token in enumerate(ids.split(1, dim=1), start=1):
     tiny(token, memory)
-    chunks, waiting, near = measured = memory.chunks, memory.partial.shape[1], memory.lower[0].k.shape[1]
+    measured = memory.chunks, memory.partial.shape[1], memory.lower[0].k.shape[1]
+    chunks, waiting, near = measured
     same.append(measured == kept_after(t, S=4, W=4))
     if t in (3, 4, 11, 12):
         print(f"after {t:2} tokens, the last is `{WORDS[t - 1]}`: {chunks} chunks, {waiting} wait, {near} in a cache")
