@@ -9,43 +9,45 @@
 # %% [markdown]
 # # 06 · Where do the milliseconds go?
 #
-# In [notebook 04](04_fusion.ipynb) chunk attention was four nested loops. That is right, and far too slow. A GPU runs
-# the same loops in thousands of small **programs** at once. Which loops become programs, and in what order do they
-# meet the chunks? The numbers that come out are the same. The milliseconds are not.
+# In [notebook 04](04_fusion.ipynb) chunk attention was four nested loops. The loops are correct, and far too slow. A
+# GPU runs the same loops in thousands of small **programs** at once. Which loops become programs? And in which order
+# does a program read the chunks? Every answer gives the same numbers. The milliseconds differ.
 #
 # After this notebook you will be able to
 #
 # * read and write a small GPU kernel in Triton, and run it without a GPU,
-# * say why chunk attention needs no rescaling, unlike every other attention kernel,
-# * walk through the same work in three orders, and count the bytes and the multiplications of each,
-# * read a roofline picture, and say from which length on HSA beats full attention on a real GPU.
+# * explain why chunk attention needs no rescaling, unlike every other attention kernel,
+# * do the same work in three schedules, and count the bytes and the multiplications of each schedule,
+# * read a roofline picture, and name the length from which HSA beats full attention on a real GPU.
 #
-# **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 04](04_fusion.ipynb). No GPU:
-# kernels run in Triton's interpreter here, slowly and rightly. With an NVIDIA GPU they run there, and are timed.
+# **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 04](04_fusion.ipynb). You
+# need no GPU: without one, Triton's interpreter runs the kernels, slowly and correctly. With an NVIDIA GPU the kernels
+# run on the GPU, and the last part measures them.
 
 # %%
 import json
 import os
+from functools import partial
 
 import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # has to be said before any kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this variable when a kernel is imported
 
-import hsa_kernels
 import triton
 import triton.language as tl
-from hsa_kernels import by_chunk, by_token, slots
-from hsa_kernels.tiles import Sizes
-from matplotlib.patches import Rectangle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
+import hsa_kernels
+from hsa_kernels import by_chunk, by_token, slots
+from hsa_kernels.tiles import Sizes
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, make_figure, show
-from hsa_mini.viz.plots import BLUE, GREY, INK, ORANGE, PALE, RED, crossover, length_name, roofline
+from hsa_mini.viz.kernels import job_table, meter_bars
+from hsa_mini.viz.plots import crossover, length_name, roofline
 
 DEVICE = "cuda" if GPU else "cpu"
 print("kernels run", f"on {torch.cuda.get_device_name()}" if GPU else "in Triton's interpreter, on the processor")
@@ -53,19 +55,21 @@ print("kernels run", f"on {torch.cuda.get_device_name()}" if GPU else "in Triton
 # %% [markdown]
 # ## The question in plain words
 #
-# A GPU has a large memory and many small processors. A processor can only multiply what it has fetched. So every
-# program does three things: **load** tiles from memory, **compute** on them, **store** a result.
+# A GPU has a large memory and many small processors. A processor can only multiply numbers that it has fetched. So
+# every program does three things: it **loads** tiles from memory, it **computes** with them, and it **stores** a
+# result.
 #
-# * Loading costs time by the **byte**.
-# * Multiplying costs time by the **FLOP**, one multiplication or addition.
+# * Loading costs time per **byte**.
+# * Computing costs time per **FLOP**. One FLOP is one multiplication or one addition.
 #
-# Both go on at once. So the slower of the two decides, and the other one is free. For a chunk that one token reads,
-# there is little to multiply and much to load. The whole art of this kernel is **to load a chunk once and use it
-# often**.
+# Both happen at the same time. So the slower of the two decides how long the program takes, and the faster one is free.
+# When one token reads one chunk, there is little to multiply and much to load. So a good kernel **loads a chunk once
+# and uses it often**.
 #
 # ## In symbols
 #
-# Eq. (2) again, for one token $t$ and one head. It is a sum over *pairs* of a token and a chunk that it kept:
+# Here is Eq. (2) again, for one token $t$ and one head. It is a sum over *pairs*. A pair is a token and a chunk that
+# the token kept:
 #
 # $$O_t = \sum_{i \in I_t} w_{t,i}\; o_{t,i}, \qquad
 # o_{t,i} = \mathrm{softmax}\!\left(q_t K_{[i]}^\top / \sqrt{D}\right) V_{[i]}$$
@@ -82,9 +86,10 @@ print("kernels run", f"on {torch.cuda.get_device_name()}" if GPU else "in Triton
 # %% [markdown]
 # ## Twelve tokens
 #
-# `the code is 7 | birds sing at dawn | what is the code`, with the rule of notebook 04: a token asks for its own word,
-# its key is the word two places before it, its value is its own word. A kernel likes powers of two, so the nine axes
-# are padded with zeros to sixteen. A zero adds nothing to a dot product. Only the scale must still be $1/\sqrt 9$.
+# The text is `the code is 7 | birds sing at dawn | what is the code`, with the rule of notebook 04: the query of a
+# token is its own word, the key is the word two places earlier, and the value is the word itself. A kernel needs tiles
+# whose sizes are powers of two, so we pad the nine axes with zeros to sixteen. A zero adds nothing to a dot product.
+# Only the scale must still be $1/\sqrt 9$.
 
 
 # %%
@@ -93,62 +98,79 @@ def norm(x):
 
 
 def read_by_rule(text, S=4):
-    """The rule of notebook 04 in float32 -> q [T, D], k and v [N, S, D], indices and weights [T, K]; D padded to 16."""
+    """The rule of notebook 04 in float32, D padded to 16 -> q [T, D], k and v [N, S, D], indices and weights [T, K]."""
     words = text.replace("|", " ").split()
     vocabulary = list(dict.fromkeys(words))
-    own = torch.eye(len(vocabulary))[[vocabulary.index(word) for word in words]]
-    v = own.unflatten(0, (-1, S))
-    k = pad(v, (0, 0, 2, 0))[:, :S]  # the word two places before; the first two of a chunk have none
+    own = torch.eye(len(vocabulary))[[vocabulary.index(word) for word in words]]  # [T, D]
+    v = own.unflatten(0, (-1, S))  # [T, D] -> [N, S, D]
+    k = pad(v, (0, 0, 2, 0))[:, :S]  # the word two places earlier; the first two tokens of a chunk have none
     landmarks = norm(v.sum(dim=1))[None, :, None]
     indices, weights = reference.retrieve(norm(own)[None, :, None], landmarks, chunk_size=S, top_k=2)
     q, k, v = (pad(x, (0, 16 - len(vocabulary))) for x in (norm(own), norm(k), v))
     return [x.contiguous().to(DEVICE) for x in (q, k, v, indices[0, :, 0], weights[0, :, 0])]
 
 
-q, k, v, indices, weights = twelve = read_by_rule("the code is 7 | birds sing at dawn | what is the code")
+twelve = read_by_rule("the code is 7 | birds sing at dawn | what is the code")  # q, k, v, indices, weights
 
 # %% [markdown]
-# ## A kernel of fourteen lines
+# ## A kernel of a few lines
 #
-# Triton is Python that becomes GPU code. A kernel is the text of **one program**. It asks `tl.program_id` who it is,
-# and works on **tiles**: blocks of numbers with fixed sizes, loaded at once. `q`, `k` and so on are no tensors but
-# addresses of a first number; where the others lie is ours to work out. A comment like `# [S, D]` says the shape of a
-# tile.
+# Triton is Python that is compiled to GPU code. A kernel is the text of **one program**. The program gets its own
+# number from `tl.program_id`. It works on **tiles**: blocks of numbers with fixed sizes, each loaded in one step.
+# Inside a kernel `q`, `k` and the other arguments are not tensors. Each is the address of the first number of a tensor,
+# and the kernel computes the addresses of the other numbers. A comment like `# [S, D]` gives the shape of a tile.
 #
-# One program for each token, with a loop over its slots:
+# The names follow a pattern: `o_` is a tile of offsets, `b_` is a tile of numbers.
+#
+# We start one program per token. It loops over the token's K slots. A slot holds one chunk that the token kept, or -1
+# if the slot is empty:
 
 
 # %%
 @triton.jit
-def token_kernel(q, k, v, indices, weights, out, scale, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    t, o_s, o_d = tl.program_id(0), tl.arange(0, S), tl.arange(0, D)
+def attend_chunk(b_q, b_k, b_v, scale):
+    """Softmax attention of one query [D] inside one chunk, with k and v [S, D] -> [D]."""
+    b_s = tl.sum(b_k * b_q[None, :], 1) * scale  # [S]
+    b_p = tl.exp(b_s - tl.max(b_s, 0))  # [S]: the softmax before the division by its sum
+    return tl.sum(b_p[:, None] * b_v, 0) / tl.sum(b_p, 0)  # [D]
+
+
+@triton.jit
+def chunk_attention_kernel(q, k, v, indices, weights, out, scale, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """One program computes the output of one token: the weighted sum over the chunks that it kept."""
+    t = tl.program_id(0)
+    o_s = tl.arange(0, S)
+    o_d = tl.arange(0, D)
     b_q = tl.load(q + t * D + o_d)  # [D]
     b_out = tl.zeros([D], tl.float32)
     for slot in range(K):
         i = tl.load(indices + t * K + slot)
         if i >= 0:  # -1 is an empty slot
-            o_tile = (i * S + o_s)[:, None] * D + o_d[None, :]  # [S, D]: where the chunk lies in memory
-            b_k, b_v = tl.load(k + o_tile), tl.load(v + o_tile)
-            b_s = tl.sum(b_k * b_q[None, :], 1) * scale  # [S]
-            b_p = tl.exp(b_s - tl.max(b_s, 0))  # the softmax, before it is divided by its sum
-            weight = tl.load(weights + t * K + slot) / tl.sum(b_p, 0)
-            b_out += weight * tl.sum(b_p[:, None] * b_v, 0)
+            o_kv = (i * S + o_s)[:, None] * D + o_d[None, :]  # [S, D]: where the chunk lies in memory
+            b_k = tl.load(k + o_kv)
+            b_v = tl.load(v + o_kv)
+            b_out += tl.load(weights + t * K + slot) * attend_chunk(b_q, b_k, b_v, scale)
     tl.store(out + t * D + o_d, b_out)
 
 
 def run_token_kernel(q, k, v, indices, weights, scale):
-    """Launch a program for every token: q [T, D], k and v [N, S, D], indices and weights [T, K] -> [T, D]."""
-    (T, K), (S, D), out = indices.shape, k.shape[1:], torch.empty_like(q)
-    token_kernel[(T,)](q, k, v, indices, weights, out, scale, K=K, S=S, D=D)
+    """Launch one program per token: q [T, D], k and v [N, S, D], indices and weights [T, K] -> [T, D]."""
+    T, K = indices.shape
+    _, S, D = k.shape
+    out = torch.empty_like(q)
+    chunk_attention_kernel[(T,)](q, k, v, indices, weights, out, scale, K=K, S=S, D=D)
     return out
 
 
 def expected(q, k, v, indices, weights, scale):
-    """The same by the reference in float64, which wants batch and heads as dimensions."""
+    """The same result from the reference in float64. The reference needs a batch dimension and a head dimension."""
     exact = (x.double() for x in (q[None, :, None], k[None, :, :, None], v[None, :, :, None]))
     out = reference.chunk_attention(*exact, indices[None, :, None], weights[None, :, None].double(), scale=scale)
     return out[0, :, 0].to(q.dtype)
 
+
+# %% [markdown]
+# **You should see** `True`, and the 0.711 of notebook 04.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -157,68 +179,73 @@ print("kernel == reference:", torch.allclose(out, expected(*twelve, scale=9**-0.
 print("share of `7` at token 11:", round(out[11, 3].item(), 3))
 
 # %% [markdown]
-# **You should see** `True`, and the 0.711 of notebook 04.
-#
 # ## Nothing is rescaled
 #
-# Look at the loop again. It adds to `b_out`, and that is all it ever does to it. In ordinary attention this would be
-# wrong. There *one* softmax runs over all keys, and its sum is known only at the end. A kernel that passes over the
-# keys chunk by chunk has to carry a running maximum and a running sum, and each time the maximum grows, shrink
-# everything it has summed before (*online softmax*). Here it is in PyTorch, with its shrinking step counted:
+# Look at the loop again. It only ever adds to `b_out`. In ordinary attention this would be wrong, because *one* softmax
+# runs over all keys, and its sum is known only at the end. A kernel that reads those keys chunk by chunk carries a
+# running maximum and a running sum. Each time the maximum grows, it has to shrink everything that it summed before.
+# This is called *online softmax*. Here it is in PyTorch, with a counter for the shrinking step:
 
 
 # %%
 def online_softmax(q, k, v):
-    """One softmax over all chunks, met one after the other: q [D], k and v [N, S, D] -> [D], and how often it rescaled."""
-    highest, total, out, rescaled = torch.tensor(-torch.inf), 0.0, torch.zeros_like(q), 0
-    for b_k, b_v in zip(k, v):
-        b_s = b_k @ q
+    """One softmax over all chunks, read one by one: q [D], k and v [N, S, D] -> [D], and how often it rescaled."""
+    highest = torch.tensor(-torch.inf)
+    total = 0.0
+    out = torch.zeros_like(q)
+    rescaled = 0
+    for b_s, b_v in zip(k @ q, v):  # the scores [S] and the values [S, D] of one chunk
         new = torch.maximum(highest, b_s.max())
         rescaled += int(new > highest and bool(highest.isfinite()))
-        total, out = total * (highest - new).exp(), out * (highest - new).exp()
+        shrink = (highest - new).exp()
         b_p = (b_s - new).exp()
-        total, out, highest = total + b_p.sum(), out + b_p @ b_v, new
+        total = total * shrink + b_p.sum()
+        out = out * shrink + b_p @ b_v
+        highest = new
     return out / total, rescaled
 
+
+# %% [markdown]
+# **You should see** `True`, and that eight chunks needed two rescalings.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
-q_1, k_8, v_8 = torch.randn(16), torch.randn(8, 4, 16), torch.randn(8, 4, 16)
+q_1, k_8, v_8 = (torch.randn(shape) for shape in ((16,), (8, 4, 16), (8, 4, 16)))
 dense, rescaled = online_softmax(q_1, k_8, v_8)
 one_pass = (k_8.flatten(0, 1) @ q_1).softmax(0) @ v_8.flatten(0, 1)
 print("online softmax == one softmax:", torch.allclose(dense, one_pass, atol=1e-5), "- rescaled:", rescaled, "times")
 
 # %% [markdown]
-# HSA has **a softmax in every chunk**, and that one is complete as soon as the chunk is read. So $w_{t,i}\,o_{t,i}$ is
-# a finished number: no later chunk can change it. That has two consequences. The loop is shorter. And, more
-# important: **the pairs may be worked through in any order**, by anybody, in different programs even, and added up
-# at the end. That freedom is what the rest of this notebook uses.
+# HSA has **one softmax per chunk**, and that softmax is complete as soon as the chunk is read. So $w_{t,i}\,o_{t,i}$ is
+# a finished number: no later chunk can change it. This has two consequences. First, the loop is shorter. Second, and
+# more important: **the pairs may be computed in any order**, even by different programs, and added up at the end. The
+# rest of this notebook uses that freedom.
 #
-# ## Three orders
+# ## Three schedules
 #
-# Make a table with a row for each chunk and a column for each token, and a mark where the token kept the chunk. Every
-# mark is a pair, a job to do. A program takes some jobs:
+# Draw a table with one row per chunk and one column per token. Put a mark where the token kept the chunk. Every mark is
+# a pair, and every pair is one job. A **schedule** divides the jobs among programs:
 #
-# 1. **By token.** A program takes a column: one token, its K chunks. Every chunk is loaded again for every token that
-#    kept it.
-# 2. **By block of M neighbouring tokens.** A program takes M columns, and meets every chunk that *any* of them kept
-#    once. Neighbours often want the same. But it computes for all M tokens, and multiplies with weight 0 where one
-#    did not keep the chunk.
-# 3. **By chunk.** A program takes a row: one chunk, loaded once, and all tokens that kept it. But now a token's
-#    answers come from K different programs. Each writes its part into a **slot** of its own, and a second round of
-#    programs adds a token's slots up.
+# 1. **By token.** One program takes one column: one token and its K chunks. Every chunk is loaded again for every token
+#    that kept it.
+# 2. **By token block.** One program takes M neighbouring columns. It loads every chunk that *any* of the M tokens kept,
+#    and loads it once. Neighbours often keep the same chunks. But the program computes each chunk for all M tokens, and
+#    multiplies the result by the weight 0 for a token that did not keep it.
+# 3. **By chunk.** One program takes one row: one chunk, loaded once, and all tokens that kept it. But now the K answers
+#    for one token come from K different programs. Each program writes a **partial result** to a place of its own. A
+#    second round of programs adds up the partial results of each token.
 #
-# Let us write all three in PyTorch, with a meter that counts what passes between memory and programs, and what is
-# multiplied.
+# We write all three in PyTorch. A meter counts the bytes that pass between memory and programs, and the FLOP.
 
 
 # %%
 class Meter:
-    """Counts, program by program, the bytes moved to or from memory and the FLOP of matrix products."""
+    """Counts the bytes moved to or from memory and the FLOP of matrix products, separately for each program."""
 
     def __init__(self):
-        self.bytes, self.flop = [], []
+        self.bytes = []
+        self.flop = []
 
     def program(self):
         self.bytes.append(0)
@@ -229,24 +256,24 @@ class Meter:
         return x
 
     def product(self, a, b):
-        self.flop[-1] += 2 * a.numel() * b.shape[-1]  # a multiplication and an addition
+        self.flop[-1] += 2 * a.numel() * b.shape[-1]  # one multiplication and one addition
         return a @ b
 
 
 def read_chunk(meter, q, k, v):
     """Softmax attention inside one chunk: rows q [R, D], k and v [S, D] -> [R, D]."""
-    scores = meter.product(q, k.T) * q.shape[-1] ** -0.5
+    scores = meter.product(q, k.T) * q.shape[-1] ** -0.5  # [R, S]
     return meter.product(scores.softmax(dim=-1), v)
 
 
 # %% [markdown]
-# From here on a token has G query heads, which all keep the same chunks: `q` is `[T, G, D]`. To keep the count simple
-# we leave out indices and weights. They are one number where a chunk is 2·S·D.
+# From here on a token has G query heads, and all of them keep the same chunks: `q` is `[T, G, D]`. To keep the count
+# simple we leave out indices and weights. They are one number per pair, and a chunk has 2·S·D numbers.
 
 
 # %%
-def token_order(meter, q, k, v, indices, weights):
-    """A program a token: loads q, then every chunk that it kept, stores its result."""
+def token_schedule(meter, q, k, v, indices, weights):
+    """One program per token. It loads q, then every chunk that the token kept, and stores the result."""
     out = torch.zeros_like(q)
     for t in range(len(q)):
         meter.program()
@@ -258,8 +285,8 @@ def token_order(meter, q, k, v, indices, weights):
     return out
 
 
-def block_order(meter, q, k, v, indices, weights, M=4):
-    """A program for M neighbouring tokens: loads every chunk that any of them kept once; weight 0 for who did not."""
+def token_block_schedule(meter, q, k, v, indices, weights, M=4):
+    """One program per M neighbouring tokens. It loads each chunk that any of them kept; the others get weight 0."""
     out = torch.zeros_like(q)
     for start in range(0, len(q), M):
         meter.program()
@@ -267,70 +294,83 @@ def block_order(meter, q, k, v, indices, weights, M=4):
         b_q = meter.move(q[block]).flatten(0, 1)  # [M, G, D] -> [M*G, D]
         for i in indices[block][indices[block] >= 0].unique():
             weight = (weights[block] * (indices[block] == i)).sum(dim=1)  # [M]
-            read = read_chunk(meter, b_q, meter.move(k[i]), meter.move(v[i]))
-            out[block] += weight[:, None, None] * read.view_as(out[block])
+            answer = read_chunk(meter, b_q, meter.move(k[i]), meter.move(v[i]))
+            out[block] += weight[:, None, None] * answer.view_as(out[block])
         meter.move(out[block])
     return out
 
 
-def chunk_order(meter, q, k, v, indices, weights):
-    """A program a chunk: loads it, meets all who kept it, fills slots; then a program a token adds its slots."""
-    filled = q.new_zeros(*indices.shape, *q.shape[1:])  # [T, K, G, D]
-    for i in indices[indices >= 0].unique():
+def add_partial_results(meter, partial_results, indices):
+    """One program per token. It loads the token's partial results and stores their sum: [T, K, G, D] -> [T, G, D]."""
+    out = torch.zeros_like(partial_results[:, 0])
+    for t in range(len(out)):
         meter.program()
-        b_k, b_v, (t, slot) = meter.move(k[i]), meter.move(v[i]), (indices == i).nonzero(as_tuple=True)
-        read = read_chunk(meter, meter.move(q[t]).flatten(0, 1), b_k, b_v).view(-1, *q.shape[1:])
-        filled[t, slot] = meter.move(weights[t, slot][:, None, None] * read)
-    out = torch.zeros_like(q)
-    for t in range(len(q)):
-        meter.program()
-        out[t] = meter.move(meter.move(filled[t, indices[t] >= 0]).sum(dim=0))
+        out[t] = meter.move(meter.move(partial_results[t, indices[t] >= 0]).sum(dim=0))
     return out
 
 
-ORDERS = {"by token": token_order, "by block": block_order, "by chunk": chunk_order}
+def chunk_schedule(meter, q, k, v, indices, weights):
+    """One program per chunk. It loads the chunk and the tokens that kept it, and stores one partial result per pair."""
+    partial_results = q.new_zeros(*indices.shape, *q.shape[1:])  # [T, K, G, D]
+    for i in indices[indices >= 0].unique():
+        meter.program()
+        b_k = meter.move(k[i])
+        b_v = meter.move(v[i])
+        t, slot = (indices == i).nonzero(as_tuple=True)
+        b_q = meter.move(q[t])  # [tokens, G, D]
+        answer = read_chunk(meter, b_q.flatten(0, 1), b_k, b_v).view_as(b_q)
+        partial_results[t, slot] = meter.move(weights[t, slot][:, None, None] * answer)
+    return add_partial_results(meter, partial_results, indices)
+
+
+SCHEDULES = {"by token": token_schedule, "by token block": token_block_schedule, "by chunk": chunk_schedule}
 
 
 # %% [markdown]
-# Now the same count without running anything, as a formula. A token costs $GD$ numbers of `q` and $GD$ of result in
-# every order, a chunk $2SD$ numbers whenever it is loaded, and reading it $4GSD$ FLOP for a token: two products, a
-# multiplication and an addition each. So only three counts matter:
+# A formula gives the same counts without running anything. In every schedule a token costs $GD$ numbers of `q` and $GD$
+# numbers of the result. A chunk costs $2SD$ numbers each time it is loaded. When one token reads one chunk, it computes
+# $4GSD$ FLOP: two products, with one multiplication and one addition each. So only three counts matter:
 #
-# * **pairs**: how many pairs of token and chunk there are,
-# * **merged**: how many chunks the blocks meet, each counted once a block,
-# * **touched**: how many different chunks are kept by anybody.
+# * **pairs**: the number of pairs of a token and a chunk,
+# * **merged**: how many chunks each block loads, added up over all blocks,
+# * **touched**: how many different chunks were kept by at least one token.
 
 
 # %%
 def traffic(*, T, G, S, D, pairs, merged, touched, M, size):
-    """Bytes and FLOP of the three orders; `size`: bytes of a number."""
-    ends, chunk, row, reading = 2 * T * G * D, 2 * S * D, G * D, 4 * G * S * D
+    """Bytes and FLOP of the three schedules; `size`: bytes of a number."""
+    row = G * D
+    chunk = 2 * S * D
+    ends = 2 * T * row
+    reading = 4 * G * S * D
     return {
         "by token": (size * (ends + pairs * chunk), pairs * reading),
-        "by block": (size * (ends + merged * chunk), merged * M * reading),
+        "by token block": (size * (ends + merged * chunk), merged * M * reading),
         "by chunk": (size * (touched * chunk + pairs * 3 * row + T * row), pairs * reading),
     }
 
 
 def count(indices, M=4):
-    """What the formula asks for, of choices [T, K]."""
+    """The three counts of the formula, for choices [T, K]."""
     blocks = (block[block >= 0].unique() for block in indices.split(M))
     kept = indices[indices >= 0]
     return dict(pairs=len(kept), merged=sum(map(len, blocks)), touched=len(kept.unique()))
 
 
 # %% [markdown]
-# The example: 32 tokens in 8 chunks of four, K = 3, G = 4. Every token keeps three of the chunks that it can see, at
-# random. The equality of this notebook is now a double one: the three orders give the reference's **result**, and what
-# the meter counts is what the **formula** says, to the byte.
+# The example has 32 tokens in 8 chunks of four, K = 3, G = 4. Every token keeps three random chunks among those that it
+# can see. This notebook's equality is a double one: the three schedules give the **result** of the reference, and the
+# meter's count equals the **formula** to the byte.
+#
+# **You should see** six times `True`.
 
 
 # %%
-def example(T=32, S=4, K=3, G=4, D=16, alike=1, seed=0):
-    """Random tensors, and choices that are drawn once for `alike` neighbours: q [T, G, D], k, v, indices, weights."""
+def example(T=32, S=4, K=3, G=4, D=16, group=1, seed=0):
+    """Random q [T, G, D], k and v [N, S, D], indices and weights [T, K]; `group` neighbours share their scores."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(shape, generator=generator) for shape in ((T, G, D), (T // S, S, D), (T // S, S, D)))
-    scores = torch.rand(T // alike, T // S, generator=generator).repeat_interleave(alike, dim=0)
+    scores = torch.rand(T // group, T // S, generator=generator).repeat_interleave(group, dim=0)
     visible = reference.retrieval.visible_chunks(torch.arange(T), T // S, S)
     best = scores.masked_fill(~visible, -1.0).topk(K)
     weights = torch.rand(T, K, generator=generator).masked_fill(best.values < 0, 0.0)
@@ -338,7 +378,7 @@ def example(T=32, S=4, K=3, G=4, D=16, alike=1, seed=0):
 
 
 def with_heads(q, k, v, indices, weights):
-    """One sequence with one key/value head, as the operators want it: B = J = 1."""
+    """Adds the dimensions that the operators need: one sequence (B = 1) with one key/value head (J = 1)."""
     return q[None], k[None, :, :, None], v[None, :, :, None], indices[None, :, None], weights[None, :, None]
 
 
@@ -348,128 +388,126 @@ inputs = example()
 formula = traffic(T=32, G=4, S=4, D=16, M=4, size=4, **count(inputs[3]))
 want = reference.chunk_attention(*(x.double() if x.is_floating_point() else x for x in with_heads(*inputs)))[0].float()
 print(count(inputs[3]))
-for name, order in ORDERS.items():
+for name, schedule in SCHEDULES.items():
     meter = Meter()
-    same = torch.allclose(order(meter, *inputs), want, atol=1e-5)
+    same = torch.allclose(schedule(meter, *inputs), want, atol=1e-5)
     counted = sum(meter.bytes), sum(meter.flop)
-    print(f"{name}: result == reference: {same}; counted == formula: {counted == formula[name]}; bytes, FLOP: {counted}")
+    print(f"{name}: result == reference: {same}; counted == formula: {counted == formula[name]};", end=" ")
+    print("bytes, FLOP:", counted)
 
 # %% [markdown]
-# **You should see** six times `True`. Two lessons are in the numbers. By block, fewer bytes are moved and more is
-# multiplied than by token: a trade. By chunk, the chunks almost vanish from the bill, and the slots come on to it.
+# The numbers hold two lessons. By token block, the programs move fewer bytes than by token, and multiply more: a trade.
+# By chunk, the chunks almost vanish from the bill, and the partial results are added to it.
 #
-# ## See who loads what
+# ## See which program loads what
 #
-# The table of jobs, and one program at work. Its tokens and chunks are framed, and what is done is filled. To the
-# right the meters of all three orders: the part so far of the chosen order, and in pale the whole.
+# The picture shows the table of jobs and one program at work. Red frames mark the cells of this program. Blue cells
+# were done by earlier programs. On the right are the meters of all three schedules. The pale bar is the total of a
+# schedule. For the schedule that you select, the orange part is what its programs have used so far.
 
 
 # %%
-def program_cells(order, indices, program, M=4):
-    """Cells (token, chunk) that a program works on, computed in vain included; none if it only adds slots up."""
-    T, touched = len(indices), indices[indices >= 0].unique().tolist()
-    if order == "by chunk":
-        return [(t, touched[program]) for t in range(T) if touched[program] in indices[t]] if program < len(touched) else []
-    tokens = range(program, program + 1) if order == "by token" else range(program * M, min(program * M + M, T))
+def program_cells(schedule, indices, program, M=4):
+    """The (token, chunk) cells of a program, also those with weight 0; none if it only adds partial results."""
+    T = len(indices)
+    touched = indices[indices >= 0].unique().tolist()
+    if schedule == "by chunk":
+        return [(t, i) for i in touched[program : program + 1] for t in range(T) if i in indices[t]]
+    first, count = (program, 1) if schedule == "by token" else (program * M, M)
+    tokens = range(first, min(first + count, T))
     return [(t, i) for i in indices[list(tokens)].unique().tolist() if i >= 0 for t in tokens]
 
 
-def draw_jobs(axes, order, indices, program):
-    """Choices as cells, tokens from left to right; filled: done; framed: what this program works on."""
-    done = {cell for before in range(program) for cell in program_cells(order, indices, before)}
-    now = program_cells(order, indices, program)
-    for t, row in enumerate(indices.tolist()):
-        for i in (i for i in row if i >= 0):
-            colour = ORANGE if (t, i) in now else BLUE if (t, i) in done else PALE
-            axes.add_patch(Rectangle((t - 0.45, i - 0.45), 0.9, 0.9, facecolor=colour))
-    for t, i in now:
-        axes.add_patch(Rectangle((t - 0.48, i - 0.48), 0.96, 0.96, fill=False, edgecolor=RED, linewidth=1.3))
-    if not now:  # it adds up the slots of a token
-        t = program - len(indices[indices >= 0].unique())
-        axes.add_patch(Rectangle((t - 0.48, -0.5), 0.96, 8, fill=False, edgecolor=RED, linewidth=2))
-    axes.set(xlim=(-0.7, len(indices)), ylim=(7.6, -0.6), yticks=range(8), xlabel="token", ylabel="chunk", frame_on=False)
-    axes.set_title(f"{order}: the jobs", fontsize=11)
+def draw_jobs(axes, schedule, indices, program):
+    """The table of jobs with the cells of this program and of the programs before it."""
+    finished = {cell for number in range(program) for cell in program_cells(schedule, indices, number)}
+    current = program_cells(schedule, indices, program)
+    earlier = len(indices[indices >= 0].unique()) if schedule == "by chunk" else 0  # programs that read chunks
+    token = None if current else program - earlier
+    job_table(axes, indices, 8, current=current, finished=finished, token=token)
+    axes.set_title(f"{schedule}: the jobs", fontsize=11)
 
 
-def draw_meter(axes, meters, what, order, program, unit):
-    """Bars: the whole of every order in pale, and what the chosen one has used up to this program."""
-    for y, (name, meter) in enumerate(meters.items()):
-        numbers = [number / unit for number in getattr(meter, what)]
-        axes.barh(y, sum(numbers), color=PALE, edgecolor=GREY)
-        if name == order:
-            axes.barh(y, sum(numbers[: program + 1]), color=ORANGE)
-        axes.text(sum(numbers), y, f" {sum(numbers):.0f}", va="center", fontsize=10, color=INK)
-    axes.set(yticks=range(3), yticklabels=meters, ylim=(2.6, -0.6), xticks=[])
-    axes.set_xlim(0, 1.3 * max(sum(getattr(meter, what)) for meter in meters.values()) / unit)
-    axes.set_title("kilobytes moved" if what == "bytes" else "thousand FLOP", fontsize=11)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
+def draw_meters(axes, meters, what, schedule, program):
+    """One meter of all schedules; for the selected schedule also the part used up to this program."""
+    totals = {name: sum(getattr(meter, what)) / 1e3 for name, meter in meters.items()}
+    used = {schedule: sum(getattr(meters[schedule], what)[: program + 1]) / 1e3}
+    meter_bars(axes, totals, used, title="kilobytes moved" if what == "bytes" else "thousand FLOP")
 
 
-def say(meter, order, indices, program):
-    """What a program does, in words."""
-    cells = program_cells(order, indices, program)
-    adds = "adds up the slots of one token" if order == "by chunk" else "finds nothing to read"
-    does = f"chunks loaded: {len({i for _, i in cells})}, tokens that read: {len({t for t, _ in cells})}" if cells else adds
+def describe(meter, schedule, indices, program):
+    """One sentence about a program."""
+    cells = program_cells(schedule, indices, program)
+    idle = "adds the partial results of one token" if schedule == "by chunk" else "finds nothing to read"
+    work = f"chunks loaded: {len({i for _, i in cells})}, tokens that read: {len({t for t, _ in cells})}"
     used = f"{meter.bytes[program]:,} bytes and {meter.flop[program]:,} FLOP"
-    return f"{order}, program {program + 1} of {len(meter.bytes)}; {does}; {used}."
+    return f"{schedule}, program {program + 1} of {len(meter.bytes)}; {work if cells else idle}; {used}."
 
 
-def draw_orders(figure, order, program, heads, alike):
-    """One program of one order at work, and the meters of all."""
-    inputs, meters = example(G=heads, alike=4 if alike else 1), {name: Meter() for name in ORDERS}
-    for name, run in ORDERS.items():
+def draw_schedules(figure, schedule, program, heads, same_chunks):
+    """One program of one schedule at work, and the meters of all schedules."""
+    inputs = example(G=heads, group=4 if same_chunks else 1)
+    meters = {name: Meter() for name in SCHEDULES}
+    for name, run in SCHEDULES.items():
         run(meters[name], *inputs)
-    program = min(program, len(meters[order].bytes)) - 1
+    program = min(program, len(meters[schedule].bytes)) - 1
     grid = figure.add_gridspec(2, 2, width_ratios=(2.6, 1))
-    draw_jobs(figure.add_subplot(grid[:, 0]), order, inputs[3], program)
-    for place, what in enumerate(("bytes", "flop")):
-        draw_meter(figure.add_subplot(grid[place, 1]), meters, what, order, program, 1e3)
-    return say(meters[order], order, inputs[3], program)
+    draw_jobs(figure.add_subplot(grid[:, 0]), schedule, inputs[3], program)
+    for row, what in enumerate(("bytes", "flop")):
+        draw_meters(figure.add_subplot(grid[row, 1]), meters, what, schedule, program)
+    return describe(meters[schedule], schedule, inputs[3], program)
 
 
 # %% [markdown]
 # ### Move it
 #
-# Step through the programs of each order. Then change two things. With **H/J = 1** (one query head a key/value head)
-# a result is small beside a chunk: *by chunk* moves hardly more bytes than *by block*, and multiplies nothing in vain.
-# With 16 results are large, and slots cost more than the chunks that they save. And when **neighbours choose alike**, as they
-# often do in real text, a block's list shrinks: *by block* moves still less, and multiplies in vain no more.
+# Step through the programs of each schedule. Then change two things. With **H/J = 1** there is one query head per
+# key/value head, and a result is small beside a chunk. Then *by chunk* moves hardly more bytes than *by token block*,
+# and multiplies nothing by 0. With 16 heads each result is large, so writing partial results costs more than it saves
+# in loading chunks. When **neighbours keep the same chunks**, as they often do in real text, a block's list is shorter.
+# Then *by token block* moves still fewer bytes, and multiplies nothing by 0.
 
 # %%
 explore(
-    draw_orders,
-    alt="A table of 8 chunks and 32 tokens with a cell for each chunk that a token kept; the cells of one program are framed. "
-    "Beside it bars for the bytes and the FLOP of the three orders.",
+    draw_schedules,
+    alt="A table of 8 chunks and 32 tokens with a cell for each chunk that a token kept. The cells of one program are "
+    "framed. Beside it are bars for the bytes and the FLOP of the three schedules.",
     size=(9.5, 3.8),
-    order=Control(list(ORDERS), start="by block"),
+    schedule=Control(list(SCHEDULES), start="by token block"),
     program=Control((1, 40), start=6, label="program"),
     heads=Control([1, 2, 4, 8, 16], start=4, label="heads that share, H/J"),
-    alike=Control(bool, start=False, label="neighbours choose alike"),
+    same_chunks=Control(bool, start=False, label="neighbours keep the same"),
 )
 
 # %% [markdown]
 # ## The package's kernels
 #
-# The package has two forward kernels, and a rule to choose between them.
-# [by_token.py](../kernels/hsa_kernels/by_token.py) goes by block:
-# [merge.py](../kernels/hsa_kernels/merge.py) first makes each block's list of chunks with M weights a chunk, and the
-# kernel passes over it once. [by_chunk.py](../kernels/hsa_kernels/by_chunk.py) goes by chunk, over lists of who
-# kept it ([notebook 07](07_backward_kernel.ipynb) builds them). Compare their inner loops with our fourteen lines. You
-# will find the same five steps: load k and v, scores, softmax inside, weight, add. What is new:
+# The package has two forward kernels, and a rule that chooses between them.
+# [by_token.py](../kernels/hsa_kernels/by_token.py) works by token block. First
+# [merge.py](../kernels/hsa_kernels/merge.py) makes the list of chunks of each block, with M weights per chunk. Then the
+# kernel reads the list once. [by_chunk.py](../kernels/hsa_kernels/by_chunk.py) works by chunk. For each chunk it needs
+# the list of the tokens that kept it ([notebook 07](07_backward_kernel.ipynb) builds these lists). Compare the inner
+# loops of both with our short kernel. You will find the same five steps: load k and v, compute scores, apply the
+# softmax inside the chunk, weight, add. The package's kernels add five things:
 #
-# * **rows.** M tokens × G heads are the rows of one tile, so that `tl.dot` can multiply whole tiles. The matrix units of
-#   a GPU (*tensor cores*) want at least 16 rows, and like 64.
-# * **masks.** S, D and G need not be powers of two. Tiles are padded, and the padding is masked.
-# * **one place ahead.** The number of the next chunk is loaded before the present one is used. So its tiles can be on
-#   their way while this one is multiplied.
-# * **the copy engine.** From Hopper on, one instruction asks for a whole tile (`k.load`), and the GPU fetches it while the
-#   threads do other things. On older ones, and where tiles are padded, every thread fetches its part (`tl.load`).
-# * **base 2.** A GPU computes $2^x$ faster than $e^x$. The scale contains $\log_2 e$ to make up for it.
+# * **Rows.** The rows of one tile are M tokens × G heads, so that `tl.dot` can multiply whole tiles. The matrix units
+#   of a GPU (*tensor cores*) need at least 16 rows, and work best with 64.
+# * **Masks.** S, D and G need not be powers of two. Tiles are padded, and the padding is masked.
+# * **Loading ahead.** The kernel loads the number of the next chunk before it uses the present chunk. So the tiles of
+#   the next chunk can already be loading while the present tiles are multiplied.
+# * **The copy engine.** From Hopper on, one instruction requests a whole tile (`k.load`), and the GPU fetches the tile
+#   while the threads do other work. On older GPUs, and where tiles are padded, every thread fetches its part
+#   (`tl.load`).
+# * **Base 2.** A GPU computes $2^x$ faster than $e^x$. The scale contains the factor $\log_2 e$, so the result is the
+#   same.
 #
-# Both run on our twelve tokens, without the padding to 16: they pad by themselves. And both run on an example with
-# chunks of 16, four heads and 48 tokens, as does the public operator, which decides for itself which way to go: every block of
-# tokens goes the way that is cheaper for it. A block of neighbours that chose alike has a short list, and goes by block. One whose
-# list is long goes by chunk. The rule is in [chunk_attention.py](../kernels/hsa_kernels/chunk_attention.py), and once more below.
+# Both kernels run on our twelve tokens without the padding to 16, because they pad the tiles themselves. Both also run
+# on an example with chunks of 16, four heads and 48 tokens. The public operator runs on it too. It chooses the cheaper
+# schedule for every block of tokens. A block of neighbours that keep the same chunks has a short list, and is processed
+# by token block. A block with a long list is processed in chunk order. The rule is in
+# [chunk_attention.py](../kernels/hsa_kernels/chunk_attention.py), and we write it down once more below.
+#
+# **You should see** five times `True`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -477,107 +515,117 @@ q, k, v, indices, weights = twelve
 unpadded = with_heads(*(x[..., :9].contiguous() for x in (q[:, None], k, v)), indices.int(), weights)
 larger = [x.to(DEVICE).contiguous() for x in with_heads(*example(T=48, S=16, K=2, D=32))]
 larger_exact = reference.chunk_attention(*(x.double() if x.is_floating_point() else x for x in larger)).float()
-for name, way in (("by_token", by_token), ("by_chunk", by_chunk)):
-    on_twelve = way.forward(*unpadded, 9**-0.5)[0, :, 0]
-    on_larger = way.forward(*larger, 32**-0.5)
+for name, schedule in {"by token block": by_token, "by chunk": by_chunk}.items():
+    on_twelve = schedule.forward(*unpadded, 9**-0.5)[0, :, 0]
+    on_larger = schedule.forward(*larger, 32**-0.5)
     print(f"{name}: twelve tokens == reference: {torch.allclose(on_twelve, out[:, :9], atol=1e-5)};", end=" ")
     print(f"48 tokens == reference: {torch.allclose(on_larger, larger_exact, atol=1e-5)}")
 operator = hsa_kernels.chunk_attention(*larger)
 print(f"hsa_kernels.chunk_attention == reference: {torch.allclose(operator, larger_exact, atol=1e-5)}")
 
 # %% [markdown]
-# **You should see** five times `True`.
-#
 # ## The two ceilings of a card
 #
-# Back to milliseconds. A card can move only so many bytes a second, and multiply only so much. Both were measured, on
-# the card named below, with nothing else to do: a copy, and a large matrix product. Their ratio tells how often each
-# loaded byte must be used before the multiplying becomes the bottleneck.
+# Back to milliseconds. A card can move only so many bytes per second, and do only so many multiplications. Both limits
+# were measured on the card named below while it did nothing else: one with a copy, the other with a large matrix
+# product. Their ratio tells how many FLOP each loaded byte must serve before multiplying becomes the bottleneck.
 
 # %%
 stored = json.loads((data_dir() / "results" / "kernels.json").read_text())
 ceilings = stored["ceilings"]
 STORED = f"stored measurements, {stored['hardware']}"
-ridge = ceilings["flops_per_second"] / ceilings["bytes_per_second"]
+teraflop = ceilings["flops_per_second"] / 1e12
+terabytes = ceilings["bytes_per_second"] / 1e12
 print(STORED)
-print(f"at most {ceilings['flops_per_second'] / 1e12:.0f} TFLOP and {ceilings['bytes_per_second'] / 1e12:.2f} TB a second")
-print(f"so a byte has to be used for {ridge:.0f} FLOP, or the processors wait for memory")
+print(f"at most {teraflop:.0f} TFLOP and {terabytes:.2f} TB per second")
+print(f"so each byte must serve {teraflop / terabytes:.0f} FLOP, otherwise the processors wait for memory")
 
 
 # %% [markdown]
-# And how often does chunk attention use a byte? By token, a chunk of $2SD$ numbers of 2 bytes serves $4GSD$ FLOP. That
-# is **G FLOP for a byte**, whatever S, D and K are. With G = 16 the processors wait most of the time.
+# How many FLOP does a byte serve in chunk attention? By token, a chunk of $2SD$ numbers of 2 bytes serves $4GSD$ FLOP.
+# That is **G FLOP per byte**, whatever S, D and K are. With G = 16 the processors wait most of the time.
 #
-# For the other orders the formula needs the count of merged chunks at full size. We do not have to run it: of $n$
-# visible chunks, each is missed by a token that keeps K at random with chance $1 - K/n$, and by all M tokens with chance
-# $(1 - K/n)^M$.
+# For the other schedules the formula needs the number of merged chunks at full size. We can compute it. Say $n$ chunks
+# are visible, and every token keeps K of them at random. One token misses a given chunk with probability $1 - K/n$. All
+# M tokens of a block miss it with probability $(1 - K/n)^M$.
 
 
 # %%
 def blocks_of(T, S, K, M):
-    """Of every block of M tokens: chunks that it meets, on average, if every token keeps K of those it sees at random; choices."""
+    """For each block of M tokens: the expected number of chunks that it loads under random choices; its choices."""
     visible = torch.arange(0, T, M, dtype=torch.float64) // S
     missed = (1 - K / visible.clamp(min=K)) ** M
     return visible * (1 - missed), M * visible.clamp(max=K)
 
 
 def block_tokens(row):
-    """M of the package's kernel: how many tokens share a pass."""
+    """The M of the package's kernel: how many tokens share one pass."""
     q, k = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (
         (1, 1, row["H"], row["D"]), (1, 1, row["S"], row["J"], row["D"])
     ))  # fmt: skip
     return by_token.tokens_of_block(Sizes.of(q, k), row["K"])
 
 
-def goes_by_block(row, met, choices, faster=1.5):
-    """The package's rule for a block: chunks, mostly from the `faster` cache, cost less than slots of its choices, from memory."""
-    return met * 2 * row["S"] <= faster * choices * 3 * (row["H"] // row["J"])
+def prefers_token_block(row, chunks, choices, faster=1.5):
+    """The package's rule for one block: is loading its chunks cheaper than moving its partial results?
+
+    faster: chunks come mostly from the cache, which is this much faster than the memory that holds partial results.
+    """
+    return chunks * 2 * row["S"] <= faster * choices * 3 * (row["H"] // row["J"])
 
 
 def predict(row):
-    """Bytes and useful FLOP of the three orders, and of blocks that choose theirs, for a row of the measurements, bfloat16."""
-    T, J, S, D, K, G = (*(row[name] for name in "TJSDK"), row["H"] // row["J"])
-    pairs, M = row["chosen"] // J, block_tokens(row)
-    met, choices = blocks_of(T, S, K, M)
-    counts = dict(pairs=pairs, merged=met.sum().item(), touched=pairs / slots.CHOICES)
-    orders = traffic(T=T, G=G, S=S, D=D, M=M, size=2, **counts)
-    by_slots = choices * (3 * G * D + 2 * S * D / slots.CHOICES)
-    cheaper = torch.where(goes_by_block(row, met, choices), met * 2 * S * D, by_slots).sum().item()
-    orders["either"] = 2 * (2 * T * G * D + cheaper), None
-    useful = 4 * G * S * D * row["chosen"]  # what is computed with weight 0 does not count
-    return {name: (J * moved, useful) for name, (moved, _) in orders.items()}
+    """Bytes and useful FLOP of each schedule and of the mixture `either`, for a measured row in bfloat16."""
+    T, J, S, D, K = (row[name] for name in "TJSDK")
+    G = row["H"] // J
+    pairs = row["chosen"] // J
+    chunks, choices = blocks_of(T, S, K, block_tokens(row))
+    counts = dict(pairs=pairs, merged=chunks.sum().item(), touched=pairs / slots.CHOICES)
+    schedules = traffic(T=T, G=G, S=S, D=D, M=block_tokens(row), size=2, **counts)
+    as_partial_results = choices * (3 * G * D + 2 * S * D / slots.CHOICES)
+    cheaper = torch.where(prefers_token_block(row, chunks, choices), chunks * 2 * S * D, as_partial_results)
+    schedules["either"] = 2 * (2 * T * G * D + cheaper.sum().item()), None
+    useful = 4 * G * S * D * row["chosen"]  # products with weight 0 do not count
+    return {name: (J * moved, useful) for name, (moved, _) in schedules.items()}
 
+
+# %% [markdown]
+# **You should see** the same number from the formula and from 2,000 random blocks.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-blocks = torch.rand(2000, 4, 40, generator=torch.Generator().manual_seed(0)).topk(8).indices.flatten(1)  # 8 of 40, M = 4
+scores = torch.rand(2000, 4, 40, generator=torch.Generator().manual_seed(0))
+blocks = scores.topk(8).indices.flatten(1)  # M = 4 tokens, each keeps 8 of 40 chunks
 drawn = sum(len(block.unique()) for block in blocks) / len(blocks)
 print("formula:", round(40 * (1 - (1 - 8 / 40) ** 4), 1), " drawn:", round(drawn, 1))
 
 # %% [markdown]
-# (At full size a chunk's list is cut into pieces, so that no program is much longer than others. A chunk is then loaded
-# once for about every 128 choices, and `touched` counts that.)
+# (At full size the list of a chunk is cut into pieces, so that no program runs much longer than the others. A chunk is
+# then loaded once for about every 128 choices. `touched` counts these loads.)
 #
 # ## The roofline
 #
-# One picture for both ceilings. To the right: FLOP for each byte moved. Up: FLOP a second. The roof is the sloping line
-# (bytes are the limit) until it meets the flat one (multiplying is the limit). Hollow marks stand on the roof, where
-# each order could be if memory were the only place to load from; *either* means that each block of tokens goes by block or by
-# chunk, as is cheaper for it. The filled mark is the package as measured, in the order that it takes.
+# One picture shows both ceilings. The horizontal axis is FLOP per byte moved. The vertical axis is FLOP per second. The
+# roof starts as a sloping line, where bytes are the limit. It ends as a flat line, where multiplying is the limit. A
+# hollow mark stands on the roof: the speed that a schedule could reach if every byte came from memory. *Either* is the
+# mixture: each block of tokens takes the cheaper of *by token block* and *by chunk*. The filled mark is the package as
+# measured, with the schedule that it chooses.
 
 
 # %%
-def package_order(row):
-    """By block for short texts, by chunk where even blocks that choose alike would cost more, else each block as it is cheaper.
+def package_schedule(row):
+    """The package's choice: by token block, by chunk, or `either`, where each block takes the cheaper of the two.
 
-    By chunk, all choices have to be sorted first. That pays if it looks cheaper by a third.
+    Working by chunk requires sorting all choices first. That pays only if it looks cheaper by a third.
     """
-    T, N, K, M = row["T"], row["T"] // row["S"], row["K"], block_tokens(row)
+    N = row["T"] // row["S"]
+    K = row["K"]
+    M = block_tokens(row)
     halfway = max(N // 2, K)  # chunks that are visible in the middle of the text
-    met = halfway * (1 - (1 - K / halfway) ** M)
-    if T * K < slots.CHOICES * N or goes_by_block(row, met, M * K, faster=2):
-        return "by block"
-    return "either" if goes_by_block(row, 1, M) else "by chunk"
+    chunks = halfway * (1 - (1 - K / halfway) ** M)
+    if row["T"] * K < slots.CHOICES * N or prefers_token_block(row, chunks, M * K, faster=2):
+        return "by token block"
+    return "either" if prefers_token_block(row, 1, M) else "by chunk"
 
 
 def find_row(T, J, op="forward"):
@@ -586,59 +634,63 @@ def find_row(T, J, op="forward"):
 
 
 def draw_roofline(figure, tokens, share):
-    """Where the three orders could stand, and where the package stands."""
+    """Where the schedules could stand, and where the package stands."""
     row = find_row(tokens, 16 // share)
-    orders, taken = predict(row), package_order(row)
-    points = {name: (flop, moved, None) for name, (moved, flop) in orders.items()}
+    schedules = predict(row)
+    taken = package_schedule(row)
+    points = {name: (flop, moved, None) for name, (moved, flop) in schedules.items()}
     points[f"{taken}, measured"] = (*points[taken][:2], row["ms"])
     axes = figure.subplots()
     roofline(axes, ceilings, points)
     axes.set_title(f"{length_name(tokens)} tokens, H/J = {share} · {STORED}", fontsize=11)
-    rate = orders[taken][0] / row["ms"] / 1e9
-    return f"{length_name(tokens)} tokens, H/J = {share}: {taken}, {row['ms']:.2f} ms, {rate:.1f} TB a second moved."
+    rate = schedules[taken][0] / row["ms"] / 1e9
+    work = f"{taken}, {row['ms']:.2f} ms, {rate:.1f} TB per second moved"
+    return f"{length_name(tokens)} tokens, H/J = {share}: {work}."
 
 
 explore(
     draw_roofline,
-    alt="The roofline of the card: a sloping line for memory, a flat one for multiplying. Hollow marks on it for the "
-    "orders, and a filled mark for the package's kernel as measured.",
+    alt="The roofline of the card: a sloping line for memory and a flat line for multiplying. Hollow marks on it stand "
+    "for the schedules, and a filled mark stands for the package's kernel as measured.",
     size=(8.5, 3.8),
     tokens=Control([16384, 65536], start=16384, label="tokens T"),
     share=Control([1, 2, 4, 8, 16], start=16, label="heads that share, H/J"),
 )
 
 # %% [markdown]
-# Move **H/J** down to 1, and the marks for *by token* and *by block* slide down the roof: fewer heads use each chunk.
-# *By chunk* moves little: slots shrink together with the arithmetic. So from some point on the package changes its
-# way. None of the three reaches the dotted line, where multiplying would become the limit. **This operation is limited
-# by bytes.**
+# Move **H/J** down to 1. The marks for *by token* and *by token block* slide down the roof, because fewer heads use
+# each chunk. The mark for *by chunk* moves little, because the partial results shrink together with the arithmetic. So
+# from some point on the package changes its schedule. None of the three schedules reaches the dotted line, where
+# multiplying would become the limit. **Bytes are the limit of this operation.**
 #
-# With large H/J the filled mark may stand *above* the roof. That is no mistake. The roof counts bytes from
-# memory, and a chunk that another block loaded a moment ago is still in the **L2 cache**, tens of megabytes between
-# memory and processors that answer about twice as fast. In the formula a byte is a byte wherever it comes from.
+# With large H/J the filled mark may stand *above* the roof. That is no mistake. The roof counts bytes from memory. A
+# chunk that another block loaded a moment ago is still in the **L2 cache**: tens of megabytes between memory and
+# processors, about twice as fast as memory. The formula counts a byte as a byte, wherever it comes from.
 #
-# With H/J of 1 or 2 the mark stands a little *below* the roof. What our formula leaves out (indices, sorting the choices,
-# many short programs) has grown with J, and the rows that are fetched one by one have become short. A roofline shows
-# where to look next. It does not say what one will find.
+# With H/J of 1 or 2 the mark stands a little *below* the roof. Our formula leaves out the indices, the sorting of the
+# choices, and the start of many short programs. These costs have grown with J. And the rows that are fetched one by one
+# have become short. A roofline shows where to look next. It does not show what you will find there.
 #
-# Here are all measured lengths, with the time that each ceiling alone would ask for:
+# Here are all measured lengths, with the time that each ceiling alone would require:
 
 # %%
 print(STORED, "· random choices, H/J = 16, forward, milliseconds")
-print(f"{'tokens':>7} {'multiplying':>12} {'bytes/memory':>13} {'measured':>9}   order")
+print(f"{'tokens':>7} {'multiplying':>12} {'bytes/memory':>13} {'measured':>9}   schedule")
 for row in stored["rows"]:
     if (row["op"], row["J"], row["choices"]) == ("forward", 1, "random"):
-        taken = package_order(row)
+        taken = package_schedule(row)
         moved, flop = predict(row)[taken]
-        times = flop / ceilings["flops_per_second"] * 1e3, moved / ceilings["bytes_per_second"] * 1e3
-        print(f"{length_name(row['T']):>7} {times[0]:12.2f} {times[1]:13.2f} {row['ms']:9.2f}   {taken}")
+        compute_ms = flop / ceilings["flops_per_second"] * 1e3
+        memory_ms = moved / ceilings["bytes_per_second"] * 1e3
+        print(f"{length_name(row['T']):>7} {compute_ms:12.2f} {memory_ms:13.2f} {row['ms']:9.2f}   {taken}")
 
 # %% [markdown]
-# So that is where the milliseconds go: in every row the bytes ask for several times what the multiplications ask for,
-# and the measured time follows the bytes. Where it is smaller than the column of bytes, the cache has helped.
+# So the milliseconds go into moving bytes. In every row the bytes require several times as long as the multiplications,
+# and the measured time follows the bytes. Where the measured time is shorter than the column for bytes, the cache has
+# helped.
 #
-# Are random choices fair? They are the worst case for blocks: neighbours share nothing but chance. The same lengths
-# with choices that a *trained* model makes in real text, beside random ones:
+# Is it fair to measure random choices? They are the worst case for blocks, since neighbours then share chunks only by
+# chance. Here are the same lengths with the choices that a *trained* model makes in real text, beside random choices:
 
 # %%
 print(STORED, "· forward, milliseconds")
@@ -648,24 +700,28 @@ for row in stored["rows"]:
         print(f"{length_name(row['T']):>7} {find_row(row['T'], 1)['ms']:8.2f} {row['ms']:8.2f}")
 
 # %% [markdown]
-# At the lengths that go by block, alike neighbours save time. By chunk, it makes no difference who is whose neighbour.
+# At the lengths that are processed by token block, neighbours that keep the same chunks save time. By chunk, it makes
+# no difference which tokens are neighbours.
 #
 # ## Against full attention
 #
-# Full attention reads all earlier tokens. Its bill grows with T², ours with T·K. But its kernels are the best-tuned ones
-# there are, they use every byte so often that multiplying is their limit, and for a short text T² is small. So there must
-# be a crossing. Here it is, against two kernels of PyTorch: cuDNN's and FlashAttention-2, causal, 16 heads.
+# In full attention every token reads all earlier tokens. Its cost grows with T², and ours with T·K. But its kernels are
+# the best-tuned ones that exist. They use every byte so often that multiplying is their limit. And for a short text T²
+# is small. So there must be a crossing. The picture shows it against two kernels of PyTorch: cuDNN's and
+# FlashAttention-2, causal, with 16 heads.
 
 # %%
 figure = make_figure(9.5, 3.8)
-for axes, (op, title) in zip(figure.subplots(1, 2), (("forward", "forward"), ("forward_backward", "forward and backward"))):
+panels = {"forward": "forward", "forward_backward": "forward and backward"}
+for axes, (op, title) in zip(figure.subplots(1, 2), panels.items()):
     shown = [row for row in stored["rows"] if (row["op"], row["J"], row["choices"]) == (op, 1, "random")]
     crossover(axes, shown, title=title)
 figure.suptitle(STORED, fontsize=11)
 show(
     figure,
-    "Milliseconds against tokens for HSA, cuDNN and FlashAttention-2, forward alone and with backward. HSA grows in "
-    "proportion to the tokens, full attention with their square. Dotted lines mark the length from which on HSA is faster.",
+    "Milliseconds against tokens for HSA, cuDNN and FlashAttention-2. Left: forward alone. Right: with backward. "
+    "HSA grows in proportion to the tokens, full attention with their square. Dotted lines mark the length from "
+    "which HSA is faster.",
 )
 
 # %%
@@ -676,24 +732,24 @@ for op in ("forward", "forward_backward"):
         print(f"{op} at {length_name(T)}: {row['cudnn_ms'] / row['ms']:.2f} times as fast as cuDNN, "
               f"{row['fa2_ms'] / row['ms']:.2f} times as fast as FlashAttention-2")  # fmt: skip
 longest = find_row(131072, 1)
-flop = 4 * longest["H"] * longest["D"] * longest["T"] * (longest["T"] + 1) / 2  # every token reads those up to itself
+flop = 4 * longest["H"] * longest["D"] * longest["T"] * (longest["T"] + 1) / 2  # each token reads up to itself
 share = flop / longest["cudnn_ms"] * 1e3 / ceilings["flops_per_second"]
-print(f"full attention by cuDNN at {length_name(longest['T'])} runs at {share:.0%} of the ceiling of multiplying")
+print(f"full attention by cuDNN at {length_name(longest['T'])} reaches {share:.0%} of the ceiling of multiplying")
 
 # %% [markdown]
-# A dotted line stands at the first measured length from which on HSA is faster. Below it, HSA is *slower* than full
-# attention: at 8K tokens half of all tokens keep every chunk they see, so there is little to save. Above, the gap about
-# doubles with every doubling of the text. Choosing the chunks costs time too, and is not in this picture.
-# [Notebook 08](08_retrieval_and_decode_kernels.ipynb) adds it.
+# A dotted line stands at the first measured length from which HSA is faster. Below that length HSA is *slower* than
+# full attention. At 8K tokens, half of all tokens keep every chunk that they see, so there is little to save. Above
+# that length the gap about doubles each time the text doubles. Choosing the chunks costs time too. This picture does
+# not include it. [Notebook 08](08_retrieval_and_decode_kernels.ipynb) adds it.
 #
 # ### On your own GPU
 #
-# With an NVIDIA GPU the next cell measures a small table live. Without one it says so.
+# With an NVIDIA GPU the next cell measures a small table. Without one it prints where the stored numbers come from.
 
 
 # %%
 def live_row(T, H=16, D=128, S=64, K=64):
-    """Milliseconds on this GPU: by block, by chunk, and full attention by cuDNN or whatever PyTorch has."""
+    """Milliseconds on this GPU: by token block, by chunk, and full attention by a kernel of PyTorch."""
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in (
         (1, T, H, D), (1, T // S, S, 1, D), (1, T // S, S, 1, D)
     ))  # fmt: skip
@@ -701,14 +757,15 @@ def live_row(T, H=16, D=128, S=64, K=64):
     best = torch.rand(T, T // S, device="cuda").masked_fill(~visible, -1.0).topk(K)
     indices = best.indices.masked_fill(best.values < 0, -1).int()[None, :, None]
     weights = torch.full(indices.shape, 1 / K, device="cuda").masked_fill(indices < 0, 0.0)
-    times = [triton.testing.do_bench(lambda: way.forward(q, k, v, indices, weights, D**-0.5)) for way in (by_token, by_chunk)]
+    inputs = q, k, v, indices, weights, D**-0.5
+    times = [triton.testing.do_bench(partial(schedule.forward, *inputs)) for schedule in (by_token, by_chunk)]
     full = [q.transpose(1, 2).contiguous() for _ in "qkv"]
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         return *times, triton.testing.do_bench(lambda: scaled_dot_product_attention(*full, is_causal=True))
 
 
 if torch.cuda.is_available():
-    print(torch.cuda.get_device_name(), "· milliseconds, forward: by block, by chunk, full attention")
+    print(torch.cuda.get_device_name(), "· milliseconds, forward: by token block, by chunk, full attention")
     for T in (8192, 16384, 32768):
         print(f"{length_name(T):>5}", *(f"{ms:8.2f}" for ms in live_row(T)))
 else:
@@ -717,46 +774,48 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Give a block more tokens. In the example with random choices, how do bytes and FLOP of *by block* change for M =
-# 1, 2, 4, 8, 16 and 32? What is M = 1? Where does it end?
+# **1.** Give a block more tokens. In the example with random choices, how do the bytes and the FLOP of *by token block*
+# change for M = 1, 2, 4, 8, 16 and 32? Which schedule is M = 1? What happens at M = 32?
 #
 # <details><summary>Solution</summary>
 #
-# M = 1 is the order by token, in bytes and in FLOP. With larger M the bytes fall and the FLOP rise. With M = 32 there is
-# one block, which loads every chunk once and computes *everything with everything*, most of it times 0: chunk attention
-# has become full attention. The best M lies where both ceilings ask for the same time.
+# M = 1 is the schedule by token, in bytes and in FLOP. As M grows, the bytes fall and the FLOP rise. With M = 32 there
+# is one block. It loads every chunk once and computes *all tokens with all chunks*, and multiplies most results by 0:
+# chunk attention has become full attention. The best M is where both ceilings require the same time.
 #
 # ```python
-# inputs, by_itself = example(), Meter()
-# token_order(by_itself, *inputs)
+# inputs = example()
+# single_token = Meter()
+# token_schedule(single_token, *inputs)
 # for M in (1, 2, 4, 8, 16, 32):
 #     meter = Meter()
-#     block_order(meter, *inputs, M=M)
+#     token_block_schedule(meter, *inputs, M=M)
 #     print(M, sum(meter.bytes), sum(meter.flop))
-#     assert M > 1 or (sum(meter.bytes), sum(meter.flop)) == (sum(by_itself.bytes), sum(by_itself.flop))
+#     if M == 1:
+#         assert (meter.bytes, meter.flop) == (single_token.bytes, single_token.flop)
 # assert sum(meter.flop) == 32 * count(inputs[3])["touched"] * 4 * 4 * 4 * 16
 # ```
 #
 # </details>
 #
-# **2.** A slot is written once and read once. Could a program by chunk not add its part straight into `out`? What would
-# go wrong, and what would it save? Use `traffic`'s terms.
+# **2.** A partial result is written once and read once. Could a program by chunk add its part directly to `out`? What
+# would go wrong, and what would it save? Use the terms of `traffic`.
 #
 # <details><summary>Solution</summary>
 #
-# Many programs run at once, and several may want to add to the same token's row. Each would load the row, add, and
-# store; one of two additions would be lost. *Atomic* additions make the hardware do the three steps as one. But they
-# still read and write the row: per pair q, a read and a write of GD numbers, the same `3 * row`. And they come in the
-# order of arrival, which differs from run to run, and with it the last bits of the sum ([notebook
-# 07](07_backward_kernel.ipynb) shows it). What slots really cost is *room*: K rows for each token that is under way.
-# Atomics save that, and only the term `T * row` of the bytes.
+# Many programs run at once, and several may need to add to the row of the same token. Each would load the row, add, and
+# store it. Then one of two additions could be lost. With *atomic* additions the hardware does the three steps as one.
+# But they still read and write the row: for each pair they move q once and the row of GD numbers twice, the same `3 *
+# row`. And they happen in the order in which programs arrive. That order differs from run to run, and so do the last
+# bits of the sum ([notebook 07](07_backward_kernel.ipynb) shows it). The real cost of partial results is *memory*: K
+# rows for each token in work. Atomic additions save that memory, but only the term `T * row` of the bytes.
 #
 # ```python
 # pairs, G, D, T = 1000, 16, 128, 50
-# with_slots = pairs * 3 * G * D + T * G * D
+# with_partial_results = pairs * 3 * G * D + T * G * D
 # with_atomics = pairs * 3 * G * D
-# print(f"{with_slots / with_atomics:.3f}")
-# assert with_slots / with_atomics < 1.02
+# print(f"{with_partial_results / with_atomics:.3f}")
+# assert with_partial_results / with_atomics < 1.02
 # ```
 #
 # </details>
@@ -764,7 +823,8 @@ else:
 # %% [markdown]
 # ## What comes next
 #
-# The forward pass says what the model answers. Training needs the way back: gradients of queries, keys, values, and of
-# the **weights**, which is how the loss teaches retrieval. [Notebook 07](07_backward_kernel.ipynb) derives them by hand,
-# checks each against autograd, and turns the table of jobs around without a single atomic addition. About 30 minutes.
-# After it, [notebook 08](08_retrieval_and_decode_kernels.ipynb) makes retrieval fast.
+# The forward pass computes the model's answer. Training also needs the backward pass: gradients of queries, keys,
+# values, and of the **weights**, which is how the loss teaches retrieval. [Notebook 07](07_backward_kernel.ipynb)
+# derives the gradients by hand, checks each against autograd, and inverts the table of jobs without a single atomic
+# addition. It takes about 30 minutes. After it, [notebook 08](08_retrieval_and_decode_kernels.ipynb) makes retrieval
+# fast.

@@ -241,19 +241,19 @@ def _run_token_kernel(ours):
     assert_close(ours(q[:, 0].contiguous(), k, v, indices, weights, 0.3), theirs[0, :, 0], 2e-6)
 
 
-def _order(ours):
+def _schedule(ours):
     inputs = _one_head()
     theirs = by_chunk.forward(*_with_heads(*inputs), inputs[0].shape[-1] ** -0.5)
     assert_close(ours(definitions("06_forward_kernel")["Meter"](), *inputs), theirs[0], 2e-6)
 
 
-for _name in ("token_order", "block_order", "chunk_order"):
-    twin("06_forward_kernel", _name)(_order)
+for _name in ("token_schedule", "token_block_schedule", "chunk_schedule"):
+    twin("06_forward_kernel", _name)(_schedule)
 
 
-@twin("06_forward_kernel", "package_order")
-def _package_order(ours):
-    names = {"by block": {by_token}, "by chunk": {by_chunk}, "either": {by_token, by_chunk}}
+@twin("06_forward_kernel", "package_schedule")
+def _package_schedule(ours):
+    names = {"by token block": {by_token}, "by chunk": {by_chunk}, "either": {by_token, by_chunk}}
     seen = set()
     for T, J, K in product(
         (1024, 8192, 32768, 49152, 1 << 17, 1 << 20), (1, 2, 8, 16), (4, 64, 256)
