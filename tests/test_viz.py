@@ -40,6 +40,7 @@ from hsa_mini.viz import (  # noqa: E402  # noqa: E402
     laboratory,
     live,
     make_figure,
+    models,
     plots,
     results,
     show,
@@ -250,7 +251,7 @@ def test_pyplot_is_never_loaded():
 
 @pytest.mark.parametrize(
     "module",
-    [laboratory, live, plots, results, training, widgets],
+    [laboratory, live, models, plots, results, training, widgets],
     ids=lambda module: module.__name__,
 )
 def test_viz_computes_nothing_of_its_own(module):
