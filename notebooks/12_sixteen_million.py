@@ -615,5 +615,5 @@ show(figure, f"Nats gained per token against tokens read, for each stretch of te
 # You have measured models. *Why* do they reach so far: because of the missing positions, the noise, the self-copy? To find
 # out, remove one thing at a time, train again, and ask again.
 #
-# [Notebook 13](13_laboratory.ipynb), *Which of the paper's claims hold in a small model?*, does that, in about 30 minutes.
+# [Notebook 13](13_laboratory.ipynb), *Which of the paper's claims hold in small models?*, does that, in about 30 minutes.
 # `make demo ARGS="--tokens 262144 --depth 0.9"` asks for a needle in your terminal.
