@@ -507,7 +507,7 @@ ENDS = [sum(stage.steps for stage in RECIPE.stages[: i + 1]) for i in range(len(
 
 
 def draw_progress(figure, log):
-    """Losses and predicted shares of all that is logged: rows of a step and the `COLUMNS`."""
+    """Draw losses and predicted shares; each row of the log is a step and its `COLUMNS`."""
     steps, *values = zip(*log)
     curves = {name: [value or math.nan for value in column] for name, column in zip(COLUMNS, values)}
     left, right = figure.subplots(1, 2)

@@ -59,7 +59,7 @@ from hsa_mini.viz.results import (
     percent_interval,
 )
 
-NAME = os.environ.get("HSA_MINI_MODEL", "mini")  # which shipped model is asked here
+NAME = os.environ.get("HSA_MINI_MODEL", "mini")  # the shipped model to ask
 TOKENS = int(os.environ.get("HSA_MINI_TOKENS", 32_768))  # the longest haystack read here; try 1048576
 folder = data_dir() / "checkpoints" / NAME
 model = HSAModel.from_pretrained(folder).requires_grad_(False)
@@ -375,7 +375,7 @@ for name, task in product(MODELS, TASKS):
     else:
         missing.append(f"{name} on {TITLES[task]}")
 ASKED = sorted({row.tokens for rows, _, _ in results.values() for row in rows})
-print("asked:", "; ".join(f"{file} (on {hardware})" for file, (_, _, hardware) in results.items()))
+print("measured:", "; ".join(f"{file} (on {hardware})" for file, (_, _, hardware) in results.items()))
 if missing:
     print("not measured, so nothing is known:", "; ".join(missing))
 
@@ -476,12 +476,12 @@ for file, (rows, _, _) in results.items():
 
 # %%
 for file, (rows, controls, _) in results.items():
-    kinds = {"asked": rows} | {name: [row for row in controls if row.control == name] for name in CONTROLS}
+    kinds = {"own memory": rows} | {name: [row for row in controls if row.control == name] for name in CONTROLS}
     print(f"{file:20}", end="")
     for kind, same in kinds.items():
         right = sum(row.correct for row in same)
         asked = sum(row.samples for row in same)
-        share = f"{right} of {asked} ({percent_interval(right, asked)})" if asked else "not asked"
+        share = f"{right} of {asked} ({percent_interval(right, asked)})" if asked else "no questions"
         print(f"  {kind} {share}", end="")
     print()
 

@@ -625,8 +625,8 @@ tell("QK norm")
 # **The paper** has a dense model of 0.5 B parameters, and one of 8 B with experts. Where should experts help? Where an answer
 # takes several steps, as in VT.
 #
-# **We change:** both arms learn chains. One of them has experts instead of the MLP. It has as many *active* parameters per
-# token, and more in all. This is not a step from 0.5 B to 8 B.
+# **We change:** both arms learn chains. One of them has experts instead of the MLP. It has the same number of *active*
+# parameters per token, and more in all. This is not a step from 0.5 B to 8 B.
 
 # %%
 tell("scale")
@@ -742,7 +742,7 @@ for name, same in runs.items():
 # </details>
 #
 # **2.** Write an arm of your own: the baseline, but each token keeps one chunk (`top_k` is 1). Show that it changes only this,
-# and that it has as many parameters. Run it at the scale `tiny`. Then write down the sentence that you would claim, and the
+# and that its number of parameters is the same. Run it at the scale `tiny`. Then write down the sentence that you would claim, and the
 # measure, *before* you run it at the scale `lab`.
 #
 # <details><summary>Solution</summary>
