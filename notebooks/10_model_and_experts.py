@@ -9,60 +9,59 @@
 # %% [markdown]
 # # 10 · How do 8 billion parameters cost one?
 #
-# The paper's large model has 8 billion parameters. A token meets 1 billion of them. The other seven lie in memory and
-# wait for other tokens. This notebook builds the part that makes it so, a **mixture of experts**, and then the whole model
-# around it.
+# The paper's large model has 8 billion parameters. A single token uses 1 billion of them. The other seven billion stay in
+# memory and serve other tokens. This notebook builds the part that makes this possible, a **mixture of experts**, and then
+# the whole model around it.
 #
 # After this notebook you will be able to
 #
-# * route tokens to experts by hand, and say what a gate is and what a bias is,
-# * write the layer twice, as a loop and as grouped matrix products, and prove that both are the same, gradients included,
+# * route tokens to experts by hand, and explain what a gate is and what a bias is,
+# * write the layer twice, as a loop and as grouped matrix products, and prove that both are equal, gradients included,
 # * build a complete HSA model from its parts, equal to the package's, and count its parameters with pencil and paper,
-# * watch a router collapse while a small model learns, and mend it with one number for each expert,
-# * read the bill of the 8B model: where its parameters lie, which a token meets, what 16 million tokens cost.
+# * watch a router collapse while a small model learns, and repair it with one number per expert,
+# * read the bill of the 8B model: where its parameters are, which of them a token uses, what 16 million tokens cost.
 #
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at least
 # what a block of a transformer is. No GPU.
 
 # %%
 import dataclasses
-import math
 import time
 from functools import lru_cache
 
 import torch
-from matplotlib.patches import Rectangle
 from torch import nn
 from torch.nn.functional import cross_entropy, grouped_mm, silu
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.model.block import Block
 from hsa_mini.model.cost_estimate import PRINTED, estimate_cost, scaled
 from hsa_mini.model.mlp import MLP
-from hsa_mini.model.core import Block
 from hsa_mini.model.moe import MoE
 from hsa_mini.model.norm import RMSNorm
 from hsa_mini.ops.rope import rope_table
-from hsa_mini.viz import Control, explore, make_figure, show
-from hsa_mini.viz.plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, PURPLE, RED, SKY, length_name
+from hsa_mini.viz import Control, explore, make_figure, models, show
+from hsa_mini.viz.plots import BLUE, GREY, RED, length_name
 
 # %% [markdown]
 # ## The question in plain words
 #
-# A block of a transformer does two things with a token. It looks around (attention), and then it thinks: a small network,
-# the MLP, which sees that token alone. Most parameters sit in these networks. They are where a model keeps what it knows.
+# A block of a transformer does two things with a token. First it looks around (attention). Then a small network, the MLP,
+# processes this token separately from all others. Most parameters are in these networks. They are where a model keeps what
+# it knows.
 #
-# Whoever wants a model to know twice as much makes them twice as wide. Then every token costs twice as many
+# A model that has to know twice as much needs MLPs that are twice as wide. Then every token costs twice as many
 # multiplications. But does `7` need everything that is known about birds?
 #
-# So cut the wide network into many narrow ones, the **experts**. A **router** looks at each token and sends it to a few.
-# Parameters grow with the number of experts. Work grows with the number that is *asked*.
+# So we cut the wide network into many narrow ones, the **experts**. A **router** looks at each token and sends it to a few of
+# them. The number of parameters grows with the number of experts. The work grows with the number of experts *per token*.
 #
 # ## In symbols
 #
-# Block by block, for the vector $x_t$ of one token, with $E$ experts of which $A$ are asked (DeepSeek-V3, arXiv
-# 2412.19437, §2.1.2; the paper of this course builds on it):
+# The layer computes this for the vector $x_t$ of one token. There are $E$ experts, and each token uses $A$ of them
+# (DeepSeek-V3, arXiv 2412.19437, §2.1.2; the paper of this course builds on it):
 #
 # $$s_{t,e} = \mathrm{sigmoid}(x_t \cdot r_e) \qquad I_t = \text{the } A \text{ experts of the largest } s_{t,e} + b_e \qquad
 # g_{t,e} = \frac{s_{t,e}}{\sum_{j \in I_t} s_{t,j}}$$
@@ -71,25 +70,26 @@ from hsa_mini.viz.plots import BLUE, GREY, HEAT, INK, ORANGE, PALE, PURPLE, RED,
 #
 # | symbol | what it is | in code | shape |
 # |---|---|---|---|
-# | $r_e$ | what expert $e$ listens for | `router` | `[E, C]` |
+# | $r_e$ | the direction that expert $e$ looks for | `router` | `[E, C]` |
 # | $s_{t,e}$ | the affinity of token and expert, 0 to 1 | `affinity` | `[M, E]`, M tokens |
-# | $b_e$ | a push for expert $e$, in the choice alone | `bias` | `[E]` |
-# | $I_t$ | the experts that are asked | `chosen` | `[M, A]` |
-# | $g_{t,e}$ | how much each answer counts | `gates` | `[M, A]`, they sum to 1 |
+# | $b_e$ | a bias for expert $e$, used only for the choice | `bias` | `[E]` |
+# | $I_t$ | the chosen experts | `chosen` | `[M, A]` |
+# | $g_{t,e}$ | the weight of each expert's output | `gates` | `[M, A]`, they sum to 1 |
 #
-# One expert is **shared**: every token asks it. What all tokens need does not have to be learned 64 times.
+# One expert is **shared**: every token uses it. What all tokens need does not have to be learned 64 times.
 #
-# You have met this machine: [notebook 04](04_fusion.ipynb) called HSA a mixture of experts whose experts are chunks.
+# You have already seen this structure: [notebook 04](04_fusion.ipynb) called HSA a mixture of experts whose experts are
+# chunks.
 
 # %% [markdown]
 # ## Twelve tokens, four experts
 #
-# Our twelve tokens, and four experts by rule: one for little words, one for things, one for numbers, one for doings. A
-# table of affinities stands in for a trained router. Two experts are asked, A = 2.
+# We take our twelve tokens and four experts with fixed rules: one for function words, one for things, one for numbers, one
+# for actions. A table of affinities replaces a trained router. Each token uses two experts, A = 2.
 
 # %%
 WORDS = "the code is 7 birds sing at dawn what is the code".split()
-EXPERTS = ["little words", "things", "numbers", "doings"]
+EXPERTS = ["function words", "things", "numbers", "actions"]
 TABLE = {
     "the is at what": (0.9, 0.3, 0.2, 0.1),
     "code birds dawn": (0.3, 0.9, 0.2, 0.1),
@@ -101,107 +101,100 @@ affinity = torch.tensor([row_of[word] for word in WORDS])  # [M, E]
 
 
 def choose(affinity, bias, A):
-    """affinity [M, E], bias [E] -> the experts that are asked [M, A] and their gates [M, A], which sum to 1."""
+    """affinity [M, E], bias [E] -> the chosen experts [M, A] and their gates [M, A], which sum to 1."""
     chosen = (affinity + bias).topk(A, dim=-1).indices
     gates = affinity.gather(-1, chosen)  # without the bias
     return chosen, gates / gates.sum(dim=-1, keepdim=True)
 
 
 def load_of(chosen, E):
-    """The share of all askings that each expert gets [E]: 1/E each if all are asked alike."""
+    """The share of all assignments that each expert gets [E]; 1/E each is a perfect balance."""
     return torch.bincount(chosen.flatten(), minlength=E) / chosen.numel()
 
 
 # %% [markdown]
-# By hand: `7` has 0.9 for numbers and 0.3 for things. The gates are 0.9 / 1.2 = **0.75** and **0.25**. And who is busy? Six
-# little words and four things ask the first expert. *Every* word asks the second, some first and some second: 12 of 24
-# askings, where a fair share is 6.
+# By hand: `7` has 0.9 for numbers and 0.3 for things. The gates are 0.9 / 1.2 = **0.75** and **0.25**. And which experts are
+# busy? An assignment is one pair of a token and an expert that it uses. Six function words and four things are assigned to
+# the first expert. *Every* word is assigned to the second expert, either as its first choice or as its second: 12 of 24
+# assignments, where a fair share is 6.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 chosen, gates = choose(affinity, torch.zeros(4), A=2)
-print("`7` asks", {EXPERTS[e]: round(g, 2) for e, g in zip(chosen[3].tolist(), gates[3].tolist())})
-print("askings:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().tolist())))
+print("`7` uses", {EXPERTS[e]: round(g, 2) for e, g in zip(chosen[3].tolist(), gates[3].tolist())})
+print("assignments:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().tolist())))
 
 # %% [markdown]
-# **You should see** 0.75 and 0.25, and the askings 10, 12, 1, 1.
+# **You should see** 0.75 and 0.25, and the assignments 10, 12, 1, 1.
 #
-# That is a waste. Two experts do nearly all the work, and the other two learn nearly nothing, because who is not asked
-# gets no gradient. On several GPUs, with the experts spread over them, two GPUs would wait for the other two.
+# That is a waste. Two experts do nearly all the work. The other two learn nearly nothing, because an expert that is not
+# chosen gets no gradient. If the experts are spread over several GPUs, two GPUs wait for the other two.
 #
-# The remedy is the **bias**. After every step, whoever was asked more than the mean gets a little less, whoever was asked
-# less gets a little more:
+# The remedy is the **bias**. After every step, the bias of each expert with more than the mean load becomes a little
+# smaller, and the bias of each expert with less becomes a little larger:
 #
 # $$b_e \leftarrow b_e + \text{rate} \cdot \mathrm{sign}\!\left(\tfrac{1}{E} - \text{load}_e\right)$$
 #
-# It moves the *choice*. The gates do not know it, so it distorts no answer. And it needs no extra term in the loss that
-# would pull against the language.
+# The bias changes only the *choice*. The gates do not contain it, so it distorts no output. And the loss needs no extra term
+# that would compete with the language task.
 
 
 # %%
-def balance(bias, load, rate):
-    """One step of the bias [E] against the load [E]."""
+def update_bias(bias, load, rate):
+    """One step of the bias [E] towards equal loads [E]."""
     return bias + rate * torch.sign(1 / len(load) - load)
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-pushed = balance(torch.zeros(4), load_of(chosen, 4), rate=0.15)
+pushed = update_bias(torch.zeros(4), load_of(chosen, 4), rate=0.15)
 chosen, gates = choose(affinity, pushed, A=2)
 print("bias:", [round(b, 2) for b in pushed.tolist()])
-print("`7` asks", {EXPERTS[e]: round(g, 2) for e, g in zip(chosen[3].tolist(), gates[3].tolist())})
-print("askings:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().tolist())))
+print("`7` uses", {EXPERTS[e]: round(g, 2) for e, g in zip(chosen[3].tolist(), gates[3].tolist())})
+print("assignments:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().tolist())))
 
 # %% [markdown]
-# **You should see** that `7` now asks numbers and doings. Its gates are 0.9 / 1.1 = 0.82 and 0.2 / 1.1 = 0.18: clean
-# affinities. And the askings are 6, 4, 12, 2. The crowd has moved to numbers. **The step was too large**, and the next one
-# would push it back. Steps have to be small, and many.
+# **You should see** that `7` now uses numbers and actions. Its gates are 0.9 / 1.1 = 0.82 and 0.2 / 1.1 = 0.18: these are
+# affinities without the bias. And the assignments are 6, 4, 12, 2. Most tokens have moved to numbers. **The step was too
+# large**, and the next one would push them back. Steps have to be small, and there have to be many.
 #
 # ### Move it
 #
-# Each column is a token, each row an expert, and the number is the gate. Push `things` up: nothing happens, since every word
-# asks it already. Push it down: at which bias does the first word change its expert? Then ask one expert, or all four. With
-# A = 4 no bias matters any more. Why?
+# Each column is a token, each row an expert, and the number is the gate. Raise the bias of `things`: nothing happens, since
+# every word uses this expert already. Lower it: at which bias does the first word change its expert? Then let each token use
+# one expert, or all four. With A = 4 no bias matters any more. Why?
 
 
 # %%
-def draw_gates(axes, chosen, gates):
-    """The gates of the twelve tokens [M, A] as a grid of tokens and experts."""
-    for t, e, gate in zip(torch.arange(12).repeat_interleave(chosen.shape[1]), chosen.flatten(), gates.flatten().tolist()):
-        axes.add_patch(Rectangle((t - 0.5, e - 0.5), 1, 1, facecolor=BLUE, alpha=0.15 + 0.85 * gate))
-        axes.text(t, e, f"{gate:.2f}", ha="center", va="center", fontsize=10, color="white" if gate > 0.5 else INK)
-    axes.set(xlim=(-0.5, 11.5), ylim=(3.5, -0.5))
-    axes.set_xticks(range(12), WORDS, rotation=40, ha="right")
-    axes.set_yticks(range(4), EXPERTS)
-
-
 def draw_routes(figure, A, bias):
-    """Gates of the twelve tokens, and how often each expert is asked."""
+    """The gates of the twelve tokens, and the number of assignments of each expert."""
     chosen, gates = choose(affinity, torch.tensor([0, bias, 0, 0]), A)
+    counts = (12 * A * load_of(chosen, 4)).round().int()
+    fair = 3 * A
     left, right = figure.subplots(1, 2, width_ratios=(4, 1), sharey=True)
-    draw_gates(left, chosen, gates)
+    models.gate_grid(left, chosen, gates, WORDS, EXPERTS)
+    models.load_bars(right, counts, fair)
     left.set_title(f"gates, with a bias of {bias:+.2f} for `things`")
-    asked, fair = (12 * A * load_of(chosen, 4)).round().int(), 3 * A
-    right.bar_label(right.barh(range(4), asked, color=ORANGE), padding=3)
-    right.axvline(fair, color=GREY, linestyle="--")
-    right.set(title="askings", xlim=(0, 15), xticks=[])
-    right.spines[["top", "right", "bottom"]].set_visible(False)
-    return f"A = {A}: the busiest expert is asked {asked.max()} times, {asked.max() / fair:.2f} times its fair share of {fair}."
+    right.set_title("assignments")
+    busiest = f"the busiest expert has {counts.max()} assignments"
+    return f"A = {A}: {busiest}, {counts.max() / fair:.2f} times its fair share of {fair}."
 
 
 explore(
     draw_routes,
-    alt="Twelve tokens from left to right, four experts from top to bottom, gates as shades of blue; bars count the askings.",
+    alt="Twelve tokens from left to right, four experts from top to bottom. Shades of blue show the gates. "
+    "Bars count the assignments of each expert.",
     size=(9, 2.9),
-    A=Control((1, 4), start=2, label="experts asked A"),
+    A=Control((1, 4), start=2, label="experts per token A"),
     bias=Control((-1.0, 1.0, 0.25), start=0.0, label="bias of `things`"),
 )
 
 # %% [markdown]
 # ## The layer, as a loop
 #
-# In earnest an expert is an MLP with a gate inside, SwiGLU: two maps up, one of them through `silu`, their product, one map
-# down. Three matrices of $C \times$ `hidden`. Here is one expert, and Eq. "$y_t$" the way one would say it aloud.
+# In a real model an expert is an MLP with a gate inside, SwiGLU. It has two projections up. One of them passes through
+# `silu`, then both are multiplied, and a third projection leads down again. These are three matrices of
+# $C \times$ `hidden`. The cell below has one expert, and the equation of $y_t$ written exactly as it reads.
 
 
 # %%
@@ -216,25 +209,29 @@ def loop_over_experts(layer, x):
     tokens = x.flatten(0, 1)  # [M, C]
     chosen, gates = choose((tokens @ layer.router.weight.T).sigmoid(), layer.bias, layer.active)
     out = []
-    for t in range(len(tokens)):
+    for t, experts in enumerate(chosen.tolist()):
         token = tokens[t : t + 1]
-        parts = [gates[t, a] * expert(token, layer.up_and_gate[e], layer.down[e]) for a, e in enumerate(chosen[t].tolist())]
-        out.append(expert(token, layer.shared.up_and_gate.weight.T, layer.shared.down.weight.T) + sum(parts))
+        parts = [gates[t, a] * expert(token, layer.up_and_gate[e], layer.down[e]) for a, e in enumerate(experts)]
+        shared = expert(token, layer.shared.up_and_gate.weight.T, layer.shared.down.weight.T)
+        out.append(shared + sum(parts))
     return torch.cat(out).view_as(x)
 
 
 # %% [markdown]
-# First, what does cutting cost? Nothing. If *all* experts are asked and every gate is 1, they are one wide MLP, cut into
-# pieces. So a mixture is a wide MLP in which each token uses some of the columns. We take the experts of the preset
-# `mini_moe`, with random weights.
+# First, what does cutting cost? Nothing. If every token uses *all* experts and every gate is 1, then the experts are one wide
+# MLP, cut into pieces. So a mixture is a wide MLP in which each token uses some of the columns. We take the experts of the
+# preset `mini_moe`, with random weights.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
 config = PRESETS["mini_moe"]
 layer = HSAModel(config).lower[1].mlp  # the first block is dense, the second has experts
-E, A, C, hidden = config.experts, config.experts_active, config.width, config.expert_width
-print(f"{E} experts of {hidden}, {A} asked, width {C}")
+E = config.experts
+A = config.experts_active
+C = config.width
+hidden = config.expert_width
+print(f"{E} experts of {hidden}, {A} per token, width {C}")
 x = torch.randn(2, 30, C)
 up, gate = layer.up_and_gate.unflatten(-1, (2, hidden)).permute(2, 1, 0, 3).flatten(2)  # each [C, E*hidden]
 wide = expert(x, torch.cat((up, gate), dim=1), layer.down.flatten(0, 1))
@@ -244,9 +241,9 @@ print("all experts together == one wide MLP:", torch.allclose(pieces, wide, atol
 # %% [markdown]
 # ## The layer, grouped
 #
-# The loop makes a tiny product for every token and expert. A processor likes few large products. So: write down every
-# pair (token, expert), **sort the pairs by expert**, and each expert has its tokens in one block. `grouped_mm` multiplies
-# block by block, each with the matrix of its own expert. Then sort back.
+# The loop computes a tiny product for every pair of a token and an expert. A processor is faster with a few large products.
+# So we list every pair (token, expert) and **sort the pairs by expert**. Now the tokens of each expert form one block.
+# `grouped_mm` multiplies block by block, each block with the matrix of its own expert. Then we undo the sorting.
 #
 # `order // A` is the only trick. Pair number $p$ belongs to token $p // A$, since each token has $A$ pairs.
 
@@ -257,32 +254,32 @@ def grouped_experts(layer, x):
     tokens = x.flatten(0, 1)  # [M, C]
     chosen, gates = choose((tokens @ layer.router.weight.T).sigmoid(), layer.bias, layer.active)
     order = chosen.flatten().argsort(stable=True)  # [M*A] pairs, those of expert 0 first
-    ends = torch.bincount(chosen.flatten(), minlength=len(layer.bias)).cumsum(0).int()  # where each expert's block ends
+    expert_offsets = torch.bincount(chosen.flatten(), minlength=len(layer.bias)).cumsum(0).int()  # ends of the blocks
     rows = tokens[order // layer.active]  # [M*A, C]
-    up, gate = grouped_mm(rows, layer.up_and_gate, offs=ends).chunk(2, dim=-1)
-    answers = grouped_mm(up * silu(gate), layer.down, offs=ends)
-    back = answers[order.argsort()].unflatten(0, (-1, layer.active))  # [M, A, C], as they stood before the sorting
-    return layer.shared(x) + (gates[..., None] * back).sum(dim=1).view_as(x)
+    up, gate = grouped_mm(rows, layer.up_and_gate, offs=expert_offsets).chunk(2, dim=-1)
+    outputs = grouped_mm(up * silu(gate), layer.down, offs=expert_offsets)
+    unsorted = outputs[order.argsort()].unflatten(0, (-1, layer.active))  # [M, A, C], in the order of the tokens
+    return layer.shared(x) + (gates[..., None] * unsorted).sum(dim=1).view_as(x)
 
 
 # %% [markdown]
-# The twelve tokens once more, with A = 2. **You should see** who sits in whose block: the same counts as above, 10, 12, 1
-# and 1.
+# The next cell sorts the twelve tokens once more, with A = 2.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 chosen, _ = choose(affinity, torch.zeros(4), A=2)
 order = chosen.flatten().argsort(stable=True)
-ends = torch.bincount(chosen.flatten(), minlength=4).cumsum(0)
-for name, block in zip(EXPERTS, torch.tensor_split(order // 2, ends[:-1])):
-    print(f"{name:12} {len(block):2}:", " ".join(WORDS[t] for t in block))
-
+expert_offsets = torch.bincount(chosen.flatten(), minlength=4).cumsum(0)
+for name, block in zip(EXPERTS, torch.tensor_split(order // 2, expert_offsets[:-1])):
+    print(f"{name:14} {len(block):2}:", " ".join(WORDS[t] for t in block))
 
 # %% [markdown]
+# **You should see** the tokens in the block of each expert. The counts are the same as above: 10, 12, 1 and 1.
+#
 # ## The equality of this notebook
 #
-# Loop, grouped products and the package's layer: the same output, and the same gradient for the input, the router, the
-# shared expert and all others. (The bias has none. It is moved by counting.)
+# The loop, the grouped products and the package's layer have the same output. They also have the same gradients for the
+# input, the router, the shared expert and all routed experts. (The bias has no gradient. It is updated by counting.)
 
 
 # %%
@@ -296,17 +293,18 @@ def output_and_gradients(mixture, layer, x):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-looped, grouped, package = (
-    output_and_gradients(mixture, layer, x) for mixture in (loop_over_experts, grouped_experts, lambda layer, x: layer(x))
-)
+looped = output_and_gradients(loop_over_experts, layer, x)
+grouped = output_and_gradients(grouped_experts, layer, x)
+package = output_and_gradients(lambda layer, x: layer(x), layer, x)
 names = ["output", "x", *(name for name, _ in layer.named_parameters())]
 for name, a, b, c in zip(names, looped, grouped, package):
-    print(f"{name:24} loop == grouped == package: {torch.allclose(a, b, atol=1e-4) and torch.allclose(a, c, atol=1e-4)}")
+    same = torch.allclose(a, b, atol=1e-4) and torch.allclose(a, c, atol=1e-4)
+    print(f"{name:24} loop == grouped == package: {same}")
 
 
 # %% [markdown]
-# **You should see** `True` seven times. How do they compare in time? Beside them stands the wide MLP, which has as many
-# parameters as all experts together and asks all of them. Two of eight experts and the shared one are 3/8 of its work.
+# **You should see** `True` seven times. How do they compare in time? We also time the wide MLP. It has as many parameters as
+# all experts together, and each token uses all of them. Two of eight experts and the shared one are 3/8 of its work.
 
 
 # %%
@@ -320,7 +318,8 @@ def milliseconds(run, times=5):
     return 1e3 * min(seconds)
 
 
-many, dense = torch.randn(1, 2048, C), MLP(C, E * hidden)
+many = torch.randn(1, 2048, C)
+dense = MLP(C, E * hidden)
 with torch.no_grad():
     few = many[:, :128]
     each = milliseconds(lambda: loop_over_experts(layer, few), times=2) / few.shape[1]
@@ -331,25 +330,25 @@ with torch.no_grad():
 # %% [markdown]
 # ## The whole model, from its parts
 #
-# Everything is there now. A text goes through
+# Now all parts are known. A text passes through
 #
 # 1. the **embedding**, a vector for each token,
 # 2. the **lower decoder**, blocks with a window and an MLP or experts,
 # 3. the **chunk encoder**, which makes keys, values and landmarks of each complete chunk ([notebook 02](02_chunks.ipynb)),
 # 4. the **upper decoder**, groups of blocks; the first block of each group also retrieves ([notebook 05](05_layer.ipynb)),
-# 5. a norm and the **head**, which is the embedding, used backwards.
+# 5. a norm and the **head**, which is the transposed embedding.
 
 
 # %%
 def build(c):
-    """The parts of a model, in the order in which a token meets them."""
-    lower = (Block(c, with_hsa=False, with_experts=bool(c.experts) and i > 0) for i in range(c.lower_layers))
-    kinds = [i % c.layers_per_group == 0 for i in range(c.groups * c.layers_per_group)]
+    """The parts of a model, in the order in which a token passes through them."""
+    dense_or_experts = [bool(c.experts) and i > 0 for i in range(c.lower_layers)]
+    with_hsa = [i % c.layers_per_group == 0 for i in range(c.groups * c.layers_per_group)]
     parts = nn.ModuleDict()
     parts["embedding"] = nn.Embedding(c.vocab_size, c.width)
-    parts["lower"] = nn.ModuleList(lower)
+    parts["lower"] = nn.ModuleList(Block(c, with_hsa=False, with_experts=experts) for experts in dense_or_experts)
     parts["encoder"] = ChunkEncoder(c)
-    parts["upper"] = nn.ModuleList(Block(c, with_hsa=hsa, with_experts=bool(c.experts)) for hsa in kinds)
+    parts["upper"] = nn.ModuleList(Block(c, with_hsa=hsa, with_experts=bool(c.experts)) for hsa in with_hsa)
     parts["norm"] = RMSNorm(c.width)
     parts["head"] = nn.Linear(c.width, c.vocab_size, bias=False)
     parts["head"].weight = parts["embedding"].weight
@@ -358,50 +357,84 @@ def build(c):
 
 def logits(parts, ids, c):
     """ids [B, T] -> logits [B, T, vocabulary]."""
-    x, table = parts["embedding"](ids), rope_table(torch.arange(ids.shape[1]), c.head_dim, c.rope_base)
+    x = parts["embedding"](ids)
+    table = rope_table(torch.arange(ids.shape[1]), c.head_dim, c.rope_base)
     for block in parts["lower"]:
         x, _ = block(x, table, None)
-    complete, memory = ids.shape[1] // c.chunk_size, ChunkMemory(c)
-    memory.append(*parts["encoder"](x[:, : complete * c.chunk_size].unflatten(1, (complete, c.chunk_size))))
+    complete = ids.shape[1] // c.chunk_size
+    memory = ChunkMemory(c)
+    chunks = x[:, : complete * c.chunk_size].unflatten(1, (complete, c.chunk_size))
+    memory.append(*parts["encoder"](chunks))
     for block in parts["upper"]:
-        x, _ = block(x, table, None, lambda hsa, asks: hsa(asks, memory.landmarks, memory.attend, position=0)[0])
+        x, _ = block(x, table, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0])
     return parts["head"](parts["norm"](x))
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
-model, parts = HSAModel(config).eval(), build(config).eval()
+model = HSAModel(config).eval()
+parts = build(config).eval()
 parts.load_state_dict(model.state_dict())
 ids = torch.randint(config.vocab_size, (1, 700))
 with torch.no_grad():
-    print("parts put together == package's model:", torch.allclose(logits(parts, ids, config), model(ids).logits, atol=1e-4))
+    same = torch.allclose(logits(parts, ids, config), model(ids).logits, atol=1e-4)
+print("parts put together == package's model:", same)
 
 # %% [markdown]
 # **You should see** `True`. The weights even have the same names, so they could be copied over in one line.
 #
 # ## Counting
 #
-# With pencil and paper. Every matrix is rows times columns, and every norm has one number a dimension. The argument
-# `experts` says how many are counted in each layer: all of them for the total, $A$ for what one token meets.
+# Now we count with pencil and paper. A matrix has rows times columns parameters, and a norm has one parameter per dimension.
+# The argument `experts` is the number of experts to count in each layer: all of them for the total, $A$ for what one token
+# uses.
 
 
 # %%
+def window_parameters(c):
+    """Window attention of a block: queries and output, keys and values."""
+    return 2 * c.width * c.head_dim * (c.heads + c.kv_heads)
+
+
+def mlp_parameters(c, experts):
+    """The MLP of a block; or its router, its shared expert, and so many routed experts."""
+    if not c.experts:
+        return 3 * c.width * c.mlp_width
+    return c.width * c.experts + 3 * c.width * c.expert_width * (1 + experts)
+
+
+def head_norms(c):
+    """Norms over the heads of an HSA layer (its queries) or of the encoder (its keys and landmarks)."""
+    return c.hsa_head_dim + c.retrieval_norm * c.retrieval_dim
+
+
+def encoder_parameters(c):
+    outputs = 2 * c.hsa_kv_heads * c.hsa_head_dim + c.retrieval_heads * c.retrieval_dim  # keys and values, landmark
+    mlp = 3 * c.width * (c.encoder_mlp_width or c.mlp_width)
+    norms = 3 * c.width + 2 * c.head_dim + head_norms(c)
+    return window_parameters(c) + mlp + c.width * (1 + outputs) + norms  # the 1 is [CLS]
+
+
+def hsa_parameters(c):
+    queries = 2 * c.hsa_heads * c.hsa_head_dim + c.retrieval_heads * c.retrieval_dim  # with the output; for retrieval
+    return c.width * (queries + 1) + head_norms(c)  # the 1 is a norm
+
+
 def parameters(c, experts):
-    """Parameters of each part, with so many experts counted in a layer (the shared one comes on top)."""
-    window, mlp = 2 * c.width * c.head_dim * (c.heads + c.kv_heads), 3 * c.width * c.mlp_width
-    mixture = c.width * c.experts + 3 * c.width * c.expert_width * (1 + experts) if c.experts else mlp
-    asks = 2 * c.hsa_heads * c.hsa_head_dim + c.retrieval_heads * c.retrieval_dim  # queries and output, retrieval queries
-    files = 2 * c.hsa_kv_heads * c.hsa_head_dim + c.retrieval_heads * c.retrieval_dim  # keys and values, landmark
-    encoder = window + 3 * c.width * (c.encoder_mlp_width or c.mlp_width) + c.width * (1 + files)  # the 1 is [CLS]
-    lower, upper, norms = c.lower_layers, c.upper_layers, 2 * (c.width + c.head_dim)  # of a block with a window
-    gains = c.hsa_head_dim + c.retrieval_norm * c.retrieval_dim  # of norms: of keys and landmarks, or of queries of both kinds
+    """Parameters of each part, with so many routed experts counted in each layer."""
+    dense = 3 * c.width * c.mlp_width  # the first block never has experts
+    blocks = c.lower_layers + c.upper_layers
     return {
-        "embedding and head": c.vocab_size * c.width, "lower window attention": lower * window,
-        "lower MLPs and experts": mlp + (lower - 1) * mixture, "chunk encoder": encoder + norms + c.width + gains,
-        "upper window attention": upper * window, "HSA": c.groups * (c.width * (asks + 1) + gains),
-        "upper MLPs and experts": upper * mixture, "norms": (lower + upper) * norms + c.width,
-    }  # fmt: skip
+        "embedding and head": c.vocab_size * c.width,
+        "lower window attention": c.lower_layers * window_parameters(c),
+        "lower MLPs and experts": dense + (c.lower_layers - 1) * mlp_parameters(c, experts),
+        "chunk encoder": encoder_parameters(c),
+        "upper window attention": c.upper_layers * window_parameters(c),
+        "HSA": c.groups * hsa_parameters(c),
+        "upper MLPs and experts": c.upper_layers * mlp_parameters(c, experts),
+        "norms": blocks * 2 * (c.width + c.head_dim) + c.width,
+    }
 
 
 # %%
@@ -409,22 +442,22 @@ def parameters(c, experts):
 for name in ("mini_moe", "ul_0_5b", "ul_8b_a1b"):
     by_hand = parameters(PRESETS[name], PRESETS[name].experts)
     print(f"{name:9} by hand == package, part by part:", by_hand == estimate_cost(name).params_by_part)
-met = parameters(config, A)
-active = sum(met.values()) - met["embedding and head"]
+of_one_token = parameters(config, A)
+active = sum(of_one_token.values()) - of_one_token["embedding and head"]
 print(f"mini_moe: {sum(parameters(config, E).values()):,} in all, {active:,} active")
 
 # %% [markdown]
 # **You should see** `True` three times, so every part agrees. *Active* here leaves out the embedding and
-# the head. With them, `mini_moe` has 6.6 million and the 8B 1.29 billion. We always say which of the two we mean.
+# the head. With them, `mini_moe` has 6.6 million and the 8B 1.29 billion. We always state which of the two we mean.
 #
-# Is it true that a token meets no more than that? We need not believe it. What a token meets gets a **gradient**, and the
-# rest gets none. We let `mini_moe` read 700 tokens, then one more, and count the weights whose gradient is not zero. (The
-# encoder did its work before: the token reads what it made. So it is added by hand.)
+# Is it true that a token uses no more than that? We can test it. Every parameter that a token uses gets a **gradient**, and
+# the others get none. We let `mini_moe` read 700 tokens, then one more, and count the weights whose gradient is not zero.
+# (The encoder ran before this token: the token only reads what the encoder wrote. So we add its parameters by hand.)
 
 
 # %%
 def reached(model):
-    """Parameters that have a gradient, embedding and head aside; an expert counts only if it was asked."""
+    """Parameters that have a gradient, without embedding and head; an expert counts only if it was chosen."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     gradients = [grad for name, grad in named if not name.startswith(("embedding", "head"))]
     return sum(part.numel() for grad in gradients for part in (grad if grad.dim() == 3 else [grad]) if part.any())
@@ -435,19 +468,19 @@ def reached(model):
 with torch.no_grad():
     memory = model(ids).memory
 model(ids[:, :1], memory).logits.sum().backward()
-print("parameters with a gradient + encoder == active:", reached(model) + met["chunk encoder"] == active)
+print("parameters with a gradient + encoder == active:", reached(model) + of_one_token["chunk encoder"] == active)
 
 # %% [markdown]
 # **You should see** `True`.
 #
 # ## Watch a router collapse
 #
-# Now a real one. A small model with eight experts in three of its four blocks learns to predict real text: 120 steps of 512
-# tokens. It runs twice, with the same text, the same seed, the same steps. In one run the biases stay at 0. In the other
-# each step moves them. Besides the loss we record, for every step,
+# Now we take a real router. A small model with eight experts in three of its four blocks learns to predict real text: 120
+# steps of 512 tokens. We train it twice, with the same text, the same seed and the same steps. In one run the biases stay at
+# 0. In the other run each step updates them. At every step we record the loss, and
 #
-# * the **load**: which share of all askings each expert got,
-# * how **alike** the tokens are to the router: the mean cosine between the vectors that it sees.
+# * the **load**: the share of all assignments that each expert got,
+# * the **similarity** of the tokens at the router: the mean cosine between the vectors that the router receives.
 
 
 # %%
@@ -455,46 +488,56 @@ SMALL = dataclasses.replace(PRESETS["nano"], experts=8, experts_active=2, expert
 TEXT = torch.from_numpy(load_corpus("train").tokens[:2_000_000].astype("int64"))
 
 
-def alike(x):
-    """The mean cosine between all pairs of tokens [B, T, C]: 1 if all point the same way."""
+def similarity(x):
+    """The mean cosine between all pairs of tokens [B, T, C]: 1 if all vectors point in the same direction."""
     return nn.functional.normalize(x.detach().flatten(0, 1), dim=-1).mean(dim=0).square().sum()
 
 
-def learn(rate, steps=120, batch=8, tokens=64):
-    """-> the model; for every step the loss, the load of the last block's experts [E], and how alike its tokens are."""
+def learning_step(model, optimizer, batch=8, tokens=64):
+    """One step of training on random passages of the text; returns the loss."""
+    starts = torch.randint(len(TEXT) - tokens - 1, (batch,))
+    text = torch.stack([TEXT[i : i + tokens + 1] for i in starts])
+    loss = cross_entropy(model(text[:, :-1]).logits.flatten(0, 1), text[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def learn(rate, steps=120):
+    """-> the model; for every step the loss, the load of the last block's experts [E], and its tokens' similarity."""
     torch.manual_seed(0)
-    model, log, seen = HSAModel(SMALL).train(), [], []
+    model = HSAModel(SMALL).train()
     mixtures = [part for part in model.modules() if isinstance(part, MoE)]
-    mixtures[-1].register_forward_hook(lambda layer, given, out: seen.append(given[0]))
+    inputs = []
+    mixtures[-1].register_forward_hook(lambda layer, given, out: inputs.append(given[0]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    log = []
     for _ in range(steps):
-        text = torch.stack([TEXT[i : i + tokens + 1] for i in torch.randint(len(TEXT) - tokens - 1, (batch,))])
-        loss = cross_entropy(model(text[:, :-1]).logits.flatten(0, 1), text[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        log.append((loss.detach(), [mixture.balance(rate).load for mixture in mixtures][-1], alike(seen.pop())))
+        loss = learning_step(model, optimizer)
+        load = [mixture.balance(rate).load for mixture in mixtures][-1]
+        log.append((loss, load, similarity(inputs.pop())))
     return model, *map(torch.stack, zip(*log))
 
 
 # %%
 threads = torch.get_num_threads()
 torch.set_num_threads(1)  # these tensors are small: one core is faster than several that wait for each other
-left_alone, *record_alone = learn(rate=0.0)
+without_bias, *record_without = learn(rate=0.0)
 
 # %%
-evened_out, *record_evened = learn(rate=0.02)
+with_bias, *record_with = learn(rate=0.02)
 torch.set_num_threads(threads)
 
 
 # %% [markdown]
-# What is a good load? Two numbers say it. **Imbalance** is the largest load over the mean: 1 is perfect, and $E/A$ = 4 is the
-# worst, when two experts are asked by everybody. **Entropy** is $-\sum \text{load} \log \text{load}$: $\log 8$ = 2.08 is
-# perfect, $\log 2$ = 0.69 the worst.
+# What is a good load? Two numbers describe it. The **max over mean load** is the largest load divided by the mean. 1 is
+# perfect. $E/A$ = 4 is the worst case, in which all tokens use the same two experts. The **entropy** is
+# $-\sum \text{load} \log \text{load}$. $\log 8$ = 2.08 is perfect, and $\log 2$ = 0.69 is the worst case.
 
 
 # %%
-def imbalance(load):
+def max_over_mean_load(load):
     return load.max(dim=-1).values * load.shape[-1]
 
 
@@ -502,230 +545,183 @@ def entropy(load):
     return -torch.xlogy(load, load).sum(dim=-1)
 
 
-for name, (loss, load, likeness) in {"left alone": record_alone, "evened out": record_evened}.items():
+for name, (loss, load, _) in {"without updates": record_without, "with updates": record_with}.items():
     last = load[-20:].mean(dim=0)
-    measures = f"loss {loss[-20:].mean():.2f}, imbalance {imbalance(last):.2f}, entropy {entropy(last):.2f}"
-    print(f"{name}, mean of the last 20 steps: {measures}")
-print("how alike tokens are at steps 0, 20, 60, 119:", [round(record_alone[2][step].item(), 2) for step in (0, 20, 60, 119)])
+    loads = f"max over mean load {max_over_mean_load(last):.2f}, entropy {entropy(last):.2f}"
+    print(f"{name}, mean of the last 20 steps: loss {loss[-20:].mean():.2f}, {loads}")
+at_steps = [round(record_without[2][step].item(), 2) for step in (0, 20, 60, 119)]
+print("similarity of the tokens at steps 0, 20, 60, 119:", at_steps)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-worst, best = imbalance(record_alone[1][20:40]).mean(), imbalance(record_evened[1][-20:].mean(dim=0))
-print("left alone, two experts soon get nearly everything:", bool(worst > 3.5))
-print("evened out, in the end nobody gets twice the mean :", bool(best < 2))
-print("the losses are alike                              :", bool((record_alone[0] - record_evened[0])[-20:].mean().abs() < 0.3))
+worst = max_over_mean_load(record_without[1][20:40]).mean()
+best = max_over_mean_load(record_with[1][-20:].mean(dim=0))
+difference = (record_without[0] - record_with[0])[-20:].mean().abs()
+print("without updates, two experts soon get nearly all tokens       :", bool(worst > 3.5))
+print("with updates, in the end no expert gets twice the mean load   :", bool(best < 2))
+print("both runs end at about the same loss                          :", bool(difference < 0.3))
 
 
 # %%
-def plain(*several):
-    """Axes without a line above and to the right."""
-    for axes in several:
-        axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_loads(figure, records):
-    """The load of every expert over the steps, and imbalance over the steps, one column a run."""
-    rows = figure.subplots(2, len(records), sharex=True, sharey="row", height_ratios=(3, 2))
-    for column, (name, (_, load, likeness)) in enumerate(records.items()):
-        top, bottom = rows[:, column]
-        image = top.imshow(load.T, aspect="auto", cmap=HEAT, vmin=0, vmax=0.5, interpolation="nearest")
-        top.set_title(name, fontsize=11)
-        bottom.plot(imbalance(load), color=RED, linewidth=2, label="imbalance (1 to 4)")
-        bottom.plot(likeness, color=BLUE, linewidth=2, linestyle="--", label="how alike tokens are (0 to 1)")
-        bottom.set(xlabel="step", ylim=(0, 4.3), yticks=range(5))
-    plain(*rows[1])
-    rows[0, 0].set(ylabel="expert")
-    figure.colorbar(image, ax=rows[0].tolist(), label="load", pad=0.01)
-    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-
-
+histories = {
+    name: (load, max_over_mean_load(load), likeness)
+    for name, (_, load, likeness) in {"bias stays at 0": record_without, "bias is updated": record_with}.items()
+}
 figure = make_figure(9, 4.2)
-draw_loads(figure, {"left alone": record_alone, "evened out": record_evened})
+models.load_history(figure, histories)
 show(
     figure,
-    "Two runs of 120 steps. Above, the load of eight experts as brightness. Left alone, two rows soon take half each and the "
-    "others go dark. With the bias the bright rows change and then all are about equally bright. Below, the imbalance jumps "
-    "up in both runs, when tokens are most alike. Left alone it stays at 4, with the bias it falls.",
+    "Two runs of 120 steps. Above, brightness shows the load of eight experts. Without bias updates, two rows soon "
+    "take half each and the others go dark. With updates the bright rows change, and later all are about equally "
+    "bright. Below, the max over mean load jumps up in both runs, when the tokens are most similar. Without updates "
+    "it stays at 4, with updates it falls.",
 )
 
 # %% [markdown]
-# Why does it collapse? The blue line says it. At first the model learns what is true for *all* tokens: which words are
-# frequent. Then all vectors point nearly the same way, and whoever is dear to one is dear to all. Two experts get
-# everything, and the others learn nothing. Later the tokens become different again, but who is far ahead by then stays
-# ahead.
+# Why does it collapse? The blue line shows the reason. At first the model learns what is true for *all* tokens: which words
+# are frequent. Then all vectors point in nearly the same direction, and the expert that one token prefers is preferred by
+# all. Two experts get everything, and the others learn nothing. Later the tokens become different again, but the two
+# experts keep their lead.
 #
-# The bias breaks this without asking why. While all tokens are alike it can only hand the crowd on from one expert to the
-# next: those are the bright spots that jump from row to row. As soon as the tokens differ, it spreads them.
+# The bias corrects the loads, whatever their cause. While all tokens are similar, it can only move all of them together from
+# one expert to the next: you see this as bright spots that jump from row to row. As soon as the tokens differ, the bias
+# spreads them.
 #
-# And the loss? About the same here. In 120 steps an idle expert is hardly missed. With 64 experts and trillions of
-# tokens it is a part of the model that was paid for and never used. How large the step of the bias should be depends on how
-# many steps there are: ours is 0.02 for 120 steps, the package trains with 0.001 for thousands.
+# And the loss? It is about the same here. In 120 steps an idle expert makes hardly any difference. With 64 experts and
+# trillions of tokens an idle expert is a part of the model that was paid for and never used. How large the step of the bias
+# should be depends on the number of steps: ours is 0.02 for 120 steps, the package trains with 0.001 for thousands.
 #
 # ### Move it
 #
-# We take the router of the run that was left alone, and 16,384 tokens of text that it has not seen. The router does not
-# learn any more. Only the bias moves, by the rule above, for 200 steps.
+# We take the router of the run without bias updates, and 16,384 tokens of text that it has not seen. The router does not
+# learn any more. Only the bias changes, by the rule above, for 200 steps.
 #
-# * **rate**: too small and it does not arrive. Too large and it jumps about.
-# * **tokens**: how many are counted in each step. With few, the load is uneven by chance, and the bias runs after chance.
-# * **A**: with more experts asked, the worst case is milder: it is $E/A$.
+# * **rate**: if it is too small, the bias does not arrive. If it is too large, the bias oscillates.
+# * **tokens**: the number of tokens counted in each step. With few tokens the load is uneven by chance, and the bias follows
+#   chance.
+# * **A**: with more experts per token, the worst case is milder: it is $E/A$.
 
 
 # %%
 @torch.no_grad()
 def affinities(model, tokens=16_384):
-    """What the router of the last block says to held-out text, 128 tokens at a time -> [M, E]."""
-    mixture, seen = model.upper[-1].mlp, []
-    hook = mixture.router.register_forward_hook(lambda router, given, out: seen.append(out))
+    """The affinities of the last block's router for held-out text, 128 tokens at a time -> [M, E]."""
+    outputs = []
+    hook = model.upper[-1].mlp.router.register_forward_hook(lambda router, given, out: outputs.append(out))
     text = torch.from_numpy(load_corpus("validation").tokens[:tokens].astype("int64"))
     model.eval()(text.view(-1, 128))
     hook.remove()
-    return torch.cat(seen).sigmoid()
+    return torch.cat(outputs).sigmoid()
 
 
-lopsided = affinities(left_alone)
+lopsided = affinities(without_bias)
 
 
 def even_out(affinity, tokens, A, rate, steps=200):
-    """Move the bias by the load of so many random tokens a step -> load before, after, and in every step [steps, E]."""
-    E, random = affinity.shape[1], torch.Generator().manual_seed(0)
-    bias, loads = torch.zeros(E), []
+    """Update the bias by the load of random tokens in each step -> load before, after, and at every step [steps, E]."""
+    E = affinity.shape[1]
+    random = torch.Generator().manual_seed(0)
+    bias = torch.zeros(E)
+    loads = []
     for _ in range(steps):
         some = affinity[torch.randint(len(affinity), (tokens,), generator=random)]
         loads.append(load_of(choose(some, bias, A)[0], E))
-        bias = balance(bias, loads[-1], rate)
-    before, after = (load_of(choose(affinity, b, A)[0], E) for b in (torch.zeros(E), bias))
+        bias = update_bias(bias, loads[-1], rate)
+    before = load_of(choose(affinity, torch.zeros(E), A)[0], E)
+    after = load_of(choose(affinity, bias, A)[0], E)
     return before, after, torch.stack(loads)
 
 
 # %%
 def draw_balance(figure, rate, tokens, A):
     before, after, loads = even_out(lopsided, tokens, A, rate)
-    (left, right), order = figure.subplots(1, 2, width_ratios=(1, 1.3)), before.argsort(descending=True)
-    for shift, load, color, name in ((-0.2, before, ORANGE, "before"), (0.2, after, BLUE, "after")):
-        left.bar([i + shift for i in range(8)], load[order], 0.38, color=color, label=name)
-    left.axhline(1 / 8, color=GREY, linestyle="--", linewidth=1)
-    left.set(xlabel="experts, the busiest first", ylabel="load of all 16,384 tokens", ylim=(0, 1.05 / A + 0.03), xticks=[])
-    left.legend(frameon=False)
-    right.plot(imbalance(loads), color=RED, linewidth=1.5)
-    right.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    right.set(xlabel="step", ylabel="imbalance of the step's tokens", ylim=(0.8, max(8 / A, 1.3) + 0.1))
-    plain(left, right)
-    (a, b), (c, d) = ((imbalance(load), entropy(load)) for load in (before, after))
-    return f"Imbalance {a:.2f} before, {c:.2f} after (1 is perfect); entropy {b:.2f} before, {d:.2f} after (2.08 is perfect)."
+    models.load_before_and_after(figure, before, after, max_over_mean_load(loads), A)
+    ratios = f"{max_over_mean_load(before):.2f} before, {max_over_mean_load(after):.2f} after (1 is perfect)"
+    entropies = f"{entropy(before):.2f} before, {entropy(after):.2f} after (2.08 is perfect)"
+    return f"Max over mean load {ratios}; entropy {entropies}."
 
 
 explore(
     draw_balance,
-    alt="Left, the load of eight experts before and after balancing, as bars. Right, the imbalance over 200 steps.",
+    alt="Left, bars show the loads of eight experts before and after balancing. "
+    "Right, the max over mean load in 200 steps.",
     size=(9, 3.2),
     rate=Control([0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1], start=0.003, label="rate"),
-    tokens=Control([32, 128, 512, 2048], start=512, label="tokens a step"),
-    A=Control([1, 2, 4], start=2, label="experts asked A"),
+    tokens=Control([32, 128, 512, 2048], start=512, label="tokens per step"),
+    A=Control([1, 2, 4], start=2, label="experts per token A"),
 )
 
 # %% [markdown]
 # ## The 8B
 #
-# Now the large one. We cannot make it here: its weights alone take 16 GB. But `estimate_cost` makes it on PyTorch's *meta* device, where
-# tensors have a shape and no memory, and counts. The paper prints the totals of two models, and 64 experts of which 4 are
-# asked. It prints no widths and depths. Those of the presets are **ours**, chosen so that the totals come out.
+# Now we look at the large model. We cannot build it here: its weights take 16 GB. But `estimate_cost` builds it on PyTorch's *meta*
+# device, where tensors have a shape and no memory, and counts. The paper prints the totals of two models, and it states that
+# a token uses 4 of 64 experts. It prints no widths and depths. The widths and depths of the presets are **ours**. We chose
+# them so that the totals agree.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for name, printed in PRINTED.items():
     for what, theirs in printed.items():
         ours = getattr(estimate_cost(name), what)
-        print(f"{name:9} {what:24} ours {ours / 1e6:7,.1f} M, paper {theirs / 1e6:7,.1f} M: {100 * (ours / theirs - 1):+.1f}%")
+        difference = f"{100 * (ours / theirs - 1):+.1f}%"
+        print(f"{name:9} {what:24} ours {ours / 1e6:7,.1f} M, paper {theirs / 1e6:7,.1f} M: {difference}")
 
 # %% [markdown]
-# **You should see** all of them within 3%. With pencil and paper: an expert has three matrices of 2048 × 672. There are 64 in
-# each of 27 blocks (the first is dense). That is nearly everything there is. A token meets 4 of the 64.
+# **You should see** that all of them agree within 3%. With pencil and paper: an expert has three matrices of 2048 × 672. There
+# are 64 experts in each of 27 blocks (the first block is dense). These are nearly all parameters of the model. A token uses 4
+# of the 64.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 big = PRESETS["ul_8b_a1b"]
-blocks, each = big.lower_layers + big.upper_layers - 1, 3 * big.width * big.expert_width
+blocks = big.lower_layers + big.upper_layers - 1
+each = 3 * big.width * big.expert_width
 for who, experts in (("all routed experts", big.experts), ("those of one token", big.experts_active)):
     print(f"{who}: {blocks} x {experts:2} x {each:,} = {blocks * experts * each / 1e9:.2f} B")
 
-
 # %%
-PARTS = {
-    "embedding and head": ORANGE, "window attention": SKY, "norms": GREY,
-    "chunk encoder": PURPLE, "HSA": RED, "MLPs and experts": BLUE,
-}  # fmt: skip
-
-
-def stack_parts(axes, c, experts, y=0):
-    """One bar of billions of parameters, part by part; returns its length."""
-    count, left = parameters(c, experts), 0
-    for part, colour in PARTS.items():
-        size = sum(n for name, n in count.items() if name.endswith(part)) / 1e9
-        axes.barh(y, size, left=left, color=colour, edgecolor="white", linewidth=0.5, label=part)
-        left += size
-    axes.set(yticks=[])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    return left
-
-
-def draw_parts(figure, c):
-    """Where the parameters lie, which of them one token meets, and these once more, enlarged."""
-    upper, lower = figure.subplots(2, 1, height_ratios=(2, 1))
-    total, met = stack_parts(upper, c, c.experts), stack_parts(upper, c, c.experts_active, y=1)
-    upper.set(yticks=[0, 1], yticklabels=[f"all\n{total:.2f} B", f"of one token\n{met:.2f} B"], ylim=(1.5, -0.5))
-    stack_parts(lower, c, c.experts_active)
-    lower.set(yticks=[0], yticklabels=["the same,\nenlarged"], xlabel="billions of parameters")
-    figure.legend(lower.containers, list(PARTS), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-
-
 figure = make_figure(9, 3.7)
-draw_parts(figure, big)
+models.parameter_bars(figure, parameters(big, big.experts), parameters(big, big.experts_active))
 show(
     figure,
-    "Bars cut into parts. All parameters, 7.98 billion: MLPs and experts are nine tenths. Those of one token, 1.29 billion: MLPs "
-    "and experts are almost half, embedding and head a quarter, window attention nearly a quarter; HSA and encoder are thin.",
+    "Bars cut into parts. All parameters, 7.98 billion: MLPs and experts are nine tenths. Those of one token, 1.29 "
+    "billion: MLPs and experts are almost half, embedding and head a quarter, window attention nearly a quarter; HSA "
+    "and encoder are thin.",
 )
 
 # %% [markdown]
-# HSA and the chunk encoder, all that makes sixteen million tokens readable, are 84 million: 1% of the whole. In the dense model
-# they are the difference between 520.7 and 538.1 million.
+# HSA and the chunk encoder make sixteen million tokens readable. Together they have 84 million parameters: 1% of the whole. In
+# the dense model they are the difference between 520.7 and 538.1 million.
 #
 # ### Move it
 #
-# "Costs one billion" is about *one* token. Each row below is a block, each cell an expert, and the left column are the shared
-# ones. One token has five coloured cells in a row. Now let more tokens go through at once, as in a prefill, or when many people
-# use a model at the same time. Soon every expert is asked by somebody. **Work** stays at 1 billion a token. But the weights that
-# have to be *fetched from memory* are soon those of the whole model. (The experts here are drawn at random, as by a
-# perfectly even router.)
+# "Costs one billion" is about *one* token. In the picture each row is a block and each cell an expert. The left column shows
+# the shared experts. One token has five coloured cells in a row. Now let more tokens go through at once, as in a prefill, or
+# when many people use a model at the same time. Soon some token uses each expert. The **work** stays at 1 billion per token.
+# But the weights that have to be *fetched from memory* are soon those of the whole model. (The experts here are drawn at
+# random, as a perfectly balanced router would choose them.)
 
 
 # %%
-def asked_by(tokens, layers, E, A):
-    """Which experts at least one of the tokens asks [layers, E], each token's drawn at random."""
+def used_by(tokens, layers, E, A):
+    """The experts that at least one of the tokens uses [layers, E]; each token draws its experts at random."""
     order = torch.rand(layers, tokens, E, generator=torch.Generator().manual_seed(tokens)).argsort(dim=-1)
     return torch.zeros(layers, E, dtype=torch.bool).scatter_(1, order[..., :A].flatten(1), True)
 
 
 def draw_experts(figure, tokens):
-    asked = asked_by(tokens, blocks, big.experts, big.experts_active)
-    shown = torch.cat((torch.full((blocks, 1), 2), torch.zeros(blocks, 1), asked), dim=1)
-    axes, colours = figure.subplots(), {2: ORANGE, 1: BLUE, 0: PALE}
-    for value, colour in colours.items():
-        where = (shown[:, [0, *range(2, 66)]] == value).nonzero()
-        axes.scatter(where[:, 1] + (where[:, 1] > 0), where[:, 0], s=34, marker="s", color=colour, linewidths=0)
-    axes.set(xlim=(-1.5, 66), ylim=(blocks, -1), xticks=[0, 33], xticklabels=["shared", "64 routed experts"])
-    axes.set(ylabel="block with experts", yticks=[0, blocks - 1], yticklabels=["1", str(blocks)])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    share = asked.float().mean().item()
-    fetched = sum(parameters(big, share * big.experts).values())
-    return f"Tokens at once: {tokens}. They ask {share:.0%} of all routed experts; weights to fetch: {2 * fetched / 1e9:.1f} GB."
+    used = used_by(tokens, blocks, big.experts, big.experts_active)
+    models.expert_squares(figure.subplots(), used)
+    share = used.float().mean().item()
+    fetched = 2 * sum(parameters(big, share * big.experts).values())  # 2 bytes per weight
+    used = f"They use {share:.0%} of all routed experts"
+    return f"Tokens at once: {tokens}. {used}; weights to fetch: {fetched / 1e9:.1f} GB."
 
 
 explore(
     draw_experts,
-    alt="27 rows of 64 squares and one shared. A square is coloured if some token asks this expert.",
+    alt="27 rows of 64 squares and one shared square. A square is coloured if at least one token uses this expert.",
     size=(9, 3.9),
     tokens=Control([1, 2, 4, 8, 16, 32, 64, 128], start=1, label="tokens at once"),
 )
@@ -733,39 +729,43 @@ explore(
 # %% [markdown]
 # ## What 16 million tokens cost
 #
-# The work of one more token, by hand. Each parameter that a token meets is a multiplication and an addition, 2 FLOP. Attention
-# has no parameters of its own: 4 FLOP for each query head, dimension and key. And every landmark is compared once in each HSA
-# layer.
+# We compute the work for one more token by hand. Each parameter that a token uses is a multiplication and an addition, 2 FLOP.
+# Attention has no parameters of its own: it takes 4 FLOP for each query head, dimension and key. And each HSA layer compares
+# the query with every landmark once.
 
 
 # %%
 def decode_flop(c, T):
-    """One new token behind T others, head included, as a dictionary."""
-    blocks, kept = c.lower_layers + c.upper_layers, min(c.top_k, T // c.chunk_size) * c.chunk_size
+    """One new token after T others, head included, as a dictionary."""
+    blocks = c.lower_layers + c.upper_layers
+    chunks = T // c.chunk_size
+    kept_tokens = min(c.top_k, chunks) * c.chunk_size
     return {
         "parameters": 2 * sum(parameters(c, c.experts_active).values()),
         "windows": 4 * blocks * c.heads * c.head_dim * min(T + 1, c.window),
-        "landmarks": 2 * c.groups * c.retrieval_heads * c.retrieval_dim * (T // c.chunk_size),
-        "chunks": 4 * c.groups * c.hsa_heads * c.hsa_head_dim * kept,
+        "landmarks": 2 * c.groups * c.retrieval_heads * c.retrieval_dim * chunks,
+        "chunks": 4 * c.groups * c.hsa_heads * c.hsa_head_dim * kept_tokens,
     }
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 for T in (1 << 12, 1 << 24):
-    by_hand, theirs = decode_flop(big, T), estimate_cost("ul_8b_a1b", T).decode_flops_per_token
+    by_hand = decode_flop(big, T)
+    theirs = estimate_cost("ul_8b_a1b", T).decode_flops_per_token
     named = ", ".join(f"{name} {flop / 1e9:.2f}" for name, flop in by_hand.items())
-    print(f"{length_name(T):>3} tokens: {named}; in all {sum(by_hand.values()) / 1e9:.2f} GFLOP, plan {theirs / 1e9:.2f}")
+    total = f"{sum(by_hand.values()) / 1e9:.2f} GFLOP"
+    print(f"{length_name(T):>3} tokens: {named}; in all {total}, plan {theirs / 1e9:.2f}")
 
 # %% [markdown]
-# **You should see** 3.76 and 4.23 GFLOP. From 4 thousand to 16 million tokens the work for a token grows by **an eighth**.
-# (The plan also knows that a norm is no matrix and that the encoder reads [CLS] with each chunk: less than 1%.)
+# **You should see** 3.76 and 4.23 GFLOP. From 4 thousand to 16 million tokens the work per token grows by **an eighth**.
+# (The plan also takes into account that a norm is no matrix and that the encoder reads [CLS] with each chunk: less than 1%.)
 #
 # ### Move it
 #
-# The whole bill, beside that of a model of the same blocks with full attention everywhere. Logarithmic axes: a grid line is a
-# factor of ten. Move the length. Which bars move, and which do not? At which length does full attention keep more than
-# the model's own weights?
+# This is the whole bill, next to that of a model with the same blocks and full attention in each of them. The axes are
+# logarithmic: from one grid line to the next is a factor of ten. Move the length. Which bars change, and which do not? At
+# which length does full attention keep more bytes than the model's own weights?
 
 
 # %%
@@ -774,59 +774,65 @@ def bill(tokens):
     return estimate_cost("ul_8b_a1b", tokens)
 
 
-def log_bars(axes, values, colours, unit, limits):
-    """Horizontal bars over a logarithmic axis, the first on top, each with its number."""
-    bars = axes.barh(list(values), list(values.values()), color=colours, height=0.7)
-    axes.bar_label(bars, [scaled(value, unit) for value in values.values()], padding=3, fontsize=10)
-    axes.set(xscale="log", xlim=limits)
-    axes.invert_yaxis()
-    axes.grid(axis="x", color=PALE)
-    axes.set_axisbelow(True)
-    plain(axes)
+def kept_bytes(p):
+    kept = {"weights": p.weight_bytes, "K, V of chunks": p.kv_bytes, "landmarks": p.landmark_bytes}
+    return kept | {"window caches": p.window_cache_bytes, "full: K, V": p.full_attention_kv_bytes}
+
+
+def work_per_token(p):
+    return {
+        "prefill": p.prefill_flops_per_token,
+        "decode": p.decode_flops_per_token,
+        "full: prefill": p.full_attention_prefill_flops_per_token,
+        "full: decode": p.full_attention_decode_flops_per_token,
+    }
 
 
 def draw_bill(figure, tokens):
-    p = bill(tokens)
-    kept = {"weights": p.weight_bytes, "K, V of chunks": p.kv_bytes, "landmarks": p.landmark_bytes}
-    kept |= {"window caches": p.window_cache_bytes, "full: K, V": p.full_attention_kv_bytes}
-    work = {"prefill": p.prefill_flops_per_token, "decode": p.decode_flops_per_token}
-    work |= {"full: prefill": p.full_attention_prefill_flops_per_token, "full: decode": p.full_attention_decode_flops_per_token}
     left, right = figure.subplots(1, 2)
-    log_bars(left, kept, [GREY, BLUE, BLUE, BLUE, RED], "B", (1e4, 3e14))
-    log_bars(right, work, [BLUE, BLUE, RED, RED], "FLOP", (3e8, 2e14))
+    kept = kept_bytes(bill(tokens))
+    work = work_per_token(bill(tokens))
+    in_bytes = [scaled(value, "B") for value in kept.values()]
+    in_flop = [scaled(value, "FLOP") for value in work.values()]
+    models.log_bars(left, kept, in_bytes, [GREY, BLUE, BLUE, BLUE, RED], (1e4, 3e14))
+    models.log_bars(right, work, in_flop, [BLUE, BLUE, RED, RED], (3e8, 2e14))
     left.set_xlabel("bytes kept")
-    right.set_xlabel("FLOP a token")
-    ours = p.kv_bytes + p.landmark_bytes + p.window_cache_bytes
-    times = p.full_attention_decode_flops_per_token / p.decode_flops_per_token
-    kept = f"keeps {scaled(ours, 'B')}, full attention {scaled(p.full_attention_kv_bytes, 'B')}"
-    return f"{length_name(tokens)} tokens: {kept} and {times:,.1f} times the work for the next token."
+    right.set_xlabel("FLOP per token")
+    ours = kept["K, V of chunks"] + kept["landmarks"] + kept["window caches"]
+    times = work["full: decode"] / work["decode"]
+    compared = f"HSA keeps {scaled(ours, 'B')}, full attention keeps {scaled(kept['full: K, V'], 'B')}"
+    return f"{length_name(tokens)} tokens: {compared} and does {times:,.1f} times the work for the next token."
 
 
 explore(
     draw_bill,
-    alt="Left, bytes kept: weights, K and V, landmarks, window caches, and the cache of full attention. Right, FLOP a token.",
+    alt="Left, bytes kept: weights, K and V, landmarks, window caches, and the cache of full attention. "
+    "Right, FLOP per token.",
     size=(10, 3.1),
     tokens=Control([(length_name(1 << n), 1 << n) for n in range(12, 25, 2)], start=1 << 24, label="tokens"),
 )
 
 # %% [markdown]
-# Two things are worth a second look. At this length **prefill is cheaper than decode**: the upper decoder reads only the tail
-# of a long text, and the head only its last token ([notebook 09](09_memory.ipynb) shows why that is exact). And what is kept of
-# 16 million tokens, 8.9 GB, is *one* set of keys and values for all seven HSA layers.
+# Two things deserve a second look. At this length **prefill is cheaper than decode**: the upper decoder reads only the tail
+# of a long text, and the head reads only its last token ([notebook 09](09_memory.ipynb) shows why that is exact). And the
+# memory of 16 million tokens, 8.9 GB, is *one* set of keys and values for all seven HSA layers.
 #
 # ## Exercises
 #
-# **1.** In the picture above, 16 tokens at once asked about two thirds of the experts. Find the formula: which share of $E$
-# experts do $n$ tokens ask, if each asks $A$ at random? Compare with `asked_by`. From how many tokens on is 99% of the 8B
-# fetched?
+# **1.** In the picture above, 16 tokens at once used about two thirds of the experts. Find the formula: which share of $E$
+# experts do $n$ tokens use, if each token draws $A$ experts at random? Compare with `used_by`. From how many tokens on is 99%
+# of the 8B fetched?
 #
 # <details><summary>Solution</summary>
 #
-# An expert is left out by one token with chance $1 - A/E$, and by all with $(1 - A/E)^n$. So the share is $1 - (1 - A/E)^n$.
+# One token leaves out an expert with probability $1 - A/E$, and $n$ tokens leave it out with probability $(1 - A/E)^n$. So
+# the share is $1 - (1 - A/E)^n$.
 #
 # ```python
+# import math
+#
 # for n in (1, 4, 16, 64):
-#     drawn = asked_by(n, 200, 64, 4).float().mean().item()
+#     drawn = used_by(n, 200, 64, 4).float().mean().item()
 #     print(n, round(1 - (1 - 4 / 64) ** n, 3), round(drawn, 3))
 #     assert abs(1 - (1 - 4 / 64) ** n - drawn) < 0.02
 # n = math.ceil(math.log(0.01) / math.log(1 - 4 / 64))
@@ -834,11 +840,11 @@ explore(
 # assert n == 72
 # ```
 #
-# So a mixture of experts saves *work* always, and *traffic* only for a few tokens at a time. It never saves memory.
+# So a mixture of experts always saves *work*. It saves *traffic* only for a few tokens at a time. It never saves memory.
 #
 # </details>
 #
-# **2.** Cut finer: 128 experts of half the width, of which 8 are asked. What happens to total and active parameters of the
+# **2.** Cut finer: 128 experts of half the width, 8 of them per token. What happens to the total and active parameters of the
 # 8B? In how many ways can a token's experts be chosen, before and after?
 #
 # <details><summary>Solution</summary>
@@ -849,19 +855,21 @@ explore(
 #     p = estimate_cost(c)
 #     ways = math.comb(c.experts, c.experts_active)
 #     print(f"{p.params_total / 1e9:.2f} B in all, {p.params_active / 1e9:.2f} B active, {ways:.1e} ways")
-# assert estimate_cost(finer).params_total < estimate_cost(big).params_total and math.comb(128, 8) > 10**6 * math.comb(64, 4)
+# assert estimate_cost(finer).params_total < estimate_cost(big).params_total
+# assert math.comb(128, 8) > 10**6 * math.comb(64, 4)
 # ```
 #
-# Both totals fall a little, because the shared expert has become half as wide too. The routers are twice as large, which is
-# little. But there are two million times as many ways to put a token's network together. That is the argument for many
-# small experts (DeepSeekMoE, arXiv 2401.06066). Against it stand smaller products, which a GPU does less well.
+# Both totals become a little smaller, because the shared expert now has half its width too. The routers are twice as large,
+# which adds little. But there are two million times as many ways to compose the network of a token. That is the argument for
+# many small experts (DeepSeekMoE, arXiv 2401.06066). The argument against them is that a GPU computes small products less
+# efficiently.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# You have built the model, and counted it. Nobody has trained it yet.
+# You have built the model, and counted it. It is not trained yet.
 #
 # [Notebook 11](11_training.ipynb), *How does a model learn to retrieve?*, trains a small one from nothing while you watch, in about
 # 35 minutes.

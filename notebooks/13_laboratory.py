@@ -7,23 +7,23 @@
 # ---
 
 # %% [markdown]
-# # 13 · Which of the paper's claims hold in small?
+# # 13 · Which of the paper's claims hold in small models?
 #
-# The paper says why its model reaches so far: no positions far away, fused scores, an encoder for chunks, a warm-up. Are
-# these the reasons? There is one way to know: take one thing away, leave all else as it is, train again, and measure again.
-# We do that with small models, ten claims, and three seeds.
+# The paper explains why its model reaches so far: no positions for distant text, fused scores, an encoder for chunks, a
+# warm-up. Are these the reasons? There is one way to know: remove one thing, leave everything else as it is, train again, and
+# measure again. We do that with small models, ten claims, and three seeds.
 #
 # After this notebook you will be able to
 #
 # * say what an *arm* is, what makes two arms comparable, and check it in code,
 # * train two arms on your own processor, and get the same record twice from the same seed,
 # * apply the rule that turns numbers into a verdict, with pencil and paper, and say what three seeds cannot prove,
-# * read every claim of the paper beside our numbers, the ones that fail as plainly as the ones that hold,
+# * read every claim of the paper next to our numbers, the claims that fail as plainly as the claims that hold,
 # * write an arm of your own.
 #
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb) for the
 # mechanism and [notebook 11](11_training.ipynb) for the training, or at least what windows, chunks and retrieval are. No
-# GPU: the long runs were made before, and are read from a file.
+# GPU: the long runs were made earlier, and this notebook reads them from a file.
 
 # %%
 import json
@@ -38,7 +38,17 @@ import torch
 
 from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.claims import (
-    CLAIMS, FAR, NEAR, NOT_RUN, SEEDS, TEXTS, Measure, Spread, format_findings, judge, verdict,
+    CLAIMS,
+    FAR,
+    NEAR,
+    NOT_RUN,
+    SEEDS,
+    TEXTS,
+    Measure,
+    Spread,
+    format_findings,
+    judge,
+    verdict,
 )
 from hsa_mini.lab.records import append_record, current, read_records
 from hsa_mini.lab.run import PackedBatches, run_arm
@@ -47,19 +57,21 @@ from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, laboratory, make_figure, show
 
 STEPS = int(os.environ.get("HSA_MINI_STEPS", 20))  # of the runs that are made here; try 400
-LAB, TINY, CPU = SCALES["lab"], SCALES["tiny"], torch.device("cpu")
+LAB = SCALES["lab"]
+TINY = SCALES["tiny"]
+CPU = torch.device("cpu")
 torch.set_num_threads(1)  # these tensors are small: one core is faster than two that wait for each other
 
 # %% [markdown]
 # ## The question in plain words
 #
-# A cook says: "The soup is good because of the thyme." You cannot tell by tasting the soup. Cook it twice, from the same
-# bag, in the same pot, for the same time, once without thyme. *Then* taste both. And do so more than once, because no soup
-# is like the one before.
+# A cook claims: "The soup is good because of the thyme." You cannot check this by tasting the soup. Cook it twice, with the
+# same ingredients, in the same pot, for the same time, once without thyme. *Then* taste both. And do so more than once,
+# because no two soups are equal.
 #
 # Here a soup is a trained model. A recipe with one change is an **arm**. The **baseline** `hsa` is the arm without a change.
-# Whoever takes a part out of a model makes it smaller too, and a smaller model is worse for that reason alone. So every arm
-# gets its parameters back somewhere else: its MLPs are made wider or narrower until the count is the same.
+# Removing a part of a model also makes it smaller, and a smaller model is worse for that reason too. So every arm gets its
+# parameters back somewhere else: we make its MLPs wider or narrower until the count is the same.
 #
 # ## In symbols
 #
@@ -67,25 +79,25 @@ torch.set_num_threads(1)  # these tensors are small: one core is faster than two
 # |---|---|---|
 # | arm | one variant: another layer, other settings, or other training | `ARMS[name]` |
 # | scale | the sizes, the training and the questions that all arms share | `SCALES["lab"]` |
-# | seed | decides the first weights, the batches and the noise | `seed` |
+# | seed | determines the first weights, the batches and the noise | `seed` |
 # | run | one arm, trained from nothing with one seed, then measured | `run_arm(arm, scale, seed, ...)` |
-# | record | what a run leaves: its settings, its curve, what was found | one line of JSON |
+# | record | the result of a run: its settings, its curve, its measurements | one line of JSON |
 # | measure | a task and a length: 1×, 4×, 16× or 64× the training length | `Measure("s_niah", 64)` |
 # | claim | some sentences "this arm is better than that one, by this measure" | `CLAIMS` |
 #
 # The tasks are those of [notebook 12](12_sixteen_million.ipynb): S-NIAH asks for one sentence, MQ-NIAH for two at once, VT
-# for a chain. Perplexity is that of ordinary text, of the same last tokens behind more and more text. The smaller, the better.
+# for a chain. Perplexity is measured on ordinary text, always on the same last tokens, with more and more text in front. Lower
+# is better.
 #
 # ## The equality of this notebook: one thing differs
 #
-# What decides how a run goes is its **settings**: the model's class, its configuration, its recipe, the questions. They are
-# nested lists of plain numbers, so we can compare two arms leaf by leaf. What is left is what the arm changes, *and nothing
-# else*.
+# The **settings** determine a run: the model's class, its configuration, its recipe, the questions. They are nested lists of
+# plain numbers, so we can compare two arms leaf by leaf. The difference is what the arm changes, *and nothing else*.
 
 
 # %%
 def leaves(settings, name=""):
-    """Every plain value of nested settings with its name; stages of a recipe are not numbered, so a name may come again."""
+    """Every plain value of nested settings with its name; stages have no numbers, so a name may occur several times."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             yield from leaves(value, f"{name}.{key}" if name else key)
@@ -105,8 +117,9 @@ def values_of(arm, scale):
 
 
 def changed(arm, scale=SCALES["lab"]):
-    """What an arm has otherwise than the baseline, without its own name: name -> (usual values, its values)."""
-    usual, own = values_of(ARMS["hsa"], scale), values_of(arm, scale)
+    """The settings in which an arm differs from the baseline: name -> (usual values, its values)."""
+    usual = values_of(ARMS["hsa"], scale)
+    own = values_of(arm, scale)
     return {name: (usual[name], own[name]) for name in own if own[name] != usual[name] and name != "arm"}
 
 
@@ -116,16 +129,17 @@ for name in ("hsa", "hsa_rope", "no_noise"):
     print(name, changed(ARMS[name]))
 
 # %% [markdown]
-# **You should see** nothing for the baseline, and *one* line each for the two others. Below every claim the same function
-# prints what its arms change.
+# **You should see** nothing for the baseline, and *one* line each for the two others. Below, every claim uses the same function
+# to print what its arms change.
 #
-# Is all the rest equal? Parameters within 1%, as many tokens in as many steps, the same learning rate. (One arm is an
-# exception, and says so: with experts a model has more parameters than one token meets. There the *active* ones are equal.)
+# Is everything else equal? We compare the parameters (within 1%), the tokens, the steps and the learning rate. (One arm is an
+# exception, and the table marks it: with experts a model has more parameters than one token uses. There the *active*
+# parameters are equal.)
 
 
 # %%
 def size_of(arm, scale=SCALES["lab"]):
-    """Parameters (of the kind that is held equal), tokens and steps in training."""
+    """Parameters (of the kind that is kept equal), tokens and steps in training, and the learning rate."""
     recipe = arm.recipe(scale)
     tokens = sum(stage.steps * stage.batch * stage.tokens for stage in recipe.stages)
     return arm.parameters(scale)[arm.counted], tokens, recipe.steps, recipe.learning_rate
@@ -140,22 +154,25 @@ def first_batches(arm, seed=0, scale=SCALES["lab"]):
 
 
 def same_in(batches, others):
-    """In how many stages the batches are equal, token by token."""
+    """The number of stages in which the batches are equal, token by token."""
     return sum(torch.equal(x, y) for x, y in zip(batches, others))
 
 
 # %%
 sizes = {name: size_of(arm) for name, arm in ARMS.items()}
 batches = {name: first_batches(arm) for name, arm in ARMS.items()}
-print(f"{'arm':20} {'parameters':>11} {'of hsa':>7} {'tokens seen':>12} {'steps':>6}   stages with the same first batch")
+heads = f"{'arm':20} {'parameters':>11} {'of hsa':>7} {'tokens seen':>12} {'steps':>6}"
+print(f"{heads}   stages with the same first batch")
 for name, (parameters, tokens, steps, _) in sizes.items():
-    same, ratio = same_in(batches[name], batches["hsa"]), parameters / sizes["hsa"][0]
-    note = " (active ones)" if ARMS[name].counted == "active" else ""
+    same = same_in(batches[name], batches["hsa"])
+    ratio = parameters / sizes["hsa"][0]
+    note = " (active parameters)" if ARMS[name].counted == "active" else ""
     print(f"{name:20} {parameters:11,} {ratio:7.1%} {tokens:12,} {steps:6,}   {same} of {len(batches[name])}{note}")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("parameters within 1% of the baseline's:", all(abs(size[0] / sizes["hsa"][0] - 1) < 0.01 for size in sizes.values()))
+within = [abs(size[0] / sizes["hsa"][0] - 1) < 0.01 for size in sizes.values()]
+print("parameters within 1% of the baseline's:", all(within))
 print("equal tokens, steps and learning rate:", len({size[1:] for size in sizes.values()}) == 1)
 shapes = {name: [tuple(ids.shape) for ids in found] for name, found in batches.items()}
 print("batches of equal shape:", all(found == shapes["hsa"] for found in shapes.values()))
@@ -164,18 +181,18 @@ same = [same_in(batches[name], batches["hsa"]) == len(batches["hsa"]) for name i
 print("arms that do not change the data get the same tokens:", all(same))
 
 # %% [markdown]
-# **You should see** `True` four times. The same seed means the same batches, to the last token. (Where the *data* are the
-# change, they differ, but not in number.)
+# **You should see** `True` four times. The same seed gives the same batches, to the last token. (Where the *data* are the
+# change, the tokens differ, but not their number.)
 #
 # ## What a run is
 #
-# The real runs need a GPU. Here is the same in very small: scale `tiny`, two arms, a handful of steps. A run is one call.
+# The real runs need a GPU. Here is the same on a very small scale: `tiny`, two arms, a handful of steps. A run is one call.
 # (`HSA_MINI_STEPS=400` in the environment makes it longer. The model is too small to learn more than words.)
 
 
 # %%
 def live(name, seed):
-    """One run on this processor, without the time that it took."""
+    """One run on this processor; its record does not contain the seconds that it took."""
     record = run_arm(ARMS[name], TINY, seed, device=CPU, steps=STEPS)
     seconds.append(record.pop("seconds"))
     return record
@@ -183,7 +200,8 @@ def live(name, seed):
 
 seconds = []
 here = {name: [live(name, seed=0)] for name in ("hsa", "full_rope")}
-again, other = live("hsa", seed=0), live("hsa", seed=1)
+again = live("hsa", seed=0)
+other = live("hsa", seed=1)
 print(f"{len(seconds)} runs, seconds: {seconds}")
 record = here["hsa"][0]
 print({key: record[key] for key in ("arm", "seed", "parameters", "active")})
@@ -194,12 +212,12 @@ print(*record["found"]["s_niah"], *record["found"]["perplexity"], sep="\n")
 # NBVAL_CHECK_OUTPUT
 print("a record holds:", ", ".join(record))
 print("the same seed gives the same record twice:", again == record)
-print("another seed gives another:", other["curve"] != record["curve"])
+print("another seed gives another record:", other["curve"] != record["curve"])
 print("two arms, the same data:", same_in(*(first_batches(ARMS[name], scale=TINY) for name in here)), "of 2 stages")
 
 # %% [markdown]
-# **You should see** `True` twice, and 2 of 2. (On one machine. Another processor adds up in another order, and a GPU may do
-# so from run to run.)
+# **You should see** `True` twice, and 2 of 2. (This holds on one machine. Another processor adds numbers in another order, and
+# a GPU may do so from run to run.)
 
 # %%
 figure = make_figure(6.5, 2.4)
@@ -208,12 +226,12 @@ ends = ", ".join(f"{arm} {[x for x in same[0]['curve']['text'] if x][-1]:.2f}" f
 show(figure, f"Loss of text over the steps of two tiny runs. At the end: {ends}.", colors=64)
 
 # %% [markdown]
-# Whatever the difference of the two lines, it is *no evidence for anything*: one seed, and too few steps for any retrieval.
-# That is why a claim is judged by runs of full length alone.
+# Whatever the difference of the two lines, it is *no evidence for anything*: there is only one seed, and too few steps for any
+# retrieval. That is why only runs of full length decide about a claim.
 #
-# The harness writes each record as one line of a file, and a run whose line is there is not made again. But what is "there"?
-# A record counts only if its settings are those that its arm has *now*. Otherwise you would compare an old arm with a new
-# one, and nobody would notice. Try it: a record, and one that was made with another learning rate.
+# The harness writes each record as one line of a file, and it does not repeat a run whose record is in the file. But which
+# records count? A record counts only if its settings equal the *current* settings of its arm. Otherwise you would compare an
+# old arm with a new one without noticing it. Try it: we write one record, and another one with a different learning rate.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -223,28 +241,30 @@ with tempfile.TemporaryDirectory() as folder:
     for line in (record, older):
         append_record(Path(folder) / "tiny.jsonl", line)
     read = read_records(Path(folder) / "tiny.jsonl")
-print("lines in the file:", len(read), "  counted:", list(current(read, "tiny", STEPS)))
+print("lines in the file:", len(read), "  lines that count:", list(current(read, "tiny", STEPS)))
 
 # %% [markdown]
+# **You should see** two lines in the file, and only the first one counts.
+#
 # ## From numbers to a verdict
 #
-# Suppose arm A should be better than arm B. Both were run with three seeds, and answer these shares of questions:
+# Suppose arm A should be better than arm B. Both were run with three seeds, and their shares of right answers are
 #
 # > A: 0.9, 0.8, 1.0 (mean 0.9)   B: 0.5, 0.7, 0.6 (mean 0.6)
 #
-# Is A better? The means say yes. But means can be torn apart by one lucky run. So we ask for two things:
+# Is A better? According to the means, yes. But a single lucky run can make two means differ. So we require two things:
 #
 # 1. **No overlap**: the *worst* seed of A (0.8) is better than the *best* seed of B (0.7).
-# 2. **Margin**: the means differ by at least 0.1, so ten questions of a hundred. A small difference may be real and still
-#    not worth a sentence. (For perplexity: by 0.01 in its logarithm, so about 1%.)
+# 2. **Margin**: the means differ by at least 0.1, which is ten questions of a hundred. A small difference may be real and still
+#    not worth a sentence. (For perplexity: the logarithms differ by at least 0.01, about 1%.)
 #
-# Both hold: *reproduced*. If both hold the other way round: *different in small*. In all other cases: *not reproduced*. That
-# last verdict does not say "they are equal". It says "we do not see it".
+# If both hold, the verdict is *reproduced*. If both hold in the opposite direction, it is *different in small*. In all other
+# cases it is *not reproduced*. This last verdict does not mean "they are equal". It means "we do not see a difference".
 
 
 # %%
 def judge_pair(better, worse, margin):
-    """The rule, for numbers of which the larger is the better."""
+    """The rule, for numbers of which the larger is the better one."""
     if min(len(better), len(worse)) < 3:
         return "not yet run"
     gap = sum(better) / len(better) - sum(worse) / len(worse)
@@ -256,24 +276,27 @@ def judge_pair(better, worse, margin):
 
 
 # %% [markdown]
-# By hand, five cases: ours; the same, the other way round; one lucky seed of B; all of A above all of B, by a hair; and a
-# seed that is missing.
+# By hand, five cases: the numbers above; the same, exchanged; one lucky seed of B; all of A slightly above all of B; and a
+# missing seed.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-A, B, by = (0.9, 0.8, 1.0), (0.5, 0.7, 0.6), Measure("s_niah", FAR)
+A = (0.9, 0.8, 1.0)
+B = (0.5, 0.7, 0.6)
+by = Measure("s_niah", FAR)
 for a, b in ((A, B), (B, A), (A, (0.5, 0.85, 0.6)), ((0.94, 0.97, 0.95), (0.9, 0.92, 0.91)), (A, B[:2])):
     found = judge_pair(a, b, by.margin)
-    print(f"A {a}  B {b}: {found}; the package says the same: {found == verdict(by, Spread(a), Spread(b))}")
+    print(f"A {a}  B {b}: {found}; equal to the package's verdict: {found == verdict(by, Spread(a), Spread(b))}")
 
 # %% [markdown]
 # **You should see** *reproduced*, *different in small*, *not reproduced* twice, and *not yet run*. A claim with several
-# comparisons is *reproduced* only if **all** of them are. One that goes the other way makes it *different in small*.
+# comparisons is *reproduced* only if **all** of them are. A single comparison in the opposite direction makes it *different in
+# small*.
 #
 # ### Move it
 #
-# Two arms, three seeds each. Move the gap between them, then how far the seeds scatter. When does the verdict turn? And why
-# may it turn although no mean has moved?
+# Two arms have three seeds each. Change the gap between the arms, then the scatter of the seeds. When does the verdict change?
+# And why can it change although no mean has moved?
 
 
 # %%
@@ -300,42 +323,45 @@ explore(
 # %% [markdown]
 # ## Why three seeds do not prove much
 #
-# Suppose the change does *nothing*, and the six runs are six draws from one urn. How often do the three of A come out above
-# the three of B all the same? Any three of the six places are equally likely for A. So we count.
+# Suppose the change has *no* effect, and the six runs are six draws from one urn. How often are the three runs of A above the
+# three runs of B all the same? Any three of the six ranks are equally likely for A. So we count.
 
 # %%
 # NBVAL_CHECK_OUTPUT
-places = list(combinations(range(6), 3))
-above, below = (sum(sorted(place) == best for place in places) for best in ([3, 4, 5], [0, 1, 2]))
-print(f"ways to place A among six: {len(places)}; A above B: {above}; A below B: {below}")
+ranks = list(combinations(range(6), 3))
+above, below = (sum(sorted(rank) == best for rank in ranks) for best in ([3, 4, 5], [0, 1, 2]))
+print(f"ways to place A among six: {len(ranks)}; A above B: {above}; A below B: {below}")
 rng = np.random.default_rng(0)
 for gap in (0, 1, 2, 3, 4):
-    a, b = rng.normal(gap, 1, (20_000, 3)), rng.normal(0, 1, (20_000, 3))
-    print(f"true gap of {gap} standard deviations: A is above B in {(a.min(axis=1) > b.max(axis=1)).mean():.0%} of all cases")
+    a = rng.normal(gap, 1, (20_000, 3))
+    b = rng.normal(0, 1, (20_000, 3))
+    separated = (a.min(axis=1) > b.max(axis=1)).mean()
+    print(f"true gap of {gap} standard deviations: A is above B in {separated:.0%} of all cases")
 
 # %% [markdown]
 # **You should see** 1 of 20, and 5% again in the first line below. Two things follow.
 #
-# *Too easily yes.* One comparison in twenty comes out as claimed, by luck alone; and another one the other way round. Such
-# odds are fine for one question. We ask many. (The margin takes some of it away: luck is mostly small.)
+# *The rule accepts some claims by luck.* One comparison in twenty comes out as claimed by luck; and another one comes out in
+# the opposite direction. Such odds are fine for one question. We ask many. (The margin removes some of these cases: luck is
+# mostly small.)
 #
-# *Too easily no.* A true gap of one standard deviation between seeds is seen in about a quarter of all cases. So **"not
-# reproduced" is weak evidence**, unless the two arms lie on top of each other.
+# *The rule misses some real differences.* A true gap of one standard deviation between seeds is seen in about a quarter of all
+# cases. So **"not reproduced" is weak evidence**, unless the numbers of both arms are nearly equal.
 
 # %%
 asked = sum(len(claim.comparisons) for claim in CLAIMS)
-print(f"{len(CLAIMS)} claims make {asked} comparisons. If no change did anything, and luck were independent:")
+print(f"{len(CLAIMS)} claims make {asked} comparisons. If no change had an effect, and luck were independent:")
 print(f"  expected as claimed, by luck: {asked / 20:.1f}   at least one: {1 - (19 / 20) ** asked:.0%}")
 
 # %% [markdown]
-# Look at the gaps, then. Three seeds at 95 to 100% above three at 0 to 5% are not luck, whatever the count. A gap that
-# barely clears the margin should be run again with more seeds (`python -m hsa_mini lab --seeds 0 1 2 3 4 5`): a verdict
-# takes all seeds that are there, and with more of them luck separates two arms less often.
+# So look at the gaps. Three seeds at 95 to 100% above three seeds at 0 to 5% are not luck, whatever the count. A gap only just
+# larger than the margin deserves more seeds (`python -m hsa_mini lab --seeds 0 1 2 3 4 5`). A verdict uses all seeds that
+# exist, and with more seeds luck separates two arms less often.
 #
 # ## What was run
 #
-# All that follows is read from one file, which `python -m hsa_mini lab` writes. Whatever is said about results is computed
-# from it when the notebook runs. An arm that has no record says *not yet run*, and so does every claim that needs it.
+# Everything below comes from one file, which `python -m hsa_mini lab` writes. The notebook computes all results from it when
+# it runs. An arm without a record has the verdict *not yet run*, and so does every claim that needs this arm.
 
 # %%
 path = data_dir() / "results" / "lab.jsonl"
@@ -345,27 +371,31 @@ for (name, _), record in sorted(current(records).items()):
     runs[name].append(record)
 findings = {finding.claim.name: finding for finding in judge(records)}
 counted = [record for same in runs.values() for record in same]
-print(f"{len(records)} records, {len(counted)} of them with the settings of today")
+print(f"{len(records)} records, {len(counted)} of them with the current settings")
 for machine in sorted({record["hardware"] for record in counted}):
     spent = sum(sum(record["seconds"].values()) for record in counted if record["hardware"] == machine)
     print(f"  on {machine}: {spent / 3600:.1f} hours of runs")
 for need in (0, *range(1, SEEDS)):
     short = [name for name, same in runs.items() if len(same) == need]
-    print(f"arms with {need} of {SEEDS} seeds ({'not yet run' if need == 0 else 'not enough'}):", ", ".join(short) or "none")
+    status = "not enough" if need else "not yet run"
+    print(f"arms with {need} of {SEEDS} seeds ({status}):", ", ".join(short) or "none")
 
 # %%
 # NBVAL_CHECK_OUTPUT
 declared = {name: arm.parameters(LAB)["parameters"] for name, arm in ARMS.items()}
-print("records have the parameters of their arms:", all(record["parameters"] == declared[record["arm"]] for record in counted))
+as_declared = all(record["parameters"] == declared[record["arm"]] for record in counted)
+print("records have the parameters of their arms:", as_declared)
 lengths = [tuple(row["tokens"] for row in record["found"]["s_niah"]) for record in counted]
-print("all were asked at the same lengths:", set(lengths) <= {LAB.lengths})
+print("all arms have questions at the same lengths:", set(lengths) <= {LAB.lengths})
 
 # %% [markdown]
+# **You should see** `True` twice.
+#
 # ## All at once
 #
-# Every line in this picture is one comparison, every mark a seed. `A > B` is what the claim says: A is better than B.
-# Circles should be better than squares: further to the right on the left side (more right answers), further to the left on
-# the right side (less perplexity).
+# Every line in this picture is one comparison, every mark a seed. `A > B` is the claim: A is better than B. Circles should be
+# better than squares. On the left side better means further to the right (more right answers). On the right side better means
+# further to the left (lower perplexity).
 
 # %%
 figure = make_figure(9.5, 6.5)
@@ -377,8 +407,8 @@ for found in dict.fromkeys(finding.verdict for finding in findings.values()):
 # %% [markdown]
 # ### Move it: claim by claim
 #
-# Choose a claim. Each row is an arm, each panel a measure. Panels in grey have no say in the verdict, and grey diamonds
-# have none either: they stand beside, because one wants to know.
+# Choose a claim. Each row is an arm, each panel a measure. Grey panels do not affect the verdict, and neither do grey
+# diamonds: they are shown for information only.
 
 
 # %%
@@ -396,22 +426,23 @@ explore(
 # %% [markdown]
 # ## The ten claims
 #
-# For each: what the paper says, what we changed, the numbers, the verdict. `tell` prints it from the findings, and draws
-# the measures that decide (all others are above, and in the numbers). Marks and colours are those of the picture above.
+# For each claim you find: the paper's statement, our change, the numbers, the verdict. `tell` prints the last two from the
+# findings, and draws the measures that decide (all others are in the picture above, and in the numbers). Marks and colours
+# are those of the picture above.
 
 
 # %%
 def written(values):
-    """Values of the stages, or one if all are the same."""
+    """The values of all stages, or a single value if they are equal."""
     shown = ["usual" if value is None else str(value) for value in values]
     return shown[0] if len(set(shown)) == 1 else " ".join(shown)
 
 
 def tell_arm(name):
-    """What an arm is, and each thing that it changes."""
+    """The description of an arm, and each setting that it changes."""
     print(f"\n{name}: {ARMS[name].what}")
     for key, (usual, own) in changed(ARMS[name]).items():
-        why = "   (pays for the change: equal parameters)" if key == "config.mlp_width" else ""
+        why = "   (compensates for the change: equal parameters)" if key == "config.mlp_width" else ""
         print(f"    {key}: {written(usual)} -> {written(own)}{why}")
 
 
@@ -444,26 +475,26 @@ told = []
 # %% [markdown]
 # ### 1 · Positions
 #
-# **The paper:** far chunks are read *without* positions, and so a model goes on finding beyond the length that it was
-# trained at. With RoPE it does not. (For another sparse model, NSA with 370 M parameters, it reports that S-NIAH falls from
-# 97 to 60 between 4K and 64K with RoPE, and from 99 to 73 without.)
+# **The paper:** the model reads distant chunks *without* positions, and so it still finds needles beyond the length of its
+# training. With RoPE it does not. (For another sparse model, NSA with 370 M parameters, the paper reports that S-NIAH falls
+# from 97 to 60 between 4K and 64K with RoPE, and from 99 to 73 without.)
 #
-# **We change:** `hsa_rope` turns queries and keys of chunks by their place in the text, as [notebook 05](05_layer.ipynb) did.
-# `full_rope` has no HSA: every block attends to everything, with RoPE.
+# **We change:** `hsa_rope` rotates queries and keys of chunks by their position in the text, as
+# [notebook 05](05_layer.ipynb) did. `full_rope` has no HSA: every block attends to everything, with RoPE.
 
 # %%
 tell("positions")
 
 
 # %% [markdown]
-# Two more figures belong here. They say nothing about needles, only about ordinary text:
+# Two more numbers belong here. They concern ordinary text, not needles:
 #
-# * **How much does the reach cost?** Perplexity at 64 times the training length, over perplexity at the training length, of
-#   the same last tokens. 1 means: more text in front does no harm. Below 1: it helps. Above 1: it harms.
-# * **How much does sparsity cost?** The perplexity of HSA over that of full attention, both at the training length, where
-#   full attention is at home. Below 1: HSA predicts better. Above 1: worse.
+# * **What does a longer text cost?** The perplexity at 64 times the training length, divided by the perplexity at the training
+#   length, on the same last tokens. 1 means: more text in front does no harm. Below 1 it helps. Above 1 it harms.
+# * **What does sparsity cost?** The perplexity of HSA divided by that of full attention, both at the training length, where
+#   full attention works best. Below 1 HSA predicts better. Above 1 it predicts worse.
 #
-# The arms `text...` were trained on plain text alone, without copies and questions, so that nothing but text is at stake.
+# The arms `text...` were trained only on plain text, without copies and questions, so that nothing but text plays a role.
 
 
 # %%
@@ -473,44 +504,47 @@ def perplexities(name, measure):
 
 
 def ratio(top, bottom):
-    """The ratio of two (arm, measure) in every seed that both have; None if there is none."""
-    above, below = perplexities(*top), perplexities(*bottom)
+    """The ratio of two (arm, measure) for every seed that both have; None if there is none."""
+    above = perplexities(*top)
+    below = perplexities(*bottom)
     values = [above[seed] / below[seed] for seed in above.keys() & below.keys() if math.isfinite(below[seed])]
     return Spread(tuple(sorted(values))) if values else None
 
 
-def said(spread):
+def summary(spread):
     """Mean, range and number of seeds."""
     if spread is None:
         return NOT_RUN
     return f"{spread.mean:.3f} ({spread.low:.3f} to {spread.high:.3f}, {len(spread.values)} seeds)"
 
 
-near, far = Measure("perplexity", NEAR), Measure("perplexity", FAR)
+near = Measure("perplexity", NEAR)
+far = Measure("perplexity", FAR)
 reach = {name: ratio((name, far), (name, near)) for name in ("hsa", "full_rope", *TEXTS)}
 PAIRS = (("hsa", "full_rope"), *((name, "text_full_rope") for name in TEXTS if name != "text_full_rope"))
 sparsity = {f"{sparse} over {full}": ratio((sparse, near), (full, near)) for sparse, full in PAIRS}
 titles = f"perplexity at {FAR}× over that at {NEAR}×", f"perplexity at {NEAR}×, HSA over full attention"
 for title, rows in zip(titles, (reach, sparsity)):
-    print(title, *(f"   {name:30} {said(spread)}" for name, spread in rows.items()), sep="\n")
+    print(title, *(f"   {name:30} {summary(spread)}" for name, spread in rows.items()), sep="\n")
 
 # %%
 figure = make_figure(10.5, 2.4)
 for axes, title, rows in zip(figure.subplots(1, 2), titles, (reach, sparsity)):
     laboratory.ratio_rows(axes, rows)
     axes.set_title(f"{title}\n", fontsize=11)
-words = "; ".join(f"{name}: {said(spread)}" for name, spread in (reach | sparsity).items())
+words = "; ".join(f"{name}: {summary(spread)}" for name, spread in (reach | sparsity).items())
 show(figure, f"Ratios of perplexities by arm, a mark for every seed, a line at 1. {words}.", colors=64)
 
 # %% [markdown]
 # ### 2 · Fusion
 #
-# **The paper:** the score of a chunk is its weight in the sum, so the loss teaches what to choose. Models that *select* by
-# scores, then *concatenate* what they chose in one softmax, lack that gradient. [Notebook 04](04_fusion.ipynb) shows it.
+# **The paper:** the score of a chunk is its weight in the sum, so the loss teaches which chunks to choose. Other models
+# *select* chunks by their scores and then *concatenate* them in one softmax. There the scores get no such gradient.
+# [Notebook 04](04_fusion.ipynb) shows it.
 #
-# **We change:** `concatenated` chooses by landmarks and reads in one softmax. `mean_key` also makes its landmarks of mean
-# keys, as MoBA does. `grouped_softmax` stands beside: its landmarks are keys and do get a gradient. NSA and MoBA as a
-# whole are more than this. What is tried here is their way to read.
+# **We change:** `concatenated` chooses by landmarks and reads in one softmax. `mean_key` also computes its landmarks as mean
+# keys, as MoBA does. `grouped_softmax` is shown for information only: its landmarks are keys and do get a gradient. NSA and
+# MoBA as a whole are more than this. We test only their way of reading.
 
 # %%
 tell("fusion")
@@ -518,11 +552,11 @@ tell("fusion")
 # %% [markdown]
 # ### 3 · Encoder
 #
-# **The paper:** a small encoder reads a chunk in both directions, and its `[CLS]` makes the landmark. That is better than
-# the mean of what is in the chunk.
+# **The paper:** a small encoder reads a chunk in both directions, and its `[CLS]` becomes the landmark. That is better than
+# the mean of the chunk's tokens.
 #
-# **We change:** no encoder; keys and values of each token alone; the landmark is made of their mean. (The parameters
-# go to the MLPs.)
+# **We change:** there is no encoder. Keys and values come from each token separately, and the landmark comes from the mean of
+# the tokens. (The MLPs get the parameters of the encoder.)
 
 # %%
 tell("encoder")
@@ -530,11 +564,11 @@ tell("encoder")
 # %% [markdown]
 # ### 4 · Warm-up
 #
-# **The paper:** before the pre-training comes a warm-up, and two kinds work: **self-copy**, or a **short window with every
-# chunk kept**. At 0.5 B, MQ-NIAH at 1M tokens is 0 without, 93 after self-copy, 66 after a short window; perplexity at
-# 16K is 16.77, 16.50 and 15.96. So self-copy reaches further, and the short window predicts better.
+# **The paper:** before the pre-training there is a warm-up, and two kinds work: **self-copy**, or a **short window with every
+# chunk kept**. At 0.5 B, MQ-NIAH at 1M tokens is 0 without a warm-up, 93 after self-copy, 66 after a short window. Perplexity
+# at 16K is 16.77, 16.50 and 15.96. So self-copy reaches further, and the short window predicts better.
 #
-# **We change:** all three arms have the long window of `window_4x` in the end. They differ in the first three stages alone.
+# **We change:** all three arms have the long window of `window_4x` in the end. They differ only in the first three stages.
 
 # %%
 tell("warm-up")
@@ -542,12 +576,12 @@ tell("warm-up")
 # %% [markdown]
 # ### 5 · Seesaw
 #
-# **The paper:** window and retrieval sit on a seesaw. What a window can reach, retrieval does not learn: at 0.5 B a window
-# of 512 finds 80% of MQ-NIAH at 1M, one of 4K finds 46%. [Notebook 11](11_training.ipynb) counts why a copy distance is a
-# cliff.
+# **The paper:** window and retrieval are on a seesaw. If the window can reach something, retrieval does not learn it: at 0.5 B
+# a model with a window of 512 finds 80% of MQ-NIAH at 1M, and one with a window of 4K finds 46%.
+# [Notebook 11](11_training.ipynb) counts why the distance of a copy is a cliff.
 #
 # **We change:** the window, and nothing else: 8 times as long (the longest distance of a copy) and 16 times (the whole text).
-# Four times stands beside.
+# The window of 4 times is shown for information only.
 
 # %%
 tell("seesaw")
@@ -555,10 +589,11 @@ tell("seesaw")
 # %% [markdown]
 # ### 6 · Effective context
 #
-# **The paper:** it is not the length of the training texts that counts, but how far back something *useful* stands in them.
+# **The paper:** the length of the training texts does not matter in itself. What matters is how far back there is something
+# *useful* in them.
 #
-# **We change:** rows are as long as ever, but four short sequences that know nothing of each other make one. Nothing further
-# back than a quarter of the row ever helps.
+# **We change:** rows have the usual length, but each consists of four unrelated short sequences. Nothing further back than a
+# quarter of the row ever helps.
 
 # %%
 tell("effective context")
@@ -566,10 +601,10 @@ tell("effective context")
 # %% [markdown]
 # ### 7 · Sparse training
 #
-# **The paper:** whoever will keep few chunks when asked has to be trained with few.
+# **The paper:** a model that keeps few chunks in evaluation must also be trained with few chunks.
 #
-# **We change:** in training *every* chunk is kept, in evaluation K as usual. Beside it stands the baseline without the noise
-# on the choice.
+# **We change:** training keeps *every* chunk, and evaluation keeps K as usual. The baseline without the noise on the choice is
+# shown for information only.
 
 # %%
 tell("sparse training")
@@ -577,10 +612,10 @@ tell("sparse training")
 # %% [markdown]
 # ### 8 · QK norm
 #
-# **The paper:** queries and keys are normed in all attention, and training needs that.
+# **The paper:** all attention normalises its queries and keys, and training needs this norm.
 #
-# **We change:** no such norm anywhere. A training that goes wrong may end at a perplexity that is no number. It is then
-# taken as infinitely bad.
+# **We change:** there is no such norm anywhere. If training diverges, the perplexity may not be a number. We then treat it as
+# infinitely bad.
 
 # %%
 tell("QK norm")
@@ -588,11 +623,11 @@ tell("QK norm")
 # %% [markdown]
 # ### 9 · Scale
 #
-# **The paper** has a dense model of 0.5 B parameters, and one of 8 B with experts. What should experts be good for? Where an
-# answer takes several steps, as in VT.
+# **The paper** has a dense model of 0.5 B parameters, and one of 8 B with experts. Where should experts help? Where an answer
+# takes several steps, as in VT.
 #
-# **We change:** both arms learn chains. One has experts in the place of the MLP, with as many parameters *active* for
-# each token, and more in all. A step from 0.5 B to 8 B this is not.
+# **We change:** both arms learn chains. One of them has experts instead of the MLP. It has the same number of *active*
+# parameters per token, and more in all. This is not a step from 0.5 B to 8 B.
 
 # %%
 tell("scale")
@@ -600,10 +635,11 @@ tell("scale")
 # %% [markdown]
 # ### 10 · Blindness
 #
-# **The paper:** a window alone never sees what lies behind it, so something must. This is the check of the *test* as much as
-# of the model: if a model without any retrieval found needles, they would be in its window.
+# **The paper:** a window without retrieval sees nothing beyond its edge, so the model needs something else for distant text.
+# This claim checks the *test* as much as the model: if a model without any retrieval found needles, they would be in its
+# window.
 #
-# **We change:** no HSA at all. It should fail at the training length already.
+# **We change:** no HSA at all. The model should fail already at the training length.
 
 # %%
 tell("blindness")
@@ -613,21 +649,21 @@ tell("blindness")
 print("claims without a section:", sorted({claim.name for claim in CLAIMS} ^ set(told)))
 
 # %% [markdown]
-# **You should see** an empty list: none was left out, whatever its verdict.
+# **You should see** an empty list: every claim has a section, whatever its verdict.
 #
 # ### Move it: arm by arm
 #
-# Verdicts are coarse. Choose an arm, and a curve of its training. On the left the baseline is drawn with it, in blue; dotted
-# lines are the ends of stages. On the right is what the trained arm can do at 1, 4, 16 and 64 times the training length.
-# Some things to look for: does an arm fail at 1× already, so that it never *learned*? Or only further out, so that it does
-# not *extrapolate*? Does one seed learn late, or never? A verdict knows none of that.
+# Verdicts are coarse. Choose an arm, and a curve of its training. On the left you see it together with the baseline, which is
+# blue; dotted lines are the ends of stages. On the right you see what the trained arm can do at 1, 4, 16 and 64 times the
+# training length. Some things to look for: does an arm fail at 1× already, so that it never *learned*? Or only further out, so
+# that it does not *extrapolate*? Does one seed learn late, or never? A verdict contains none of this.
 
 
 # %%
-def draw_arm(figure, name, curve, asked):
+def draw_arm(figure, name, curve, ability):
     left, right = figure.subplots(1, 2)
     laboratory.learning_curves(left, {arm: runs[arm] for arm in dict.fromkeys(("hsa", name))}, curve)
-    laboratory.abilities(right, runs[name], ABILITIES[asked])
+    laboratory.abilities(right, runs[name], ABILITIES[ability])
     if not runs[name]:
         return f"{name}, {ARMS[name].what}: {NOT_RUN}."
     multiples = LAB.multiples
@@ -639,25 +675,27 @@ def draw_arm(figure, name, curve, asked):
 ABILITIES = {"answers and copies": ("s_niah", "mq_niah", "vt", "copy"), "perplexity": ("perplexity",)}
 explore(
     draw_arm,
-    alt="Left, a figure of training over the steps, one line for each seed. Right, what the arm can do against the length.",
+    alt="Left, a curve of training over the steps, one line per seed. Right, what the arm can do, against the length.",
     size=(9.5, 3.4),
     name=Control(list(ARMS), start="full_rope", label="arm"),
     curve=Control(["answer_accuracy", "answer", "copy", "text", "loss", "gradient_norm"], label="curve of training"),
-    asked=Control(list(ABILITIES), label="asked of it"),
+    ability=Control(list(ABILITIES), label="ability"),
 )
 
 
 # %% [markdown]
-# The same in one number an arm: how far does it fall? S-NIAH at 1× and from step to step of the length, means of the seeds.
+# Here is the same as one line per arm: how far does it fall? The table shows S-NIAH at each length, as means over the seeds, and
+# the step of the length at which the arm loses most.
 
 
 # %%
 def fall(name):
-    """Means of S-NIAH by length, and the multiple after which most is lost."""
+    """Means of S-NIAH by length, and the multiple after which the arm loses most."""
     means = [np.mean([Measure("s_niah", m).read(record) for record in runs[name]]) for m in LAB.multiples]
     losses = [before - after for before, after in pairwise(means)]
     worst = LAB.multiples[int(np.argmax(losses))]
     where = f"loses most beyond {worst}×, {max(losses):.0%}" if max(losses) >= by.margin else "never loses the margin"
+    return "  ".join(f"{share:5.0%}" for share in means) + f"   {where}"
     return "  ".join(f"{share:5.0%}" for share in means) + f"   {where}"
 
 
@@ -668,22 +706,23 @@ for name, same in runs.items():
 # %% [markdown]
 # ## What this does not show
 #
-# * **One size.** The paper's models are a hundred times larger and more, and saw some hundred thousand times as many tokens.
-#   What fails in small may hold in large, and what holds in small may vanish. "In small" belongs to every verdict.
-# * **One recipe, made for the baseline.** Learning rate, noise and stages were chosen so that `hsa` learns. Another arm might
-#   do better with its own. Equal conditions are not always fair conditions.
-# * **One thing at a time.** Two changes that do nothing alone may do a lot together. Nobody tried.
+# * **One size.** The paper's models are a hundred times larger or more, and saw some hundred thousand times as many tokens. A
+#   claim that fails in a small model may hold in a large one, and the reverse. Every verdict is about small models.
+# * **One recipe, made for the baseline.** We chose learning rate, noise and stages so that `hsa` learns. Another arm might
+#   do better with its own recipe. Equal conditions are not always fair conditions.
+# * **One thing at a time.** Two changes that have no effect separately may have a large effect together. We did not try.
 # * **Few questions.** Each share comes from a few dozen questions, the same for all arms. A seed's mark has an interval
-#   of its own; [notebook 12](12_sixteen_million.ipynb) says how to compute it.
-# * **Stand-ins.** `mean_key` is not MoBA, `concatenated` is not NSA. They are what is left of them when all else is equal.
-# * **Our margin, our rule.** Both were fixed before the runs. With another rule other verdicts come out, and all numbers are
-#   above, so that you can try.
+#   of its own; [notebook 12](12_sixteen_million.ipynb) explains how to compute it.
+# * **Simplified versions.** `mean_key` is not MoBA, `concatenated` is not NSA. Each keeps one idea of the original, so that
+#   everything else can be equal.
+# * **Our margin, our rule.** We fixed both before the runs. Another rule gives other verdicts, and all numbers are above, so
+#   that you can try.
 #
 # ## Exercises
 #
-# **1.** With three seeds luck alone puts A above B once in 20 times. How many seeds does each arm need until it happens less
-# than once in 1,000? Guess first. Then compute what *that* many seeds leave of a true gap of two standard deviations: how
-# often is it still seen? What do you learn about the rule?
+# **1.** With three seeds, luck puts A above B once in 20 times. How many seeds does each arm need until this happens less
+# than once in 1,000 times? Guess first. Then suppose a true gap of two standard deviations: how often do *that* many seeds
+# still show it? What do you learn about the rule?
 #
 # <details><summary>Solution</summary>
 #
@@ -691,20 +730,21 @@ for name, same in runs.items():
 # enough = next(n for n in range(1, 20) if math.comb(2 * n, n) > 1000)
 # rng = np.random.default_rng(0)
 # for n in (3, enough):
-#     a, b = rng.normal(2, 1, (20_000, n)), rng.normal(0, 1, (20_000, n))
+#     a = rng.normal(2, 1, (20_000, n))
+#     b = rng.normal(0, 1, (20_000, n))
 #     print(f"{n} seeds: luck 1 in {math.comb(2 * n, n):,}; seen {(a.min(axis=1) > b.max(axis=1)).mean():.0%}")
 # assert enough == 7
 # ```
 #
-# Seven. But with seven seeds a real gap is seen *less* often, since all of one arm have to beat all of the other, and
-# extremes grow with the number of draws. "No overlap" is a rule for few seeds. With many one compares means, and their
-# standard errors.
+# Seven. But with seven seeds a real gap is seen *less* often: all seeds of one arm have to be better than all seeds of the
+# other, and extremes grow with the number of draws. "No overlap" is a rule for few seeds. With many seeds one compares means,
+# and their standard errors.
 #
 # </details>
 #
-# **2.** Write an arm of your own: the baseline, but each token keeps one chunk (`top_k` is 1). Show that it changes this one
-# thing, and that it has as many parameters. Run it in small. Then write down the sentence that you would claim, and by which
-# measure, *before* you run it in large.
+# **2.** Write an arm of your own: the baseline, but each token keeps one chunk (`top_k` is 1). Show that it changes only this,
+# and that its number of parameters is the same. Run it at the scale `tiny`. Then write down the sentence that you would claim, and the
+# measure, *before* you run it at the scale `lab`.
 #
 # <details><summary>Solution</summary>
 #
@@ -719,16 +759,16 @@ for name, same in runs.items():
 # print(mine["final"]["text"], mine["found"]["s_niah"])
 # ```
 #
-# A claim could be: "`hsa` is better than `one_chunk` by MQ-NIAH at 1×", since two needles are in two chunks as a rule. But
-# each layer and each token of the answer chooses anew, so it may well fail. With the arm in `hsa_mini/lab/arms.py` and the
-# claim in `claims.py` the command runs it: `python -m hsa_mini lab --arms hsa one_chunk`.
+# A claim could be: "`hsa` is better than `one_chunk` by MQ-NIAH at 1×", since two needles are usually in two chunks. But each
+# layer and each token of the answer chooses again, so the claim may well fail. Add the arm to `hsa_mini/lab/arms.py` and the
+# claim to `claims.py`, and the command runs it: `python -m hsa_mini lab --arms hsa one_chunk`.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# You have taken the mechanism apart and weighed its parts. What is left is to make it large. That is for notebook 14, *How
-# would one train the 8B?* (in preparation). Until then: [notebook 10](10_model_and_experts.ipynb) counts what 8 billion
+# You have taken the mechanism apart and measured its parts. The next question is how to make it large. Notebook 14 will answer
+# it, *How would one train the 8B?* (in preparation). Until then: [notebook 10](10_model_and_experts.ipynb) counts what 8 billion
 # parameters cost, and `python -m hsa_mini lab --scale tiny --arms hsa window --seeds 0 --out out/tiny.jsonl` makes two runs
 # of the laboratory in your terminal, in seconds.

@@ -515,8 +515,8 @@ def _choose(ours):
     assert_close(gates, want[1], 1e-6)
 
 
-@twin("10_model_and_experts", "balance")
-def _balance(ours):
+@twin("10_model_and_experts", "update_bias")
+def _update_bias(ours):
     layer, bias = _mixture().train(), _mixture().bias
     layer(random(2, 15, 32).float())
     moved = ours(bias, layer.statistics().load, 0.01)
@@ -580,8 +580,8 @@ def _learning_rate(ours):
         ]
 
 
-@twin("11_training", "in_a_crowd")
-def _in_a_crowd(ours):
+@twin("11_training", "cross_batch_chunks")
+def _cross_batch_chunks(ours):
     model, past = HSAModel(PRESETS["debug"], dtype=torch.float64).requires_grad_(False), Past(5)
     for _ in range(2):
         memory = model(torch.randint(512, (3, 30))).memory

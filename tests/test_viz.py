@@ -41,6 +41,7 @@ from hsa_mini.viz import (
     laboratory,
     live,
     make_figure,
+    models,
     plots,
     results,
     show,
@@ -256,7 +257,7 @@ def test_pyplot_is_never_loaded():
 
 @pytest.mark.parametrize(
     "module",
-    [costs, laboratory, live, plots, results, stills, style, training, widgets],
+    [costs, kernels, laboratory, live, mechanism, models, plots, results, stills, style, training, widgets],
     ids=lambda module: module.__name__,
 )
 def test_viz_computes_nothing_of_its_own(module):
