@@ -51,7 +51,7 @@ class WindowRing:
         """x [B, 1, C], the token to come, which enters the ring -> [B, 1, H, D]."""
         clock = self.clock
         gains = (qkv.q_norm.weight, qkv.k_norm.weight)
-        q = ops.enter_ring(
+        q = ops.update_window_cache(
             *qkv.project(x), self.k, self.v, clock.slots, *gains, rope, eps=qkv.q_norm.eps
         )
-        return ops.ring_attention(q, self.k, self.v, clock.positions)
+        return ops.window_decode_attention(q, self.k, self.v, clock.positions)

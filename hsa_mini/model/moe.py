@@ -60,7 +60,7 @@ class MoE(nn.Module):
             counts = ends.long().diff(prepend=ends.new_zeros(1))
             self.asked = counts if self.asked is None else self.asked + counts
         weights = self.up_and_gate.to(dtype), self.down.to(dtype)
-        return shared + ops.experts(tokens.to(dtype), *choice, *weights).reshape(x.shape)
+        return shared + ops.grouped_experts(tokens.to(dtype), *choice, *weights).reshape(x.shape)
 
     def statistics(self) -> RouterStatistics:
         asked = torch.zeros_like(self.bias) if self.asked is None else self.asked

@@ -6,8 +6,10 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32). Of the seed,
-    an int or an int64 tensor [], the low 64 bits count; `counter`: four int64 tensors."""
+    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32).
+
+    seed: an int or an int64 tensor [], of which the low 64 bits are used. counter: four int64 tensors of one shape.
+    """
     c0, c1, c2, c3 = counter
     key0 = seed & _MASK
     key1 = (seed >> 32) & _MASK
@@ -24,8 +26,11 @@ def philox(seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]) -> torch
 
 
 def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high 32 bits of x * constant; in halves, since the product may not fit in a signed 64-bit integer."""
-    # each below 2^48
+    """Low and high 32 bits of x * constant.
+
+    The constant is split in two halves, because the whole product may not fit in a signed 64-bit integer.
+    """
+    # both products are below 2^48
     low = x * (constant & 0xFFFF)
     high = x * (constant >> 16)
     total = low + ((high & 0xFFFF) << 16)
