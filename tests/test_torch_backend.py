@@ -1,4 +1,4 @@
-"""`blockwise.*` gives what `reference.*` gives: outputs and every gradient, however small its blocks.
+"""`torch_backend.*` gives what `reference.*` gives: outputs and every gradient, however small its blocks.
 
 Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension,
 N chunks, S chunk size, K kept, P cached keys, W window.
@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsa_mini import reference
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import torch_backend
 
 BUDGETS = st.sampled_from([1, 3000, 1 << 26])  # one token a block, a few, all at once
 
 
 @contextlib.contextmanager
 def blocks_of(budget: int, attend=None):
-    """Blocks of tokens that hold `budget` numbers, each attended by `attend` whatever blockwise itself would choose."""
+    """Blocks of tokens that hold `budget` numbers, each attended by `attend` whatever the backend itself would choose."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "BLOCK_ELEMENTS", {"cpu": budget})
+        patch.setattr(torch_backend, "BLOCK_ELEMENTS", {"cpu": budget})
         if attend is not None:
-            patch.setattr(blockwise, "_attend_all", attend)
+            patch.setattr(torch_backend, "_attend_all", attend)
             patch.setattr(reference, "chunk_attention", attend)
         yield
 
@@ -40,7 +40,7 @@ def test_retrieve(T, J, N, S, K, budget, **options):
     inputs = dict(retrieval_q=random(2, T, J, 4), landmarks=random(2, N, J, 4, seed=1))
     want = results(reference.retrieve, inputs, chunk_size=S, top_k=K, **options)
     with blocks_of(budget):
-        got = results(blockwise.retrieve, inputs, chunk_size=S, top_k=K, **options)
+        got = results(torch_backend.retrieve, inputs, chunk_size=S, top_k=K, **options)
     assert_close(got, want, 1e-12)
 
 
@@ -49,7 +49,7 @@ def test_retrieve(T, J, N, S, K, budget, **options):
     T=st.integers(0, 20), J=st.sampled_from([1, 2]), G=st.sampled_from([1, 4, 16]), S=st.sampled_from([16, 32, 64]),
     N=st.sampled_from([0, 1, 4, 9]), K=st.integers(1, 11), scale=st.sampled_from([None, 0.5]),
     budget=st.sampled_from([1, 60_000, 1 << 26]),
-    attend=st.sampled_from([None, blockwise._attend_all, reference.chunk_attention]),
+    attend=st.sampled_from([None, torch_backend._attend_all, reference.chunk_attention]),
 )  # fmt: skip
 def test_chunk_attention(T, J, G, S, N, K, scale, budget, attend):
     q, k, v = random(2, T, J * G, 8), random(2, N, S, J, 8, seed=1), random(2, N, S, J, 8, seed=2)
@@ -57,7 +57,7 @@ def test_chunk_attention(T, J, G, S, N, K, scale, budget, attend):
     inputs = dict(q=q, k=k, v=v, indices=indices, weights=weights)
     want = results(reference.chunk_attention, inputs, scale=scale)
     with blocks_of(budget, attend):
-        got = results(blockwise.chunk_attention, inputs, scale=scale)
+        got = results(torch_backend.chunk_attention, inputs, scale=scale)
     assert_close(got, want, 1e-12)
 
 
@@ -70,7 +70,7 @@ def test_sliding_window_attention(T, P, W, J, G):
     shape = (2, P + T, J, 8)
     inputs = dict(q=random(2, T, J * G, 8), k=random(*shape, seed=1), v=random(*shape, seed=2))
     got, want = (
-        results(f.sliding_window_attention, inputs, window=W) for f in (blockwise, reference)
+        results(f.sliding_window_attention, inputs, window=W) for f in (torch_backend, reference)
     )
     assert_close(got, want, 1e-12)
 
@@ -94,7 +94,7 @@ def test_chunk_attention_in_other_dtypes_is_as_exact_as_their_rounding(dtype, bo
         {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()},
     )
     with blocks_of(budget):
-        got = results(blockwise.chunk_attention, inputs)
+        got = results(torch_backend.chunk_attention, inputs)
     for name, value in got.items():
         assert value.dtype == (torch.float32 if name == "gradient of weights" else dtype), name
     assert_close({name: x.double() for name, x in got.items()}, want, bound)

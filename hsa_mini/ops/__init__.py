@@ -1,7 +1,8 @@
-"""Every operation of the model, under one name each: the layers call these and never choose a backend.
+"""The operations of the model. The layers call these names and never choose a backend.
 
-On an NVIDIA GPU, in 16 bits and where the sizes allow, the Triton kernels of `hsa_kernels` and PyTorch's FlexAttention do the
-work. Everywhere else it is plain PyTorch (`hsa_mini.ops.torch_backend`). `backend("torch")` keeps the kernels out.
+On an NVIDIA GPU, in 16 bits and where the sizes allow, the Triton kernels of `hsa_kernels` and
+PyTorch's FlexAttention do the work. Everywhere else it is plain PyTorch
+(`hsa_mini.ops.torch_backend`). `backend("torch")` keeps the kernels out.
 """
 
 import torch
@@ -45,7 +46,10 @@ def in_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 
 def _rows(memory: torch.Tensor) -> torch.Tensor:
-    """Chunks as the kernels accept them: a memory with capacity behind every batch entry's chunks is not copied."""
+    """Chunks as the kernels accept them.
+
+    A memory with capacity behind every batch entry's chunks is not copied.
+    """
     return memory if memory[:1].is_contiguous() else memory.contiguous()
 
 
@@ -143,7 +147,7 @@ def grouped_experts(
 
 
 def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on the device of rows."""
+    """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on rows' device."""
     automatic = choice.current() == "auto" and rows.is_cuda and store.is_pinned()
     if choice.current() == "kernels" or (automatic and choice.kernels() is not None):
         return choice.kernels().fetch(store, rows)
@@ -151,7 +155,7 @@ def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, *, eps):
-    """`torch_backend.update_window_cache`: same arguments, same numbers; the kernel has no gradient."""
+    """`torch_backend.update_window_cache`: same arguments, same numbers; no gradient on a GPU."""
     home = choice.kernels() if use_kernels(q, q.shape[3] <= 256) else torch_backend
     return home.update_window_cache(
         q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, eps=eps
@@ -159,7 +163,7 @@ def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table,
 
 
 def window_decode_attention(q, k, v, positions):
-    """`torch_backend.window_decode_attention`: same arguments, same numbers; the kernel has no gradient."""
+    """`torch_backend.window_decode_attention`: same arguments and numbers; no gradient on a GPU."""
     if use_kernels(q, 16 <= q.shape[3] <= 256 and q.shape[2] <= 64 * k.shape[2]):
         return choice.kernels().window_decode_attention(q.contiguous(), k, v, positions)
     return torch_backend.window_decode_attention(q, k, v, positions)

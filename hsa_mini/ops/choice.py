@@ -12,10 +12,11 @@ _choice = "auto"
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block, operations run in the Triton kernels ("kernels"), in plain PyTorch ("torch"), or "auto"matically.
+    """Within the block, choose the backend: "kernels" (Triton), "torch" (plain PyTorch) or "auto".
 
-    "auto" uses the kernels on an NVIDIA GPU, in 16 bits, for the sizes that they support. "kernels" raises ValueError for
-    arguments that they do not support; without a GPU they need Triton's interpreter. Raises ValueError for any other name.
+    "auto" uses the kernels on an NVIDIA GPU, in 16 bits, for the sizes that they support. "kernels"
+    raises ValueError for arguments that they do not support; without a GPU they need Triton's
+    interpreter. Raises ValueError for any other name.
     """
     global _choice
     if name not in CHOICES:
@@ -34,7 +35,7 @@ def current() -> str:
 
 
 def kernels():
-    """The package `hsa_kernels`, or None where Triton is missing and the backend is not "kernels"."""
+    """The package `hsa_kernels`; None where Triton is missing, unless the backend is "kernels"."""
     try:
         import hsa_kernels
     except ImportError:
@@ -45,7 +46,7 @@ def kernels():
 
 
 def use_kernels(tensor: torch.Tensor, sizes_fit: bool) -> bool:
-    """Whether the kernels do the work, for an operation on `tensor` whose sizes they support or not."""
+    """Whether the kernels do the work on `tensor`. sizes_fit: whether they support its sizes."""
     if _choice != "auto":
         return _choice == "kernels"
     return (

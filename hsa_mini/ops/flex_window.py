@@ -1,8 +1,9 @@
-"""Sliding-window attention on a GPU: PyTorch's FlexAttention, compiled, with a block mask that is computed directly.
+"""Sliding-window attention on a GPU: PyTorch's FlexAttention with a block mask computed directly.
 
 PyTorch's own `create_block_mask` would evaluate the mask for every pair of tokens.
 
-Dimensions: B batch, T tokens, P cached keys, H query heads, J key/value heads, D head dimension, Q blocks of queries.
+Dimensions: B batch, T tokens, P cached keys, H query heads, J key/value heads, D head dimension, Q
+blocks of queries.
 """
 
 from functools import lru_cache
@@ -17,7 +18,10 @@ BLOCK = 128  # tokens per side of a block of the mask
 
 @lru_cache(maxsize=64)
 def block_mask(tokens: int, cached: int, window: int, device: torch.device) -> BlockMask:
-    """Which blocks of keys each block of queries sees in part, and which in full. Query i has the index `cached + i` among keys."""
+    """Which blocks of keys each block of queries sees in part, and which in full.
+
+    Query i has the index `cached + i` among keys.
+    """
 
     def visible(b, h, i, j):
         return (j <= i + cached) & (j > i + cached - window)
@@ -27,7 +31,8 @@ def block_mask(tokens: int, cached: int, window: int, device: torch.device) -> B
     last_query = (first_query + BLOCK).clamp(max=cached + tokens) - 1
     first = (first_query - window + 1).clamp(min=0) // BLOCK
     last = last_query // BLOCK
-    # In full: from the first block that the last query sees entirely, to the last block that the first query sees entirely.
+    # In full: from the first block that the last query sees entirely, to the last block that the
+    # first query sees entirely.
     first_full = (last_query - window + BLOCK).clamp(min=0) // BLOCK
     last_full = (first_query + 1) // BLOCK - 1
     j = torch.arange(-(-(cached + tokens) // BLOCK), device=device)
@@ -35,7 +40,7 @@ def block_mask(tokens: int, cached: int, window: int, device: torch.device) -> B
     full = (j >= first_full[:, None]) & (j <= last_full[:, None])
 
     def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many key blocks each query block sees [1, 1, Q], and the indices of all key blocks, the visible ones first."""
+        """How many key blocks a query block sees [1, 1, Q]; all key blocks, visible ones first."""
         order = mask.int().argsort(dim=-1, descending=True, stable=True).int()
         return mask.sum(-1, dtype=torch.int32)[None, None], order[None, None]
 

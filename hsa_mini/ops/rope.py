@@ -1,4 +1,7 @@
-"""Rotary positions (Su et al., arXiv 2104.09864), for the sliding window, where distance matters. HSA has no positions."""
+"""Rotary positions (Su et al., arXiv 2104.09864), for the sliding window, where distance matters.
+
+HSA has no positions.
+"""
 
 import torch
 
@@ -6,7 +9,8 @@ import torch
 def rope_table(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [T], or [B, T] -> cos and sin, float32 [..., T, dim/2].
 
-    Angles are computed in float64, because at position 16M a float32 angle would be wrong by a whole radian.
+    Angles are computed in float64, because at position 16M a float32 angle would be wrong by a
+    whole radian.
     """
     frequencies = base ** (
         -torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim

@@ -1,7 +1,10 @@
-"""The operations in plain PyTorch, in bounded memory: any device, the signatures and numbers of `hsa_mini.reference`.
+"""The operations in plain PyTorch, in bounded memory, on any device.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size,
-K chunks kept, P cached keys, W window, L queries per block, M tokens and E experts of a mixture, C width.
+Signatures and numbers are those of `hsa_mini.reference`.
+
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N
+chunks, S chunk size, K chunks kept, P cached keys, W window, L queries per block, M tokens and E
+experts of a mixture, C width.
 """
 
 import torch
@@ -34,7 +37,7 @@ def retrieve(
     exclude_window=0,
     query_block=1,
 ):
-    """`reference.retrieve`, a block of tokens at a time, so that the scores [T, N] of a long sequence are never held."""
+    """`reference.retrieve`, a block of tokens at a time: scores [T, N] are never held at once."""
     check_retrieve(
         retrieval_q,
         landmarks,
@@ -66,10 +69,13 @@ def retrieve(
 
 
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
-    """`reference.chunk_attention` without [T, K, S, D] of all tokens at once; matrix products are in q's dtype.
+    """`reference.chunk_attention` without [T, K, S, D] of all tokens at once.
 
-    With few chunks, every token attends to all of them, and the weights of those it did not choose are 0. With many, the chosen
-    chunks are gathered, a block of tokens at a time. The backward pass gathers them once more instead of keeping them.
+    Matrix products are in q's dtype.
+
+    With few chunks, every token attends to all of them, and the weights of those it did not choose
+    are 0. With many, the chosen chunks are gathered, a block of tokens at a time. The backward pass
+    gathers them once more instead of keeping them.
     """
     check_chunk_attention(q, k, v, indices, weights)
     B, T, H, D = q.shape
@@ -82,7 +88,8 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
     dense = H * N <= 2 * J * K * D
     wide = torch.promote_types(q.dtype, torch.float32)
     if not dense and q.dtype != wide and (k.requires_grad or v.requires_grad):
-        # The gradients of k and v are sums over blocks of tokens, which 16 bits would round too often.
+        # The gradients of k and v are sums over blocks of tokens, which 16 bits would round too
+        # often.
         return chunk_attention(
             q.to(wide), k.to(wide), v.to(wide), indices, weights, scale=scale
         ).to(q.dtype)
@@ -101,14 +108,18 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
 
 
 def _tokens_per_block(tensor, elements_per_token: int, multiple: int = 1) -> int:
-    """As many tokens as `BLOCK_ELEMENTS` allow on the tensor's device, in multiples of `multiple`, and at least one multiple."""
+    """As many tokens as `BLOCK_ELEMENTS` allow, in multiples of `multiple`, and at least one."""
     budget = BLOCK_ELEMENTS.get(tensor.device.type, BLOCK_ELEMENTS["cpu"])
     return max(budget // max(elements_per_token, 1) // multiple, 1) * multiple
 
 
 def _attend_all(q, k, v, indices, weights, *, scale):
-    """Attention inside all N chunks. The weights of the K slots are spread over N chunks: 0 for a chunk that was not kept."""
-    B, T, H, D = q.shape
+    """Attention inside all N chunks.
+
+    The weights of the K slots are spread over N chunks: 0 for a chunk that was not kept.
+    """
+    B = q.shape[0]
+    T, H = q.shape[1:3]
     N, S, J = k.shape[1:4]
     # [B, T, J, K] -> [B, T, J, N]
     spread = weights.new_zeros(B, T, J, N).scatter_add(
@@ -129,7 +140,7 @@ def _attend_all(q, k, v, indices, weights, *, scale):
 
 
 def sliding_window_attention(q, k, v, *, window):
-    """`reference.sliding_window_attention`, linear in T: every block of L queries sees its own W + L keys."""
+    """`reference.sliding_window_attention`, linear in T: L queries see their own W + L keys."""
     check_sliding_window(q, k, v, window)
     B, T, H, D = q.shape
     J = k.shape[2]
@@ -141,7 +152,8 @@ def sliding_window_attention(q, k, v, *, window):
     blocks = -(-T // L)
     late = blocks * L - T  # queries that fill the last block
     queries = pad(q, (0, 0, 0, 0, 0, late)).unflatten(1, (blocks, L))  # [B, blocks, L, H, D]
-    # W keys in front of the first block (zeros where the cache holds fewer), then every block takes W + L keys in a row.
+    # W keys in front of the first block (zeros where the cache holds fewer), then every block takes
+    # W + L keys in a row.
     # [B, P+T, J, D] -> [B, blocks, J, W+L, D]
     keys, values = (
         pad(x, (0, 0, 0, 0, window - cached, late)).unfold(1, window + L, L).permute(0, 1, 2, 4, 3)
@@ -160,17 +172,17 @@ def sliding_window_attention(q, k, v, *, window):
 
 
 def _without_padding(band, j, padding, blocks, length):
-    """One band per block [blocks, L, W+L], without the zeros that were put in front of the sequence."""
+    """One band per block [blocks, L, W+L], without the zeros in front of the sequence."""
     start = torch.arange(blocks, device=j.device)[:, None, None] * length
     return band & (j + start >= padding)
 
 
 def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, *, eps):
-    """One new token of every sequence enters its window: q [B, 1, H, D], k and v [B, 1, J, D] as they were projected.
+    """One new token of every sequence enters its window.
 
-    q and k are normed (`q_gain`, `k_gain` [D], `eps`) and rotated by the table of their positions (`ops.rope`). k and v are
-    written into slots int64 [B] of cache_k and cache_v [B, W, J, D], in place. Returns q. Raises ValueError for wrong shapes
-    or dtypes.
+    q [B, 1, H, D], k and v [B, 1, J, D] are the projections of the token. q and k are normed (`q_gain`, `k_gain` [D], `eps`) and rotated by the table of their positions
+    (`ops.rope`). k and v are written into slots int64 [B] of cache_k and cache_v [B, W, J, D], in
+    place. Returns q. Raises ValueError for wrong shapes or dtypes.
     """
     check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     q, k = (
@@ -184,11 +196,11 @@ def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table,
 
 
 def window_decode_attention(q, k, v, positions):
-    """One new token of every sequence against its window, whose cache holds position p in slot p % W.
+    """One new token of every sequence against its window; position p lies in slot p % W.
 
-    q [B, 1, H, D], k and v [B, W, J, D] with the new token's own key and value, positions int64 [B] of the new tokens
-    -> [B, 1, H, D]: the result of `sliding_window_attention` over the same keys in order. Raises ValueError for wrong shapes,
-    dtypes or devices.
+    q [B, 1, H, D], k and v [B, W, J, D] with the new token's own key and value, positions int64 [B]
+    of the new tokens -> [B, 1, H, D]: the result of `sliding_window_attention` over the same keys
+    in order. Raises ValueError for wrong shapes, dtypes or devices.
     """
     check_window_decode(q, k, v, positions)
     # [B, W]: before the cache is full, slots behind the position hold nothing
@@ -206,11 +218,13 @@ def grouped_experts(
 ):
     """x [M, C] through the experts that `reference.dispatch` chose for every token -> [M, C].
 
-    expert_offsets, token_indices, inverse_order, topk_scores: the results of `dispatch`. up_and_gate [E, C, 2*H] and down
-    [E, H, C] in x's dtype: experts of H gated units each. Any number of tokens; none is dropped.
+    expert_offsets, token_indices, inverse_order, topk_scores: the results of `dispatch`.
+    up_and_gate [E, C, 2*H] and down [E, H, C] in x's dtype: experts of H gated units each. Any
+    number of tokens; none is dropped.
     """
     # [M, C] -> [M*A, C] -> twice [M*A, H] -> [M*A, C]
     up, gate = grouped_mm(x[token_indices], up_and_gate, offs=expert_offsets).chunk(2, dim=-1)
     results = grouped_mm(up * silu(gate), down, offs=expert_offsets)
-    # Gather, then sum: on a GPU, adding rows by index would be slower and not deterministic. [M, A, C] -> [M, C]
+    # Gather, then sum: on a GPU, adding rows by index would be slower and not deterministic.
+    # [M, A, C] -> [M, C]
     return torch.einsum("mac,ma->mc", results[inverse_order], topk_scores.to(results.dtype))

@@ -1,6 +1,6 @@
-"""Checks of the arguments of the operations. An error is one line: what was given, and what is accepted.
+"""Checks of the arguments of the operations.
 
-Shapes, dtypes and devices are checked. Values of tensors are never read.
+An error is one line: what was given, and what is accepted. Shapes, dtypes and devices are checked. Values of tensors are never read.
 """
 
 import torch
@@ -11,7 +11,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(
     name: str, tensor: torch.Tensor, shape: str, sizes: dict[str, int], dtypes: tuple = FLOATS
 ) -> None:
-    """Check `tensor` against a shape such as "B T J R". `sizes` holds the size of every letter seen so far; new letters are added."""
+    """Check `tensor` against a shape such as "B T J R".
+
+    `sizes` holds the size of every letter seen so far; new letters are added.
+    """
     letters = shape.split()
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(
@@ -104,7 +107,7 @@ def check_chunk_attention(q, k, v, indices, weights) -> None:
 
 
 def check_decode(retrieval_q, landmarks, q, k, v, chunk_size) -> None:
-    """What `decode` requires beyond `retrieve` and `chunk_attention`: one token, and sizes that agree."""
+    """What `decode` requires beyond its parts: one token, and sizes that agree."""
     check_integer("chunk_size", chunk_size, 1)
     sizes = {"1": 1, "S": chunk_size}
     check_tensor("retrieval_q", retrieval_q, "B 1 J R", sizes)

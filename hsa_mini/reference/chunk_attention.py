@@ -1,6 +1,7 @@
 """Attention inside each kept chunk, and the weighted sum of the results: Eq. (2), §2.2.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size, K kept.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N
+chunks, S chunk size, K kept.
 """
 
 import torch
@@ -19,12 +20,14 @@ def chunk_attention(
 ) -> torch.Tensor:
     """Softmax attention over the tokens of each kept chunk alone, then the weighted sum. Eq. (2).
 
-    q [B, T, H, D], k and v [B, N, S, J, D], indices [B, T, J, K] (-1: empty slot), weights [B, T, J, K] -> [B, T, H, D]
-    in q's dtype. scale: D**-0.5 if None; the caller norms q and k. A token whose slots are all empty gets exactly 0.
-    Computes in float32 (float64 for float64). Raises ValueError for wrong shapes, dtypes or devices.
+    q [B, T, H, D], k and v [B, N, S, J, D], indices [B, T, J, K] (-1: empty slot), weights [B, T,
+    J, K] -> [B, T, H, D] in q's dtype. scale: D**-0.5 if None; the caller norms q and k. A token
+    whose slots are all empty gets exactly 0. Computes in float32 (float64 for float64). Raises
+    ValueError for wrong shapes, dtypes or devices.
     """
     check_chunk_attention(q, k, v, indices, weights)
-    B, T, H, D = q.shape
+    B = q.shape[0]
+    H, D = q.shape[2:]
     N = k.shape[1]
     J = k.shape[3]
     if N == 0:
@@ -35,10 +38,11 @@ def chunk_attention(
     j = torch.arange(J, device=q.device)[:, None]
     chunk = indices.clamp(min=0).long()
     if k.requires_grad or v.requires_grad:
-        # Cast before the gather: the gather's backward pass would otherwise sum gradients in 16 bits.
+        # Cast before the gather: the gather's backward pass would otherwise sum gradients in 16
+        # bits.
         k = k.to(dtype)
         v = v.to(dtype)
-    # [B, N, S, J, D] -> [B, T, J, K, S, D]: every token gets a copy of its chunks. Simple, and hungry for memory
+    # [B, N, S, J, D] -> [B, T, J, K, S, D]: every token gets a copy of its chunks
     k_kept, v_kept = (x.transpose(2, 3)[b, chunk, j].to(dtype) for x in (k, v))
     q_grouped = q.to(dtype).unflatten(2, (J, H // J))  # [B, T, H, D] -> [B, T, J, G, D]
 

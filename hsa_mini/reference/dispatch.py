@@ -9,9 +9,10 @@ import torch
 def route(
     scores: torch.Tensor, bias: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The router's scores [M, E] -> chosen experts int64 [M, A] and their scores float32 [M, A], which sum to 1.
+    """Choose the experts of every token.
 
-    `bias` [E] shifts the choice alone, never the scores.
+    The router's scores [M, E] -> chosen experts int64 [M, A] and their scores float32 [M, A], which
+    sum to 1. `bias` [E] shifts the choice alone, never the scores.
     """
     affinity = scores.float().sigmoid()
     chosen = (affinity + bias).topk(top_k, dim=-1).indices
@@ -22,14 +23,16 @@ def route(
 def dispatch(
     scores: torch.Tensor, bias: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`route`, then the M*A (token, expert) rows sorted by expert, in the order of tokens within one expert.
+    """`route`, then the M*A (token, expert) rows sorted by expert, then by token.
 
-    scores [M, E], bias [E] -> expert_offsets int32 [E]: where each expert's rows end; token_indices int64 [M*A]: the token of
-    each row; inverse_order int64 [M, A]: the row of each token's choices; topk_scores float32 [M, A].
+    scores [M, E], bias [E] -> expert_offsets int32 [E]: where each expert's rows end; token_indices
+    int64 [M*A]: the token of each row; inverse_order int64 [M, A]: the row of each token's choices;
+    topk_scores float32 [M, A].
     """
     chosen, topk_scores = route(scores, bias, top_k)
     experts, order = chosen.flatten().sort(stable=True)
-    # By search, not by counting: a count would have to reach the CPU first, which no CUDA graph allows.
+    # By search, not by counting: a count would have to reach the CPU first, which no CUDA graph
+    # allows.
     expert_offsets = torch.searchsorted(
         experts, torch.arange(len(bias), device=bias.device), right=True, out_int32=True
     )

@@ -23,18 +23,21 @@ def retrieve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
 
-    retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot) and weights
-    [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry the gradient).
+    retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot)
+    and weights [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry
+    the gradient).
 
     offset: position of token 0, an int or an int tensor [B].
-    weighting: "softmax" over the kept scores, or "stick_breaking" (slots are then ordered from the newest chunk to the oldest).
+    weighting: "softmax" over the kept scores, or "stick_breaking" (slots are then ordered from the
+    newest chunk to the oldest).
     gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
     exclude_window: chunks that lie wholly inside this many last tokens are not visible.
-    query_block: this many tokens share the choice and the weights of the first of them.
-    Ties go to the newest chunk. Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    query_block: this many tokens share the choice and the weights of the first of them. Ties go to
+    the newest chunk. Raises ValueError for wrong shapes, dtypes, devices or ranges.
 
-    NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0, would show a token the
-    chunk that holds its own future. Here chunk i is visible from token (i+1)*S on, when it is complete.
+    NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0,
+    would show a token the chunk that holds its own future. Here chunk i is visible from token
+    (i+1)*S on, when it is complete.
     """
     check_retrieve(
         retrieval_q,
@@ -51,7 +54,8 @@ def retrieve(
     N = landmarks.shape[1]
     dtype = torch.promote_types(retrieval_q.dtype, torch.float32)
     steps = torch.arange(0, T, query_block, device=retrieval_q.device)
-    # An int offset stays an int: a tensor would have to be copied to the GPU, which waits for all work in front of it.
+    # An int offset stays an int: a tensor would have to be copied to the GPU, which waits for all
+    # work in front of it.
     positions = (
         steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)
     ).expand(B, -1)
@@ -82,19 +86,25 @@ def retrieve(
 def visible_chunks(
     positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0
 ) -> torch.Tensor:
-    """positions [..., T] -> bool [..., T, N]: chunks that are complete and not wholly inside the last `exclude_window` tokens."""
+    """positions [..., T] -> bool [..., T, N].
+
+    Chunks that are complete and not wholly inside the last `exclude_window` tokens.
+    """
     start = torch.arange(chunks, device=positions.device) * chunk_size
     complete = start + chunk_size <= positions[..., None]
     return complete & (start <= positions[..., None] - exclude_window)
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices int64 [..., k] of the k largest along the last axis; ties go to the newest chunk. -1 where the score is -inf."""
+    """Indices int64 [..., k] of the k largest along the last axis; ties go to the newest chunk.
+
+    -1 where the score is -inf.
+    """
     chunks = scores.shape[-1]
     if k == 0:
         return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
-    # torch.topk does not define the order of ties, so it only finds the k-th value. What exceeds this value is kept, then
-    # what equals it, the newest first.
+    # torch.topk does not define the order of ties, so it only finds the k-th value. What exceeds
+    # this value is kept, then what equals it, the newest first.
     threshold = scores.topk(k, dim=-1).values[..., -1:]
     index = torch.arange(chunks, device=scores.device)
     rank = torch.where(
@@ -105,7 +115,7 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Tensor:
-    """Weights of the kept scores along the last axis; 0 in `empty` slots, whatever their scores are."""
+    """Weights of the kept scores along the last axis; 0 in `empty` slots."""
     kept = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
     return (
         torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)
@@ -113,5 +123,8 @@ def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Te
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
-    """Weights exp(s_i - sum_{j<=i} softplus(s_j)) along the last axis; each takes its share of the rest."""
+    """Weights exp(s_i - sum_{j<=i} softplus(s_j)) along the last axis.
+
+    Each takes its share of what the weights in front of it have left.
+    """
     return torch.exp(scores - torch.nn.functional.softplus(scores).cumsum(-1))

@@ -1,6 +1,7 @@
 """Exact sliding-window attention, in quadratic time.
 
-Dimensions: B batch, T tokens, P cached keys in front of the tokens, H query heads, J key/value heads, G = H/J, D head dimension.
+Dimensions: B batch, T tokens, P cached keys in front of the tokens, H query heads, J key/value
+heads, G = H/J, D head dimension.
 """
 
 import torch
@@ -14,7 +15,8 @@ def sliding_window_attention(
     """Every token attends to the last `window` keys, its own included.
 
     q [B, T, H, D], k and v [B, P+T, J, D] with P cached keys in front -> [B, T, H, D] in q's dtype.
-    Computes in float32 (float64 for float64). Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    Computes in float32 (float64 for float64). Raises ValueError for wrong shapes, dtypes, devices
+    or ranges.
     """
     check_sliding_window(q, k, v, window)
     T, H, D = q.shape[1:]

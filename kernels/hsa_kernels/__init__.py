@@ -1,7 +1,7 @@
-"""Triton kernels. Each function is the twin of an operation in plain PyTorch; `fetch` reads pinned host memory.
+"""Triton kernels: twins of operations in plain PyTorch, and `fetch`, which reads host memory.
 
-A package per operation: `attention` (chunk attention), `retrieval`, `decoding`, `window`, `experts`, `host`; `common` is
-what they share.
+A package per operation: `attention` (chunk attention), `retrieval`, `decoding`, `window`,
+`experts`, `host`; `common` is what they share.
 """
 
 from hsa_kernels.attention.operator import chunk_attention

@@ -11,7 +11,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAModel, ops
 from hsa_mini.inference.decode_step import Steps
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory import host_chunks as offload
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import torch_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MINI = PRESETS["mini"]
@@ -156,14 +156,14 @@ def test_attention_over_fetched_chunks_equals_attention_over_all(T, monkeypatch)
     )
 
 
-def test_ring_attention_is_as_precise_as_pytorch():
+def test_window_decode_attention_is_as_precise_as_pytorch():
     q, k, v = (
         draw(*shape, seed=i, dtype=torch.bfloat16)
         for i, shape in enumerate(((3, 1, 16, 128), *((3, 4096, 4, 128),) * 2))
     )
     positions = torch.tensor([0, 3000, 1 << 24], device="cuda")
-    got = hsa_kernels.ring_attention(q, k, v, positions)
-    exact = blockwise.ring_attention(q.double(), k.double(), v.double(), positions)
+    got = hsa_kernels.window_decode_attention(q, k, v, positions)
+    exact = torch_backend.window_decode_attention(q.double(), k.double(), v.double(), positions)
     assert relative_error(got, exact) < 5e-3
 
 

@@ -1,1 +1,4 @@
-"""Chunk attention (Eq. (2), §2.2): the operator, its two forward schedules and its backward pass."""
+"""Chunk attention (Eq. (2), §2.2).
+
+The operator, its two forward schedules and its backward pass.
+"""

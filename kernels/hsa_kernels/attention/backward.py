@@ -1,16 +1,20 @@
-"""The gradients of chunk attention, in chunk order: the probabilities are computed once for all four gradients.
+"""The gradients of chunk attention, in chunk order; all four share the same probabilities.
 
 There are no atomics; every sum has a fixed order:
 
-- dk and dv of a chunk stay in registers for one segment of its choices; afterwards the segments are added in order;
-- dq of a choice is a partial result of its own; afterwards the partial results of a token are added in order;
-- dweights of a choice is one number, which is written in sorted order and put back into the order of tokens.
+- dk and dv of a chunk stay in registers for one segment of its choices; afterwards the segments are
+  added in order;
+- dq of a choice is a partial result of its own; afterwards the partial results of a token are added
+  in order;
+- dweights of a choice is one number, which is written in sorted order and put back into the order
+  of tokens.
 
-The columns of k, q and their gradients come in two halves. A whole dq tile would take so many registers that the tensor
-cores could not run while the sums are in use.
+The columns of k, q and their gradients come in two halves. A whole dq tile would take so many
+registers that the tensor cores could not run while the sums are in use.
 
-Dimensions: B batch, T tokens, J key/value heads, G heads each (GP padded to a power of 2), D head dimension (DP padded, HP
-half of it), N chunks, S chunk size (SP padded), K chunks kept per token, M choices per tile, R = M*GP rows of a tile.
+Dimensions: B batch, T tokens, J key/value heads, G heads each (GP padded to a power of 2), D head
+dimension (DP padded, HP half of it), N chunks, S chunk size (SP padded), K chunks kept per token, M
+choices per tile, R = M*GP rows of a tile.
 """
 
 import torch
@@ -31,24 +35,31 @@ from hsa_kernels.common.tiles import (
 
 @triton.jit
 def chunk_attention_bwd_kernel(
-    q, k, v, grad_out, rows, weights, starts, segment_starts, owners, partial_q, parts_kv, grad_weights,
+    q, k, v, grad_out, rows, weights, starts, segment_starts, owners, partial_q, parts_kv,
+    grad_weights,
     stride_k, stride_v, scale_log2, first_list, last_list, TILES, N,
     J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
-    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr, SP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: all gradients of one segment, that is of up to SIZE tokens that chose the same chunk.
+    """One program: all gradients of one segment, up to SIZE tokens that chose one chunk.
 
-    Grid: (an upper bound of the launch's segments,). Row m*GP + g of a tile is head g of the m-th choice. The kernel is one
-    function because its phases share registers: split up, every tile would pass through memory.
+    Grid: (an upper bound of the launch's segments,). Row m*GP + g of a tile is head g of the m-th
+    choice. The kernel is one function because its phases share registers: split up, every tile
+    would pass through memory.
 
-    Inputs: q and grad_out [B, T, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one batch entry to the next.
-    Sorted choices (`Choices`): rows and weights [E]. Inverted index: starts, segment_starts, owners.
-    Outputs: partial_q [choices of the launch, G, D], dq of each choice; parts_kv fp32 [segments of the launch, 2, S, D], dk
-    and dv of each segment; grad_weights [E], in sorted order.
-    Scale: scale_log2, for exp2; dq and dk are scaled when they are added up.
-    The launch: first_list and last_list. Sizes: TILES of tokens per batch entry, N, and the constants of `Sizes`.
+    - Inputs: q and grad_out [B, T, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one
+      batch entry to the next.
+    - Sorted choices (`Choices`): rows and weights [E].
+    - Inverted index: starts, segment_starts, owners.
+    - Outputs: partial_q [choices of the launch, G, D], dq of each choice; parts_kv fp32 [segments
+      of the launch, 2, S, D], dk and dv of each segment; grad_weights [E], in sorted order.
+    - Scale: scale_log2, for exp2; dq and dk are scaled when they are added up.
+    - The launch: first_list and last_list.
+    - Sizes: TILES of tokens per batch entry, N, and the constants of `Sizes`.
     """
-    # 1. Find the segment; the grid is an upper bound, so programs behind the last segment have nothing to do.
+    # 1. Find the segment; the grid is an upper bound, so programs behind the last segment have
+    #    nothing to do.
     i_part = tl.program_id(0)
     i_segment = tl.load(segment_starts + first_list) + i_part
     if i_segment >= tl.load(segment_starts + last_list):
@@ -89,8 +100,8 @@ def chunk_attention_bwd_kernel(
     b_dv = tl.zeros([SP, DP], tl.float32)
     b_lost = tl.zeros([SP, DP], tl.float32)
 
-    # 4. Process the choices, M at a time.
-    # The row numbers of the next tile are read one step ahead, so that its queries can be loaded in time. [R]
+    # 4. Process the choices, M at a time. The row numbers of the next tile are read one step ahead,
+    #    so that its queries can be loaded in time. [R]
     b_next = tl.load(rows + o_e, mask=o_e < count, other=0)
     for start in range(0, count, M):
         # 4a. Load weights [R], queries [R, HP] twice, and upstream gradients [R, DP].
@@ -130,10 +141,15 @@ def chunk_attention_bwd_kernel(
         p_part = partial_q + start * (G * D) + (o_e * G + o_g)[:, None] * D + o_h[None, :]
         # [R, SP] @ [SP, HP] -> [R, HP]
         b_dq = product(b_ds, b_k0, PRECISION)
-        tl.store(p_part, b_dq.to(partial_q.dtype.element_ty), mask=m_0, eviction_policy="evict_first")
+        tl.store(
+            p_part, b_dq.to(partial_q.dtype.element_ty), mask=m_0, eviction_policy="evict_first"
+        )
         b_dq = product(b_ds, b_k1, PRECISION)
         tl.store(
-            p_part + HP, b_dq.to(partial_q.dtype.element_ty), mask=m_1, eviction_policy="evict_first"
+            p_part + HP,
+            b_dq.to(partial_q.dtype.element_ty),
+            mask=m_1,
+            eviction_policy="evict_first",
         )
         # [R] -> [M, GP] -> [M]: the heads of a choice share its weight
         tl.store(
@@ -163,8 +179,11 @@ def chunk_attention_bwd_sum_segments_kernel(
 
     Grid: (B*J*N, 2); the second axis is 0 for dk and 1 for dv.
 
-    Inputs: parts_kv fp32 [segments of the launch, 2, S, D], segment_starts. Output: grad_kv fp32 [2, B, N, S, J, D].
-    Scale: of dk. The launch: first_tile to last_tile, first_list. Sizes: TILES of tokens per batch entry, B, N, constants.
+    - Inputs: parts_kv fp32 [segments of the launch, 2, S, D], segment_starts.
+    - Output: grad_kv fp32 [2, B, N, S, J, D].
+    - Scale: of dk.
+    - The launch: first_tile to last_tile, first_list.
+    - Sizes: TILES of tokens per batch entry, B, N, constants.
     """
     # 1. Find the chunk.
     i_chunk = tl.program_id(0)
@@ -199,10 +218,11 @@ def chunk_attention_bwd_sum_segments_kernel(
 
 
 def backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor,
+    weights: torch.Tensor, grad_out: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk, dv and dweights, shaped as q, k, v and weights of `chunk_attention`; grad_out [B, T, H, D]."""
+    """grad_out [B, T, H, D], and the inputs of `chunk_attention` -> dq, dk, dv and dweights."""
     B, N, S, J, D = k.shape
     choices = Choices(q, k, indices, weights)
     sizes = Sizes.of(q, k)
@@ -212,13 +232,16 @@ def backward(
     sorted_grad_weights = torch.zeros_like(choices.weights)
     for launch in choices:
         chunk_attention_bwd_kernel[launch.grid](
-            q, k, v, grad_out, choices.rows, choices.weights, *choices.arguments, choices.partial_results, parts,
-            sorted_grad_weights, k.stride(0), v.stride(0), to_log2(scale), *launch.lists, choices.tiles, N,
+            q, k, v, grad_out, choices.rows, choices.weights, *choices.arguments,
+            choices.partial_results, parts,
+            sorted_grad_weights, k.stride(0), v.stride(0), to_log2(scale), *launch.lists,
+            choices.tiles, N,
             SIZE=partial.SEGMENT, HP=max(sizes.DP // 2, 16), **sizes.constants(), **sizes.options(),
         )  # fmt: skip
         choices.sum_partial_results(launch, grad_q, scale)
         chunk_attention_bwd_sum_segments_kernel[B * J * N, 2](
-            parts, choices.segments.starts, grad_kv, scale, launch.first, launch.last, launch.lists[0], choices.tiles, B, N,
+            parts, choices.segments.starts, grad_kv, scale, launch.first, launch.last,
+            launch.lists[0], choices.tiles, B, N,
             J=J, D=D, S=S, DP=sizes.DP, SP=sizes.SP,
         )  # fmt: skip
     # copy=True, because the results of a custom operator must not share memory

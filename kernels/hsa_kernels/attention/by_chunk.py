@@ -1,10 +1,11 @@
-"""Chunk attention by chunk: every program owns a chunk's tiles and processes the tokens that chose it.
+"""Chunk attention by chunk: a program owns a chunk and processes tokens that chose it.
 
-A choice costs a token's rows of q, and a partial result that is written and read once. That is less than a chunk's k and v,
-unless a block of neighbouring tokens shares these (`by_token_block.py`).
+A choice costs a token's rows of q, and a partial result that is written and read once. That is less
+than a chunk's k and v, unless a block of neighbouring tokens shares these (`by_token_block.py`).
 
-Dimensions: B batch, T tokens, J key/value heads, G heads each (GP padded to a power of 2), D head dimension (DP padded), N
-chunks, S chunk size (SP padded), K chunks kept per token, M choices per tile, R = M*GP rows of a tile.
+Dimensions: B batch, T tokens, J key/value heads, G heads each (GP padded to a power of 2), D head
+dimension (DP padded), N chunks, S chunk size (SP padded), K chunks kept per token, M choices per
+tile, R = M*GP rows of a tile.
 """
 
 import torch
@@ -18,20 +19,28 @@ from hsa_kernels.common.tiles import Sizes, chunk_tile, product, softmax_inside,
 
 @triton.jit
 def chunk_attention_fwd_by_chunk_kernel(
-    q, k, v, rows, weights, starts, segment_starts, owners, partial_results, stride_k, stride_v, scale_log2, first_list,
-    last_list, TILES, N, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
+    q, k, v, rows, weights, starts, segment_starts, owners, partial_results, stride_k, stride_v,
+    scale_log2, first_list,
+    last_list, TILES, N, J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    SIZE: tl.constexpr,
     M: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: the partial results of one segment, that is of up to SIZE tokens that chose the same chunk.
+    """One program: the partial results of one segment, up to SIZE tokens that chose one chunk.
 
-    Grid: (an upper bound of the launch's segments,). Row m*GP + g of a tile is head g of the m-th choice.
+    Grid: (an upper bound of the launch's segments,). Row m*GP + g of a tile is head g of the m-th
+    choice.
 
-    Inputs: q [B, T, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one batch entry to the next.
-    Sorted choices (`Choices`): rows and weights [E]. Inverted index: starts, segment_starts, owners.
-    Output: partial_results [choices of the launch, G, D]. Scale: scale_log2, for exp2.
-    The launch: first_list and last_list. Sizes: TILES of tokens per batch entry, N, and the constants of `Sizes`.
+    - Inputs: q [B, T, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one batch entry
+      to the next.
+    - Sorted choices (`Choices`): rows and weights [E].
+    - Inverted index: starts, segment_starts, owners.
+    - Output: partial_results [choices of the launch, G, D].
+    - Scale: scale_log2, for exp2.
+    - The launch: first_list and last_list.
+    - Sizes: TILES of tokens per batch entry, N, and the constants of `Sizes`.
     """
-    # 1. Find the segment; the grid is an upper bound, so programs behind the last segment have nothing to do.
+    # 1. Find the segment; the grid is an upper bound, so programs behind the last segment have
+    #    nothing to do.
     i_segment = tl.load(segment_starts + first_list) + tl.program_id(0)
     if i_segment >= tl.load(segment_starts + last_list):
         return
@@ -53,7 +62,8 @@ def chunk_attention_fwd_by_chunk_kernel(
     rows += first
     weights += first
     partial_results += (first - tl.load(starts + first_list)) * (G * D)
-    # The row numbers of the next tile are read one step ahead, so that its queries can be loaded in time. [R]
+    # The row numbers of the next tile are read one step ahead, so that its queries can be loaded in
+    # time. [R]
     b_next = tl.load(rows + o_e, mask=o_e < count, other=0)
     for start in range(0, count, M):
         b_row = b_next
@@ -92,7 +102,7 @@ def forward(
     weights: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Chunk attention in chunk order; arguments as in `chunk_attention`, scale not negative."""
+    """Chunk attention in chunk order; as `chunk_attention`, for scale >= 0."""
     choices = Choices(q, k, indices, weights)
     sizes = Sizes.of(q, k)
     # One stage needs less shared memory, so one more program fits on a multiprocessor.
@@ -100,8 +110,10 @@ def forward(
     out = torch.empty_like(q)
     for launch in choices:
         chunk_attention_fwd_by_chunk_kernel[launch.grid](
-            q, k, v, choices.rows, choices.weights, *choices.arguments, choices.partial_results, k.stride(0), v.stride(0),
-            to_log2(scale), *launch.lists, choices.tiles, choices.N, SIZE=partial.SEGMENT, **sizes.constants(), **options,
+            q, k, v, choices.rows, choices.weights, *choices.arguments, choices.partial_results,
+            k.stride(0), v.stride(0),
+            to_log2(scale), *launch.lists, choices.tiles, choices.N, SIZE=partial.SEGMENT,
+            **sizes.constants(), **options,
         )  # fmt: skip
         choices.sum_partial_results(launch, out)
     return out

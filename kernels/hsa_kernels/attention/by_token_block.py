@@ -1,10 +1,10 @@
-"""Chunk attention by token block: M neighbouring tokens pass once over the chunks that any of them chose.
+"""Chunk attention by token block: M neighbouring tokens read their chunks together, each once.
 
 Only the result is written. A block loads the tiles of a chunk once, mostly from the L2 cache.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP
-padded), N chunks, S chunk size (SP padded), K chunks kept per token, M tokens per block, R = M*GP rows of a tile, L = M*K
-entries of a merged list.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J (GP padded to a power of
+2), D head dimension (DP padded), N chunks, S chunk size (SP padded), K chunks kept per token, M
+tokens per block, R = M*GP rows of a tile, L = M*K entries of a merged list.
 """
 
 import torch
@@ -37,12 +37,17 @@ def chunk_attention_fwd_by_token_block_kernel(
 
     Grid: (blocks, J, B). The tile's row m*GP + g is head g of the block's token m.
 
-    Inputs: q [B, T, J*G, D]; k and v [B, N, S, J, D], as pointers, or as tensor descriptors if MATRICES.
-    Merged lists: counts [B, blocks, J] (negative: another schedule computes the block), chunks [.., L], weights [.., L, M].
-    Output: out [B, T, J*G, D]. Strides: stride_k and stride_v, from one batch entry to the next.
-    Scale: scale_log2, for exp2. Sizes: T and the constants of `Sizes`.
+    - Inputs: q [B, T, J*G, D]; k and v [B, N, S, J, D], as pointers, or as tensor descriptors if
+      MATRICES.
+    - Merged lists: counts [B, blocks, J] (negative: another schedule computes the block), chunks
+      [.., L], weights [.., L, M].
+    - Output: out [B, T, J*G, D].
+    - Strides: stride_k and stride_v, from one batch entry to the next.
+    - Scale: scale_log2, for exp2.
+    - Sizes: T and the constants of `Sizes`.
     """
-    # 1. Find the block. Late tokens see more chunks, so the longest lists start first and short ones fill the end.
+    # 1. Find the block. Late tokens see more chunks, so the longest lists start first and short
+    #    ones fill the end.
     i_block = tl.num_programs(0) - 1 - tl.program_id(0)
     i_j = tl.program_id(1)
     i_b = tl.program_id(2)
@@ -93,7 +98,8 @@ def chunk_attention_fwd_by_token_block_kernel(
         b_s = product(b_q, tl.trans(b_k), PRECISION)
         # [R, SP], [R]
         b_p, b_sum = softmax_inside(b_s, scale_log2, S, SP)
-        # Every chunk has its own softmax: no maximum is carried over, and no earlier sum is rescaled.
+        # Every chunk has its own softmax: no maximum is carried over, and no earlier sum is
+        # rescaled.
         b_p = b_p * (b_w / b_sum)[:, None]
         # [R, SP] @ [SP, DP] -> [R, DP]
         b_out, b_lost = add_product(b_p.to(b_v.dtype), b_v, b_out, b_lost, PRECISION)
@@ -103,7 +109,10 @@ def chunk_attention_fwd_by_token_block_kernel(
 
 
 def tokens_per_block(sizes: Sizes, K: int) -> int:
-    """M: as many tokens as fill a tile; fewer where their list would be too long to sort, but at least 16 rows."""
+    """M: as many tokens as fill a tile, but fewer where their list would be too long to sort.
+
+    A tile has at least 16 rows.
+    """
     tokens = min(sizes.M, 16)
     while tokens * sizes.GP > 16 and tokens * K > MAX_MERGED:
         tokens //= 2
@@ -118,7 +127,7 @@ def forward(
     weights: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Chunk attention with every token in a block; arguments as in `chunk_attention`, scale not negative."""
+    """Chunk attention with every token in a block; as `chunk_attention`, for scale >= 0."""
     return attend_blocks(q, k, v, merge_blocks(q, k, indices, weights), torch.empty_like(q), scale)
 
 
@@ -137,7 +146,10 @@ def attend_blocks(
     out: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Write the results of blocks of tokens into out [B, T, H, D]. Blocks with a negative count are left as they are."""
+    """Write the results of blocks of tokens into out [B, T, H, D].
+
+    Blocks with a negative count are left as they are.
+    """
     B = q.shape[0]
     T = q.shape[1]
     _, blocks, J, L, M = lists.weights.shape
@@ -146,7 +158,9 @@ def attend_blocks(
     # With 3 stages, 2 pairs of tiles are being loaded while one is used.
     options = sizes.options() | (dict(num_stages=3) if sizes.is_small else {})
     chunk_attention_fwd_by_token_block_kernel[blocks, J, B](
-        q, *((chunk_matrix(x) if matrices else x) for x in (k, v)), lists.counts, lists.chunks, lists.weights, out,
-        k.stride(0), v.stride(0), to_log2(scale), T, L=L, MATRICES=matrices, **sizes.constants(), **options,
+        q, *((chunk_matrix(x) if matrices else x) for x in (k, v)), lists.counts, lists.chunks,
+        lists.weights, out,
+        k.stride(0), v.stride(0), to_log2(scale), T, L=L, MATRICES=matrices, **sizes.constants(),
+        **options,
     )  # fmt: skip
     return out

@@ -1,15 +1,16 @@
-"""Merged lists: M neighbouring tokens form one block, whose list names every chunk that any of them chose, once.
+"""Merged lists: M neighbouring tokens form a block, and its list names each of their chunks once.
 
-A chunk costs the same traffic however many tokens read it, and the rows of M tokens fill a tensor-core tile. The list is
-sorted by chunk, oldest first, and holds M weights per chunk, 0 where a token did not choose it:
+A chunk costs the same traffic however many tokens read it, and the rows of M tokens fill a
+tensor-core tile. The list is sorted by chunk, oldest first, and holds M weights per chunk, 0 where
+a token did not choose it:
 
     choices of a block (M = 2, K = 3)      its merged list
     token 0: chunks 7 2 4                  chunks    2    4    7    9      (room for L = M*K = 6)
     token 1: chunks 4 9 7                  token 0  w02  w04  w07   0
                                            token 1   0   w14  w17  w19
 
-Dimensions: B batch, T tokens, J key/value heads, N chunks, K chunks kept per token, M tokens per block, L = M*K entries per
-list, I blocks.
+Dimensions: B batch, T tokens, J key/value heads, N chunks, K chunks kept per token, M tokens per
+block, L = M*K entries per list, I blocks.
 """
 
 from typing import NamedTuple
@@ -22,8 +23,9 @@ import triton.language as tl
 class MergedLists(NamedTuple):
     """The merged list of every block of M tokens and head.
 
-    choices int32 [B, I, J]: how many choices the block's tokens made. counts int32 [B, I, J]: how many different chunks
-    these name. chunks int32 [B, I, J, L]: the first `counts` are valid. weights fp32 [B, I, J, L, M].
+    choices int32 [B, I, J]: how many choices the block's tokens made. counts int32 [B, I, J]: how
+    many different chunks these name. chunks int32 [B, I, J, L]: the first `counts` are valid.
+    weights fp32 [B, I, J, L, M].
     """
 
     choices: torch.Tensor
@@ -37,10 +39,10 @@ def chunk_attention_merge_kernel(
     indices, weights, choices, counts, chunks, merged_weights,
     T, N, J: tl.constexpr, K: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    """One program: the merged list of one block of M tokens and one head, by sorting its M*K choices.
+    """One program: the merged list of one block and one head, by sorting its M*K choices.
 
-    Grid: (I, J, B). LANES = M * SLOTS, where SLOTS is K padded to a power of 2: one lane per slot. KEY: the integer type of
-    the sort keys.
+    Grid: (I, J, B). LANES = M * SLOTS, where SLOTS is K padded to a power of 2: one lane per slot.
+    KEY: the integer type of the sort keys.
     """
     i_block = tl.program_id(0)
     i_j = tl.program_id(1)
@@ -59,14 +61,15 @@ def chunk_attention_merge_kernel(
     # Empty slots, and slots that name no chunk, get the number N.
     b_chunk = tl.where((b_chunk >= 0) & (b_chunk < N), b_chunk, N)
 
-    # 2. Sort: equal chunks become neighbours, and empty slots go last. The key also holds the lane it came from.
+    # 2. Sort: equal chunks become neighbours, and empty slots go last. The key also holds the lane
+    #    it came from.
     key = b_chunk.to(KEY) * LANES + o_lane
     key = tl.sort(key)
     b_sorted = (key // LANES).to(tl.int32)
     o_from = (key % LANES).to(tl.int32)
 
-    # 3. Number the different chunks. A token that names a chunk twice gets two entries, because an entry has one weight
-    #    per token.
+    # 3. Number the different chunks. A token that names a chunk twice gets two entries, because an
+    #    entry has one weight per token.
     before = tl.gather(b_sorted, tl.maximum(o_lane - 1, 0), 0)
     o_m = o_from // SLOTS
     m_before = tl.gather(o_m, tl.maximum(o_lane - 1, 0), 0)
@@ -85,7 +88,9 @@ def chunk_attention_merge_kernel(
 
 
 def merge(indices: torch.Tensor, weights: torch.Tensor, chunks: int, tokens: int) -> MergedLists:
-    """indices int32 and weights fp32 [B, T, J, K], contiguous -> merged lists of blocks of `tokens` (a power of 2) tokens.
+    """indices int32 and weights fp32 [B, T, J, K], contiguous -> the merged lists.
+
+    tokens: M, a power of 2.
 
     chunks: how many chunks the memory holds.
     """

@@ -2,12 +2,13 @@
 
 This module holds the operator and chooses between two schedules of the forward pass:
 
-- by token block (`by_token_block.py`): M neighbouring tokens read every chunk that any of them chose once. It is cheap where
-  neighbours choose the same chunks;
-- by chunk (`by_chunk.py`): a chunk is read once for all tokens that chose it. It is cheap where choices are independent.
+- by token block (`by_token_block.py`): M neighbouring tokens read every chunk that any of them
+  chose once. It is cheap where neighbours choose the same chunks;
+- by chunk (`by_chunk.py`): a chunk is read once for all tokens that chose it. It is cheap where
+  choices are independent.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size, K chunks
-kept per token, M tokens per block.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N
+chunks, S chunk size, K chunks kept per token, M tokens per block.
 """
 
 from types import ModuleType
@@ -22,15 +23,16 @@ from hsa_kernels.common.tiles import Sizes, scaled
 from hsa_mini.reference.checks import check_chunk_attention
 
 CACHE_SPEEDUP = 1.5  # how much faster a byte comes from the L2 cache than from memory
-# Chunk order first sorts all choices. It has to be cheaper by this factor before any block is computed that way.
+# Chunk order first sorts all choices. It has to be cheaper by this factor before any block is
+# computed that way.
 SORTING_COST = 4 / 3
 
 
 def _break_even(q: torch.Tensor, k: torch.Tensor) -> float:
     """How many chunks a token block may read for one choice in chunk order, at the same cost.
 
-    A token block reads k and v of a chunk, 2*S rows, from the cache. A choice in chunk order moves G rows three times: it
-    reads q, writes the partial result and reads it again.
+    A token block reads k and v of a chunk, 2*S rows, from the cache. A choice in chunk order moves
+    G rows three times: it reads q, writes the partial result and reads it again.
     """
     return CACHE_SPEEDUP * 3 * (q.shape[2] // k.shape[3]) / (2 * k.shape[2])
 
@@ -38,8 +40,9 @@ def _break_even(q: torch.Tensor, k: torch.Tensor) -> float:
 def _schedules(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[ModuleType]:
     """The schedules that can pay off, judged by sizes alone.
 
-    Token blocks cannot if they cost more even where all tokens of a block choose the same chunks. Chunk order can only if
-    a chunk has many choices, and if it is cheaper for independent choices of a token in the middle of the sequence.
+    Token blocks cannot if they cost more even where all tokens of a block choose the same chunks.
+    Chunk order can only if a chunk has many choices, and if it is cheaper for independent choices
+    of a token in the middle of the sequence.
     """
     T, _, K = indices.shape[1:]
     N = k.shape[1]
@@ -66,8 +69,8 @@ def _chunk_attention(
     schedules = _schedules(q, k, indices)
     if len(schedules) == 1:
         return schedules.pop().forward(q, k, v, indices, weights, scale)
-    # Each block of tokens gets the schedule that is cheaper for it: a long merged list means that its tokens chose
-    # different chunks.
+    # Each block of tokens gets the schedule that is cheaper for it: a long merged list means that
+    # its tokens chose different chunks.
     lists = by_token_block.merge_blocks(q, k, indices, weights)
     # [B, blocks, J]
     in_chunk_order = lists.counts > lists.choices * _break_even(q, k)
@@ -81,7 +84,8 @@ def _chunk_attention(
 
 @torch.library.custom_op("hsa_kernels::chunk_attention_backward", mutates_args=())
 def _chunk_attention_backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, grad_out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor,
+    weights: torch.Tensor, grad_out: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if 0 in (q.numel(), k.numel(), indices.numel()):
@@ -140,13 +144,14 @@ def chunk_attention(
 ) -> torch.Tensor:
     """Softmax attention over the tokens of each kept chunk alone, then the weighted sum. Eq. (2).
 
-    q [B, T, H, D], k and v [B, N, S, J, D] in float16, bfloat16 or float32; indices int32 or int64 [B, T, J, K] (-1: empty
-    slot, never computed); weights float32 [B, T, J, K] -> [B, T, H, D]. D of 16 to 256, S of 16 to 128, H/J of 1 to 64. k and
-    v may have unused capacity between batch entries. Products are in the dtype of q, sums in float32. Every gradient is the
-    same from run to run: each sum belongs to one program, or is added in a fixed order.
+    q [B, T, H, D], k and v [B, N, S, J, D] in float16, bfloat16 or float32; indices int32 or int64
+    [B, T, J, K] (-1: empty slot, never computed); weights float32 [B, T, J, K] -> [B, T, H, D]. D
+    of 16 to 256, S of 16 to 128, H/J of 1 to 64. k and v may have unused capacity between batch
+    entries. Products are in the dtype of q, sums in float32. Every gradient is the same from run to
+    run: each sum belongs to one program, or is added in a fixed order.
 
-    Raises ValueError for wrong shapes, dtypes, devices or layouts, and with `HSA_KERNELS_DEBUG=1` for indices that name no
-    chunk; without it they count as empty.
+    Raises ValueError for wrong shapes, dtypes, devices or layouts, and with `HSA_KERNELS_DEBUG=1`
+    for indices that name no chunk; without it they count as empty.
     """
     check_chunk_attention(q, k, v, indices, weights)
     check_kernel(q=q, k=k, v=v, indices=indices, weights=weights)

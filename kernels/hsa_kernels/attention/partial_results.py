@@ -1,19 +1,21 @@
-"""Chunk order: all choices sorted by chunk, the launches that work through them, and the partial results they write.
+"""Chunk order: choices sorted by chunk, launches over them, and the partial results they write.
 
-A choice is one of a token's K kept chunks. Its partial result is the G*D numbers that this chunk adds to the token's
-output (or to its gradient of q). A program that owns a chunk computes the partial results of many tokens; afterwards
-another kernel adds up the K partial results of every token:
+A choice is one of a token's K kept chunks. Its partial result is the G*D numbers that this chunk
+adds to the token's output (or to its gradient of q). A program that owns a chunk computes the
+partial results of many tokens; afterwards another kernel adds up the K partial results of every
+token:
 
     sorted choices       | chunk 0: t2 t5 t9 | chunk 1: t2 t3 | chunk 2: t5 t9 | ...
     partial_results      [ r0   r1   r2        r3   r4          r5   r6    ... ]   each G*D numbers
     inverse_order[t5]    = [1, 5]  ->  out[t5] = r1 + r5
 
-The buffer would be too large for a long sequence, so one launch covers only as many tiles of tokens as
-`PARTIAL_RESULTS_BYTES` allow. A tile's rows of q stay in the L2 cache while its chunks are processed. Partial results are
-written once and read once, so they are stored with a hint that they may leave the cache first.
+The buffer would be too large for a long sequence, so one launch covers only as many tiles of tokens
+as `PARTIAL_RESULTS_BYTES` allow. A tile's rows of q stay in the L2 cache while its chunks are
+processed. Partial results are written once and read once, so they are stored with a hint that they
+may leave the cache first.
 
-Dimensions: B batch, T tokens, J key/value heads, G heads each, D head dimension, N chunks, S chunk size, K chunks kept per
-token, E = B*T*J*K choices.
+Dimensions: B batch, T tokens, J key/value heads, G heads each, D head dimension, N chunks, S chunk
+size, K chunks kept per token, E = B*T*J*K choices.
 """
 
 from collections.abc import Iterator
@@ -26,10 +28,12 @@ import triton.language as tl
 from hsa_kernels.common.inverted_index import cut, invert
 
 SEGMENT = 256  # choices that one program processes
-# Tokens of a tile. The rows of q and of a gradient of 2,048 tokens, 16 heads of 128 numbers each, fit the L2 cache of an H200.
+# Tokens of a tile. The rows of q and of a gradient of 2,048 tokens, 16 heads of 128 numbers each,
+# fit the L2 cache of an H200.
 MIN_TILE = 2048
 MAX_TILE = 32768
-# Choices per chunk and tile, on average. With fewer it does not pay to load the chunk's k and v for them.
+# Choices per chunk and tile, on average. With fewer it does not pay to load the chunk's k and v for
+# them.
 MIN_CHOICES = 128
 PARTIAL_RESULTS_BYTES = 1 << 32
 
@@ -50,9 +54,10 @@ def chunk_attention_sum_partial_results_kernel(
     inverse_order, starts, partial_results, out, scale, first_row, first_list, last_list,
     GD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BD of the G*D output numbers of one token and head, the sum of its K partial results in slot order.
+    """One program: BD of the G*D outputs of one token and head, summed in the order of its slots.
 
-    Grid: (rows of the launch's tokens and heads, ceil(G*D / BD)). Only slots that name a chunk are added.
+    Grid: (rows of the launch's tokens and heads, ceil(G*D / BD)). Only slots that name a chunk are
+    added.
     """
     # 1. The token's row, the program's columns, and the launch's range of sorted choices.
     i_row = first_row + tl.program_id(0).to(tl.int64)
@@ -79,7 +84,7 @@ def chunk_attention_sum_partial_results_kernel(
 def chunk_attention_sort_choices_kernel(
     entries, weights, rows, sorted_weights, inverse_order, E, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: BLOCK choices in sorted order: their rows of q, their weights, and the inverse of the order.
+    """One program: the rows of q, the weights and the inverse order of BLOCK sorted choices.
 
     Grid: (ceil(E / BLOCK),).
     """
@@ -94,8 +99,9 @@ def chunk_attention_sort_choices_kernel(
 class Launch(NamedTuple):
     """One launch of a kernel in chunk order.
 
-    It covers the tiles from `first` up to `last` (counted through the batch), whose lists are `lists[0]` to `lists[1]`.
-    grid: an upper bound of the number of segments; programs beyond the last segment return at once.
+    It covers the tiles from `first` up to `last` (counted through the batch), whose lists are
+    `lists[0]` to `lists[1]`. grid: an upper bound of the number of segments; programs beyond the
+    last segment return at once.
     """
 
     first: int
@@ -107,9 +113,10 @@ class Launch(NamedTuple):
 class Choices:
     """All choices, sorted by tile of tokens and chunk, and the launches that work through them.
 
-    rows int32 [E]: which row of [B*T*J] made a choice. weights fp32 [E]: its weight. inverse_order int64 [E]: where the
-    choice of a slot stands in the sorted order. partial_results: the buffer of one launch, G*D numbers per choice.
-    arguments: the tensors with which a kernel finds its segment.
+    rows int32 [E]: which row of [B*T*J] made a choice. weights fp32 [E]: its weight. inverse_order
+    int64 [E]: where the choice of a slot stands in the sorted order. partial_results: the buffer of
+    one launch, G*D numbers per choice. arguments: the tensors with which a kernel finds its
+    segment.
     """
 
     def __init__(
@@ -158,7 +165,7 @@ class Choices:
             )
 
     def sum_partial_results(self, launch: Launch, out: torch.Tensor, scale: float = 1.0) -> None:
-        """Add up the partial results of a launch, times `scale`, into its tokens' rows of out [B, T, J*G, D]."""
+        """Write sums of a launch's partial results, times `scale`, into out [B, T, J*G, D]."""
 
         def token(tile: int) -> int:
             """The first token of a tile, both counted through the batch."""
@@ -168,6 +175,7 @@ class Choices:
         BD = min(2048, triton.next_power_of_2(self.GD))
         grid = (token(launch.last) - first) * self.J, triton.cdiv(self.GD, BD)
         chunk_attention_sum_partial_results_kernel[grid](
-            self.inverse_order, self.starts, self.partial_results, out, scale, first * self.J, *launch.lists,
+            self.inverse_order, self.starts, self.partial_results, out, scale, first * self.J,
+            *launch.lists,
             GD=self.GD, K=self.K, BK=8, BD=BD, num_warps=max(BD // 256, 1),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the kernels require beyond the reference: dtypes, sizes and layouts.
 
-Values are read only if the environment variable `HSA_KERNELS_DEBUG` is 1, because on a GPU reading a value waits for all
-work in front of it.
+Values are read only if the environment variable `HSA_KERNELS_DEBUG` is 1, because on a GPU reading
+a value waits for all work in front of it.
 """
 
 import os
@@ -16,7 +16,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_kernel(**tensors: torch.Tensor) -> None:
-    """Check the arguments of an operation by name, after the reference's own checks. Raises ValueError."""
+    """Check the arguments of an operation by name, after the reference's own checks.
+
+    Raises ValueError.
+    """
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
     if "q" in tensors and tensors["k"].dim() == 5:
@@ -29,7 +32,8 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"weights: got {tensor.dtype}, accepted is float32")
     if tensor.is_floating_point() and tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: got {tensor.dtype}, accepted are float16, bfloat16 and float32")
-    # A memory reserves capacity behind the chunks of every batch entry, so the entries need not be adjacent.
+    # A memory reserves capacity behind the chunks of every batch entry, so the entries need not be
+    # adjacent.
     rows = tensor[:1] if name in ("k", "v", "landmarks") else tensor
     if not rows.is_contiguous():
         raise ValueError(
@@ -60,7 +64,10 @@ def _check_chunks(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def check_indices(indices: torch.Tensor, chunks: int) -> None:
-    """In debugging, check that every index names a chunk or is -1. Otherwise an index beyond the memory counts as empty."""
+    """In debugging, check that every index names a chunk or is -1.
+
+    Otherwise an index beyond the memory counts as empty.
+    """
     if DEBUG and indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < chunks:
         raise ValueError(
             f"indices: got {int(indices.min())} to {int(indices.max())}, "

@@ -1,4 +1,5 @@
-"""The inverted index: for every chunk, the list of tokens that chose it. It makes the backward pass linear in T*K.
+"""The inverted index: for every chunk, the list of tokens that chose it. It makes the backward pass
+linear in T*K.
 
 Example: four tokens, one head, K = 2, three chunks, one tile of tokens.
 
@@ -10,8 +11,8 @@ Example: four tokens, one head, K = 2, three chunks, one tile of tokens.
 
 An entry is the position of a choice in the flattened `indices`: token * K + slot.
 
-Dimensions: B batch, T tokens, J key/value heads, N chunks, K chunks kept per token, E = B*T*J*K entries, P = B * ceil(T/tile)
-tiles of tokens.
+Dimensions: B batch, T tokens, J key/value heads, N chunks, K chunks kept per token, E = B*T*J*K
+entries, P = B * ceil(T/tile) tiles of tokens.
 """
 
 from typing import NamedTuple
@@ -20,10 +21,11 @@ import torch
 
 
 class InvertedIndex(NamedTuple):
-    """One list per tile of tokens, head and chunk. List (p*J + j)*N + n holds the tokens of tile p whose head j chose chunk n.
+    """One list per tile of tokens, head and chunk. List (p*J + j)*N + n holds the tokens of tile p
+    whose head j chose chunk n.
 
-    entries int64 [E]: ((b*T + t)*J + j)*K + slot, sorted by list, then by token; empty slots come last.
-    starts int64 [P*J*N + 1]: where each list begins in `entries`.
+    entries int64 [E]: ((b*T + t)*J + j)*K + slot, sorted by list, then by token; empty slots come
+    last. starts int64 [P*J*N + 1]: where each list begins in `entries`.
     """
 
     entries: torch.Tensor
@@ -31,10 +33,11 @@ class InvertedIndex(NamedTuple):
 
 
 def invert(indices: torch.Tensor, chunks: int, tile: int | None = None) -> InvertedIndex:
-    """indices int32 [B, T, J, K] -> their index. Slots that name none of the `chunks` belong to no list.
+    """indices int32 [B, T, J, K] -> their index. Slots that name none of the `chunks` belong to no
+    list.
 
-    tile: how many neighbouring tokens share one set of lists; None puts all tokens of a batch entry into one tile. The
-    sort is stable, so the result is the same from run to run.
+    tile: how many neighbouring tokens share one set of lists; None puts all tokens of a batch entry
+    into one tile. The sort is stable, so the result is the same from run to run.
     """
     B, T, J, _ = indices.shape
     tile = tile or max(T, 1)
@@ -62,8 +65,8 @@ class Segments(NamedTuple):
         [a b c|d e]      []         [f g h|i j k|l]           starts = [0, 2, 2, 5]
          0     1                     2     3     4            owners = [0, 0, 2, 2, 2, ...]
 
-    starts [lists + 1]: the first segment of each list. owners: the list of each segment; its length is an upper bound of
-    the number of segments that is known without reading from the GPU.
+    starts [lists + 1]: the first segment of each list. owners: the list of each segment; its length
+    is an upper bound of the number of segments that is known without reading from the GPU.
     """
 
     starts: torch.Tensor

@@ -1,7 +1,9 @@
-"""What the tiles of all kernels share: padded sizes, precision of products, the tile of a chunk, the softmax inside it.
+"""What the tiles of all kernels share: padded sizes, precision of products, the tile of a chunk,
+the softmax inside it.
 
-Dimensions: B batch, T tokens, N chunks, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head
-dimension (DP padded), S chunk size (SP padded), M tokens, or choices, per tile, R = M*GP rows of a tile.
+Dimensions: B batch, T tokens, N chunks, H query heads, J key/value heads, G = H/J (GP padded to a
+power of 2), D head dimension (DP padded), S chunk size (SP padded), M tokens, or choices, per tile,
+R = M*GP rows of a tile.
 """
 
 from typing import NamedTuple
@@ -15,12 +17,18 @@ LOG2_E = 1.4426950408889634
 
 
 def padded(size: int) -> int:
-    """The smallest side of a `tl.dot` tile that holds `size` numbers: a power of 2, and at least 16."""
+    """The smallest side of a `tl.dot` tile that holds `size` numbers.
+
+    A power of 2, and at least 16.
+    """
     return max(triton.next_power_of_2(size), 16)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot`: float32 stays float32; for 16-bit inputs the option has no effect."""
+    """`input_precision` of `tl.dot`.
+
+    Float32 stays float32; for 16-bit inputs the option has no effect.
+    """
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -90,7 +98,10 @@ class Sizes(NamedTuple):
         return (self.S, self.D) == (self.SP, self.DP)
 
     def options(self) -> dict:
-        """Launch options: warps, and two pipeline stages where the tiles of two steps fit into shared memory."""
+        """Launch options.
+
+        Warps, and two pipeline stages where the tiles of two steps fit into shared memory.
+        """
         return dict(
             num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1
         )
@@ -107,7 +118,9 @@ def before_hopper(x: torch.Tensor) -> bool:
 
 
 def copies_tiles(x: torch.Tensor) -> bool:
-    """Whether the GPU's copy engine (Hopper and later) can load chunks [B, N, S, J, D] as tiles of a matrix."""
+    """Whether the GPU's copy engine (Hopper and later) can load chunks [B, N, S, J, D] as tiles of
+    a matrix.
+    """
     return (
         not before_hopper(x)
         and x.data_ptr() % 16 == 0
@@ -116,7 +129,10 @@ def copies_tiles(x: torch.Tensor) -> bool:
 
 
 def chunk_matrix(x: torch.Tensor) -> TensorDescriptor:
-    """Chunks [B, N, S, J, D] as a matrix [tokens, J*D], loaded in tiles [S, D]: one chunk and one head per tile."""
+    """Chunks [B, N, S, J, D] as a matrix [tokens, J*D], loaded in tiles [S, D].
+
+    One chunk and one head per tile.
+    """
     B, N, S, J, D = x.shape
     width = J * D
     return TensorDescriptor(
@@ -126,7 +142,8 @@ def chunk_matrix(x: torch.Tensor) -> TensorDescriptor:
 
 @triton.jit
 def chunk_tile(
-    chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, FIRST: tl.constexpr = 0
+    chunk, i_j, J: tl.constexpr, S: tl.constexpr, D: tl.constexpr, SP: tl.constexpr,
+    DP: tl.constexpr, FIRST: tl.constexpr = 0
 ):  # fmt: skip
     """Offsets and mask, both [SP, DP], of one chunk's tile of k or v inside its batch entry.
 
@@ -140,10 +157,12 @@ def chunk_tile(
 
 @triton.jit
 def softmax_inside(b_s, scale_log2, S: tl.constexpr, SP: tl.constexpr):
-    """Softmax over one chunk, not yet normalised: scores [R, SP] -> exponentials [R, SP] and their sums [R].
+    """Softmax over one chunk, not yet normalised: scores [R, SP] -> exponentials [R, SP] and their
+    sums [R].
 
-    The exponentials are exp2(scale_log2 * (score - maximum of the row)), and 0 beyond the chunk's S tokens. Since
-    scale_log2 > 0, the largest score stays the largest after scaling, and scaling costs one multiply-add per score.
+    The exponentials are exp2(scale_log2 * (score - maximum of the row)), and 0 beyond the chunk's S
+    tokens. Since scale_log2 > 0, the largest score stays the largest after scaling, and scaling
+    costs one multiply-add per score.
     """
     if S < SP:
         # [R, SP]: the columns that pad S to a power of 2 hold no token
@@ -157,8 +176,8 @@ def softmax_inside(b_s, scale_log2, S: tl.constexpr, SP: tl.constexpr):
 def product(b_a, b_b, PRECISION: tl.constexpr):
     """b_a [R, C] @ b_b [C, X] -> [R, X].
 
-    In float32 the sum over C is split into parts of 16 additions, and the parts are added afterwards, because one long
-    chain of additions loses more to rounding.
+    In float32 the sum over C is split into parts of 16 additions, and the parts are added
+    afterwards, because one long chain of additions loses more to rounding.
     """
     if PRECISION == "ieee":
         PARTS: tl.constexpr = b_a.shape[1] // 16
@@ -174,10 +193,11 @@ def product(b_a, b_b, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(b_a, b_b, b_total, b_lost, PRECISION: tl.constexpr):
-    """b_total [R, X] + b_a [R, C] @ b_b [C, X] -> the new total and the new rounding error, both [R, X].
+    """b_total [R, X] + b_a [R, C] @ b_b [C, X] -> the new total and the new rounding error, both
+    [R, X].
 
-    In float32, b_lost carries what rounding has taken from the total so far (Kahan summation), so that a long sum is as
-    precise as a short one. In 16 bits b_lost stays as it is.
+    In float32, b_lost carries what rounding has taken from the total so far (Kahan summation), so
+    that a long sum is as precise as a short one. In 16 bits b_lost stays as it is.
     """
     if PRECISION == "ieee":
         b_term = product(b_a, b_b, PRECISION) - b_lost

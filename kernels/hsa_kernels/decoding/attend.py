@@ -1,16 +1,18 @@
 """The second and third launch of `decode`: choose, attend to the chosen chunks, and add up.
 
-Every program of the second launch finds the K best chunks by itself: the K best blocks, in them the K best tiles, in them the
-K best chunks. All programs find the same, which costs less than a further launch that tells them. This is exact: a chunk
-outside the K best tiles is beaten by the K maxima of these tiles, and the same holds for tiles and blocks.
+Every program of the second launch finds the K best chunks by itself: the K best blocks, in them the
+K best tiles, in them the K best chunks. All programs find the same, which costs less than a further
+launch that tells them. This is exact: a chunk outside the K best tiles is beaten by the K maxima of
+these tiles, and the same holds for tiles and blocks.
 
     scratch of one program   [3, KP]   row 0: the K best blocks, as indices into block_maxima
                                        row 1: the K best tiles,  as indices into tile_maxima
                                        row 2: the K best chunks, as indices into scores
     parts of one head        [K, G, D] the result of every kept chunk, times its weight
 
-Dimensions: B batch, J key/value heads, G heads each (GP padded to a power of 2), D head dimension (DP padded), N chunks, S
-chunk size (SP padded), K chunks kept (KP padded), NB blocks (NBP padded), n indices looked at.
+Dimensions: B batch, J key/value heads, G heads each (GP padded to a power of 2), D head dimension
+(DP padded), N chunks, S chunk size (SP padded), K chunks kept (KP padded), NB blocks (NBP padded),
+n indices looked at.
 """
 
 import triton
@@ -25,10 +27,12 @@ from hsa_kernels.decoding.score import complete_chunks
 def _best(
     keys, b_index, m_index, there, b_floor, b_most, scratch, K: tl.constexpr, KP: tl.constexpr
 ):
-    """The indices [KP] of the K largest among the keys at b_index [1, n], in order; their number; floor and maximum [1].
+    """The indices [KP] of the K largest among the keys at b_index [1, n], in order; their number;
+    floor and maximum [1].
 
-    there: how many keys are above `NOTHING`; if these are no more than K, all of them are among b_index. b_floor [1]: a key
-    that K keys reach. b_most [1]: a key that none exceeds. Both are `NOTHING` as long as they are not known.
+    there: how many keys are above `NOTHING`; if these are no more than K, all of them are among
+    b_index. b_floor [1]: a key that K keys reach. b_most [1]: a key that none exceeds. Both are
+    `NOTHING` as long as they are not known.
     """
     # [1, n]
     b_key = tl.load(keys + b_index, mask=m_index, other=NOTHING)
@@ -48,7 +52,9 @@ def _best(
 
 @triton.jit
 def _children(b_index, count, PARTS: tl.constexpr, KP: tl.constexpr):
-    """Indices [1, KP * PARTS] of the PARTS children of b_index [KP], and the mask of the children of the first `count`."""
+    """Indices [1, KP * PARTS] of the PARTS children of b_index [KP], and the mask of the children
+    of the first `count`.
+    """
     # [KP, PARTS]
     b_part = b_index[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
     m_part = tl.broadcast_to((tl.arange(0, KP) < count)[:, None], [KP, PARTS])
@@ -57,19 +63,29 @@ def _children(b_index, count, PARTS: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def decode_attend_kernel(
-    q, k, v, offsets, scores, tile_maxima, block_maxima, parts, scratch, stride_k, stride_v, offset, N, chunk_size, scale_log2,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NB: tl.constexpr, NBP: tl.constexpr,
+    q, k, v, offsets, scores, tile_maxima, block_maxima, parts, scratch, stride_k, stride_v,
+    offset, N, chunk_size, scale_log2,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, NB: tl.constexpr,
+    NBP: tl.constexpr,
     OFFSETS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: the result [G, D] of one kept slot and one head, that is attention inside its chunk times its weight.
+    """One program: the result [G, D] of one kept slot and one head, that is attention inside its
+    chunk times its weight.
 
-    Grid: (K, J, B). The kernel is one function because its four phases hand on floors and maxima in registers.
+    Grid: (K, J, B). The kernel is one function because its four phases hand on floors and maxima in
+    registers.
 
-    Inputs: q [B, 1, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one batch entry to the next.
-    Scores: scores, tile_maxima, block_maxima (see `score.py`). Position: offset, or offsets [B] if OFFSETS.
-    Output: parts fp32 [B, J, K, G, D]. Scratch: scratch int32 [B, J, K, 3, KP].
-    Scale: scale_log2, for exp2. OVERLAP: whether the third launch may start early. Sizes: N, chunk_size and the constants.
+    - Inputs: q [B, 1, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one batch entry
+      to the next.
+    - Scores: scores, tile_maxima, block_maxima (see `score.py`).
+    - Position: offset, or offsets [B] if OFFSETS.
+    - Output: parts fp32 [B, J, K, G, D].
+    - Scratch: scratch int32 [B, J, K, 3, KP].
+    - Scale: scale_log2, for exp2.
+    - OVERLAP: whether the third launch may start early.
+    - Sizes: N, chunk_size and the constants.
     """
     i_slot = tl.program_id(0)
     i_j = tl.program_id(1)
@@ -152,7 +168,8 @@ def decode_attend_kernel(
 
 @triton.jit
 def decode_sum_kernel(
-    parts, out, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, OVERLAP: tl.constexpr
+    parts, out, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr,
+    KP: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """One program: the output [D] of one query head, the sum of its K parts in slot order.
 

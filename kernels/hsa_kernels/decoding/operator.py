@@ -1,12 +1,13 @@
 """One new token against the whole memory: Eq. (1) and Eq. (2), spread over the whole GPU.
 
-Three launches with fixed grids, so that a CUDA graph can hold them. None of them synchronises with the CPU:
+Three launches with fixed grids, so that a CUDA graph can hold them. None of them synchronises with
+the CPU:
 1. `decode_score_kernel`: the scores of all landmarks and their maxima; it reads the landmarks once;
 2. `decode_attend_kernel`: one program per kept slot chooses, then attends to the slot's chunk;
 3. `decode_sum_kernel`: the sum over slots, in order.
 
-Dimensions: B batch, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension, N chunks, S chunk
-size, K chunks kept (KP padded to a power of 2), NB blocks of chunks.
+Dimensions: B batch, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval
+dimension, N chunks, S chunk size, K chunks kept (KP padded to a power of 2), NB blocks of chunks.
 """
 
 import torch
@@ -19,14 +20,16 @@ from hsa_kernels.decoding.attend import decode_attend_kernel, decode_sum_kernel
 from hsa_kernels.decoding.score import decode_score_kernel
 from hsa_mini.reference.checks import check_decode, check_retrieve
 
-# Chunks per tile, tiles per block: 64 of 262,144 chunks are found by looking at 2,048, then 512, then 1,024 numbers.
+# Chunks per tile, tiles per block: 64 of 262,144 chunks are found by looking at 2,048, then 512,
+# then 1,024 numbers.
 TILE = 16
 TILES = 8
 
 
 @torch.library.custom_op("hsa_kernels::decode", mutates_args=())
 def _decode(
-    retrieval_q: torch.Tensor, landmarks: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    retrieval_q: torch.Tensor, landmarks: torch.Tensor, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor,
     offsets: torch.Tensor | None, offset: int, top_k: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """The three launches; offset counts only where `offsets` is None."""
@@ -45,19 +48,23 @@ def _decode(
     )
     scratch = torch.empty(B, J, K, 3, KP, dtype=torch.int32, device=q.device)
     parts = torch.empty(B, J, K, G, D, device=q.device)
-    # From Hopper on, the third launch starts while the second runs: its programs are few, and they wait on the GPU.
+    # From Hopper on, the third launch starts while the second runs: its programs are few, and they
+    # wait on the GPU.
     overlap = q.is_cuda and not before_hopper(q)
     launch_early = dict(launch_pdl=True) if overlap else {}
     position = (offset, N, S)
     sizes = dict(J=J, TILE=TILE, TILES=TILES, OFFSETS=offsets is not None)
     decode_score_kernel[NB, J, B](
-        retrieval_q, landmarks, offsets, scores, tile_maxima, block_maxima, landmarks.stride(0), *position, R**-0.5,
+        retrieval_q, landmarks, offsets, scores, tile_maxima, block_maxima, landmarks.stride(0),
+        *position, R**-0.5,
         R=R, RP=padded(R), **sizes, num_warps=4,
     )  # fmt: skip
     decode_attend_kernel[K, J, B](
-        q, k, v, offsets, scores, tile_maxima, block_maxima, parts, scratch, k.stride(0), v.stride(0), *position,
+        q, k, v, offsets, scores, tile_maxima, block_maxima, parts, scratch, k.stride(0),
+        v.stride(0), *position,
         to_log2(scale), G=G, D=D, S=S, K=K, GP=padded(G), DP=padded(D), SP=padded(S), KP=KP, NB=NB,
-        NBP=triton.next_power_of_2(NB), OVERLAP=overlap, PRECISION=precision(q.dtype), **sizes, num_warps=8,
+        NBP=triton.next_power_of_2(NB), OVERLAP=overlap, PRECISION=precision(q.dtype), **sizes,
+        num_warps=8,
     )  # fmt: skip
     out = torch.empty_like(q)
     decode_sum_kernel[G, B * J](
@@ -83,11 +90,13 @@ def decode(
     offset: int | torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Retrieve and attend for one new token per sequence: the twin of `retrieve` followed by `chunk_attention`.
+    """Retrieve and attend for one new token per sequence: the twin of `retrieve` followed by
+    `chunk_attention`.
 
-    retrieval_q [B, 1, J, R], landmarks [B, N, J, R], q [B, 1, H, D], k and v [B, N, S, J, D] in float16, bfloat16 or float32
-    -> [B, 1, H, D]. k and v may lie in pinned host memory. offset: position of the new token; as a tensor [B] it may change
-    between replays of a CUDA graph. Chunks that are incomplete at that position are never read. No gradient.
+    retrieval_q [B, 1, J, R], landmarks [B, N, J, R], q [B, 1, H, D], k and v [B, N, S, J, D] in
+    float16, bfloat16 or float32 -> [B, 1, H, D]. k and v may lie in pinned host memory. offset:
+    position of the new token; as a tensor [B] it may change between replays of a CUDA graph. Chunks
+    that are incomplete at that position are never read. No gradient.
 
     Raises ValueError for wrong shapes, dtypes, devices or layouts.
     """

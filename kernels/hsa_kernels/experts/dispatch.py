@@ -17,8 +17,8 @@ def dispatch_kernel(
 ):  # fmt: skip
     """One program does everything: it chooses A experts per token and sorts the M*A rows by expert.
 
-    Grid: (1,). Inputs: scores [M, E], bias [E]. Outputs: expert_offsets [E], token_indices [M*A], inverse_order and
-    topk_scores [M, A], as in `reference.dispatch`.
+    Grid: (1,). Inputs: scores [M, E], bias [E]. Outputs: expert_offsets [E], token_indices [M*A],
+    inverse_order and topk_scores [M, A], as in `reference.dispatch`.
     """
     # 1. Affinities: [MP, EP].
     o_m = tl.program_id(0) * MP + tl.arange(0, MP)
@@ -27,7 +27,8 @@ def dispatch_kernel(
     b_s = tl.load(scores + o_m[:, None] * E + o_e[None, :], mask=m, other=0.0).to(tl.float32)
     b_affinity = 1.0 / (1.0 + tl.exp(-b_s))
 
-    # 2. Choose the best expert of every token A times; the bias takes part in the choice alone. [MP, EP]
+    # 2. Choose the best expert of every token A times; the bias takes part in the choice alone.
+    #    [MP, EP]
     b_choice = tl.where(
         m,
         b_affinity + tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)[None, :],
@@ -39,14 +40,15 @@ def dispatch_kernel(
         b_chosen += hit.to(tl.int32)
         b_choice = tl.where(hit, float("-inf"), b_choice)
 
-    # 3. Number the rows: behind the rows of all earlier experts and of the same expert's earlier tokens.
+    # 3. Number the rows: behind the rows of all earlier experts and of the same expert's earlier
+    #    tokens.
     b_count = tl.sum(b_chosen, 0)  # [EP]
     b_end = tl.cumsum(b_count, 0)  # [EP]
     # [MP, EP]
     b_row = (b_end - b_count)[None, :] + tl.cumsum(b_chosen, 0) - 1
 
-    # 4. Scores of the chosen experts, which add up to 1 for every token. [MP, EP]
-    # A product, not `tl.where`: Triton 3.6 fails to compile a comparison that also serves as a mask below.
+    # 4. Scores of the chosen experts, which add up to 1 for every token. [MP, EP] A product, not
+    #    `tl.where`: Triton 3.6 fails to compile a comparison that also serves as a mask below.
     b_topk = b_chosen * b_affinity
     b_topk /= tl.where(o_m < M, tl.sum(b_topk, 1), 1.0)[:, None]
 
@@ -63,10 +65,11 @@ def dispatch_kernel(
 def dispatch(
     scores: torch.Tensor, bias: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The twin of `reference.dispatch` for few tokens. A token's experts are in the order of their numbers. No gradient.
+    """The twin of `reference.dispatch` for few tokens. A token's experts are in the order of their
+    numbers. No gradient.
 
-    scores [M, E], bias [E] -> expert_offsets int32 [E], token_indices int64 [M*A], inverse_order int64 [M, A], topk_scores
-    float32 [M, A], with A = top_k.
+    scores [M, E], bias [E] -> expert_offsets int32 [E], token_indices int64 [M*A], inverse_order
+    int64 [M, A], topk_scores float32 [M, A], with A = top_k.
     """
     M, E = scores.shape
     device = scores.device
@@ -75,7 +78,8 @@ def dispatch(
     inverse_order = torch.empty(M, top_k, dtype=torch.int64, device=device)
     topk_scores = torch.empty(M, top_k, device=device)
     dispatch_kernel[1,](
-        scores.contiguous(), bias, expert_offsets, token_indices, inverse_order, topk_scores, M, E=E, A=top_k,
+        scores.contiguous(), bias, expert_offsets, token_indices, inverse_order, topk_scores, M,
+        E=E, A=top_k,
         MP=triton.next_power_of_2(M), EP=triton.next_power_of_2(E), num_warps=4,
     )  # fmt: skip
     return expert_offsets, token_indices, inverse_order, topk_scores

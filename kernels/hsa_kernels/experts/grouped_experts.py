@@ -1,12 +1,15 @@
 """The outputs of the experts, in launches that a CUDA graph can hold. Two schedules:
 
-- for few tokens, every row of the dispatch reads its expert alone and multiplies while it reads. First the hidden units, one
-  program per row and some units; then the output, one program per token and some columns, over the token's experts;
-- for more tokens, the rows of an expert share what is read: PyTorch's grouped products, with one launch between them and one
+- for few tokens, every row of the dispatch reads its expert alone and multiplies while it reads.
+  First the hidden units, one
+  program per row and some units; then the output, one program per token and some columns, over the
+  token's experts;
+- for more tokens, the rows of an expert share what is read: PyTorch's grouped products, with one
+  launch between them and one
   behind them.
 
-Dimensions: M tokens, C width, H hidden units, E experts (EP padded to a power of 2), A experts per token; BC, BH, BN and BR are
-the parts of C, H, output columns and rows that one step reads.
+Dimensions: M tokens, C width, H hidden units, E experts (EP padded to a power of 2), A experts per
+token; BC, BH, BN and BR are the parts of C, H, output columns and rows that one step reads.
 """
 
 import torch
@@ -34,10 +37,14 @@ def _silu(b_x):
 
 @triton.jit
 def grouped_experts_hidden_kernel(
-    x, expert_offsets, token_indices, up_and_gate, hidden, C: tl.constexpr, H: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    x, expert_offsets, token_indices, up_and_gate, hidden, C: tl.constexpr, H: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr,
     BC: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """One program: BH hidden units of one row, up * silu(gate) of its token and expert. Grid: (ceil(H / BH), M*A)."""
+    """One program: BH hidden units of one row, up * silu(gate) of its token and expert. Grid.
+
+    (ceil(H / BH), M*A).
+    """
     i_h = tl.program_id(0)
     row = tl.program_id(1)
     o_c = tl.arange(0, BC)
@@ -59,10 +66,14 @@ def grouped_experts_hidden_kernel(
 
 @triton.jit
 def grouped_experts_output_kernel(
-    hidden, expert_offsets, inverse_order, topk_scores, down, out, C: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    hidden, expert_offsets, inverse_order, topk_scores, down, out, C: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, A: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN output columns of one token, summed over its A experts. Grid: (ceil(C / BN), M)."""
+    """One program: BN output columns of one token, summed over its A experts. Grid.
+
+    (ceil(C / BN), M).
+    """
     i_n = tl.program_id(0)
     i_m = tl.program_id(1)
     o_h = tl.arange(0, BH)
@@ -83,8 +94,12 @@ def grouped_experts_output_kernel(
 
 
 @triton.jit
-def grouped_experts_gate_kernel(both, hidden, rows, H: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """One program: both [BR rows, 2*H] -> hidden = up * silu(gate) [BR, H]. Grid: (ceil(rows / BR),)."""
+def grouped_experts_gate_kernel(both, hidden, rows, H: tl.constexpr, BR: tl.constexpr,
+BH: tl.constexpr):  # fmt: skip
+    """One program: both [BR rows, 2*H] -> hidden = up * silu(gate) [BR, H]. Grid.
+
+    (ceil(rows / BR),).
+    """
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     o_h = tl.arange(0, BH)[None, :]
     m = (o_r < rows) & (o_h < H)
@@ -98,7 +113,10 @@ def grouped_experts_gate_kernel(both, hidden, rows, H: tl.constexpr, BR: tl.cons
 def grouped_experts_combine_kernel(
     results, inverse_order, topk_scores, out, C: tl.constexpr, A: tl.constexpr, BN: tl.constexpr
 ):
-    """One program: BN output columns of one token, the weighted sum of its A rows of results. Grid: (M, ceil(C / BN))."""
+    """One program: BN output columns of one token, the weighted sum of its A rows of results.
+
+    Grid: (M, ceil(C / BN)).
+    """
     i_m = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)
     b_out = tl.zeros([BN], tl.float32)
@@ -112,7 +130,9 @@ def grouped_experts_combine_kernel(
 def _apart(
     x, expert_offsets, token_indices, inverse_order, topk_scores, up_and_gate, down, out
 ) -> None:
-    """The schedule for few tokens; arguments as in `grouped_experts`, the result goes into out [M, C]."""
+    """The schedule for few tokens; arguments as in `grouped_experts`, the result goes into out [M,
+    C].
+    """
     M, C = x.shape
     E, H, _ = down.shape
     A = inverse_order.shape[1]
@@ -131,7 +151,9 @@ def _apart(
 def _together(
     x, expert_offsets, token_indices, inverse_order, topk_scores, up_and_gate, down, out
 ) -> None:
-    """The schedule for many tokens; arguments as in `grouped_experts`, the result goes into out [M, C]."""
+    """The schedule for many tokens; arguments as in `grouped_experts`, the result goes into out [M,
+    C].
+    """
     M, C = x.shape
     H = down.shape[1]
     A = inverse_order.shape[1]
@@ -160,10 +182,12 @@ def grouped_experts(
     up_and_gate: torch.Tensor,
     down: torch.Tensor,
 ) -> torch.Tensor:
-    """The twin of `torch_backend.grouped_experts`, in float16, bfloat16 or float32; topk_scores float32. No gradient.
+    """The twin of `torch_backend.grouped_experts`, in float16, bfloat16 or float32; topk_scores
+    float32. No gradient.
 
-    x [M, C]; expert_offsets, token_indices, inverse_order and topk_scores from `dispatch`; up_and_gate [E, C, 2*H], down
-    [E, H, C] -> [M, C]. Raises ValueError for wrong dtypes or layouts.
+    x [M, C]; expert_offsets, token_indices, inverse_order and topk_scores from `dispatch`;
+    up_and_gate [E, C, 2*H], down [E, H, C] -> [M, C]. Raises ValueError for wrong dtypes or
+    layouts.
     """
     arguments = dict(
         x=x,

@@ -1,4 +1,5 @@
-"""Rows of a store in pinned host memory, read by the GPU itself: only the requested rows cross the bus.
+"""Rows of a store in pinned host memory, read by the GPU itself: only the requested rows cross the
+bus.
 
 The CPU starts the launch and does not wait.
 
@@ -14,7 +15,10 @@ BLOCK = 2048  # numbers per program
 
 @triton.jit
 def fetch_kernel(store, rows, out, size, BLOCK: tl.constexpr):
-    """One program: BLOCK numbers of one fetched row. Grid: (M, ceil(size / BLOCK)), where size is the numbers of a row."""
+    """One program: BLOCK numbers of one fetched row. Grid.
+
+    (M, ceil(size / BLOCK)), where size is the numbers of a row.
+    """
     i_row = tl.program_id(0)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + i_row).to(tl.int64)
@@ -25,10 +29,11 @@ def fetch_kernel(store, rows, out, size, BLOCK: tl.constexpr):
 
 
 def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """store [N, ...], contiguous, in pinned host memory or on the GPU; rows int64 [M] on the GPU -> [M, ...] there.
+    """store [N, ...], contiguous, in pinned host memory or on the GPU; rows int64 [M] on the GPU ->
+    [M, ...] there.
 
-    The numbers of rows are not checked: one beyond the store reads whatever lies there. Raises ValueError for wrong dtypes or
-    layouts.
+    The numbers of rows are not checked: one beyond the store reads whatever lies there. Raises
+    ValueError for wrong dtypes or layouts.
     """
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows: got {list(rows.shape)} {rows.dtype}, accepted is int64 [M]")

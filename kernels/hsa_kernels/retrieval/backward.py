@@ -1,7 +1,8 @@
 """The gradients of `retrieve`: each kept score q . landmark * R^-0.5 passes its gradient to both.
 
-Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a power of 2), N chunks, K
-chunks kept (KP padded), BE entries of the inverted index per step, E = B*T*J*K.
+Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a
+power of 2), N chunks, K chunks kept (KP padded), BE entries of the inverted index per step, E =
+B*T*J*K.
 """
 
 import torch
@@ -14,10 +15,12 @@ from hsa_kernels.common.tiles import padded
 
 @triton.jit
 def retrieve_bwd_query_kernel(
-    landmarks, indices, grad_scores, grad_q, stride_l, scale, T, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    landmarks, indices, grad_scores, grad_q, stride_l, scale, T, J: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr,
     RP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq [R] of one token and head: its kept landmarks, each times the gradient of its score.
+    """One program: dq [R] of one token and head: its kept landmarks, each times the gradient of its
+    score.
 
     Grid: (T, J, B).
     """
@@ -40,10 +43,12 @@ def retrieve_bwd_query_kernel(
 
 @triton.jit
 def retrieve_bwd_landmark_kernel(
-    retrieval_q, grad_scores, entries, starts, grad_landmarks, scale, N, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    retrieval_q, grad_scores, entries, starts, grad_landmarks, scale, N, J: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr,
     RP: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """One program: dlandmark [R] of one chunk and head: the queries that kept it, in order, each times its score's gradient.
+    """One program: dlandmark [R] of one chunk and head: the queries that kept it, in order, each
+    times its score's gradient.
 
     Grid: (B*J*N,).
     """
@@ -78,7 +83,9 @@ def backward(
     indices: torch.Tensor,
     grad_scores: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """retrieval_q [B, T, J, R], landmarks [B, N, J, R], indices and grad_scores [B, T, J, K] -> their gradients."""
+    """retrieval_q [B, T, J, R], landmarks [B, N, J, R], indices and grad_scores [B, T, J, K] ->
+    their gradients.
+    """
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
     K = indices.shape[3]
@@ -88,10 +95,12 @@ def backward(
         return grad_q.zero_(), grad_landmarks.zero_()
     sizes = dict(J=J, R=R, K=K, RP=padded(R))
     retrieve_bwd_query_kernel[T, J, B](
-        landmarks, indices, grad_scores, grad_q, landmarks.stride(0), R**-0.5, T, KP=triton.next_power_of_2(K), **sizes
+        landmarks, indices, grad_scores, grad_q, landmarks.stride(0), R**-0.5, T,
+        KP=triton.next_power_of_2(K), **sizes
     )  # fmt: skip
     index = invert(indices, N)
     retrieve_bwd_landmark_kernel[(B * J * N,)](
-        retrieval_q, grad_scores, index.entries, index.starts, grad_landmarks, R**-0.5, N, BE=32, **sizes
+        retrieval_q, grad_scores, index.entries, index.starts, grad_landmarks, R**-0.5, N, BE=32,
+        **sizes
     )  # fmt: skip
     return grad_q, grad_landmarks

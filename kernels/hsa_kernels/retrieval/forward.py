@@ -1,12 +1,14 @@
-"""The forward kernel of `retrieve`: scores, visibility, noise and the K best in one pass that never stores [T, N].
+"""The forward kernel of `retrieve`: scores, visibility, noise and the K best in one pass that never
+stores [T, N].
 
-The chunks are scored tile by tile, the newest first. Every token collects those that may belong to its K best in a candidate
-buffer. When a buffer is nearly full, the K best stay, and the worst of them is the floor that later chunks have to exceed.
-Fewer and fewer do: on random scores the time between two such clean-ups keeps growing. Ties go to the newest chunk, because
-it came first.
+The chunks are scored tile by tile, the newest first. Every token collects those that may belong to
+its K best in a candidate buffer. When a buffer is nearly full, the K best stay, and the worst of
+them is the floor that later chunks have to exceed. Fewer and fewer do: on random scores the time
+between two such clean-ups keeps growing. Ties go to the newest chunk, because it came first.
 
-Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a power of 2), N chunks, K
-chunks kept (KP padded), BT tokens per tile, BN chunks per tile, CAP candidates per token, ROWS rows cleaned up at once.
+Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a
+power of 2), N chunks, K chunks kept (KP padded), BT tokens per tile, BN chunks per tile, CAP
+candidates per token, ROWS rows cleaned up at once.
 """
 
 import triton
@@ -29,22 +31,29 @@ def _gumbel(seed, chunk, position, head, batch):
 
 @triton.jit
 def retrieve_fwd_kernel(
-    retrieval_q, landmarks, offsets, seeds, indices, scores, buffers, stride_l, offset, step, first, T, N, chunk_size,
-    exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr,
+    retrieval_q, landmarks, offsets, seeds, indices, scores, buffers, stride_l, offset, step,
+    first, T, N, chunk_size,
+    exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr,
+    KP: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: the K best chunks, and their scores, of BT tokens and one head.
 
-    Grid: (tiles of tokens of the launch, J, B). The kernel is one function because the loop and the clean-up share counts
-    and floors that stay in registers.
+    Grid: (tiles of tokens of the launch, J, B). The kernel is one function because the loop and the
+    clean-up share counts and floors that stay in registers.
 
-    Inputs: retrieval_q [B, T, J, R]; landmarks [B, N, J, R], stride_l from one batch entry to the next.
-    Positions: token t of entry b stands at offset + t*step; the offset comes from offsets [B] if OFFSETS.
-    Noise: the seed at seeds [], if NOISE. Outputs: indices int32 and scores fp32 [B, T, J, K].
-    Scratch: buffers, one candidate buffer per program (see `candidates.py`).
-    The launch: first, its first token. Visibility: chunk_size, exclude_window. Scale: scale, R^-0.5.
-    Sizes: T, N and the constants that the module's docstring explains.
+    - Inputs: retrieval_q [B, T, J, R]; landmarks [B, N, J, R], stride_l from one batch entry to the
+      next.
+    - Positions: token t of entry b stands at offset + t*step; the offset comes from offsets [B] if
+      OFFSETS.
+    - Noise: the seed at seeds [], if NOISE.
+    - Outputs: indices int32 and scores fp32 [B, T, J, K].
+    - Scratch: buffers, one candidate buffer per program (see `candidates.py`).
+    - The launch: first, its first token.
+    - Visibility: chunk_size, exclude_window.
+    - Scale: scale, R^-0.5.
+    - Sizes: T, N and the constants that the module's docstring explains.
     """
     # 1. Load the queries.
     i_t = tl.program_id(0)

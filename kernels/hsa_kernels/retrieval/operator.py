@@ -1,7 +1,7 @@
 """Which chunks matter to each token, and how much: Eq. (1), §2.2. The operator, with its gradient.
 
-Dimensions: B batch, T tokens, J retrieval heads, R retrieval dimension, N chunks, K chunks kept, BT tokens per tile, BN
-chunks per tile, CAP candidates per token.
+Dimensions: B batch, T tokens, J retrieval heads, R retrieval dimension, N chunks, K chunks kept, BT
+tokens per tile, BN chunks per tile, CAP candidates per token.
 """
 
 import torch
@@ -24,10 +24,13 @@ BN = 32
 
 @torch.library.custom_op("hsa_kernels::retrieve", mutates_args=())
 def _retrieve_scores(
-    retrieval_q: torch.Tensor, landmarks: torch.Tensor, offsets: torch.Tensor | None, offset: int, step: int, chunk_size: int,
+    retrieval_q: torch.Tensor, landmarks: torch.Tensor, offsets: torch.Tensor | None, offset: int,
+    step: int, chunk_size: int,
     top_k: int, exclude_window: int, seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty slots."""
+    """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty
+    slots.
+    """
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
     indices = torch.empty(B, T, J, top_k, dtype=torch.int32, device=retrieval_q.device)
@@ -45,9 +48,12 @@ def _retrieve_scores(
     )
     for first in range(0, T, together):
         retrieve_fwd_kernel[triton.cdiv(min(together, T - first), BT), J, B](
-            retrieval_q, landmarks, offsets, seed, indices, scores, buffers, landmarks.stride(0), offset, step, first, T, N,
-            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT, BN=BN, CAP=CAP,
-            OFFSETS=offsets is not None, NOISE=seed is not None, PRECISION=precision(retrieval_q.dtype),
+            retrieval_q, landmarks, offsets, seed, indices, scores, buffers, landmarks.stride(0),
+            offset, step, first, T, N,
+            chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT,
+            BN=BN, CAP=CAP,
+            OFFSETS=offsets is not None, NOISE=seed is not None,
+            PRECISION=precision(retrieval_q.dtype),
             **_options(retrieval_q, noise=seed is not None),
         )  # fmt: skip
     return indices, scores
@@ -56,8 +62,9 @@ def _retrieve_scores(
 def _options(retrieval_q: torch.Tensor, *, noise: bool) -> dict:
     """Launch options, and how many rows of a candidate buffer are cleaned up at once.
 
-    In 16 bits a program has one warp, so it never waits for another one. With at most 128 registers per thread the clean-up
-    passes through memory, but more programs share a multiprocessor, which was measured to be faster.
+    In 16 bits a program has one warp, so it never waits for another one. With at most 128 registers
+    per thread the clean-up passes through memory, but more programs share a multiprocessor, which
+    was measured to be faster.
     """
     if retrieval_q.dtype == torch.float32:
         return dict(num_warps=4, num_stages=2, ROWS=4)
@@ -128,10 +135,11 @@ def retrieve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
 
-    retrieval_q [B, T, J, R], landmarks [B, N, J, R] in float16, bfloat16 or float32 -> indices int32 [B, T, J, K] (-1: empty
-    slot) and weights float32 [B, T, J, K] (0 where empty; they carry the gradient). Options as in
-    `hsa_mini.reference.retrieve`. The choice is exact, and ties go to the newest chunk. Memory O(T*K); every gradient is the
-    same from run to run. Raises ValueError for wrong shapes, dtypes, devices, layouts or ranges.
+    retrieval_q [B, T, J, R], landmarks [B, N, J, R] in float16, bfloat16 or float32 -> indices
+    int32 [B, T, J, K] (-1: empty slot) and weights float32 [B, T, J, K] (0 where empty; they carry
+    the gradient). Options as in `hsa_mini.reference.retrieve`. The choice is exact, and ties go to
+    the newest chunk. Memory O(T*K); every gradient is the same from run to run. Raises ValueError
+    for wrong shapes, dtypes, devices, layouts or ranges.
     """
     check_retrieve(
         retrieval_q,

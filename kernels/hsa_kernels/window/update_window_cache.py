@@ -1,8 +1,10 @@
-"""One new token enters its window: queries and keys are normed and rotated, key and value are written into the cache.
+"""One new token enters its window: queries and keys are normed and rotated, key and value are
+written into the cache.
 
 One launch replaces twenty.
 
-Dimensions: B batch, H query heads, J key/value heads, D head dimension (half of it padded to HP), W slots of the cache.
+Dimensions: B batch, H query heads, J key/value heads, D head dimension (half of it padded to HP), W
+slots of the cache.
 """
 
 import torch
@@ -33,11 +35,14 @@ def update_window_cache_kernel(
 ):  # fmt: skip
     """One program: one query head, or one key/value head, of one sequence's new token.
 
-    Grid: (H + J, B). The first H programs of a sequence write queries, the other J write into the cache.
+    Grid: (H + J, B). The first H programs of a sequence write queries, the other J write into the
+    cache.
 
-    Inputs: q [B, 1, H, D], k and v [B, 1, J, D], as projected. Norm: q_gain and k_gain [D], eps. Rotation: cos and sin
-    [B, 1, D/2]. Outputs: out [B, 1, H, D]; cache_k and cache_v [B, W, J, D], with stride_k and stride_v from one batch entry to
-    the next, at slots int64 [B].
+    - Inputs: q [B, 1, H, D], k and v [B, 1, J, D], as projected.
+    - Norm: q_gain and k_gain [D], eps.
+    - Rotation: cos and sin [B, 1, D/2].
+    - Outputs: out [B, 1, H, D]; cache_k and cache_v [B, W, J, D], with stride_k and stride_v from
+      one batch entry to the next, at slots int64 [B].
     """
     i_h = tl.program_id(0)
     i_b = tl.program_id(1)
@@ -69,11 +74,12 @@ def update_window_cache_kernel(
 def update_window_cache(
     q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, *, eps: float
 ) -> torch.Tensor:
-    """The twin of `torch_backend.update_window_cache`, in float16, bfloat16 or float32, rounded once. No gradient.
+    """The twin of `torch_backend.update_window_cache`, in float16, bfloat16 or float32, rounded
+    once. No gradient.
 
-    q [B, 1, H, D], k and v [B, 1, J, D], cache_k and cache_v [B, W, J, D] (written in place), slots int64 [B], q_gain and
-    k_gain [D], table: cos and sin [1 or B, 1, D/2] -> q [B, 1, H, D], normed and rotated.
-    Raises ValueError for wrong shapes, dtypes, devices or layouts.
+    q [B, 1, H, D], k and v [B, 1, J, D], cache_k and cache_v [B, W, J, D] (written in place), slots
+    int64 [B], q_gain and k_gain [D], table: cos and sin [1 or B, 1, D/2] -> q [B, 1, H, D], normed
+    and rotated. Raises ValueError for wrong shapes, dtypes, devices or layouts.
     """
     check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     check_kernel(q=q, k=k, v=v)
@@ -82,7 +88,8 @@ def update_window_cache(
     out = torch.empty_like(q)
     cos, sin = (part.expand(B, 1, D // 2).contiguous() for part in table)
     update_window_cache_kernel[H + J, B](
-        q, k, v, cache_k, cache_v, slots, q_gain, k_gain, cos, sin, out, cache_k.stride(0), cache_v.stride(0), eps,
+        q, k, v, cache_k, cache_v, slots, q_gain, k_gain, cos, sin, out, cache_k.stride(0),
+        cache_v.stride(0), eps,
         H=H, J=J, D=D, HP=triton.next_power_of_2(D // 2), num_warps=1,
     )  # fmt: skip
     return out

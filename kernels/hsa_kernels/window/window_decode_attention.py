@@ -1,16 +1,18 @@
 """One new token against its window: attention over the slots of a cache, spread over the whole GPU.
 
-The key at position p lies in slot p % W, so slots are not in order of time. Attention does not depend on the order.
+The key at position p lies in slot p % W, so slots are not in order of time. Attention does not
+depend on the order.
 
 Two launches with fixed grids, so that a CUDA graph can hold them:
-1. one program per part of BW slots: attention inside the part, with the maximum and the sum of its softmax;
+1. one program per part of BW slots: attention inside the part, with the maximum and the sum of its
+   softmax;
 2. one program per query head: the parts combined.
 
     cache   | BW slots | BW slots | ... | rest |          parts  [B, J, NW, G, D]
               part 0     part 1           part NW - 1     maxima, sums [B, J, NW, G]
 
-Dimensions: B batch, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head dimension (DP padded), W
-slots, BW slots per part, NW parts (NWP padded).
+Dimensions: B batch, H query heads, J key/value heads, G = H/J (GP padded to a power of 2), D head
+dimension (DP padded), W slots, BW slots per part, NW parts (NWP padded).
 """
 
 import torch
@@ -27,13 +29,17 @@ BW = 64
 @triton.jit
 def window_decode_attend_kernel(
     q, k, v, positions, parts, maxima, sums, stride_k, stride_v, scale_log2, W,
-    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BW: tl.constexpr,
+    J: tl.constexpr, G: tl.constexpr, D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
+    BW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: attention of G query heads inside one part of BW slots, not normalised. Grid: (NW, J, B).
+    """One program: attention of G query heads inside one part of BW slots, not normalised. Grid:
+    (NW, J, B).
 
-    Inputs: q [B, 1, J*G, D]; k and v [B, W, J, D], stride_k and stride_v from one batch entry to the next; positions [B].
-    Outputs: parts fp32 [B, J, NW, G, D], maxima and sums fp32 [B, J, NW, G]. Scale: scale_log2, for exp2.
+    - Inputs: q [B, 1, J*G, D]; k and v [B, W, J, D], stride_k and stride_v from one batch entry to
+      the next; positions [B].
+    - Outputs: parts fp32 [B, J, NW, G, D], maxima and sums fp32 [B, J, NW, G].
+    - Scale: scale_log2, for exp2.
     """
     # 1. Which slots. Before the cache is full, slots behind the position hold nothing.
     i_w = tl.program_id(0)
@@ -47,9 +53,7 @@ def window_decode_attend_kernel(
 
     # 2. Load queries [GP, DP], keys and values [BW, DP].
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
-    b_q = tl.load(
-        q + row * G * D + o_g[:, None] * D + o_d[None, :], mask=m_q, other=0.0
-    )
+    b_q = tl.load(q + row * G * D + o_g[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     o_kv = (o_w * J + i_j)[:, None] * D + o_d[None, :]
     m_kv = m_w[:, None] & (o_d < D)[None, :]
     b_k = tl.load(k + i_b.to(tl.int64) * stride_k + o_kv, mask=m_kv, other=0.0)
@@ -75,9 +79,13 @@ def window_decode_attend_kernel(
 
 @triton.jit
 def window_decode_combine_kernel(
-    parts, maxima, sums, out, NW, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NWP: tl.constexpr
+    parts, maxima, sums, out, NW, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    NWP: tl.constexpr
 ):  # fmt: skip
-    """One program: the output [D] of one query head, its NW parts rescaled to a common maximum. Grid: (G, B*J)."""
+    """One program: the output [D] of one query head, its NW parts rescaled to a common maximum.
+
+    Grid: (G, B*J).
+    """
     i_g = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     o_w = tl.arange(0, NWP)
@@ -86,7 +94,9 @@ def window_decode_combine_kernel(
     m_w = o_w < NW
     # [NWP]
     b_max = tl.load(maxima + o_part, mask=m_w, other=float("-inf"))
-    b_scale = tl.exp2(b_max - tl.max(b_max, 0))  # slot 0 always holds a key, so the maximum is finite
+    b_scale = tl.exp2(
+        b_max - tl.max(b_max, 0)
+    )  # slot 0 always holds a key, so the maximum is finite
     b_sum = tl.sum(tl.load(sums + o_part, mask=m_w, other=0.0) * b_scale, 0)
     # [NWP, DP]
     b_part = tl.load(
@@ -102,7 +112,8 @@ def window_decode_combine_kernel(
 def window_decode_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """The twin of `torch_backend.window_decode_attention`, in float16, bfloat16 or float32. No gradient.
+    """The twin of `torch_backend.window_decode_attention`, in float16, bfloat16 or float32. No
+    gradient.
 
     q [B, 1, H, D], k and v [B, W, J, D], positions int64 [B] of the new tokens -> [B, 1, H, D].
     Raises ValueError for wrong shapes, dtypes, devices or layouts.
@@ -116,11 +127,13 @@ def window_decode_attention(
     parts = torch.empty(B, J, NW, G, D, device=q.device)
     maxima, sums = (torch.empty(B, J, NW, G, device=q.device) for _ in range(2))
     window_decode_attend_kernel[NW, J, B](
-        q, k, v, positions, parts, maxima, sums, k.stride(0), v.stride(0), to_log2(D**-0.5), W, J=J, G=G, D=D, GP=padded(G),
+        q, k, v, positions, parts, maxima, sums, k.stride(0), v.stride(0), to_log2(D**-0.5), W,
+        J=J, G=G, D=D, GP=padded(G),
         DP=padded(D), BW=BW, PRECISION=precision(q.dtype), num_warps=4,
     )  # fmt: skip
     out = torch.empty_like(q)
     window_decode_combine_kernel[G, B * J](
-        parts, maxima, sums, out, NW, G=G, D=D, DP=padded(D), NWP=triton.next_power_of_2(NW), num_warps=4
+        parts, maxima, sums, out, NW, G=G, D=D, DP=padded(D), NWP=triton.next_power_of_2(NW),
+        num_warps=4
     )  # fmt: skip
     return out
