@@ -1,4 +1,5 @@
-"""Compile every kernel for Hopper, without a card, as its launch code does; print one JSON line per kernel.
+"""Compile every kernel for Hopper, without a card, as its launch code does; print one JSON line per
+kernel.
 
 It is a program of its own, because the tests turn on Triton's interpreter, which compiles nothing.
 """
@@ -54,7 +55,8 @@ def compile_only(self: JITFunction, *args, grid, warmup, **options):
         int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
     )
     print(json.dumps({
-        "kernel": self.fn.__name__, "case": case, "shared": kernel.metadata.shared, "registers": registers,
+        "kernel": self.fn.__name__, "case": case, "shared": kernel.metadata.shared,
+        "registers": registers,
         "spilled": stack + local, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
     }))  # fmt: skip
 
@@ -62,7 +64,7 @@ def compile_only(self: JITFunction, *args, grid, warmup, **options):
 launch, JITFunction.run = JITFunction.run, compile_only
 triton.runtime.driver.set_active(Hopper())
 
-for case, sizes in {
+for case, sizes in {  # noqa: B007 (`compile_only` reads `case`)
     "8B": dict(H=16, J=1, D=128, R=128, S=64, K=64, dtype=torch.bfloat16),
     "mini": dict(H=4, J=1, D=64, R=256, S=64, K=8, dtype=torch.bfloat16),
     "H/J of 1": dict(H=2, J=2, D=128, R=128, S=64, K=64, dtype=torch.bfloat16),
@@ -83,7 +85,9 @@ for case, sizes in {
         torch.randn(shape, dtype=dtype, requires_grad=True)
         for shape in ((1, T, J, R), (1, N, J, R))
     )
-    indices, weights = hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, offset=N * S)
+    indices, weights = hsa_kernels.retrieve(
+        retrieval_q, landmarks, chunk_size=S, top_k=K, offset=N * S
+    )
     weights.sum().backward()
     hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
     weights = torch.randn(1, T, J, K, requires_grad=True)

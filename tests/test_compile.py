@@ -1,4 +1,7 @@
-"""Every kernel compiles for Hopper as it is launched: shared memory fits, registers do not spill, and tensor cores are used."""
+"""Every kernel compiles for Hopper as it is launched.
+
+Shared memory fits, registers do not spill, and tensor cores are used.
+"""
 
 import json
 import os
@@ -38,7 +41,8 @@ def test_shared_memory_fits(compiled):
         assert row["shared"] <= SHARED_MEMORY, row
 
 
-# Bytes per thread. These kernels were measured to be faster with spills, because more programs share a multiprocessor.
+# Bytes per thread. These kernels were measured to be faster with spills, because more programs
+# share a multiprocessor.
 SPILLS = {"retrieve_fwd_kernel": 256, "chunk_attention_bwd_kernel": 128}
 
 

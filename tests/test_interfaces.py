@@ -1,7 +1,7 @@
 """The signatures that must not drift, and the error of every wrong argument.
 
-Dimensions: B=2 batch, T=3 tokens, H=4 query heads, J=2 key/value heads, D=8 head dimension, R=6 retrieval dimension,
-N=5 chunks, S=4 chunk size, K=3 kept.
+Dimensions: B=2 batch, T=3 tokens, H=4 query heads, J=2 key/value heads, D=8 head dimension, R=6
+retrieval dimension, N=5 chunks, S=4 chunk size, K=3 kept.
 """
 
 import importlib
@@ -20,12 +20,15 @@ from hsa_mini.ops import torch_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    )
 }
 
 
 def retrieve(
-    retrieval_q, landmarks, *, chunk_size, top_k, offset=0, weighting="softmax", gumbel_seed=None, exclude_window=0,
+    retrieval_q, landmarks, *, chunk_size, top_k, offset=0, weighting="softmax", gumbel_seed=None,
+    exclude_window=0,
     query_block=1,
 ): ...  # fmt: skip
 
@@ -80,7 +83,9 @@ def test_every_dispatch_has_one_signature():
 def loaded_by(statement: str) -> set[str]:
     """The modules that a fresh Python has loaded after `statement`."""
     code = f"import sys\n{statement}\nprint(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return set(run.stdout.split())
 
@@ -94,12 +99,21 @@ def test_kernels_load_the_reference_and_no_model():
 def test_importing_hsa_mini_loads_neither_triton_nor_matplotlib_nor_jupyter():
     loaded = {name.partition(".")[0] for name in loaded_by("import hsa_mini")}
     assert "hsa_mini" in loaded
-    assert not loaded & {"triton", "matplotlib", "jupyterlab", "jupyter_core", "IPython", "ipywidgets"}
+    assert not loaded & {
+        "triton",
+        "matplotlib",
+        "jupyterlab",
+        "jupyter_core",
+        "IPython",
+        "ipywidgets",
+    }
 
 
 def test_departures_from_the_paper_are_marked():
     sources = (ROOT / "hsa_mini").rglob("*.py")
-    marked = [path for path in sources if "NOTE: differs from the paper because" in path.read_text()]
+    marked = [
+        path for path in sources if "NOTE: differs from the paper because" in path.read_text()
+    ]
     assert ROOT / "hsa_mini" / "reference" / "retrieval.py" in marked
 
 
@@ -199,7 +213,8 @@ WRONG = {  # argument, what is given, what the message says was given, what it s
 
 @pytest.mark.parametrize("module", [reference, ops], ids=["reference", "ops"])
 @pytest.mark.parametrize(
-    "operation, name, value, given, accepted", [(op, *row) for op, rows in WRONG.items() for row in rows],
+    "operation, name, value, given, accepted", [(op, *row) for op,
+    rows in WRONG.items() for row in rows],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 def test_a_wrong_argument_is_refused_by_name(module, operation, name, value, given, accepted):
@@ -216,6 +231,6 @@ def test_fewer_keys_than_tokens_are_refused():
     short = dict(k=random(2, 2, 2, 8), v=random(2, 2, 2, 8))
     for function in (reference.sliding_window_attention, torch_backend.sliding_window_attention):
         with pytest.raises(
-            ValueError, match="^k: got 2 keys, accepted are at least the 3 tokens of q"
+            ValueError, match=r"^k: got 2 keys, accepted are at least the 3 tokens of q"
         ):
             function(**arguments("sliding_window_attention") | short)

@@ -1,9 +1,11 @@
-"""The Triton kernels against the float64 reference: outputs, every gradient, ragged shapes, what must never be read.
+"""The Triton kernels against the float64 reference: outputs, every gradient, ragged shapes, what
+must never be read.
 
-On a machine with a GPU they run there; elsewhere Triton's interpreter runs the same source on the processor (`conftest.py`).
+On a machine with a GPU they run there; elsewhere Triton's interpreter runs the same source on the
+processor (`conftest.py`).
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension, N chunks, S
-chunk size, K kept.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R
+retrieval dimension, N chunks, S chunk size, K kept.
 """
 
 import pytest
@@ -48,7 +50,9 @@ def exact(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def assert_as_exact(
     operation, twin, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options
 ) -> None:
-    """`operation` on inputs of `dtype` equals its twin in float64 on the same numbers, for outputs and every gradient."""
+    """`operation` on inputs of `dtype` equals its twin in float64 on the same numbers, for outputs
+    and every gradient.
+    """
     inputs = there(inputs, dtype)
     got, want = results(operation, inputs, **options), results(twin, exact(inputs), **options)
     for name, expected in want.items():
@@ -73,8 +77,10 @@ def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[s
 
 @grid
 @given(
-    B=st.integers(1, 2), T=st.integers(1, 9), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1, 2, 3, 5, 8, 16]),
-    D=st.sampled_from([16, 24, 64]), S=st.sampled_from([16, 24, 32]), N=st.integers(1, 7), K=st.integers(1, 6),
+    B=st.integers(1, 2), T=st.integers(1, 9), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1,
+    2, 3, 5, 8, 16]),
+    D=st.sampled_from([16, 24, 64]), S=st.sampled_from([16, 24, 32]), N=st.integers(1, 7),
+    K=st.integers(1, 6),
     dtype=st.sampled_from(DTYPES), scale=st.sampled_from([None, 0.5, -0.5, 0.0]),
 )  # fmt: skip
 @example(B=1, T=3, J=1, G=64, D=16, S=16, N=3, K=2, dtype=torch.float32, scale=None)
@@ -110,7 +116,7 @@ def test_both_schedules_equal_the_reference(monkeypatch, schedule):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_block_of_tokens_gets_its_own_schedule(monkeypatch, dtype):
-    """Neighbours with the same choices are computed by token block, others by chunk, in one call."""
+    """Neighbours with the same choices go by token block, others by chunk, in one call."""
     attend_blocks = by_token_block.attend_blocks
     counts = []
 
@@ -199,7 +205,7 @@ def test_an_index_beyond_the_memory_counts_as_empty_or_is_refused_in_debugging(m
     )
     monkeypatch.setattr("hsa_kernels.common.checks.DEBUG", True)
     hsa_kernels.chunk_attention(**inputs)
-    with pytest.raises(ValueError, match="^indices: got 0 to 4, accepted are -1 .empty. to 3$"):
+    with pytest.raises(ValueError, match=r"^indices: got 0 to 4, accepted are -1 .empty. to 3$"):
         hsa_kernels.chunk_attention(**beyond)
 
 
@@ -296,7 +302,10 @@ def test_choices_stand_in_the_order_of_the_index(T, K, N):
 
 
 def sorted_retrieve(retrieve):
-    """The order of slots is free: sort them by chunk, so that two ways of retrieving can be compared."""
+    """The order of slots is free.
+
+    Sort them by chunk, so that two ways of retrieving can be compared.
+    """
 
     def operation(**arguments):
         indices, weights = retrieve(**arguments)
@@ -317,13 +326,17 @@ def retrieval_inputs(B=2, T=20, J=2, R=16, N=5) -> dict[str, torch.Tensor]:
 
 @grid
 @given(
-    B=st.integers(1, 2), T=st.integers(1, 20), J=st.integers(1, 2), R=st.sampled_from([16, 24, 128]), N=st.integers(1, 12),
-    top_k=st.integers(1, 9), chunk_size=st.sampled_from([1, 4]), offset=st.sampled_from([0, 3, 1000]),
-    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None, 0, (7 << 32) + 5]),
+    B=st.integers(1, 2), T=st.integers(1, 20), J=st.integers(1, 2), R=st.sampled_from([16, 24,
+    128]), N=st.integers(1, 12),
+    top_k=st.integers(1, 9), chunk_size=st.sampled_from([1, 4]), offset=st.sampled_from([0, 3,
+    1000]),
+    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None, 0,
+    (7 << 32) + 5]),
     exclude_window=st.sampled_from([0, 8]), query_block=st.sampled_from([1, 4]),
 )  # fmt: skip
 @example(
-    B=1, T=9, J=1, R=16, N=200, top_k=70, chunk_size=4, offset=900, weighting="softmax", gumbel_seed=None, exclude_window=0,
+    B=1, T=9, J=1, R=16, N=200, top_k=70, chunk_size=4, offset=900, weighting="softmax",
+    gumbel_seed=None, exclude_window=0,
     query_block=1,
 )  # fmt: skip
 def test_retrieve_equals_the_reference(B, T, J, R, N, **options):
@@ -422,8 +435,10 @@ def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tenso
 
 @grid
 @given(
-    B=st.integers(1, 2), J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
-    R=st.sampled_from([16, 48]), N=st.sampled_from([1, 5, 64, 130]), S=st.sampled_from([16, 24]), top_k=st.sampled_from([1, 4, 9]),
+    B=st.integers(1, 2), J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16,
+    24, 64]),
+    R=st.sampled_from([16, 48]), N=st.sampled_from([1, 5, 64, 130]), S=st.sampled_from([16, 24]),
+    top_k=st.sampled_from([1, 4, 9]),
     short=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(B=1, J=1, G=1, D=16, R=16, N=200, S=16, top_k=80, short=3, dtype=torch.float32)
@@ -453,7 +468,8 @@ def test_decode_at_different_positions_and_before_the_first_chunk():
 
 @grid
 @given(
-    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]), W=st.integers(1, 200),
+    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
+    W=st.integers(1, 200),
     positions=st.lists(st.integers(0, 500), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_window_decode_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
@@ -476,9 +492,9 @@ def test_window_decode_attention_equals_the_sliding_window(J, G, D, W, positions
         tidy = [cache.nan_to_num(0.0).double() for cache in caches]
         assert (
             error(
-                torch_backend.window_decode_attention(q.double(), *tidy, torch.tensor(positions, device=DEVICE))[
-                    b : b + 1
-                ],
+                torch_backend.window_decode_attention(
+                    q.double(), *tidy, torch.tensor(positions, device=DEVICE)
+                )[b : b + 1],
                 want,
             )
             < 1e-12
@@ -487,13 +503,18 @@ def test_window_decode_attention_equals_the_sliding_window(J, G, D, W, positions
 
 @grid
 @given(
-    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]), W=st.integers(1, 20),
+    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
+    W=st.integers(1, 20),
     slots=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype):
     B = len(slots)
     shapes = dict(
-        q=(B, 1, J * G, D), k=(B, 1, J, D), v=(B, 1, J, D), cache_k=(B, W, J, D), cache_v=(B, W, J, D)
+        q=(B, 1, J * G, D),
+        k=(B, 1, J, D),
+        v=(B, 1, J, D),
+        cache_k=(B, W, J, D),
+        cache_v=(B, W, J, D),
     )
     inputs = there(
         {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype
@@ -540,7 +561,8 @@ def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
 
 @grid
 @given(
-    M=st.integers(1, 30), C=st.sampled_from([16, 40, 600]), H=st.sampled_from([8, 24, 40]), E=st.integers(1, 9),
+    M=st.integers(1, 30), C=st.sampled_from([16, 40, 600]), H=st.sampled_from([8, 24, 40]),
+    E=st.integers(1, 9),
     A=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(M=3, C=16, H=600, E=1, A=1, dtype=torch.float32)
@@ -564,7 +586,9 @@ def test_grouped_experts_equal_each_expert_alone(M, C, H, E, A, dtype):
             2, dim=-1
         )
         want.append(
-            torch.einsum("ah,ahc,a->c", up * silu(gate), twin["down"][chosen], topk_scores[m].double())
+            torch.einsum(
+                "ah,ahc,a->c", up * silu(gate), twin["down"][chosen], topk_scores[m].double()
+            )
         )
     assert error(got, torch.stack(want)) < TOLERANCE[dtype]
 
@@ -584,7 +608,7 @@ def test_custom_operators_keep_their_promises():
     """Schema, fake tensors, autograd registration and tracing, as PyTorch checks them."""
     inputs = attention_inputs(T=3, N=2, K=2)
     leaves = [
-        inputs[name].requires_grad_(name in "q k v weights".split())
+        inputs[name].requires_grad_(name in ["q", "k", "v", "weights"])
         for name in ("q", "k", "v", "indices", "weights")
     ]
     torch.library.opcheck(torch.ops.hsa_kernels.chunk_attention.default, (*leaves, 0.3))
@@ -640,21 +664,28 @@ def many(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("operation", "changes", "message"),
     [
-        ("chunk_attention", {name: torch.Tensor.double for name in "qkv"}, "q: got torch.float64, accepted are float16"),
-        ("chunk_attention", dict(weights=torch.Tensor.double), "weights: got torch.float64, accepted is float32"),
+        ("chunk_attention", dict.fromkeys("qkv", torch.Tensor.double),
+        "q: got torch.float64, accepted are float16"),
+        ("chunk_attention", dict(weights=torch.Tensor.double),
+        "weights: got torch.float64, accepted is float32"),
         ("chunk_attention", dict(q=moved), "q: got strides"),
         ("chunk_attention", dict(k=moved), "k: got strides"),
         ("chunk_attention", dict(indices=moved), "indices: got strides"),
-        ("chunk_attention", {name: lambda x: x[..., :8].contiguous() for name in "qkv"}, "q: got D=8, accepted are 16 to 256"),
-        ("chunk_attention", {name: lambda x: x[:, :, :8].contiguous() for name in "kv"}, "k: got S=8, accepted are 16 to 128"),
-        ("chunk_attention", dict(q=lambda x: x.repeat(1, 1, 65, 1)), "q: got H/J=130, accepted are 1 to 64"),
+        ("chunk_attention", {name: lambda x: x[..., :8].contiguous() for name in "qkv"},
+        "q: got D=8, accepted are 16 to 256"),
+        ("chunk_attention", {name: lambda x: x[:, :, :8].contiguous() for name in "kv"},
+        "k: got S=8, accepted are 16 to 128"),
+        ("chunk_attention", dict(q=lambda x: x.repeat(1, 1, 65, 1)),
+        "q: got H/J=130, accepted are 1 to 64"),
         ("chunk_attention", dict(v=lambda x: x[:, :3]), "v: got shape"),
         ("retrieve", dict(landmarks=moved), "landmarks: got strides"),
-        ("retrieve", {name: torch.Tensor.double for name in ("retrieval_q", "landmarks")}, "retrieval_q: got torch.float64"),
+        ("retrieve", dict.fromkeys(("retrieval_q", "landmarks"), torch.Tensor.double),
+        "retrieval_q: got torch.float64"),
         ("retrieve", {"landmarks": many, "top_k": lambda _: 9000}, "top_k: got K=9000"),
         ("decode", dict(v=moved), "v: got strides"),
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
-        ("decode", {x: many for x in ("landmarks", "k", "v")} | {"top_k": lambda _: 2500}, "top_k: got K=2500"),
+        ("decode", dict.fromkeys(("landmarks", "k", "v"), many) | {"top_k": lambda _: 2500},
+        "top_k: got K=2500"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_take(operation, changes, message):

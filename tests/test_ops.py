@@ -56,7 +56,7 @@ def test_the_override_ends_with_its_block():
         raise RuntimeError
     assert choice.current() == "auto"
     with (
-        pytest.raises(ValueError, match="^name: got 'fast', accepted are auto, kernels, torch$"),
+        pytest.raises(ValueError, match=r"^name: got 'fast', accepted are auto, kernels, torch$"),
         ops.backend("fast"),
     ):
         pass

@@ -1,7 +1,8 @@
-"""`torch_backend.*` gives what `reference.*` gives: outputs and every gradient, however small its blocks.
+"""`torch_backend.*` gives what `reference.*` gives: outputs and every gradient, however small its
+blocks.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension,
-N chunks, S chunk size, K kept, P cached keys, W window.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R
+retrieval dimension, N chunks, S chunk size, K kept, P cached keys, W window.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ BUDGETS = st.sampled_from([1, 3000, 1 << 26])  # one token a block, a few, all a
 
 @contextlib.contextmanager
 def blocks_of(budget: int, attend=None):
-    """Blocks of tokens that hold `budget` numbers, each attended by `attend` whatever the backend itself would choose."""
+    """Blocks of tokens that hold `budget` numbers, each attended by `attend` whatever the backend
+    itself would choose.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_backend, "BLOCK_ELEMENTS", {"cpu": budget})
         if attend is not None:
@@ -31,9 +34,11 @@ def blocks_of(budget: int, attend=None):
 
 @settings(max_examples=100)
 @given(
-    T=st.integers(0, 70), J=st.sampled_from([1, 3]), N=st.sampled_from([0, 1, 4, 9]), S=st.sampled_from([16, 32, 64]),
+    T=st.integers(0, 70), J=st.sampled_from([1, 3]), N=st.sampled_from([0, 1, 4, 9]),
+    S=st.sampled_from([16, 32, 64]),
     K=st.integers(1, 11), offset=st.sampled_from([0, 64, 137, torch.tensor([16, 300])]),
-    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None, 5]),
+    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None,
+    5]),
     exclude_window=st.sampled_from([0, 40]), query_block=st.sampled_from([1, 3, 8]), budget=BUDGETS,
 )  # fmt: skip
 def test_retrieve(T, J, N, S, K, budget, **options):
@@ -46,7 +51,8 @@ def test_retrieve(T, J, N, S, K, budget, **options):
 
 @settings(max_examples=100)
 @given(
-    T=st.integers(0, 20), J=st.sampled_from([1, 2]), G=st.sampled_from([1, 4, 16]), S=st.sampled_from([16, 32, 64]),
+    T=st.integers(0, 20), J=st.sampled_from([1, 2]), G=st.sampled_from([1, 4, 16]),
+    S=st.sampled_from([16, 32, 64]),
     N=st.sampled_from([0, 1, 4, 9]), K=st.integers(1, 11), scale=st.sampled_from([None, 0.5]),
     budget=st.sampled_from([1, 60_000, 1 << 26]),
     attend=st.sampled_from([None, torch_backend._attend_all, reference.chunk_attention]),
@@ -63,7 +69,8 @@ def test_chunk_attention(T, J, G, S, N, K, scale, budget, attend):
 
 @settings(max_examples=100)
 @given(
-    T=st.integers(0, 40), P=st.integers(0, 30), W=st.sampled_from([1, 2, 7, 16, 25, 100]), J=st.sampled_from([1, 2]),
+    T=st.integers(0, 40), P=st.integers(0, 30), W=st.sampled_from([1, 2, 7, 16, 25, 100]),
+    J=st.sampled_from([1, 2]),
     G=st.sampled_from([1, 4, 16]),
 )  # fmt: skip
 def test_sliding_window_attention(T, P, W, J, G):
@@ -82,7 +89,10 @@ def test_sliding_window_attention(T, P, W, J, G):
     "dtype, bound", [(torch.float32, 2e-6), (torch.float16, 2**-10), (torch.bfloat16, 2**-7)]
 )
 def test_chunk_attention_in_other_dtypes_is_as_exact_as_their_rounding(dtype, bound, N, budget):
-    """Also over many blocks of tokens that ask for the same three chunks: the sums behind k and v are long."""
+    """Also over many blocks of tokens that ask for the same three chunks.
+
+    The sums behind k and v are long.
+    """
     q, k, v = (
         random(*shape, dtype=dtype)
         for shape in ((1, 400, 4, 8), (1, N, 16, 1, 8), (1, N, 16, 1, 8))

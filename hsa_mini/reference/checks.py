@@ -1,6 +1,7 @@
 """Checks of the arguments of the operations.
 
-An error is one line: what was given, and what is accepted. Shapes, dtypes and devices are checked. Values of tensors are never read.
+An error is one line: what was given, and what is accepted. Shapes, dtypes and devices are
+checked. Values of tensors are never read.
 """
 
 import torch

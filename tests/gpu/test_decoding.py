@@ -1,4 +1,8 @@
-"""Decoding on a GPU: captured steps equal eager ones, K and V in host memory equal K and V on the device, bytes are bounded."""
+"""Decoding on a GPU.
+
+Captured steps equal eager ones, K and V in host memory equal K and V on the device, bytes are
+bounded.
+"""
 
 import dataclasses
 
@@ -44,7 +48,10 @@ def spoken(model, memory, ids, *, graph: bool) -> torch.Tensor:
 @pytest.mark.parametrize("far", [False, True], ids=["on the device", "offloaded"])
 @torch.no_grad()
 def test_a_captured_step_equals_an_eager_one(changes, far):
-    """Texts of different lengths, past several chunks: the same launches on the same numbers, but for the room they look at."""
+    """Texts of different lengths, past several chunks.
+
+    The same launches on the same numbers, but for the room they look at.
+    """
     model, ids, after = build(**changes), text(3, 3000), text(3, 200, seed=1)
     lengths = torch.tensor([3000, 100, 1234])
     want, got = (
@@ -115,7 +122,11 @@ def test_an_offloaded_memory_is_saved_selected_and_loaded(tmp_path):
 
 @torch.no_grad()
 def test_device_bytes_are_bounded(monkeypatch):
-    """256K tokens: beside landmarks and caches, two blocks of fetched chunks and what a segment needs; K and V are 67 MB."""
+    """256K tokens.
+
+    Beside landmarks and caches, two blocks of fetched chunks and what a segment needs; K and V are
+    67 MB.
+    """
     monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 22)
     model, ids = build(), text(1, 1 << 18)
     prefill(

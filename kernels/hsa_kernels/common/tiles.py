@@ -33,7 +33,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def scaled(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float]:
-    """q and a scale of its scores that is never negative (the sign moves to q); by default D^-0.5."""
+    """q and a scale of its scores that is never negative (the sign moves to q); default D^-0.5."""
     if scale is None:
         return q, q.shape[-1] ** -0.5
     return (-q, -scale) if scale < 0 else (q, scale)
@@ -48,7 +48,7 @@ def to_log2(scale: float) -> float:
 
 
 class Sizes(NamedTuple):
-    """The compile-time constants of chunk attention; the module's docstring explains the letters."""
+    """The compile-time constants of chunk attention; the module's docstring explains them."""
 
     J: int
     G: int
