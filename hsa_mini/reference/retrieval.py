@@ -40,26 +40,14 @@ def retrieve(
     (i+1)*S on, when it is complete.
     """
     check_retrieve(
-        retrieval_q,
-        landmarks,
-        chunk_size,
-        top_k,
-        offset,
-        weighting,
-        gumbel_seed,
-        exclude_window,
+        retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window,
         query_block,
-    )
+    )  # fmt: skip
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
     dtype = torch.promote_types(retrieval_q.dtype, torch.float32)
     steps = torch.arange(0, T, query_block, device=retrieval_q.device)
-    # An int offset stays an int: a tensor would have to be copied to the GPU, which waits for all
-    # work in front of it.
-    positions = (
-        steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)
-    ).expand(B, -1)
-
+    positions = shifted(steps, offset).expand(B, -1)
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
     scores = scores.masked_fill(
@@ -83,23 +71,24 @@ def retrieve(
     return indices, weights
 
 
+def shifted(steps: torch.Tensor, offset: int | torch.Tensor) -> torch.Tensor:
+    """steps [T] plus an offset, an int or [B] -> positions [T] or [B, T]."""
+    # An int offset stays an int: a tensor would have to be copied to the GPU, which waits for all
+    # work in front of it.
+    return steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)
+
+
 def visible_chunks(
     positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0
 ) -> torch.Tensor:
-    """positions [..., T] -> bool [..., T, N].
-
-    Chunks that are complete and not wholly inside the last `exclude_window` tokens.
-    """
+    """positions [..., T] -> bool [..., T, N]: complete, and not wholly in the excluded window."""
     start = torch.arange(chunks, device=positions.device) * chunk_size
     complete = start + chunk_size <= positions[..., None]
     return complete & (start <= positions[..., None] - exclude_window)
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices int64 [..., k] of the k largest along the last axis; ties go to the newest chunk.
-
-    -1 where the score is -inf.
-    """
+    """Indices int64 [..., k] of the k largest; ties go to the newest chunk; -1 for -inf scores."""
     chunks = scores.shape[-1]
     if k == 0:
         return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
@@ -123,8 +112,5 @@ def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Te
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
-    """Weights exp(s_i - sum_{j<=i} softplus(s_j)) along the last axis.
-
-    Each takes its share of what the weights in front of it have left.
-    """
+    """exp(s_i - sum_{j<=i} softplus(s_j)): each weight takes a share of what is left."""
     return torch.exp(scores - torch.nn.functional.softplus(scores).cumsum(-1))

@@ -142,12 +142,12 @@ def full_attention(shape: Shape, backend: SDPBackend, op: str) -> float:
 
 
 def attention_rows(
-    shape: Shape, choices: str, indices: torch.Tensor, *, beside: bool
+    shape: Shape, choices: str, indices: torch.Tensor, *, compare: bool
 ) -> Iterator[dict]:
     chosen = int((indices >= 0).sum())
     for op, call in attention_calls(shape, indices):
         ms, peak = measure(call, DEVICE)
-        full = beside and shape.T <= MAX_FULL
+        full = compare and shape.T <= MAX_FULL
         yield {
             "op": op, **asdict(shape), "dtype": "bfloat16", "choices": choices, "ms": ms,
             "cudnn_ms": full_attention(shape, SDPBackend.CUDNN_ATTENTION, op) if full else None,
@@ -263,7 +263,9 @@ def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[
         shape = Shape(T)
         yield (
             f"random choices, {T:,} tokens",
-            lambda shape=shape: attention_rows(shape, "random", random_choices(shape), beside=True),
+            lambda shape=shape: attention_rows(
+                shape, "random", random_choices(shape), compare=True
+            ),
         )
     for J in (2, 4, 8, 16):
         for T in (16384, 65536):
@@ -271,7 +273,7 @@ def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[
             yield (
                 f"H/J of {shape.H // J}, {T:,} tokens",
                 lambda shape=shape: attention_rows(
-                    shape, "random", random_choices(shape), beside=False
+                    shape, "random", random_choices(shape), compare=False
                 ),
             )
     trained = Trained()
@@ -280,7 +282,7 @@ def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[
         yield (
             f"trained choices, {T:,} tokens",
             lambda shape=shape: attention_rows(
-                shape, "trained", trained.choices(shape), beside=False
+                shape, "trained", trained.choices(shape), compare=False
             ),
         )
     for T in RETRIEVED:

@@ -28,7 +28,7 @@ def chunk_attention_fwd_by_chunk_kernel(
     """One program: the partial results of one segment, up to SIZE tokens that chose one chunk.
 
     Grid: (an upper bound of the launch's segments,). Row m*GP + g of a tile is head g of the m-th
-    choice.
+    choice. The kernel is one function because the chunk stays in registers for all of the choices.
 
     - Inputs: q [B, T, J*G, D]; k and v [B, N, S, J, D], stride_k and stride_v from one batch entry
       to the next.

@@ -36,6 +36,7 @@ def chunk_attention_fwd_by_token_block_kernel(
     """One program: the output [M tokens, G heads, D] of one block of tokens and one key/value head.
 
     Grid: (blocks, J, B). The tile's row m*GP + g is head g of the block's token m.
+    The kernel is one function because queries and sums stay in registers for the whole list.
 
     - Inputs: q [B, T, J*G, D]; k and v [B, N, S, J, D], as pointers, or as tensor descriptors if
       MATRICES.

@@ -5,7 +5,7 @@ tensor-core tile. The list is sorted by chunk, oldest first, and holds M weights
 a token did not choose it:
 
     choices of a block (M = 2, K = 3)      its merged list
-    token 0: chunks 7 2 4                  chunks    2    4    7    9      (room for L = M*K = 6)
+    token 0: chunks 7 2 4                  chunks    2    4    7    9      (at most L = M*K = 6)
     token 1: chunks 4 9 7                  token 0  w02  w04  w07   0
                                            token 1   0   w14  w17  w19
 

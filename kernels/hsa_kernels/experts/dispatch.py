@@ -27,7 +27,7 @@ def dispatch_kernel(
     b_s = tl.load(scores + o_m[:, None] * E + o_e[None, :], mask=m, other=0.0).to(tl.float32)
     b_affinity = 1.0 / (1.0 + tl.exp(-b_s))
 
-    # 2. Choose the best expert of every token A times; the bias takes part in the choice alone.
+    # 2. Choose the best expert of every token A times; the bias affects the choice alone.
     #    [MP, EP]
     b_choice = tl.where(
         m,

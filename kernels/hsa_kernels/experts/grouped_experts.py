@@ -32,6 +32,7 @@ def _expert(expert_offsets, row, E: tl.constexpr, EP: tl.constexpr):
 
 @triton.jit
 def _silu(b_x):
+    """x * sigmoid(x)."""
     return b_x / (1.0 + tl.exp(-b_x))
 
 
