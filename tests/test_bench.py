@@ -131,7 +131,7 @@ def test_a_step_lowers_the_loss_of_what_it_trains_on(bench):
 def decode_bytes(preset: str, tokens: int) -> int:
     """By hand, in float32.
 
-    All weights but the encoder's, four windows of 7, and landmarks and 2 chunks for each of 2
+    It is all weights but the encoder's, four windows of 7, and landmarks and 2 chunks for each of 2
     layers.
     """
     model, c = HSAModel(PRESETS[preset]), PRESETS[preset]

@@ -302,10 +302,7 @@ def test_choices_stand_in_the_order_of_the_index(T, K, N):
 
 
 def sorted_retrieve(retrieve):
-    """The order of slots is free.
-
-    Sort them by chunk, so that two ways of retrieving can be compared.
-    """
+    """Sort the slots, whose order is free, by chunk, so that two results can be compared."""
 
     def operation(**arguments):
         indices, weights = retrieve(**arguments)

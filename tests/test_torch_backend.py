@@ -89,9 +89,9 @@ def test_sliding_window_attention(T, P, W, J, G):
     "dtype, bound", [(torch.float32, 2e-6), (torch.float16, 2**-10), (torch.bfloat16, 2**-7)]
 )
 def test_chunk_attention_in_other_dtypes_is_as_exact_as_their_rounding(dtype, bound, N, budget):
-    """Also over many blocks of tokens that ask for the same three chunks.
+    """Also over many blocks of tokens that chose the same three chunks.
 
-    The sums behind k and v are long.
+    The sums for the gradients of k and v are then long.
     """
     q, k, v = (
         random(*shape, dtype=dtype)

@@ -43,7 +43,7 @@ class Case:
     def trains(self) -> bool:
         """Whether the backward pass is timed too.
 
-        For whole sequences, not for a few tokens behind a long memory.
+        It is for whole sequences, and not for a few tokens behind a long memory.
         """
         return self.N * self.S == self.T
 
@@ -108,9 +108,9 @@ def operations(
 
 
 def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> list[dict]:
-    """One row per operation.
+    """One row per operation and pass.
 
-    Forward, and forward with backward where the sizes are those of training.
+    Forward, and also forward with backward where the sizes are those of training.
     """
     x = inputs(case, device)
     rows = []

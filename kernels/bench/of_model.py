@@ -37,7 +37,7 @@ def waited(device: torch.device) -> float:
 def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
     """Bytes that decoding one token behind `tokens` others has to read.
 
-    Active weights, windows, landmarks, chosen chunks.
+    They are active weights, windows, landmarks and chosen chunks.
     """
     counted = plan(preset, tokens)
     config = PRESETS[preset]

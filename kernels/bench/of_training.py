@@ -72,9 +72,9 @@ def timed(
 
 
 def measure_training(preset: str, device: torch.device) -> dict:
-    """Every figure of training, by key. MFU.
+    """Every figure of training, by key.
 
-    Useful FLOP as a share of the measured rate of a matrix product.
+    MFU is the useful FLOP as a share of the measured rate of a matrix product.
     """
     config = PRESETS[preset]
     dtype = PRODUCT[device.type][1]  # the dtype of the product that the MFU compares with

@@ -64,7 +64,7 @@ def normal(*shape: int) -> torch.Tensor:
 def random_choices(shape: Shape) -> torch.Tensor:
     """Every token chooses K of its visible chunks at random.
 
-    int32 [1, T, J, K], -1 where it sees fewer.
+    Returns int32 [1, T, J, K], -1 where it sees fewer.
     """
     parts = []
     for start in range(0, shape.T, 4096):
@@ -81,7 +81,7 @@ def random_choices(shape: Shape) -> torch.Tensor:
 class Trained:
     """Choices of the shipped mini model in held-out text.
 
-    K chunks per token, by the scores of its first HSA layer.
+    A token has K chunks, by the scores of its first HSA layer.
     """
 
     def __init__(self) -> None:
@@ -189,9 +189,9 @@ def captured(call: Callable[[int], object]) -> float:
 
 
 def decode_row(tokens: int, bytes_per_second: float, R: int = 128) -> dict:
-    """One new token behind `tokens` others. `floor_ms`.
+    """One new token behind `tokens` others.
 
-    The time of reading the landmarks once at the measured rate of a copy.
+    `floor_ms` is the time of reading the landmarks once at the measured rate of a copy.
     """
     shape = Shape(T=tokens)
     query = normal(1, 1, 1, R)
@@ -255,9 +255,9 @@ def _window_times(
 
 
 def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """The measurements in order: a name to show, and a call that yields rows. `bytes_per_second`.
+    """The measurements in order: a name to show, and a call that yields rows.
 
-    The rate of a copy.
+    `bytes_per_second` is the rate of a copy.
     """
     for T in LENGTHS:
         shape = Shape(T)

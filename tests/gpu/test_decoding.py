@@ -50,7 +50,7 @@ def spoken(model, memory, ids, *, graph: bool) -> torch.Tensor:
 def test_a_captured_step_equals_an_eager_one(changes, far):
     """Texts of different lengths, past several chunks.
 
-    The same launches on the same numbers, but for the room they look at.
+    Launches and numbers are the same, except for the capacity of the buffers.
     """
     model, ids, after = build(**changes), text(3, 3000), text(3, 200, seed=1)
     lengths = torch.tensor([3000, 100, 1234])
@@ -122,10 +122,10 @@ def test_an_offloaded_memory_is_saved_selected_and_loaded(tmp_path):
 
 @torch.no_grad()
 def test_device_bytes_are_bounded(monkeypatch):
-    """256K tokens.
+    """Prefill of 256K tokens.
 
-    Beside landmarks and caches, two blocks of fetched chunks and what a segment needs; K and V are
-    67 MB.
+    In addition to landmarks and caches, the device holds two blocks of fetched chunks and what a
+    segment needs; K and V are 67 MB.
     """
     monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 22)
     model, ids = build(), text(1, 1 << 18)

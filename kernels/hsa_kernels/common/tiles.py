@@ -19,15 +19,15 @@ LOG2_E = 1.4426950408889634
 def padded(size: int) -> int:
     """The smallest side of a `tl.dot` tile that holds `size` numbers.
 
-    A power of 2, and at least 16.
+    It is a power of 2, and at least 16.
     """
     return max(triton.next_power_of_2(size), 16)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of `tl.dot`.
+    """The option `input_precision` of `tl.dot`.
 
-    Float32 stays float32; for 16-bit inputs the option has no effect.
+    Float32 stays float32. For 16-bit inputs the option has no effect.
     """
     return "ieee" if dtype == torch.float32 else "tf32"
 
@@ -98,9 +98,9 @@ class Sizes(NamedTuple):
         return (self.S, self.D) == (self.SP, self.DP)
 
     def options(self) -> dict:
-        """Launch options.
+        """Launch options: warps and pipeline stages.
 
-        Warps, and two pipeline stages where the tiles of two steps fit into shared memory.
+        There are two stages where the tiles of two steps fit into shared memory.
         """
         return dict(
             num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1
@@ -131,7 +131,7 @@ def copies_tiles(x: torch.Tensor) -> bool:
 def chunk_matrix(x: torch.Tensor) -> TensorDescriptor:
     """Chunks [B, N, S, J, D] as a matrix [tokens, J*D], loaded in tiles [S, D].
 
-    One chunk and one head per tile.
+    A tile is one head of one chunk.
     """
     B, N, S, J, D = x.shape
     width = J * D

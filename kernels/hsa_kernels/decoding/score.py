@@ -27,10 +27,7 @@ from hsa_kernels.common.selection import NOTHING, keyed
 
 @triton.jit
 def complete_chunks(offsets, offset, i_b, N, chunk_size, OFFSETS: tl.constexpr):
-    """How many chunks the new token of batch entry i_b may see.
-
-    Those that are complete at its position.
-    """
+    """How many chunks are complete at the position of batch entry i_b's new token."""
     if OFFSETS:
         offset = tl.load(offsets + i_b)
     return tl.minimum(offset // chunk_size, N)

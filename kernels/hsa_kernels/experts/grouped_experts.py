@@ -42,9 +42,9 @@ def grouped_experts_hidden_kernel(
     E: tl.constexpr, EP: tl.constexpr,
     BC: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """One program: BH hidden units of one row, up * silu(gate) of its token and expert. Grid.
+    """One program: BH hidden units of one row, up * silu(gate) of its token and expert.
 
-    (ceil(H / BH), M*A).
+    Grid: (ceil(H / BH), M*A).
     """
     i_h = tl.program_id(0)
     row = tl.program_id(1)
@@ -71,9 +71,9 @@ def grouped_experts_output_kernel(
     H: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, A: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN output columns of one token, summed over its A experts. Grid.
+    """One program: BN output columns of one token, summed over its A experts.
 
-    (ceil(C / BN), M).
+    Grid: (ceil(C / BN), M).
     """
     i_n = tl.program_id(0)
     i_m = tl.program_id(1)
@@ -97,9 +97,9 @@ def grouped_experts_output_kernel(
 @triton.jit
 def grouped_experts_gate_kernel(both, hidden, rows, H: tl.constexpr, BR: tl.constexpr,
 BH: tl.constexpr):  # fmt: skip
-    """One program: both [BR rows, 2*H] -> hidden = up * silu(gate) [BR, H]. Grid.
+    """One program: both [BR rows, 2*H] -> hidden = up * silu(gate) [BR, H].
 
-    (ceil(rows / BR),).
+    Grid: (ceil(rows / BR),).
     """
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     o_h = tl.arange(0, BH)[None, :]

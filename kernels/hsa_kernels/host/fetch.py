@@ -15,9 +15,9 @@ BLOCK = 2048  # numbers per program
 
 @triton.jit
 def fetch_kernel(store, rows, out, size, BLOCK: tl.constexpr):
-    """One program: BLOCK numbers of one fetched row. Grid.
+    """One program: BLOCK numbers of one fetched row.
 
-    (M, ceil(size / BLOCK)), where size is the numbers of a row.
+    Grid: (M, ceil(size / BLOCK)), where size is the numbers of a row.
     """
     i_row = tl.program_id(0)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

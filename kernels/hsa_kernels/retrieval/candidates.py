@@ -24,9 +24,9 @@ from hsa_kernels.common.selection import NOTHING, largest, unkeyed
 
 
 def row_numbers(capacity: int, noise: bool) -> int:
-    """Numbers of 32 bits that one token's row takes.
+    """How many 32-bit numbers one token's row takes.
 
-    Count, floor, and two or three per candidate.
+    They are its count, its floor, and two or three per candidate.
     """
     return 2 + (3 if noise else 2) * capacity
 
