@@ -41,8 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 import hsa_kernels
-from hsa_kernels import by_chunk, by_token, slots
-from hsa_kernels.tiles import Sizes
+from hsa_kernels.attention import by_chunk, by_token_block, partial_results
+from hsa_kernels.common.tiles import Sizes
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, make_figure, show
@@ -483,9 +483,9 @@ explore(
 # ## The package's kernels
 #
 # The package has two forward kernels, and a rule that chooses between them.
-# [by_token.py](../kernels/hsa_kernels/by_token.py) works by token block. First
-# [merge.py](../kernels/hsa_kernels/merge.py) makes the list of chunks of each block, with M weights per chunk. Then the
-# kernel reads the list once. [by_chunk.py](../kernels/hsa_kernels/by_chunk.py) works by chunk. For each chunk it needs
+# [by_token_block.py](../kernels/hsa_kernels/attention/by_token_block.py) works by token block. First
+# [merge.py](../kernels/hsa_kernels/attention/merge.py) makes the list of chunks of each block, with M weights per chunk. Then the
+# kernel reads the list once. [by_chunk.py](../kernels/hsa_kernels/attention/by_chunk.py) works by chunk. For each chunk it needs
 # the list of the tokens that kept it ([notebook 07](07_backward_kernel.ipynb) builds these lists). Compare the inner
 # loops of both with our short kernel. You will find the same five steps: load k and v, compute scores, apply the
 # softmax inside the chunk, weight, add. The package's kernels add five things:
@@ -505,7 +505,7 @@ explore(
 # on an example with chunks of 16, four heads and 48 tokens. The public operator runs on it too. It chooses the cheaper
 # schedule for every block of tokens. A block of neighbours that keep the same chunks has a short list, and is processed
 # by token block. A block with a long list is processed in chunk order. The rule is in
-# [chunk_attention.py](../kernels/hsa_kernels/chunk_attention.py), and we write it down once more below.
+# [operator.py](../kernels/hsa_kernels/attention/operator.py), and we write it down once more below.
 #
 # **You should see** five times `True`.
 
@@ -563,7 +563,7 @@ def block_tokens(row):
     q, k = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in (
         (1, 1, row["H"], row["D"]), (1, 1, row["S"], row["J"], row["D"])
     ))  # fmt: skip
-    return by_token.tokens_of_block(Sizes.of(q, k), row["K"])
+    return by_token_block.tokens_per_block(Sizes.of(q, k), row["K"])
 
 
 def prefers_token_block(row, chunks, choices, faster=1.5):
@@ -580,9 +580,9 @@ def predict(row):
     G = row["H"] // J
     pairs = row["chosen"] // J
     chunks, choices = blocks_of(T, S, K, block_tokens(row))
-    counts = dict(pairs=pairs, merged=chunks.sum().item(), touched=pairs / slots.CHOICES)
+    counts = dict(pairs=pairs, merged=chunks.sum().item(), touched=pairs / partial_results.MIN_CHOICES)
     schedules = traffic(T=T, G=G, S=S, D=D, M=block_tokens(row), size=2, **counts)
-    as_partial_results = choices * (3 * G * D + 2 * S * D / slots.CHOICES)
+    as_partial_results = choices * (3 * G * D + 2 * S * D / partial_results.MIN_CHOICES)
     cheaper = torch.where(prefers_token_block(row, chunks, choices), chunks * 2 * S * D, as_partial_results)
     schedules["either"] = 2 * (2 * T * G * D + cheaper.sum().item()), None
     useful = 4 * G * S * D * row["chosen"]  # products with weight 0 do not count
@@ -623,7 +623,7 @@ def package_schedule(row):
     M = block_tokens(row)
     halfway = max(N // 2, K)  # chunks that are visible in the middle of the text
     chunks = halfway * (1 - (1 - K / halfway) ** M)
-    if row["T"] * K < slots.CHOICES * N or prefers_token_block(row, chunks, M * K, faster=2):
+    if row["T"] * K < partial_results.MIN_CHOICES * N or prefers_token_block(row, chunks, M * K, faster=2):
         return "by token block"
     return "either" if prefers_token_block(row, 1, M) else "by chunk"
 
@@ -758,7 +758,7 @@ def live_row(T, H=16, D=128, S=64, K=64):
     indices = best.indices.masked_fill(best.values < 0, -1).int()[None, :, None]
     weights = torch.full(indices.shape, 1 / K, device="cuda").masked_fill(indices < 0, 0.0)
     inputs = q, k, v, indices, weights, D**-0.5
-    times = [triton.testing.do_bench(partial(schedule.forward, *inputs)) for schedule in (by_token, by_chunk)]
+    times = [triton.testing.do_bench(partial(schedule.forward, *inputs)) for schedule in (by_token_block, by_chunk)]
     full = [q.transpose(1, 2).contiguous() for _ in "qkv"]
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         return *times, triton.testing.do_bench(lambda: scaled_dot_product_attention(*full, is_causal=True))

@@ -39,7 +39,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this variable when a kernel is imported
 
 import hsa_kernels
-from hsa_kernels.decode import TILE, TILES
+from hsa_kernels.decoding.operator import TILE, TILES
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
 from hsa_mini.reference.noise import gumbel_noise, philox
@@ -861,7 +861,7 @@ for row in decode_rows:
     kernel_us = row["ms"] * 1e3
     floor_us = row["floor_ms"] * 1e3
     print(f"{length_name(row['T']):>14} tokens {kernel_us:11.1f} {floor_us:14.2f} {kernel_us / floor_us:7.1f}")
-print("\ncandidate buffers in the kernel's memory, at most:", size_name(hsa_kernels.retrieval.ROOMS_BYTES))
+print("\ncandidate buffers in the kernel's memory, at most:", size_name(hsa_kernels.retrieval.operator.CANDIDATES_BYTES))
 same = all(abs(floor_ms(row) / row["floor_ms"] - 1) < 1e-6 for row in decode_rows)
 print("floor by formula == stored floor:", same)
 

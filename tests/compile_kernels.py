@@ -1,6 +1,7 @@
-"""Compiles every kernel for Hopper, without a card, as its host code launches it; prints what came out as JSON lines.
+"""Compile every kernel for Hopper, without a card, as its launch code does; print one JSON line per
+kernel.
 
-A program of its own: with Triton's interpreter on, as in the tests, there is nothing to compile.
+It is a program of its own, because the tests turn on Triton's interpreter, which compiles nothing.
 """
 
 import json
@@ -19,14 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import hsa_kernels  # noqa: E402
-from hsa_kernels import by_chunk  # noqa: E402
+from hsa_kernels.attention import by_chunk  # noqa: E402
 from hsa_mini import reference  # noqa: E402
 
 CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
 
 
 class Hopper:
-    """A driver without a card: says what to compile for."""
+    """A driver without a card: it names the GPU to compile for."""
 
     def get_current_device(self) -> int:
         return 0
@@ -40,7 +41,8 @@ class Hopper:
 
 def compile_only(self: JITFunction, *args, grid, warmup, **options):
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
-    for tensor in args:  # nothing ran: what serves as an index afterwards has to name something
+    # Nothing ran, so tensors that serve as indices afterwards get a valid value.
+    for tensor in args:
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int64:
             tensor.zero_()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -53,7 +55,8 @@ def compile_only(self: JITFunction, *args, grid, warmup, **options):
         int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")
     )
     print(json.dumps({
-        "kernel": self.fn.__name__, "case": case, "shared": kernel.metadata.shared, "registers": registers,
+        "kernel": self.fn.__name__, "case": case, "shared": kernel.metadata.shared,
+        "registers": registers,
         "spilled": stack + local, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
     }))  # fmt: skip
 
@@ -61,7 +64,7 @@ def compile_only(self: JITFunction, *args, grid, warmup, **options):
 launch, JITFunction.run = JITFunction.run, compile_only
 triton.runtime.driver.set_active(Hopper())
 
-for case, sizes in {
+for case, sizes in {  # noqa: B007 (`compile_only` reads `case`)
     "8B": dict(H=16, J=1, D=128, R=128, S=64, K=64, dtype=torch.bfloat16),
     "mini": dict(H=4, J=1, D=64, R=256, S=64, K=8, dtype=torch.bfloat16),
     "H/J of 1": dict(H=2, J=2, D=128, R=128, S=64, K=64, dtype=torch.bfloat16),
@@ -78,31 +81,33 @@ for case, sizes in {
         torch.randn(shape, dtype=dtype, requires_grad=True)
         for shape in ((1, T, H, D), (1, N, S, J, D), (1, N, S, J, D))
     )
-    asked, landmarks = (
+    retrieval_q, landmarks = (
         torch.randn(shape, dtype=dtype, requires_grad=True)
         for shape in ((1, T, J, R), (1, N, J, R))
     )
-    indices, weights = hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, offset=N * S)
+    indices, weights = hsa_kernels.retrieve(
+        retrieval_q, landmarks, chunk_size=S, top_k=K, offset=N * S
+    )
     weights.sum().backward()
-    hsa_kernels.retrieve(asked, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
+    hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
     weights = torch.randn(1, T, J, K, requires_grad=True)
     hsa_kernels.chunk_attention(q, k, v, indices, weights).backward(torch.ones_like(q))
     with torch.no_grad():
         by_chunk.forward(q, k, v, indices, weights, 1.0)
         hsa_kernels.decode(
-            asked[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S
+            retrieval_q[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S
         )
         hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
-        hsa_kernels.ring_attention(q[:, :1], k[:, 0], v[:, 0], torch.tensor([30]))
-        ring_k, ring_v, gain, angles = (
+        hsa_kernels.window_decode_attention(q[:, :1], k[:, 0], v[:, 0], torch.tensor([30]))
+        cache_k, cache_v, gain, angles = (
             k[:, 0],
             v[:, 0],
             torch.ones(D, dtype=dtype),
             (torch.ones(1, 1, D // 2),) * 2,
         )
-        fresh = q[:, :1], ring_k[:, :1].contiguous(), ring_v[:, :1].contiguous()
-        hsa_kernels.enter_ring(
-            *fresh, ring_k, ring_v, torch.tensor([3]), gain, gain, angles, eps=1e-6
+        fresh = q[:, :1], cache_k[:, :1].contiguous(), cache_v[:, :1].contiguous()
+        hsa_kernels.update_window_cache(
+            *fresh, cache_k, cache_v, torch.tensor([3]), gain, gain, angles, eps=1e-6
         )
         for M, E, A in ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4)):
             scores = torch.randn(M, E, dtype=dtype)
@@ -110,7 +115,7 @@ for case, sizes in {
             up_and_gate, down = (
                 torch.zeros(E, *shape, dtype=dtype) for shape in ((2048, 1344), (672, 2048))
             )
-            hsa_kernels.experts(
+            hsa_kernels.grouped_experts(
                 torch.randn(M, 2048, dtype=dtype),
                 *reference.dispatch(scores, torch.zeros(E), A),
                 up_and_gate,

@@ -1,4 +1,7 @@
-"""`python kernels/bench`: every operation is timed once for each size, and what is written says where it comes from."""
+"""`python kernels/bench`.
+
+Every operation is timed once for each size, and what is written says where it comes from.
+"""
 
 import importlib.util
 import json
@@ -56,7 +59,9 @@ def test_rows_are_measured_and_say_what_was_measured(bench, tmp_path, monkeypatc
 
 
 def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
-    """The sizes of a processor; near, long and longest differ, so that what is divided by what shows."""
+    """The sizes of a processor; near, long and longest differ, so that what is divided by what
+    shows.
+    """
     for name, value in dict(NEAR=300, LONG=900, LONGEST=1500, WARM=2, DECODED=6).items():
         monkeypatch.setattr(f"of_model.{name}", value)
     seconds = iter(range(1, 1000))
@@ -68,7 +73,8 @@ def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
     assert bench.main(["--device", "cpu", "--model", "debug"]) == 0
     result = json.loads(Path("out/bench.json").read_text())
     assert {"hardware", "versions", "commit", "command", "seed", "preset", "tokens"} < result.keys()
-    # stretches: 64k twice, each read and decoded; 1m; 16m and decoding; 16m and decoding with K and V in host memory
+    # stretches: 64k twice, each read and decoded; 1m; 16m and decoding; 16m and decoding with K and
+    # V in host memory
     lasted = [(2 * i + 2) ** 2 - (2 * i + 1) ** 2 for i in range(9)]
     assert (result["prefill_1m_seconds"], result["prefill_16m_seconds"]) == (lasted[4], lasted[5])
     assert result["prefill_16m_over_1m_per_token"] == pytest.approx(
@@ -123,7 +129,11 @@ def test_a_step_lowers_the_loss_of_what_it_trains_on(bench):
 
 
 def decode_bytes(preset: str, tokens: int) -> int:
-    """By hand, in float32: all weights but the encoder's, four windows of 7, and landmarks and 2 chunks for each of 2 layers."""
+    """By hand, in float32.
+
+    It is all weights but the encoder's, four windows of 7, and landmarks and 2 chunks for each of 2
+    layers.
+    """
     model, c = HSAModel(PRESETS[preset]), PRESETS[preset]
     weights = sum(
         p.numel() for name, p in model.named_parameters() if not name.startswith("encoder")
@@ -136,7 +146,7 @@ def decode_bytes(preset: str, tokens: int) -> int:
 
 def test_every_token_chooses_different_chunks(bench):
     indices = bench.inputs(bench.Case(T=300, N=20, K=8), torch.device("cpu"))["indices"]
-    assert indices.shape == (1, 300, 1, 8) and 0 <= indices.min() and indices.max() < 20
+    assert indices.shape == (1, 300, 1, 8) and indices.min() >= 0 and indices.max() < 20
     assert all(len(set(row)) == 8 for row in indices[0, :, 0].tolist())
 
 

@@ -1,6 +1,8 @@
-"""`reference.chunk_attention`, Eq. (2), against loops and dense attention; `decode` against the two it fuses.
+"""`reference.chunk_attention`, Eq. (2), against loops and dense attention; `decode` against the two
+it fuses.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size, K kept.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N
+chunks, S chunk size, K kept.
 """
 
 import pytest
@@ -38,7 +40,8 @@ def loop_attention(q, k, v, indices, weights, *, scale=None):
 
 
 @given(
-    T=st.integers(1, 6), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1, 4, 16]), N=st.sampled_from([0, 1, 3, 8]),
+    T=st.integers(1, 6), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1, 4, 16]),
+    N=st.sampled_from([0, 1, 3, 8]),
     S=st.sampled_from([16, 32, 64]), K=st.integers(1, 5), scale=st.sampled_from([None, 0.7]),
 )  # fmt: skip
 def test_equals_a_loop_over_tokens_heads_and_slots(T, J, G, N, S, K, scale):
@@ -53,10 +56,10 @@ def test_one_chunk_kept_with_weight_one_is_dense_attention_over_it():
     for chunk in range(N):
         indices = torch.full((B, T, J, 1), chunk, dtype=torch.int32)
 
-        def sparse(q, k, v):
+        def sparse(q, k, v, indices=indices):
             return chunk_attention(q, k, v, indices, torch.ones(B, T, J, 1, dtype=q.dtype))
 
-        def dense(q, k, v):
+        def dense(q, k, v, chunk=chunk):
             rows = (q, k[:, chunk], v[:, chunk])
             return scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in rows), enable_gqa=True
@@ -167,7 +170,10 @@ def test_gradients_equal_finite_differences():
     "dtype, bound", [(torch.float32, 1e-6), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)]
 )
 def test_error_against_float64_is_the_rounding_of_the_result(dtype, bound):
-    """Everything is computed in float32: outputs and gradients of 16-bit inputs lose their last rounding alone."""
+    """Everything is computed in float32.
+
+    Outputs and gradients of 16-bit inputs lose their last rounding alone.
+    """
     case = inputs(T=300, N=4, K=3, dtype=dtype)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in case.items()}
     got, want = results(chunk_attention, case), results(chunk_attention, exact)

@@ -116,7 +116,7 @@ def test_steps_in_kernels_equal_the_forward_pass(offload):
         prefill(model, ids, ChunkMemory(model.config, offload=offload), lengths=lengths),
         text(7, seed=1),
     )
-    with ops.implementation("kernels"):
+    with ops.backend("kernels"):
         got = spoken(model, output.memory, after)
     for b, words in enumerate(texts):
         assert (

@@ -124,7 +124,7 @@ def test_only_k_and_v_leave_the_device():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_fetches_what_indexing_finds(dtype):
     store, rows = random(9, 5, 3, 200, dtype=dtype), torch.tensor([8, 0, 3, 3])
-    with ops.implementation("kernels"):
+    with ops.backend("kernels"):
         assert torch.equal(ops.fetch(store, rows), store[rows])
         assert ops.fetch(store, rows[:0]).shape == (0, 5, 3, 200)
         with pytest.raises(ValueError, match="^rows: got .* accepted is int64"):

@@ -1,22 +1,34 @@
 """The signatures that must not drift, and the error of every wrong argument.
 
-Dimensions: B=2 batch, T=3 tokens, H=4 query heads, J=2 key/value heads, D=8 head dimension, R=6 retrieval dimension,
-N=5 chunks, S=4 chunk size, K=3 kept.
+Dimensions: B=2 batch, T=3 tokens, H=4 query heads, J=2 key/value heads, D=8 head dimension, R=6
+retrieval dimension, N=5 chunks, S=4 chunk size, K=3 kept.
 """
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import random
 
 from hsa_mini import ops, reference
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import torch_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    )
+}
 
 
 def retrieve(
-    retrieval_q, landmarks, *, chunk_size, top_k, offset=0, weighting="softmax", gumbel_seed=None, exclude_window=0,
+    retrieval_q, landmarks, *, chunk_size, top_k, offset=0, weighting="softmax", gumbel_seed=None,
+    exclude_window=0,
     query_block=1,
 ): ...  # fmt: skip
 
@@ -33,18 +45,76 @@ def sliding_window_attention(q, k, v, *, window): ...
 PROMISED = (retrieve, chunk_attention, decode, sliding_window_attention)
 
 
-@pytest.mark.parametrize("module", ["hsa_mini.reference", "hsa_mini.ops", "hsa_kernels"])
-@pytest.mark.parametrize("promised", PROMISED, ids=lambda f: f.__name__)
+SIGNATURES = [
+    *(("hsa_mini.reference", promised) for promised in PROMISED),
+    *(("hsa_mini.ops", promised) for promised in PROMISED),
+    # no kernel of its own for the sliding window: PyTorch's FlexAttention serves there
+    *(("hsa_kernels", promised) for promised in (retrieve, chunk_attention, decode)),
+]
+# Operations without a twin in the reference: the kernel is compared with the torch backend.
+TWINS = ["grouped_experts", "update_window_cache", "window_decode_attention"]
+
+
+def parameters(function) -> list[tuple]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize(
+    "module, promised", SIGNATURES, ids=lambda x: x if isinstance(x, str) else x.__name__
+)
 def test_signature(module, promised):
-    if (module, promised) == ("hsa_kernels", sliding_window_attention):
-        return  # PyTorch's own serve there
+    function = getattr(importlib.import_module(module), promised.__name__)
+    assert parameters(function) == parameters(promised)
 
-    def plain(function):
-        return [
-            (p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()
-        ]
 
-    assert plain(getattr(importlib.import_module(module), promised.__name__)) == plain(promised)
+@pytest.mark.parametrize("name", TWINS)
+def test_signature_of_a_twin(name):
+    want = parameters(getattr(torch_backend, name))
+    for module in ("hsa_mini.ops", "hsa_kernels"):
+        assert parameters(getattr(importlib.import_module(module), name)) == want, module
+
+
+def test_every_dispatch_has_one_signature():
+    want = parameters(reference.dispatch)
+    for module in ("hsa_mini.ops", "hsa_kernels"):
+        assert parameters(importlib.import_module(module).dispatch) == want, module
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a fresh Python has loaded after `statement`."""
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+def test_kernels_load_the_reference_and_no_model():
+    loaded = {name for name in loaded_by("import hsa_kernels") if name.startswith("hsa_mini")}
+    assert "hsa_mini.reference" in loaded
+    assert all(f"{name}.".startswith("hsa_mini.reference.") for name in loaded - {"hsa_mini"})
+
+
+def test_importing_hsa_mini_loads_neither_triton_nor_matplotlib_nor_jupyter():
+    loaded = {name.partition(".")[0] for name in loaded_by("import hsa_mini")}
+    assert "hsa_mini" in loaded
+    assert not loaded & {
+        "triton",
+        "matplotlib",
+        "jupyterlab",
+        "jupyter_core",
+        "IPython",
+        "ipywidgets",
+    }
+
+
+def test_departures_from_the_paper_are_marked():
+    sources = (ROOT / "hsa_mini").rglob("*.py")
+    marked = [
+        path for path in sources if "NOTE: differs from the paper because" in path.read_text()
+    ]
+    assert ROOT / "hsa_mini" / "reference" / "retrieval.py" in marked
 
 
 def arguments(operation: str) -> dict:
@@ -143,7 +213,8 @@ WRONG = {  # argument, what is given, what the message says was given, what it s
 
 @pytest.mark.parametrize("module", [reference, ops], ids=["reference", "ops"])
 @pytest.mark.parametrize(
-    "operation, name, value, given, accepted", [(op, *row) for op, rows in WRONG.items() for row in rows],
+    "operation, name, value, given, accepted", [(op, *row) for op,
+    rows in WRONG.items() for row in rows],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 def test_a_wrong_argument_is_refused_by_name(module, operation, name, value, given, accepted):
@@ -158,8 +229,8 @@ def test_a_wrong_argument_is_refused_by_name(module, operation, name, value, giv
 
 def test_fewer_keys_than_tokens_are_refused():
     short = dict(k=random(2, 2, 2, 8), v=random(2, 2, 2, 8))
-    for function in (reference.sliding_window_attention, blockwise.sliding_window_attention):
+    for function in (reference.sliding_window_attention, torch_backend.sliding_window_attention):
         with pytest.raises(
-            ValueError, match="^k: got 2 keys, accepted are at least the 3 tokens of q"
+            ValueError, match=r"^k: got 2 keys, accepted are at least the 3 tokens of q"
         ):
             function(**arguments("sliding_window_attention") | short)

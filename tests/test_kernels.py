@@ -1,12 +1,12 @@
-"""The Triton kernels against the float64 reference: outputs, every gradient, ragged shapes, what must never be read.
+"""The Triton kernels against the float64 reference: outputs, every gradient, ragged shapes, what
+must never be read.
 
-On a machine with a GPU they run there; elsewhere Triton's interpreter runs the same source on the processor (`conftest.py`).
+On a machine with a GPU they run there; elsewhere Triton's interpreter runs the same source on the
+processor (`conftest.py`).
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension, N chunks, S
-chunk size, K kept.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R
+retrieval dimension, N chunks, S chunk size, K kept.
 """
-
-import importlib
 
 import pytest
 import torch
@@ -17,11 +17,12 @@ from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
 import hsa_kernels
-from hsa_kernels import by_chunk, by_token, retrieval, slots
-from hsa_kernels.inverted_index import cut, invert
-from hsa_kernels.merge import merge
+from hsa_kernels.attention import by_chunk, by_token_block, operator, partial_results
+from hsa_kernels.attention.merge import merge
+from hsa_kernels.common.inverted_index import cut, invert
+from hsa_kernels.retrieval import operator as retrieval
 from hsa_mini import reference
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import torch_backend
 from hsa_mini.ops.rope import rope_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +50,9 @@ def exact(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def assert_as_exact(
     operation, twin, inputs: dict[str, torch.Tensor], dtype: torch.dtype, **options
 ) -> None:
-    """`operation` on inputs of `dtype` equals its twin in float64 on the same numbers, for outputs and every gradient."""
+    """`operation` on inputs of `dtype` equals its twin in float64 on the same numbers, for outputs
+    and every gradient.
+    """
     inputs = there(inputs, dtype)
     got, want = results(operation, inputs, **options), results(twin, exact(inputs), **options)
     for name, expected in want.items():
@@ -74,8 +77,10 @@ def attention_inputs(B=2, T=7, J=2, G=2, D=16, N=4, S=16, K=3, seed=0) -> dict[s
 
 @grid
 @given(
-    B=st.integers(1, 2), T=st.integers(1, 9), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1, 2, 3, 5, 8, 16]),
-    D=st.sampled_from([16, 24, 64]), S=st.sampled_from([16, 24, 32]), N=st.integers(1, 7), K=st.integers(1, 6),
+    B=st.integers(1, 2), T=st.integers(1, 9), J=st.sampled_from([1, 2, 3]), G=st.sampled_from([1,
+    2, 3, 5, 8, 16]),
+    D=st.sampled_from([16, 24, 64]), S=st.sampled_from([16, 24, 32]), N=st.integers(1, 7),
+    K=st.integers(1, 6),
     dtype=st.sampled_from(DTYPES), scale=st.sampled_from([None, 0.5, -0.5, 0.0]),
 )  # fmt: skip
 @example(B=1, T=3, J=1, G=64, D=16, S=16, N=3, K=2, dtype=torch.float32, scale=None)
@@ -89,39 +94,39 @@ def test_chunk_attention_equals_the_reference(B, T, J, G, D, S, N, K, dtype, sca
     )
 
 
-@pytest.mark.parametrize("slots_bytes", [1, 4000, 1 << 30])
+@pytest.mark.parametrize("buffer_bytes", [1, 4000, 1 << 30])
 @pytest.mark.parametrize("segment", [1, 7])
-def test_gradients_over_several_tiles_launches_and_segments(monkeypatch, slots_bytes, segment):
-    for name, value in dict(
-        TILE=4, LONGEST_TILE=4, SEGMENT=segment, SLOTS_BYTES=slots_bytes
-    ).items():
-        monkeypatch.setattr(slots, name, value)
+def test_gradients_over_several_tiles_launches_and_segments(monkeypatch, buffer_bytes, segment):
+    sizes = dict(MIN_TILE=4, MAX_TILE=4, SEGMENT=segment, PARTIAL_RESULTS_BYTES=buffer_bytes)
+    for name, value in sizes.items():
+        monkeypatch.setattr(partial_results, name, value)
     inputs = attention_inputs(B=3, T=11, N=5, K=2)
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, torch.float32)
 
 
-@pytest.mark.parametrize("way", [by_chunk, by_token])
-def test_both_ways_equal_the_reference(monkeypatch, way):
-    for name, value in dict(TILE=4, LONGEST_TILE=4, SEGMENT=3, SLOTS_BYTES=4000).items():
-        monkeypatch.setattr(slots, name, value)
+@pytest.mark.parametrize("schedule", [by_chunk, by_token_block])
+def test_both_schedules_equal_the_reference(monkeypatch, schedule):
+    sizes = dict(MIN_TILE=4, MAX_TILE=4, SEGMENT=3, PARTIAL_RESULTS_BYTES=4000)
+    for name, value in sizes.items():
+        monkeypatch.setattr(partial_results, name, value)
     inputs = attention_inputs(B=2, T=11, J=2, G=3, D=24, N=5, S=24, K=3)
-    got = way.forward(*inputs.values(), 24**-0.5)
+    got = schedule.forward(*inputs.values(), 24**-0.5)
     assert error(got, reference.chunk_attention(**exact(inputs))) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_block_of_tokens_goes_its_own_way(monkeypatch, dtype):
-    """Neighbours that choose alike go by token, others by chunk, in one call."""
-    operator, pass_over, counts = (
-        importlib.import_module("hsa_kernels.chunk_attention"),
-        by_token.pass_over,
-        [],
-    )
-    monkeypatch.setattr(operator, "CHOICES", 1)
-    monkeypatch.setattr(operator, "SORTING", 1)
-    monkeypatch.setattr(
-        by_token, "pass_over", lambda *args: counts.append(args[3].counts) or pass_over(*args)
-    )
+def test_every_block_of_tokens_gets_its_own_schedule(monkeypatch, dtype):
+    """Neighbours with the same choices go by token block, others by chunk, in one call."""
+    attend_blocks = by_token_block.attend_blocks
+    counts = []
+
+    def counted(*args):
+        counts.append(args[3].counts)
+        return attend_blocks(*args)
+
+    monkeypatch.setattr(operator, "MIN_CHOICES", 1)
+    monkeypatch.setattr(operator, "SORTING_COST", 1)
+    monkeypatch.setattr(by_token_block, "attend_blocks", counted)
     inputs = attention_inputs(B=2, T=75, J=2, G=2 if dtype == torch.float32 else 4, N=96, S=16, K=3)
     inputs["indices"][:, 16:40] = inputs["indices"][:, 16:17]
     assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype)
@@ -198,9 +203,9 @@ def test_an_index_beyond_the_memory_counts_as_empty_or_is_refused_in_debugging(m
         results(hsa_kernels.chunk_attention, inputs),
         0,
     )
-    monkeypatch.setattr("hsa_kernels.checks.DEBUG", True)
+    monkeypatch.setattr("hsa_kernels.common.checks.DEBUG", True)
     hsa_kernels.chunk_attention(**inputs)
-    with pytest.raises(ValueError, match="^indices: got 0 to 4, accepted are -1 .empty. to 3$"):
+    with pytest.raises(ValueError, match=r"^indices: got 0 to 4, accepted are -1 .empty. to 3$"):
         hsa_kernels.chunk_attention(**beyond)
 
 
@@ -289,15 +294,15 @@ def test_the_inverted_index_lists_who_chose_a_chunk(T, K, N, size, tile):
 @given(T=st.integers(1, 12), K=st.integers(1, 5), N=st.integers(1, 6))
 def test_choices_stand_in_the_order_of_the_index(T, K, N):
     inputs = attention_inputs(T=T, K=K, N=N)
-    choices = slots.Choices(*(inputs[name] for name in ("q", "k", "indices", "weights")))
+    choices = partial_results.Choices(*(inputs[name] for name in ("q", "k", "indices", "weights")))
     entries = invert(inputs["indices"], N, choices.tile).entries
-    assert torch.equal(entries[choices.places], torch.arange(len(entries), device=DEVICE))
+    assert torch.equal(entries[choices.inverse_order], torch.arange(len(entries), device=DEVICE))
     assert torch.equal(choices.rows, (entries // K).int())
     assert torch.equal(choices.weights, inputs["weights"].flatten()[entries])
 
 
 def sorted_retrieve(retrieve):
-    """The order of slots is free: sort them by chunk, so that two ways of retrieving can be compared."""
+    """Sort the slots, whose order is free, by chunk, so that two results can be compared."""
 
     def operation(**arguments):
         indices, weights = retrieve(**arguments)
@@ -318,13 +323,17 @@ def retrieval_inputs(B=2, T=20, J=2, R=16, N=5) -> dict[str, torch.Tensor]:
 
 @grid
 @given(
-    B=st.integers(1, 2), T=st.integers(1, 20), J=st.integers(1, 2), R=st.sampled_from([16, 24, 128]), N=st.integers(1, 12),
-    top_k=st.integers(1, 9), chunk_size=st.sampled_from([1, 4]), offset=st.sampled_from([0, 3, 1000]),
-    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None, 0, (7 << 32) + 5]),
+    B=st.integers(1, 2), T=st.integers(1, 20), J=st.integers(1, 2), R=st.sampled_from([16, 24,
+    128]), N=st.integers(1, 12),
+    top_k=st.integers(1, 9), chunk_size=st.sampled_from([1, 4]), offset=st.sampled_from([0, 3,
+    1000]),
+    weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None, 0,
+    (7 << 32) + 5]),
     exclude_window=st.sampled_from([0, 8]), query_block=st.sampled_from([1, 4]),
 )  # fmt: skip
 @example(
-    B=1, T=9, J=1, R=16, N=200, top_k=70, chunk_size=4, offset=900, weighting="softmax", gumbel_seed=None, exclude_window=0,
+    B=1, T=9, J=1, R=16, N=200, top_k=70, chunk_size=4, offset=900, weighting="softmax",
+    gumbel_seed=None, exclude_window=0,
     query_block=1,
 )  # fmt: skip
 def test_retrieve_equals_the_reference(B, T, J, R, N, **options):
@@ -335,8 +344,8 @@ def test_retrieve_equals_the_reference(B, T, J, R, N, **options):
     "order", ["the older the better", "the newer the better", "all the same", "random"]
 )
 @pytest.mark.parametrize("gumbel_seed", [None, 5])
-def test_retrieve_from_more_chunks_than_a_room_holds(monkeypatch, order, gumbel_seed):
-    monkeypatch.setattr(retrieval, "ROOMS_BYTES", 1)  # as many launches as tiles of tokens
+def test_retrieve_from_more_chunks_than_a_candidate_buffer_holds(monkeypatch, order, gumbel_seed):
+    monkeypatch.setattr(retrieval, "CANDIDATES_BYTES", 1)  # as many launches as tiles of tokens
     inputs = retrieval_inputs(B=1, T=35, J=1, R=16, N=700)
     if order != "random":
         slope = {"the older the better": -0.01, "the newer the better": 0.01, "all the same": 0.0}[
@@ -423,8 +432,10 @@ def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tenso
 
 @grid
 @given(
-    B=st.integers(1, 2), J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
-    R=st.sampled_from([16, 48]), N=st.sampled_from([1, 5, 64, 130]), S=st.sampled_from([16, 24]), top_k=st.sampled_from([1, 4, 9]),
+    B=st.integers(1, 2), J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16,
+    24, 64]),
+    R=st.sampled_from([16, 48]), N=st.sampled_from([1, 5, 64, 130]), S=st.sampled_from([16, 24]),
+    top_k=st.sampled_from([1, 4, 9]),
     short=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(B=1, J=1, G=1, D=16, R=16, N=200, S=16, top_k=80, short=3, dtype=torch.float32)
@@ -454,32 +465,33 @@ def test_decode_at_different_positions_and_before_the_first_chunk():
 
 @grid
 @given(
-    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]), W=st.integers(1, 200),
+    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
+    W=st.integers(1, 200),
     positions=st.lists(st.integers(0, 500), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_ring_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
-    """Over the same keys in order of time. Slots in which nothing stands yet may hold anything."""
+def test_window_decode_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
+    """Over the same keys in order of time. Slots that are not filled yet may hold anything."""
     B = len(positions)
-    q, *rings = (
+    q, *caches = (
         random(B, n, heads, D, seed=i).to(DEVICE, dtype)
         for i, (n, heads) in enumerate(((1, J * G), (W, J), (W, J)))
     )
     for b, position in enumerate(positions):
-        for ring in rings:
-            ring[b, position + 1 :] = float("nan")
-    got = hsa_kernels.ring_attention(q, *rings, torch.tensor(positions, device=DEVICE))
+        for cache in caches:
+            cache[b, position + 1 :] = float("nan")
+    got = hsa_kernels.window_decode_attention(q, *caches, torch.tensor(positions, device=DEVICE))
     assert got.isfinite().all()
     for b, position in enumerate(positions):
         slots = torch.arange(max(position - W + 1, 0), position + 1) % W
-        k, v = (ring[b : b + 1, slots].double() for ring in rings)
+        k, v = (cache[b : b + 1, slots].double() for cache in caches)
         want = reference.sliding_window_attention(q[b : b + 1].double(), k, v, window=W)
         assert error(got[b : b + 1], want) < TOLERANCE[dtype]
-        tidy = [ring.nan_to_num(0.0).double() for ring in rings]
+        tidy = [cache.nan_to_num(0.0).double() for cache in caches]
         assert (
             error(
-                blockwise.ring_attention(q.double(), *tidy, torch.tensor(positions, device=DEVICE))[
-                    b : b + 1
-                ],
+                torch_backend.window_decode_attention(
+                    q.double(), *tidy, torch.tensor(positions, device=DEVICE)
+                )[b : b + 1],
                 want,
             )
             < 1e-12
@@ -488,13 +500,18 @@ def test_ring_attention_equals_the_sliding_window(J, G, D, W, positions, dtype):
 
 @grid
 @given(
-    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]), W=st.integers(1, 20),
+    J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
+    W=st.integers(1, 20),
     slots=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_entering_a_ring_equals_the_portable_operation(J, G, D, W, slots, dtype):
+def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype):
     B = len(slots)
     shapes = dict(
-        q=(B, 1, J * G, D), k=(B, 1, J, D), v=(B, 1, J, D), ring_k=(B, W, J, D), ring_v=(B, W, J, D)
+        q=(B, 1, J * G, D),
+        k=(B, 1, J, D),
+        v=(B, 1, J, D),
+        cache_k=(B, W, J, D),
+        cache_v=(B, W, J, D),
     )
     inputs = there(
         {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype
@@ -505,12 +522,12 @@ def test_entering_a_ring_equals_the_portable_operation(J, G, D, W, slots, dtype)
     table = tuple(part.to(DEVICE) for part in rope_table(torch.tensor(slots)[:, None], D, 100.0))
     options = dict(slots=torch.tensor(slots, device=DEVICE) % W, eps=1e-6)
     twin = {name: x.double() for name, x in (inputs | gains).items()}
-    got = hsa_kernels.enter_ring(**inputs, **gains, **options, table=table)
-    want = blockwise.enter_ring(**twin, **options, table=table)
+    got = hsa_kernels.update_window_cache(**inputs, **gains, **options, table=table)
+    want = torch_backend.update_window_cache(**twin, **options, table=table)
     for a, b in (
         (got, want),
-        (inputs["ring_k"], twin["ring_k"]),
-        (inputs["ring_v"], twin["ring_v"]),
+        (inputs["cache_k"], twin["cache_k"]),
+        (inputs["cache_v"], twin["cache_v"]),
     ):
         assert error(a, b) < TOLERANCE[dtype]
 
@@ -529,22 +546,25 @@ def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
         random(M, E, seed=seed).to(DEVICE, dtype),
         random(E, seed=seed + 1).to(DEVICE, torch.float32),
     )
-    ends, tokens, places, gates = hsa_kernels.dispatch(scores, bias, A)
+    offsets, tokens, inverse_order, topk_scores = hsa_kernels.dispatch(scores, bias, A)
     want = reference.dispatch(scores, bias, A)
-    assert torch.equal(ends, want[0]) and torch.equal(tokens, want[1])
-    order, twin = places.argsort(-1), want[2].argsort(-1)  # a token's experts come in any order
-    assert torch.equal(places.gather(-1, order), want[2].gather(-1, twin))
-    assert error(gates.gather(-1, order), want[3].gather(-1, twin)) < 2e-6
+    assert torch.equal(offsets, want[0]) and torch.equal(tokens, want[1])
+    # A token's experts come in any order.
+    order = inverse_order.argsort(-1)
+    twin = want[2].argsort(-1)
+    assert torch.equal(inverse_order.gather(-1, order), want[2].gather(-1, twin))
+    assert error(topk_scores.gather(-1, order), want[3].gather(-1, twin)) < 2e-6
 
 
 @grid
 @given(
-    M=st.integers(1, 30), C=st.sampled_from([16, 40, 600]), H=st.sampled_from([8, 24, 40]), E=st.integers(1, 9),
+    M=st.integers(1, 30), C=st.sampled_from([16, 40, 600]), H=st.sampled_from([8, 24, 40]),
+    E=st.integers(1, 9),
     A=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(M=3, C=16, H=600, E=1, A=1, dtype=torch.float32)
 @example(M=9, C=1032, H=8, E=9, A=2, dtype=torch.float32)
-def test_experts_say_what_each_would_alone(M, C, H, E, A, dtype):
+def test_grouped_experts_equal_each_expert_alone(M, C, H, E, A, dtype):
     A = min(A, E)
     weights = dict(
         up_and_gate=random(E, C, 2 * H, seed=1) * C**-0.5, down=random(E, H, C, seed=2) * H**-0.5
@@ -553,16 +573,19 @@ def test_experts_say_what_each_would_alone(M, C, H, E, A, dtype):
     choice = reference.dispatch(
         random(M, E, seed=3).to(DEVICE, torch.float32), torch.zeros(E, device=DEVICE), A
     )
-    got = hsa_kernels.experts(inputs["x"], *choice, inputs["up_and_gate"], inputs["down"])
-    ends, _, places, gates = choice
-    twin, want = exact(inputs), []
+    got = hsa_kernels.grouped_experts(inputs["x"], *choice, inputs["up_and_gate"], inputs["down"])
+    offsets, _, inverse_order, topk_scores = choice
+    twin = exact(inputs)
+    want = []
     for m in range(M):
-        asked = torch.searchsorted(ends, places[m], right=True)  # [A]
-        up, gate = torch.einsum("c,ach->ah", twin["x"][m], twin["up_and_gate"][asked]).chunk(
+        chosen = torch.searchsorted(offsets, inverse_order[m], right=True)  # [A]
+        up, gate = torch.einsum("c,ach->ah", twin["x"][m], twin["up_and_gate"][chosen]).chunk(
             2, dim=-1
         )
         want.append(
-            torch.einsum("ah,ahc,a->c", up * silu(gate), twin["down"][asked], gates[m].double())
+            torch.einsum(
+                "ah,ahc,a->c", up * silu(gate), twin["down"][chosen], topk_scores[m].double()
+            )
         )
     assert error(got, torch.stack(want)) < TOLERANCE[dtype]
 
@@ -582,7 +605,7 @@ def test_custom_operators_keep_their_promises():
     """Schema, fake tensors, autograd registration and tracing, as PyTorch checks them."""
     inputs = attention_inputs(T=3, N=2, K=2)
     leaves = [
-        inputs[name].requires_grad_(name in "q k v weights".split())
+        inputs[name].requires_grad_(name in ["q", "k", "v", "weights"])
         for name in ("q", "k", "v", "indices", "weights")
     ]
     torch.library.opcheck(torch.ops.hsa_kernels.chunk_attention.default, (*leaves, 0.3))
@@ -638,21 +661,28 @@ def many(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("operation", "changes", "message"),
     [
-        ("chunk_attention", {name: torch.Tensor.double for name in "qkv"}, "q: got torch.float64, accepted are float16"),
-        ("chunk_attention", dict(weights=torch.Tensor.double), "weights: got torch.float64, accepted is float32"),
+        ("chunk_attention", dict.fromkeys("qkv", torch.Tensor.double),
+        "q: got torch.float64, accepted are float16"),
+        ("chunk_attention", dict(weights=torch.Tensor.double),
+        "weights: got torch.float64, accepted is float32"),
         ("chunk_attention", dict(q=moved), "q: got strides"),
         ("chunk_attention", dict(k=moved), "k: got strides"),
         ("chunk_attention", dict(indices=moved), "indices: got strides"),
-        ("chunk_attention", {name: lambda x: x[..., :8].contiguous() for name in "qkv"}, "q: got D=8, accepted are 16 to 256"),
-        ("chunk_attention", {name: lambda x: x[:, :, :8].contiguous() for name in "kv"}, "k: got S=8, accepted are 16 to 128"),
-        ("chunk_attention", dict(q=lambda x: x.repeat(1, 1, 65, 1)), "q: got H/J=130, accepted are 1 to 64"),
+        ("chunk_attention", {name: lambda x: x[..., :8].contiguous() for name in "qkv"},
+        "q: got D=8, accepted are 16 to 256"),
+        ("chunk_attention", {name: lambda x: x[:, :, :8].contiguous() for name in "kv"},
+        "k: got S=8, accepted are 16 to 128"),
+        ("chunk_attention", dict(q=lambda x: x.repeat(1, 1, 65, 1)),
+        "q: got H/J=130, accepted are 1 to 64"),
         ("chunk_attention", dict(v=lambda x: x[:, :3]), "v: got shape"),
         ("retrieve", dict(landmarks=moved), "landmarks: got strides"),
-        ("retrieve", {name: torch.Tensor.double for name in ("retrieval_q", "landmarks")}, "retrieval_q: got torch.float64"),
+        ("retrieve", dict.fromkeys(("retrieval_q", "landmarks"), torch.Tensor.double),
+        "retrieval_q: got torch.float64"),
         ("retrieve", {"landmarks": many, "top_k": lambda _: 9000}, "top_k: got K=9000"),
         ("decode", dict(v=moved), "v: got strides"),
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
-        ("decode", {x: many for x in ("landmarks", "k", "v")} | {"top_k": lambda _: 2500}, "top_k: got K=2500"),
+        ("decode", dict.fromkeys(("landmarks", "k", "v"), many) | {"top_k": lambda _: 2500},
+        "top_k: got K=2500"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_take(operation, changes, message):

@@ -1,4 +1,5 @@
-"""The noise generator: published vectors of Philox-4x32-10, Triton's own Philox, and the law of Gumbel(0, 1).
+"""The noise generator: published vectors of Philox-4x32-10, Triton's own Philox, and the law of
+Gumbel(0, 1).
 
 Dimensions: B batch, T tokens, J retrieval heads, N chunks.
 """

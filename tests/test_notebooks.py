@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from helpers import assert_close, random, random_choice
 
-from hsa_kernels import backward, by_chunk, by_token, inverted_index, selection
-from hsa_kernels.chunk_attention import _ways
+from hsa_kernels.attention import backward, by_chunk, by_token_block
+from hsa_kernels.attention.operator import _schedules
+from hsa_kernels.common import inverted_index, selection
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.evaluation.statistics import wilson_interval
 from hsa_mini.inference.prefill import prefill
@@ -237,7 +238,7 @@ def _with_heads(q, k, v, indices, weights):
 @twin("06_forward_kernel", "run_token_kernel")
 def _run_token_kernel(ours):
     q, k, v, indices, weights = _one_head(G=1)
-    theirs = by_token.forward(*_with_heads(q, k, v, indices, weights), 0.3)
+    theirs = by_token_block.forward(*_with_heads(q, k, v, indices, weights), 0.3)
     assert_close(ours(q[:, 0].contiguous(), k, v, indices, weights, 0.3), theirs[0, :, 0], 2e-6)
 
 
@@ -253,7 +254,11 @@ for _name in ("token_schedule", "token_block_schedule", "chunk_schedule"):
 
 @twin("06_forward_kernel", "package_schedule")
 def _package_schedule(ours):
-    names = {"by token block": {by_token}, "by chunk": {by_chunk}, "either": {by_token, by_chunk}}
+    names = {
+        "by token block": {by_token_block},
+        "by chunk": {by_chunk},
+        "either": {by_token_block, by_chunk},
+    }
     seen = set()
     for T, J, K in product(
         (1024, 8192, 32768, 49152, 1 << 17, 1 << 20), (1, 2, 8, 16), (4, 64, 256)
@@ -262,7 +267,7 @@ def _package_schedule(ours):
             (1, T, 16, 128), (1, T // 64, 64, J, 128), (1, T, J, K)
         ))  # fmt: skip
         seen.add(order := ours(dict(T=T, H=16, J=J, D=128, S=64, K=K)))
-        assert names[order] == _ways(q, k, indices), (T, J, K)
+        assert names[order] == _schedules(q, k, indices), (T, J, K)
     assert seen == {*names}
 
 

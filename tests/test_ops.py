@@ -1,4 +1,4 @@
-"""The door to the operations: what the override does, and the window's mask of blocks.
+"""The operations by one name each: the choice of a backend, and the block mask of the window.
 
 Dimensions: T tokens, P cached keys, W window.
 """
@@ -8,7 +8,7 @@ import torch
 from helpers import assert_close, random, random_choice, results
 
 from hsa_mini import ops, reference
-from hsa_mini.ops import flex_window
+from hsa_mini.ops import choice, flex_window
 
 
 def attention_inputs() -> dict[str, torch.Tensor]:
@@ -34,15 +34,16 @@ def retrieval_inputs() -> dict[str, torch.Tensor]:
         ("retrieve", retrieval_inputs, dict(chunk_size=2, top_k=8)),
     ],
 )
-def test_kernels_and_portable_operations_are_the_same(monkeypatch, name, inputs, options):
+def test_kernels_and_torch_backend_are_the_same(monkeypatch, name, inputs, options):
     called = []
     monkeypatch.setattr(
-        "hsa_mini.ops._kernels", lambda kernels=ops._kernels: called.append(name) or kernels()
+        "hsa_mini.ops.choice.kernels",
+        lambda kernels=choice.kernels: called.append(name) or kernels(),
     )
-    with ops.implementation("kernels"):
+    with ops.backend("kernels"):
         got = results(getattr(ops, name), inputs(), **options)
     assert called == [name]
-    with ops.implementation("portable"):
+    with ops.backend("torch"):
         want = results(getattr(ops, name), inputs(), **options)
     assert called == [name]
     if name == "retrieve":  # slots may come in another order
@@ -51,12 +52,12 @@ def test_kernels_and_portable_operations_are_the_same(monkeypatch, name, inputs,
 
 
 def test_the_override_ends_with_its_block():
-    with pytest.raises(RuntimeError), ops.implementation("kernels"):
+    with pytest.raises(RuntimeError), ops.backend("kernels"):
         raise RuntimeError
-    assert ops._choice == "auto"
+    assert choice.current() == "auto"
     with (
-        pytest.raises(ValueError, match="^name: got 'fast', accepted are auto, kernels, portable$"),
-        ops.implementation("fast"),
+        pytest.raises(ValueError, match=r"^name: got 'fast', accepted are auto, kernels, torch$"),
+        ops.backend("fast"),
     ):
         pass
 
@@ -97,7 +98,7 @@ def test_the_mask_of_blocks_is_the_window(T, P, W):
     assert_close({"out": out}, {"out": reference.sliding_window_attention(q, k, v, window=W)}, 1e-5)
 
 
-def ring_inputs() -> dict[str, torch.Tensor]:
+def window_inputs() -> dict[str, torch.Tensor]:
     q, k, v = (
         random(*shape, seed=i).float()
         for i, shape in enumerate(((2, 1, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16)))
@@ -105,7 +106,7 @@ def ring_inputs() -> dict[str, torch.Tensor]:
     return dict(q=q, k=k, v=v, positions=torch.tensor([3, 12]))
 
 
-@pytest.mark.parametrize("name", ["portable", "kernels"])
+@pytest.mark.parametrize("name", ["torch", "kernels"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +138,6 @@ def ring_inputs() -> dict[str, torch.Tensor]:
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are not interpreted")
-def test_wrong_arguments_of_ring_attention_are_one_line(name, changes, message):
-    with ops.implementation(name), pytest.raises(ValueError, match=f"^{message}$"):
-        ops.ring_attention(**(ring_inputs() | changes))
+def test_wrong_arguments_of_window_decode_attention_are_one_line(name, changes, message):
+    with ops.backend(name), pytest.raises(ValueError, match=f"^{message}$"):
+        ops.window_decode_attention(**(window_inputs() | changes))

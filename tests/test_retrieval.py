@@ -1,6 +1,8 @@
-"""`reference.retrieve`, Eq. (1): against a loop over tokens and chunks, and one test for each promise of its docstring.
+"""`reference.retrieve`, Eq. (1): against a loop over tokens and chunks, and one test for each
+promise of its docstring.
 
-Dimensions: B batch, T tokens, J retrieval heads, R retrieval dimension, N chunks, S chunk size, K chunks kept.
+Dimensions: B batch, T tokens, J retrieval heads, R retrieval dimension, N chunks, S chunk size, K
+chunks kept.
 """
 
 import math
@@ -26,7 +28,10 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
 def loop_retrieve(
     retrieval_q, landmarks, S, K, offsets, weighting, seed, exclude_window, query_block
 ):
-    """Python numbers only: [(chunk, weight), ...] of each (b, t, j), best first or, for stick-breaking, newest first."""
+    """Python numbers only.
+
+    [(chunk, weight), ...] of each (b, t, j), best first or, for stick-breaking, newest first.
+    """
     (B, T, J, _), N = retrieval_q.shape, landmarks.shape[1]
     kept = {}
     for b, t, j in ((b, t, j) for b in range(B) for t in range(T) for j in range(J)):
@@ -64,9 +69,11 @@ def cases(draw):
     N = draw(st.sampled_from([0, 1, 2, 5, 12]))
     offset = st.integers(0, S * N // query_block + 2).map(lambda blocks: blocks * query_block)
     return dict(
-        B=2, T=draw(st.integers(1, 40)), J=draw(st.integers(1, 3)), N=N, S=S, K=draw(st.integers(1, N + 3)),
+        B=2, T=draw(st.integers(1, 40)), J=draw(st.integers(1, 3)), N=N, S=S, K=draw(st.integers(1,
+        N + 3)),
         offsets=[draw(offset), draw(offset)], weighting=draw(st.sampled_from(WEIGHTINGS)),
-        seed=draw(st.sampled_from([None, None, 7])), exclude_window=draw(st.sampled_from([0, 0, S // 2, 2 * S + 8])),
+        seed=draw(st.sampled_from([None, None, 7])), exclude_window=draw(st.sampled_from([0, 0,
+        S // 2, 2 * S + 8])),
         query_block=query_block, ties=draw(st.booleans()),
     )  # fmt: skip
 
@@ -74,7 +81,8 @@ def cases(draw):
 @settings(max_examples=100)
 @given(cases())
 @example(
-    dict(B=1, T=3, J=1, N=300, S=16, K=16, offsets=[4801], weighting="softmax", seed=None, exclude_window=0,
+    dict(B=1, T=3, J=1, N=300, S=16, K=16, offsets=[4801], weighting="softmax", seed=None,
+    exclude_window=0,
          query_block=1, ties=True)
 )  # fmt: skip
 def test_equals_a_loop_over_tokens_and_chunks(case):

@@ -1,6 +1,7 @@
 """`reference.sliding_window_attention` against dense attention with a band mask.
 
-Dimensions: B batch, T tokens, P cached keys, H query heads, J key/value heads, G = H/J, D head dimension, W window.
+Dimensions: B batch, T tokens, P cached keys, H query heads, J key/value heads, G = H/J, D head
+dimension, W window.
 """
 
 import pytest
@@ -11,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hsa_mini.reference import sliding_window_attention
 
 SIZES = [  # T, P, W
-    (1, 0, 1), (1, 9, 4), (13, 0, 1), (13, 0, 5), (13, 4, 5), (13, 2, 5), (13, 11, 5), (16, 0, 8), (5, 30, 64), (33, 0, 33),
+    (1, 0, 1), (1, 9, 4), (13, 0, 1), (13, 0, 5), (13, 4, 5), (13, 2, 5), (13, 11, 5), (16, 0, 8),
+    (5, 30, 64), (33, 0, 33),
 ]  # fmt: skip
 
 

@@ -257,7 +257,20 @@ def test_pyplot_is_never_loaded():
 
 @pytest.mark.parametrize(
     "module",
-    [costs, kernels, laboratory, live, mechanism, models, plots, results, stills, style, training, widgets],
+    [
+        costs,
+        kernels,
+        laboratory,
+        live,
+        mechanism,
+        models,
+        plots,
+        results,
+        stills,
+        style,
+        training,
+        widgets,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_viz_computes_nothing_of_its_own(module):

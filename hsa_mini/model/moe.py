@@ -64,7 +64,7 @@ class MoE(nn.Module):
             self.tokens_per_expert += offsets.diff(prepend=offsets.new_zeros(1))
         # Autocast casts linear maps, but not grouped ones.
         dtype = shared.dtype
-        routed = ops.experts(
+        routed = ops.grouped_experts(
             tokens.to(dtype), *dispatched, self.up_and_gate.to(dtype), self.down.to(dtype)
         )
         return shared + routed.reshape(x.shape)

@@ -49,8 +49,8 @@ class SlidingWindowAttention(nn.Module):
         q, k, v = self.qkv.project(x)
         q_norm = self.qkv.q_norm
         k_gain = self.qkv.k_norm.weight
-        q = ops.enter_ring(
+        q = ops.update_window_cache(
             q, k, v, cache.k, cache.v, slots, q_norm.weight, k_gain, rope, eps=q_norm.eps
         )
-        out = ops.ring_attention(q, cache.k, cache.v, positions)
+        out = ops.window_decode_attention(q, cache.k, cache.v, positions)
         return self.out(out.flatten(-2))

@@ -1,17 +1,16 @@
-"""One door for every operation of the model: the layers call these names and never choose an implementation.
+"""The operations of the model. The layers call these names and never choose a backend.
 
-On an NVIDIA GPU, in 16 bits and where the sizes allow, the Triton kernels of `hsa_kernels` and PyTorch's FlexAttention do the
-work; everywhere else the portable operations of `blockwise`. `implementation("portable")` keeps the kernels out.
+On an NVIDIA GPU, in 16 bits and where the sizes allow, the Triton kernels of `hsa_kernels` and
+PyTorch's FlexAttention do the work. Everywhere else it is plain PyTorch
+(`hsa_mini.ops.torch_backend`). `backend("torch")` keeps the kernels out.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hsa_mini import reference
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import choice, torch_backend
+from hsa_mini.ops.choice import backend, needs_gradient, use_kernels
 from hsa_mini.reference.checks import (
     check_chunk_attention,
     check_decode,
@@ -20,67 +19,37 @@ from hsa_mini.reference.checks import (
 )
 
 __all__ = [
-    "chunk_attention", "decode", "dispatch", "enter_ring", "experts", "fetch", "implementation", "retrieve",
-    "ring_attention", "sliding_window_attention",
-]  # fmt: skip
+    "backend",
+    "chunk_attention",
+    "decode",
+    "dispatch",
+    "fetch",
+    "grouped_experts",
+    "retrieve",
+    "sliding_window_attention",
+    "update_window_cache",
+    "window_decode_attention",
+]
 
-CHOICES = ("auto", "kernels", "portable")
-LEAST_TOKENS = 4096  # choosing tokens that fill a GPU with programs of `retrieve`; with fewer, a matrix product is faster
-MOST_KEPT = 256  # chunks a token: beyond, its candidates are too many for one program
-MOST_DISPATCHED = 64  # tokens: their choices are one tile of one program
-LEAST_WINDOW_TOKENS = 1024  # worth compiling FlexAttention for
-
-_choice = "auto"
-
-
-@contextmanager
-def implementation(name: str) -> Iterator[None]:
-    """Within, operations are done by the Triton kernels ("kernels"), by plain PyTorch ("portable") or as it suits ("auto").
-
-    "kernels" raises ValueError for what they do not take; without a GPU they need Triton's interpreter.
-    """
-    global _choice
-    if name not in CHOICES:
-        raise ValueError(f"name: got {name!r}, accepted are {', '.join(CHOICES)}")
-    before = _choice
-    _choice = name
-    try:
-        yield
-    finally:
-        _choice = before
-
-
-def _kernels():
-    """`hsa_kernels`, or None where Triton is missing and nobody insists."""
-    try:
-        import hsa_kernels
-    except ImportError:
-        if _choice == "kernels":
-            raise
-        return None
-    return hsa_kernels
-
-
-def _suits(tensor: torch.Tensor, sizes_fit: bool) -> bool:
-    if _choice != "auto":
-        return _choice == "kernels"
-    return (
-        tensor.is_cuda
-        and tensor.dtype in (torch.float16, torch.bfloat16)
-        and sizes_fit
-        and _kernels() is not None
-    )
+MIN_RETRIEVE_TOKENS = 4096  # with fewer the kernel underfills a GPU, and a matrix product is faster
+MAX_KEPT = 256  # chunks per token; with more the candidates are too many for one program
+MAX_DISPATCHED = 64  # tokens whose choices fit in one tile
+MAX_EXPERTS = 256  # experts whose scores fit in one tile
+MIN_WINDOW_TOKENS = 1024  # with fewer it does not pay to compile FlexAttention
 
 
 def in_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether the kernels are made for such heads and chunks."""
+    """Whether the kernels do the work for heads q [B, T, H, D] and chunks k [B, N, S, J, D]."""
     H, D = q.shape[2:]
     S, J = k.shape[2:4]
-    return _suits(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J)
+    return use_kernels(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J)
 
 
 def _rows(memory: torch.Tensor) -> torch.Tensor:
-    """A memory with room behind the chunks of every batch entry stays where it is; anything else is made contiguous."""
+    """Chunks as the kernels accept them.
+
+    A memory with capacity behind every batch entry's chunks is not copied.
+    """
     return memory if memory[:1].is_contiguous() else memory.contiguous()
 
 
@@ -114,12 +83,13 @@ def retrieve(
         offset=offset,
         weighting=weighting,
         gumbel_seed=gumbel_seed,
+        exclude_window=exclude_window,
+        query_block=query_block,
     )
-    options |= dict(exclude_window=exclude_window, query_block=query_block)
     tokens = retrieval_q.shape[:-1].numel() // query_block
-    if _suits(retrieval_q, tokens >= LEAST_TOKENS and top_k <= MOST_KEPT):
-        return _kernels().retrieve(retrieval_q.contiguous(), _rows(landmarks), **options)
-    return blockwise.retrieve(retrieval_q, landmarks, **options)
+    if use_kernels(retrieval_q, tokens >= MIN_RETRIEVE_TOKENS and top_k <= MAX_KEPT):
+        return choice.kernels().retrieve(retrieval_q.contiguous(), _rows(landmarks), **options)
+    return torch_backend.retrieve(retrieval_q, landmarks, **options)
 
 
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
@@ -127,19 +97,16 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
     check_chunk_attention(q, k, v, indices, weights)
     if in_kernel(q, k):
         tensors = q.contiguous(), _rows(k), _rows(v), indices.contiguous(), weights.contiguous()
-        return _kernels().chunk_attention(*tensors, scale=scale)
-    return blockwise.chunk_attention(q, k, v, indices, weights, scale=scale)
+        return choice.kernels().chunk_attention(*tensors, scale=scale)
+    return torch_backend.chunk_attention(q, k, v, indices, weights, scale=scale)
 
 
 def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=None):
     """`reference.decode`: same arguments, same numbers; the kernel has no gradient."""
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
     options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, scale=scale)
-    learns = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (retrieval_q, landmarks, q, k, v)
-    )
-    if not learns and in_kernel(q, k):
-        return _kernels().decode(
+    if not needs_gradient(retrieval_q, landmarks, q, k, v) and in_kernel(q, k):
+        return choice.kernels().decode(
             retrieval_q.contiguous(),
             _rows(landmarks),
             q.contiguous(),
@@ -150,47 +117,56 @@ def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=
     return reference.decode(retrieval_q, landmarks, q, k, v, **options)
 
 
-def dispatch(scores, bias, active):
-    """`reference.dispatch`: same arguments, same numbers, a token's experts in any order; the kernel has no gradient."""
-    learns = torch.is_grad_enabled() and scores.requires_grad
-    if not learns and len(scores) <= MOST_DISPATCHED and len(bias) <= 256 and _suits(scores, True):
-        return _kernels().dispatch(scores, bias, active)
-    return reference.dispatch(scores, bias, active)
+def dispatch(scores, bias, top_k):
+    """`reference.dispatch`: same arguments and numbers; the kernel has no gradient.
+
+    The kernel orders a token's experts by number, the reference by score.
+    """
+    fits = len(scores) <= MAX_DISPATCHED and len(bias) <= MAX_EXPERTS
+    if fits and not needs_gradient(scores) and use_kernels(scores, True):
+        return choice.kernels().dispatch(scores, bias, top_k)
+    return reference.dispatch(scores, bias, top_k)
 
 
-def experts(x, ends, tokens, places, gates, up_and_gate, down):
-    """`blockwise.experts`: same arguments, same numbers; the kernel has no gradient."""
-    given = x.contiguous(), ends, tokens, places, gates, up_and_gate, down
-    learns = torch.is_grad_enabled() and any(
-        part.requires_grad for part in (x, gates, up_and_gate, down)
+def grouped_experts(
+    x, expert_offsets, token_indices, inverse_order, topk_scores, up_and_gate, down
+):
+    """`torch_backend.grouped_experts`: same arguments, same numbers; the kernel has no gradient."""
+    arguments = (
+        x.contiguous(),
+        expert_offsets,
+        token_indices,
+        inverse_order,
+        topk_scores,
+        up_and_gate,
+        down,
     )
-    if not learns and _suits(x, True):
-        return _kernels().experts(*given)
-    return blockwise.experts(*given)
+    if not needs_gradient(x, topk_scores, up_and_gate, down) and use_kernels(x, True):
+        return choice.kernels().grouped_experts(*arguments)
+    return torch_backend.grouped_experts(*arguments)
 
 
 def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on the device of rows."""
-    if _choice == "kernels" or (
-        _choice == "auto" and rows.is_cuda and store.is_pinned() and _kernels() is not None
-    ):
-        return _kernels().fetch(store, rows)
+    """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on rows' device."""
+    automatic = choice.current() == "auto" and rows.is_cuda and store.is_pinned()
+    if choice.current() == "kernels" or (automatic and choice.kernels() is not None):
+        return choice.kernels().fetch(store, rows)
     return store[rows.to(store.device)].to(rows.device)
 
 
-def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps):
-    """`blockwise.enter_ring`: same arguments, same numbers; the kernel has no gradient."""
-    suits = _suits(q, q.shape[3] <= 256)
-    return (_kernels() if suits else blockwise).enter_ring(
-        q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, eps=eps
+def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, *, eps):
+    """`torch_backend.update_window_cache`: same arguments, same numbers; no gradient on a GPU."""
+    home = choice.kernels() if use_kernels(q, q.shape[3] <= 256) else torch_backend
+    return home.update_window_cache(
+        q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, eps=eps
     )
 
 
-def ring_attention(q, k, v, positions):
-    """`blockwise.ring_attention`: same arguments, same numbers; the kernel has no gradient."""
-    if _suits(q, 16 <= q.shape[3] <= 256 and q.shape[2] <= 64 * k.shape[2]):
-        return _kernels().ring_attention(q.contiguous(), k, v, positions)
-    return blockwise.ring_attention(q, k, v, positions)
+def window_decode_attention(q, k, v, positions):
+    """`torch_backend.window_decode_attention`: same arguments and numbers; no gradient on a GPU."""
+    if use_kernels(q, 16 <= q.shape[3] <= 256 and q.shape[2] <= 64 * k.shape[2]):
+        return choice.kernels().window_decode_attention(q.contiguous(), k, v, positions)
+    return torch_backend.window_decode_attention(q, k, v, positions)
 
 
 def sliding_window_attention(q, k, v, *, window):
@@ -198,8 +174,8 @@ def sliding_window_attention(q, k, v, *, window):
     check_sliding_window(q, k, v, window)
     flexible = (
         q.is_cuda
-        and _choice == "auto"
-        and q.shape[1] >= LEAST_WINDOW_TOKENS
+        and choice.current() == "auto"
+        and q.shape[1] >= MIN_WINDOW_TOKENS
         and q.shape[3] in (16, 32, 64, 128)
     )
     if flexible and q.dtype in (torch.float16, torch.bfloat16):
@@ -208,7 +184,8 @@ def sliding_window_attention(q, k, v, *, window):
             return scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
             ).transpose(1, 2)
+        # imported late, because FlexAttention loads PyTorch's compiler
         from hsa_mini.ops.flex_window import sliding_window_attention
 
         return sliding_window_attention(q, k, v, window=window)
-    return blockwise.sliding_window_attention(q, k, v, window=window)
+    return torch_backend.sliding_window_attention(q, k, v, window=window)

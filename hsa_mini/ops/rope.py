@@ -1,24 +1,5 @@
-"""Rotary positions (Su et al., arXiv 2104.09864): for the window, where distance matters; HSA has none."""
+"""Rotary positions; they live with the other operations in `hsa_mini.ops.rope`."""
 
-import torch
+from hsa_mini.ops.rope import apply_rope, rope_table
 
-
-def rope_table(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions [T], or [B, T], -> cos and sin, float32 [..., T, dim/2].
-
-    Angles are taken in float64: at position 16M a float32 angle would be wrong by a whole radian.
-    """
-    frequencies = base ** (
-        -torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
-    )
-    angles = positions.double()[..., None] * frequencies
-    return angles.cos().float(), angles.sin().float()
-
-
-def apply_rope(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn the two halves of every head of x [..., T, heads, dim] by the table's angles."""
-    cos, sin = (
-        part.unsqueeze(-2).to(x.dtype) for part in table
-    )  # [..., T, dim/2] -> [..., T, 1, dim/2]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+__all__ = ["apply_rope", "rope_table"]

@@ -1,7 +1,10 @@
-"""The reference operations in bounded memory: plain PyTorch, any device, same signatures, same numbers.
+"""The operations in plain PyTorch, in bounded memory, on any device.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N chunks, S chunk size,
-K chunks kept, P cached keys, L block of queries.
+Signatures and numbers are those of `hsa_mini.reference`.
+
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, N
+chunks, S chunk size, K chunks kept, P cached keys, W window, L queries per block, M tokens and E
+experts of a mixture, C width.
 """
 
 import torch
@@ -12,16 +15,14 @@ from hsa_mini import reference
 from hsa_mini.ops.rope import apply_rope
 from hsa_mini.reference.checks import (
     check_chunk_attention,
-    check_enter_ring,
     check_retrieve,
-    check_ring,
     check_sliding_window,
+    check_update_window_cache,
+    check_window_decode,
 )
 
-BLOCK_ELEMENTS = {
-    "cpu": 1 << 26,
-    "cuda": 1 << 28,
-}  # numbers that a block of tokens may hold at once
+# numbers that a block of tokens may hold at once
+BLOCK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 
 def retrieve(
@@ -36,7 +37,7 @@ def retrieve(
     exclude_window=0,
     query_block=1,
 ):
-    """`reference.retrieve`, a block of tokens at a time: never holds [T, N] of a long sequence."""
+    """`reference.retrieve`, a block of tokens at a time: scores [T, N] are never held at once."""
     check_retrieve(
         retrieval_q,
         landmarks,
@@ -68,10 +69,13 @@ def retrieve(
 
 
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
-    """`reference.chunk_attention` without [T, K, S, D] of all tokens at once; matrix products in q's dtype.
+    """`reference.chunk_attention` without [T, K, S, D] of all tokens at once.
 
-    With few chunks, attend to every one and let unchosen weights be 0. With many, gather, a block of tokens at a time, and
-    gather again in the backward pass instead of keeping what was gathered.
+    Matrix products are in q's dtype.
+
+    With few chunks, every token attends to all of them, and the weights of those it did not choose
+    are 0. With many, the chosen chunks are gathered, a block of tokens at a time. The backward pass
+    gathers them once more instead of keeping them.
     """
     check_chunk_attention(q, k, v, indices, weights)
     B, T, H, D = q.shape
@@ -80,12 +84,12 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
     scale = D**-0.5 if scale is None else scale
     if N == 0:
         return torch.zeros_like(q)
-    dense = (
-        H * N <= 2 * J * K * D
-    )  # whichever holds fewer numbers for a token: scores of all chunks, or chunks kept
+    # The schedule that holds fewer numbers per token: the scores of all chunks, or the chunks kept.
+    dense = H * N <= 2 * J * K * D
     wide = torch.promote_types(q.dtype, torch.float32)
     if not dense and q.dtype != wide and (k.requires_grad or v.requires_grad):
-        # the gradients of k and v are summed over blocks of tokens: not in 16 bits
+        # The gradients of k and v are sums over blocks of tokens, which 16 bits would round too
+        # often.
         return chunk_attention(
             q.to(wide), k.to(wide), v.to(wide), indices, weights, scale=scale
         ).to(q.dtype)
@@ -93,44 +97,50 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
     block = _tokens_per_block(q, B * (H * N * S if dense else 2 * J * K * S * D))
     if block >= T:
         return attend(q, k, v, indices, weights, scale=scale)
-    parts = [
-        checkpoint(
+    parts = []
+    for start in range(0, T, block):
+        t = slice(start, start + block)
+        part = checkpoint(
             attend, q[:, t], k, v, indices[:, t], weights[:, t], scale=scale, use_reentrant=False
         )
-        for t in (slice(start, start + block) for start in range(0, T, block))
-    ]
+        parts.append(part)
     return torch.cat(parts, dim=1)
 
 
 def _tokens_per_block(tensor, elements_per_token: int, multiple: int = 1) -> int:
+    """As many tokens as `BLOCK_ELEMENTS` allow, in multiples of `multiple`, and at least one."""
     budget = BLOCK_ELEMENTS.get(tensor.device.type, BLOCK_ELEMENTS["cpu"])
     return max(budget // max(elements_per_token, 1) // multiple, 1) * multiple
 
 
 def _attend_all(q, k, v, indices, weights, *, scale):
-    """Attention inside all N chunks; the weights, spread from K slots to N chunks, leave out what was not kept."""
-    B, T, H, D = q.shape
+    """Attention inside all N chunks.
+
+    The weights of the K slots are spread over N chunks: 0 for a chunk that was not kept.
+    """
+    B = q.shape[0]
+    T, H = q.shape[1:3]
     N, S, J = k.shape[1:4]
+    # [B, T, J, K] -> [B, T, J, N]
     spread = weights.new_zeros(B, T, J, N).scatter_add(
         3, indices.clamp(min=0).long(), weights.masked_fill(indices < 0, 0.0)
     )
-    q_rows = (
-        q.unflatten(2, (J, H // J)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    )  # [B, T, H, D] -> [B, J, T*G, D]
-    k_rows, v_rows = (
-        x.flatten(1, 2).transpose(1, 2) for x in (k, v)
-    )  # [B, N, S, J, D] -> [B, J, N*S, D]
-    scores = (q_rows * scale) @ k_rows.transpose(-1, -2)
-    inside = (
-        scores.unflatten(-1, (N, S)).softmax(dim=-1, dtype=weights.dtype).unflatten(2, (T, H // J))
-    )  # [B, J, T, G, N, S]
+    # [B, T, H, D] -> [B, J, T*G, D]
+    q_rows = q.unflatten(2, (J, H // J)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    # [B, N, S, J, D] -> [B, J, N*S, D]
+    k_rows, v_rows = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
+    # [B, J, T*G, D] @ [B, J, D, N*S] -> [B, J, T*G, N, S]
+    scores = ((q_rows * scale) @ k_rows.transpose(-1, -2)).unflatten(-1, (N, S))
+    # [B, J, T*G, N, S] -> [B, J, T, G, N, S]
+    inside = scores.softmax(dim=-1, dtype=weights.dtype).unflatten(2, (T, H // J))
     mixed = (inside * spread.transpose(1, 2)[:, :, :, None, :, None]).to(q.dtype)
-    out = mixed.flatten(4, 5).flatten(2, 3) @ v_rows  # [B, J, T*G, N*S] @ [B, J, N*S, D]
+    # [B, J, T*G, N*S] @ [B, J, N*S, D] -> [B, J, T*G, D] -> [B, T, H, D]
+    out = mixed.flatten(4, 5).flatten(2, 3) @ v_rows
     return out.unflatten(2, (T, H // J)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def sliding_window_attention(q, k, v, *, window):
-    """`reference.sliding_window_attention`, linear in T: blocks of L queries, each against its own W + L keys."""
+    """`reference.sliding_window_attention`, linear in T: L queries see their own W + L keys."""
     check_sliding_window(q, k, v, window)
     B, T, H, D = q.shape
     J = k.shape[2]
@@ -140,13 +150,15 @@ def sliding_window_attention(q, k, v, *, window):
     k, v = (x[:, x.shape[1] - T - cached :] for x in (k, v))
     L = min(window, T)
     blocks = -(-T // L)
-    late = blocks * L - T
+    late = blocks * L - T  # queries that fill the last block
     queries = pad(q, (0, 0, 0, 0, 0, late)).unflatten(1, (blocks, L))  # [B, blocks, L, H, D]
-    # W keys in front of the first block (zeros where the cache is short), then every block sees W + L in a row
+    # W keys in front of the first block (zeros where the cache holds fewer), then every block takes
+    # W + L keys in a row.
+    # [B, P+T, J, D] -> [B, blocks, J, W+L, D]
     keys, values = (
         pad(x, (0, 0, 0, 0, window - cached, late)).unfold(1, window + L, L).permute(0, 1, 2, 4, 3)
         for x in (k, v)
-    )  # [B, blocks, J, W+L, D]
+    )
     i = torch.arange(L, device=q.device)[:, None]
     j = torch.arange(window + L, device=q.device)
     band = (j > i) & (j <= i + window)  # the `window` keys that end at the query's own
@@ -160,53 +172,60 @@ def sliding_window_attention(q, k, v, *, window):
 
 
 def _without_padding(band, j, padding, blocks, length):
-    """One band a block [blocks, L, W+L]: keys made up in front of the sequence are masked wherever a block sees them."""
+    """One band per block [blocks, L, W+L], without the zeros in front of the sequence."""
     start = torch.arange(blocks, device=j.device)[:, None, None] * length
     return band & (j + start >= padding)
 
 
-def enter_ring(q, k, v, ring_k, ring_v, slots, q_gain, k_gain, table, *, eps):
-    """One new token of every sequence enters its window: q [B, 1, H, D], k and v [B, 1, J, D] as they were projected.
+def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table, *, eps):
+    """One new token of every sequence enters its window.
 
-    q and k are normed (`q_gain`, `k_gain` [D], `eps`) and turned by the table of their positions (`nn.rope`); k and v are put
-    into slots int64 [B] of the rings [B, W, J, D], in place. Returns q. Raises ValueError for wrong shapes or dtypes.
+    q [B, 1, H, D], k and v [B, 1, J, D] are the projections of the token. q and k are normed
+    (`q_gain`, `k_gain` [D], `eps`) and rotated by the table of their positions (`ops.rope`). k and
+    v are written into slots int64 [B] of cache_k and cache_v [B, W, J, D], in place. Returns q.
+    Raises ValueError for wrong shapes or dtypes.
     """
-    check_enter_ring(q, k, v, ring_k, ring_v, slots)
+    check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     q, k = (
         apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table)
         for x, gain in ((q, q_gain), (k, k_gain))
     )
     slot = slots[:, None, None, None].expand_as(k)
-    ring_k.scatter_(1, slot, k)
-    ring_v.scatter_(1, slot, v)
+    cache_k.scatter_(1, slot, k)
+    cache_v.scatter_(1, slot, v)
     return q
 
 
-def ring_attention(q, k, v, positions):
-    """One new token of every sequence against its window, whose keys lie in a ring: position p in slot p % W.
+def window_decode_attention(q, k, v, positions):
+    """One new token of every sequence against its window; position p lies in slot p % W.
 
-    q [B, 1, H, D], k and v [B, W, J, D] which hold the new token too, positions int64 [B] of it -> [B, 1, H, D]: what
-    `sliding_window_attention` gives over the same keys in order. Raises ValueError for wrong shapes, dtypes or devices.
+    q [B, 1, H, D], k and v [B, W, J, D] with the new token's own key and value, positions int64 [B]
+    of the new tokens -> [B, 1, H, D]: the result of `sliding_window_attention` over the same keys
+    in order. Raises ValueError for wrong shapes, dtypes or devices.
     """
-    check_ring(q, k, v, positions)
-    seen = (
-        torch.arange(k.shape[1], device=q.device) <= positions[:, None]
-    )  # until it has come round, later slots hold nothing
-    groups = q[:, 0].unflatten(
-        1, (k.shape[2], -1)
-    )  # [B, J, G, D]: to a key's head its G heads are like G queries
+    check_window_decode(q, k, v, positions)
+    # [B, W]: before the cache is full, slots behind the position hold nothing
+    seen = torch.arange(k.shape[1], device=q.device) <= positions[:, None]
+    # [B, 1, H, D] -> [B, J, G, D]: for a key/value head, its G query heads are G queries
+    groups = q[:, 0].unflatten(1, (k.shape[2], -1))
     out = scaled_dot_product_attention(
         groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]
     )
     return out.flatten(1, 2)[:, None]
 
 
-def experts(x, ends, tokens, places, gates, up_and_gate, down):
-    """x [M, C] through the experts that `reference.dispatch` found for it (`ends`, `tokens`, `places`, `gates`) -> [M, C].
+def grouped_experts(
+    x, expert_offsets, token_indices, inverse_order, topk_scores, up_and_gate, down
+):
+    """x [M, C] through the experts that `reference.dispatch` chose for every token -> [M, C].
 
-    up_and_gate [E, C, 2*H] and down [E, H, C] in x's dtype, of H gated units each. Any number of tokens, none left out.
+    expert_offsets, token_indices, inverse_order, topk_scores: the results of `dispatch`.
+    up_and_gate [E, C, 2*H] and down [E, H, C] in x's dtype: experts of H gated units each. Any
+    number of tokens; none is dropped.
     """
-    up, gate = grouped_mm(x[tokens], up_and_gate, offs=ends).chunk(2, dim=-1)
-    results = grouped_mm(up * silu(gate), down, offs=ends)
-    # gather back and sum: adding rows by index is slower on a GPU and not deterministic
-    return torch.einsum("mac,ma->mc", results[places], gates.to(results.dtype))
+    # [M, C] -> [M*A, C] -> twice [M*A, H] -> [M*A, C]
+    up, gate = grouped_mm(x[token_indices], up_and_gate, offs=expert_offsets).chunk(2, dim=-1)
+    results = grouped_mm(up * silu(gate), down, offs=expert_offsets)
+    # Gather, then sum: on a GPU, adding rows by index would be slower and not deterministic.
+    # [M, A, C] -> [M, C]
+    return torch.einsum("mac,ma->mc", results[inverse_order], topk_scores.to(results.dtype))

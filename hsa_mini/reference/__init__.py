@@ -1,4 +1,7 @@
-"""The operations in plain PyTorch: the oracle of every test and of every faster version."""
+"""The operations in plain PyTorch, as simple as possible.
+
+Every test and every faster version is compared with them.
+"""
 
 from hsa_mini.reference.chunk_attention import chunk_attention
 from hsa_mini.reference.decode import decode

@@ -1,4 +1,8 @@
-"""One-line errors for the arguments of the operations: what was given, what is accepted. Reads no tensor values."""
+"""Checks of the arguments of the operations.
+
+An error is one line: what was given, and what is accepted. Shapes, dtypes and devices are
+checked. Values of tensors are never read.
+"""
 
 import torch
 
@@ -8,7 +12,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(
     name: str, tensor: torch.Tensor, shape: str, sizes: dict[str, int], dtypes: tuple = FLOATS
 ) -> None:
-    """Check `tensor` against a shape such as "B T J R"; letters seen first are learnt into `sizes`."""
+    """Check `tensor` against a shape such as "B T J R".
+
+    `sizes` holds the size of every letter seen so far; new letters are added.
+    """
     letters = shape.split()
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(
@@ -21,18 +28,18 @@ def check_tensor(
     for letter, size in zip(letters, tensor.shape):
         if sizes.setdefault(letter, size) != size:
             raise ValueError(
-                f"{name}: got shape {list(tensor.shape)}, accepted is [{', '.join(letters)}] with {letter}={sizes[letter]}"
+                f"{name}: got shape {list(tensor.shape)}, "
+                f"accepted is [{', '.join(letters)}] with {letter}={sizes[letter]}"
             )
     if tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{name}: got {tensor.dtype}, accepted are {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
-        )
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: got {tensor.dtype}, accepted are {names}")
 
 
 def check_same(
     name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True
 ) -> None:
-    """Check that two tensors share device and, unless told otherwise, dtype."""
+    """Check that two tensors have the same device and, unless `dtype` is False, the same dtype."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name}: got device {tensor.device}, accepted is that of {other_name} ({other.device})"
@@ -43,9 +50,9 @@ def check_same(
         )
 
 
-def check_integer(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {least}")
+def check_integer(name: str, value: int, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {minimum}")
 
 
 def check_retrieve(
@@ -64,13 +71,13 @@ def check_retrieve(
     check_tensor("retrieval_q", retrieval_q, "B T J R", sizes)
     check_tensor("landmarks", landmarks, "B N J R", sizes)
     check_same("landmarks", landmarks, "retrieval_q", retrieval_q)
-    for name, value, least in (
+    for name, value, minimum in (
         ("chunk_size", chunk_size, 1),
         ("top_k", top_k, 1),
         ("exclude_window", exclude_window, 0),
         ("query_block", query_block, 1),
     ):
-        check_integer(name, value, least)
+        check_integer(name, value, minimum)
     if isinstance(offset, torch.Tensor):
         check_tensor("offset", offset, "B", sizes, (torch.int32, torch.int64))
         check_same("offset", offset, "retrieval_q", retrieval_q, dtype=False)
@@ -101,7 +108,7 @@ def check_chunk_attention(q, k, v, indices, weights) -> None:
 
 
 def check_decode(retrieval_q, landmarks, q, k, v, chunk_size) -> None:
-    """What `decode` asks for beyond `retrieve` and `chunk_attention`: one token, and sizes that agree between the two."""
+    """What `decode` requires beyond its parts: one token, and sizes that agree."""
     check_integer("chunk_size", chunk_size, 1)
     sizes = {"1": 1, "S": chunk_size}
     check_tensor("retrieval_q", retrieval_q, "B 1 J R", sizes)
@@ -134,8 +141,8 @@ def check_sliding_window(q, k, v, window) -> None:
         )
 
 
-def check_ring(q, k, v, positions) -> None:
-    """The arguments of `ring_attention`."""
+def check_window_decode(q, k, v, positions) -> None:
+    """The arguments of `window_decode_attention`."""
     sizes: dict[str, int] = {"1": 1}
     check_tensor("q", q, "B 1 H D", sizes)
     check_tensor("k", k, "B W J D", sizes)
@@ -147,13 +154,16 @@ def check_ring(q, k, v, positions) -> None:
     check_heads(sizes["H"], sizes["J"])
 
 
-def check_enter_ring(q, k, v, ring_k, ring_v, slots) -> None:
-    """The arguments of `enter_ring` that are not a layer's own."""
+def check_update_window_cache(q, k, v, cache_k, cache_v, slots) -> None:
+    """The arguments of `update_window_cache` that change from token to token."""
     sizes: dict[str, int] = {"1": 1}
     for name, tensor, shape in (
-        ("q", q, "B 1 H D"), ("k", k, "B 1 J D"), ("v", v, "B 1 J D"),
-        ("ring_k", ring_k, "B W J D"), ("ring_v", ring_v, "B W J D"),
-    ):  # fmt: skip
+        ("q", q, "B 1 H D"),
+        ("k", k, "B 1 J D"),
+        ("v", v, "B 1 J D"),
+        ("cache_k", cache_k, "B W J D"),
+        ("cache_v", cache_v, "B W J D"),
+    ):
         check_tensor(name, tensor, shape, sizes)
         check_same(name, tensor, "q", q)
     check_tensor("slots", slots, "B", sizes, (torch.int64,))

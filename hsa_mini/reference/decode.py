@@ -19,10 +19,11 @@ def decode(
     offset: int | torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Retrieve and attend for one new token per sequence: the twin of `retrieve` followed by `chunk_attention`.
+    """Retrieve and attend for one new token per sequence: `retrieve`, then `chunk_attention`.
 
-    retrieval_q [B, 1, J, R], landmarks [B, N, J, R], q [B, 1, H, D], k and v [B, N, S, J, D] -> [B, 1, H, D].
-    offset: position of the new token. Raises ValueError for wrong shapes, dtypes or devices.
+    retrieval_q [B, 1, J, R], landmarks [B, N, J, R], q [B, 1, H, D], k and v [B, N, S, J, D] -> [B,
+    1, H, D]. offset: position of the new token. Raises ValueError for wrong shapes, dtypes or
+    devices.
     """
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
     indices, weights = retrieve(

@@ -1,4 +1,7 @@
-"""Counter-based Gumbel noise (Philox-4x32-10): the same (seed, b, t, j, chunk) gives the same noise everywhere."""
+"""Counter-based Gumbel noise (Philox-4x32-10).
+
+The same (seed, b, t, j, chunk) gives the same noise everywhere.
+"""
 
 import torch
 
@@ -6,8 +9,11 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32). Of the seed,
-    an int or an int64 tensor [], the low 64 bits count; `counter`: four int64 tensors."""
+    """First output word of Philox-4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32).
+
+    seed: an int or an int64 tensor [], of which the low 64 bits are used. counter: four int64
+    tensors of one shape.
+    """
     c0, c1, c2, c3 = counter
     key0 = seed & _MASK
     key1 = (seed >> 32) & _MASK
@@ -24,8 +30,12 @@ def philox(seed: int | torch.Tensor, counter: tuple[torch.Tensor, ...]) -> torch
 
 
 def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high 32 bits of x * constant; in halves, since the product may not fit in a signed 64-bit integer."""
-    # each below 2^48
+    """Low and high 32 bits of x * constant.
+
+    The constant is split in two halves, because the whole product may not fit in a signed 64-bit
+    integer.
+    """
+    # both products are below 2^48
     low = x * (constant & 0xFFFF)
     high = x * (constant >> 16)
     total = low + ((high & 0xFFFF) << 16)
@@ -35,7 +45,10 @@ def _multiply(x: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tenso
 def gumbel_noise(
     seed: int | torch.Tensor, positions: torch.Tensor, heads: int, chunks: int
 ) -> torch.Tensor:
-    """Gumbel(0, 1) noise [B, T, J, N] fp32 for tokens at `positions` [B, T] (int64, counted from the sequence's start)."""
+    """Gumbel(0, 1) noise float32 [B, T, J, N] for tokens at `positions` int64 [B, T].
+
+    Positions are counted from the start of the sequence.
+    """
     device = positions.device
     b = torch.arange(positions.shape[0], device=device)[:, None, None, None]
     j = torch.arange(heads, device=device)[:, None]

@@ -23,38 +23,31 @@ def retrieve(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
 
-    retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot) and weights
-    [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry the gradient).
+    retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot)
+    and weights [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry
+    the gradient).
 
-    offset: position of token 0, an int or an int tensor [B]. weighting: "softmax" over the kept scores, or
-    "stick_breaking" (slots then go from the newest chunk to the oldest). gumbel_seed: noise on the choice alone; an int or
-    an int64 tensor []. exclude_window: chunks that lie wholly inside this many last tokens are not visible. query_block: this
-    many tokens share the choice and the weights of the first of them. Of equal scores the newest chunk is kept.
+    offset: position of token 0, an int or an int tensor [B].
+    weighting: "softmax" over the kept scores, or "stick_breaking" (slots are then ordered from the
+    newest chunk to the oldest).
+    gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
+    exclude_window: chunks that lie wholly inside this many last tokens are not visible.
+    query_block: this many tokens share the choice and the weights of the first of them. Ties go to
+    the newest chunk. Raises ValueError for wrong shapes, dtypes, devices or ranges.
 
-    Raises ValueError for wrong shapes, dtypes, devices or ranges.
-    NOTE: differs from the paper, which prints `i <= floor(t/S)`: read with indices from 0 that shows a token the chunk
-    that holds its own future. Here chunk i is visible from token (i+1)*S on, when it is complete.
+    NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0,
+    would show a token the chunk that holds its own future. Here chunk i is visible from token
+    (i+1)*S on, when it is complete.
     """
     check_retrieve(
-        retrieval_q,
-        landmarks,
-        chunk_size,
-        top_k,
-        offset,
-        weighting,
-        gumbel_seed,
-        exclude_window,
+        retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window,
         query_block,
-    )
+    )  # fmt: skip
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
     dtype = torch.promote_types(retrieval_q.dtype, torch.float32)
     steps = torch.arange(0, T, query_block, device=retrieval_q.device)
-    # an int stays one: as a tensor it would have to be copied to a GPU, which waits for all work before it
-    positions = (
-        steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)
-    ).expand(B, -1)
-
+    positions = shifted(steps, offset).expand(B, -1)
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
     scores = scores.masked_fill(
@@ -78,21 +71,29 @@ def retrieve(
     return indices, weights
 
 
+def shifted(steps: torch.Tensor, offset: int | torch.Tensor) -> torch.Tensor:
+    """steps [T] plus an offset, an int or [B] -> positions [T] or [B, T]."""
+    # An int offset stays an int: a tensor would have to be copied to the GPU, which waits for all
+    # work in front of it.
+    return steps + (offset.reshape(-1, 1) if isinstance(offset, torch.Tensor) else offset)
+
+
 def visible_chunks(
     positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0
 ) -> torch.Tensor:
-    """positions [..., T] -> bool [..., T, N]: complete, and not wholly inside the last `exclude_window` tokens."""
+    """positions [..., T] -> bool [..., T, N]: complete, and not wholly in the excluded window."""
     start = torch.arange(chunks, device=positions.device) * chunk_size
     complete = start + chunk_size <= positions[..., None]
     return complete & (start <= positions[..., None] - exclude_window)
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices (int64, [..., k]) of the k largest along the last axis, the newest of equals; -1 where that is -inf."""
+    """Indices int64 [..., k] of the k largest; ties go to the newest chunk; -1 for -inf scores."""
     chunks = scores.shape[-1]
     if k == 0:
         return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
-    # torch.topk leaves ties open, so it only finds the k-th value: what exceeds it is kept, then equals by age.
+    # torch.topk does not define the order of ties, so it only finds the k-th value. What exceeds
+    # this value is kept, then what equals it, the newest first.
     threshold = scores.topk(k, dim=-1).values[..., -1:]
     index = torch.arange(chunks, device=scores.device)
     rank = torch.where(
@@ -103,7 +104,7 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Tensor:
-    """Weights of the kept scores along the last axis; 0 in `empty` slots, whatever score they hold."""
+    """Weights of the kept scores along the last axis; 0 in `empty` slots."""
     kept = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
     return (
         torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)
@@ -111,5 +112,5 @@ def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Te
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:
-    """Weights exp(s_i - sum_{j<=i} softplus(s_j)) along the last axis; each takes its share of what is left."""
+    """exp(s_i - sum_{j<=i} softplus(s_j)): each weight takes a share of what is left."""
     return torch.exp(scores - torch.nn.functional.softplus(scores).cumsum(-1))

@@ -1,6 +1,7 @@
-"""Exact sliding-window attention, the plain quadratic way.
+"""Exact sliding-window attention, in quadratic time.
 
-Dimensions: B batch, T tokens, P cached keys in front, H query heads, J key/value heads, G = H/J, D head dimension.
+Dimensions: B batch, T tokens, P cached keys in front of the tokens, H query heads, J key/value
+heads, G = H/J, D head dimension.
 """
 
 import torch
@@ -11,10 +12,11 @@ from hsa_mini.reference.checks import check_sliding_window
 def sliding_window_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int
 ) -> torch.Tensor:
-    """Token t attends the `window` keys that end at its own.
+    """Every token attends to the last `window` keys, its own included.
 
     q [B, T, H, D], k and v [B, P+T, J, D] with P cached keys in front -> [B, T, H, D] in q's dtype.
-    Computes in float32 (float64 for float64). Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    Computes in float32 (float64 for float64). Raises ValueError for wrong shapes, dtypes, devices
+    or ranges.
     """
     check_sliding_window(q, k, v, window)
     T, H, D = q.shape[1:]

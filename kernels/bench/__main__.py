@@ -1,7 +1,7 @@
-"""`python kernels/bench`: how long the operations take, or a whole model, and how much memory, on the device that is there.
+"""`python kernels/bench`: time and memory of the operations, or of a whole model, on this device.
 
-Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, H query heads, J key/value heads, D head
-dimension, R retrieval dimension, W window.
+Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, H query heads, J
+key/value heads, D head dimension, R retrieval dimension, W window.
 """
 
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from ceilings import bytes_per_second, flops_per_second
+from table import COLUMNS, COLUMNS_OF_WINDOWS, COLUMNS_ON_GPU, table
 from timing import measure
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one measurement; those of the `mini` preset unless told otherwise."""
+    """The sizes of one measurement. The defaults are those of the `mini` preset."""
 
     T: int
     N: int
@@ -40,7 +41,10 @@ class Case:
 
     @property
     def trains(self) -> bool:
-        """Whole sequences are trained on; a few last tokens over a long memory are only read."""
+        """Whether the backward pass is timed too.
+
+        It is for whole sequences, and not for a few tokens behind a long memory.
+        """
         return self.N * self.S == self.T
 
 
@@ -56,15 +60,12 @@ def inputs(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
             shape, generator=generator, device=device, dtype=getattr(torch, case.dtype)
         )
 
-    B = case.B
-    T = case.T
-    N = case.N
-    J = case.J
+    B, T, N, J = case.B, case.T, case.N, case.J
     K = min(case.K, case.N)
     rows = []
-    for part in range(
-        0, T, 256
-    ):  # the random numbers of all tokens at once would need more memory than what is timed
+    # In parts, because the random numbers of all tokens at once would need more memory than the
+    # measurement.
+    for part in range(0, T, 256):
         drawn = torch.rand(B, min(256, T - part), J, N, generator=generator, device=device)
         rows.append(drawn.topk(K, dim=-1).indices.int())
     return {
@@ -107,7 +108,10 @@ def operations(
 
 
 def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> list[dict]:
-    """One row for each operation, forward, and forward with backward where the sizes are those of training."""
+    """One row per operation and pass.
+
+    Forward, and also forward with backward where the sizes are those of training.
+    """
     x = inputs(case, device)
     rows = []
     for name, call, learnt in operations(case, x):
@@ -116,71 +120,29 @@ def rows_of(case: Case, device: torch.device, advance: Callable[[], object]) -> 
                 with torch.no_grad():
                     ms, peak = measure(call, device)
             else:
-                leaves = [x[key].requires_grad_() for key in learnt]
-                gradient = torch.rand_like(call())
-                ms, peak = measure(lambda: torch.autograd.grad(call(), leaves, gradient), device)
-                for leaf in leaves:
-                    leaf.requires_grad_(False)
+                ms, peak = measure_backward(call, [x[key] for key in learnt], device)
             sizes = asdict(case) | ({"T": 1} if name == "decode" else {})
-            rows.append(
-                {
-                    "op": name,
-                    "pass": passes,
-                    **sizes,
-                    "choices": "random",
-                    "ms": ms,
-                    "peak_bytes": peak,
-                }
-            )
+            row = {"op": name, "pass": passes, **sizes, "choices": "random"}
+            rows.append(row | {"ms": ms, "peak_bytes": peak})
             advance()
     return rows
 
 
-def table(rows: list[dict], columns: dict[str, str]) -> str:
-    """The rows for people; columns: key and format of each."""
-    cells = [[*columns]]
-    for row in rows:
-        values = {
-            **row,
-            "peak_bytes": None if row.get("peak_bytes") is None else row["peak_bytes"] / 1e6,
-        }
-        cells.append(
-            [
-                "" if values.get(key) is None else format(values[key], how)
-                for key, how in columns.items()
-            ]
-        )
-    cells[0] = [
-        "peak MB" if key == "peak_bytes" else key.removesuffix("_ms") + " ms" * key.endswith("_ms")
-        for key in columns
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells
-    )
-
-
-COLUMNS = {
-    "op": "",
-    "pass": "",
-    **dict.fromkeys("BTNHDK", ","),
-    "dtype": "",
-    "ms": ",.3f",
-    "peak_bytes": ",.1f",
-}
-COLUMNS_ON_GPU = {
-    "op": "", "choices": "", **dict.fromkeys("THJK", ","), "ms": ",.3f", "cudnn_ms": ",.3f", "fa2_ms": ",.3f",
-    "portable_ms": ",.3f", "floor_ms": ",.3f", "peak_bytes": ",.1f",
-}  # fmt: skip
-COLUMNS_OF_WINDOWS = {"op": "", **dict.fromkeys("TWHJD", ",")} | {
-    f"{which}{passes}_ms": ",.3f"
-    for which in ("", "portable_")
-    for passes in ("forward", "forward_backward")
-}
+def measure_backward(
+    call: Callable, leaves: list[torch.Tensor], device: torch.device
+) -> tuple[float, int | None]:
+    """`measure` of a call and the gradients of its leaves."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+    gradient = torch.rand_like(call())
+    measured = measure(lambda: torch.autograd.grad(call(), leaves, gradient), device)
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    return measured
 
 
 def run_on_cpu(device: torch.device) -> tuple[dict, str]:
-    """The portable operations, on sizes that a processor takes seconds for."""
+    """The operations in plain PyTorch, on sizes that take a CPU some seconds."""
     rows = []
     with tqdm(
         total=sum(7 if case.trains else 4 for case in CASES), unit="measurement", desc=str(device)
@@ -191,7 +153,7 @@ def run_on_cpu(device: torch.device) -> tuple[dict, str]:
 
 
 def run_on_gpu(device: torch.device) -> tuple[dict, str]:
-    """The kernels, and what stands beside them."""
+    """The kernels, and the attention of PyTorch for comparison."""
     import on_gpu
 
     torch.manual_seed(SEED)

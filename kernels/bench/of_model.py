@@ -1,6 +1,7 @@
-"""A whole model with random weights: reading a long text and going on from it, with K and V on the device or in host memory.
+"""A whole model with random weights: prefill of a long text, then decoding, with K and V on the
+device or in host memory.
 
-Random weights cost what trained ones do, but for the chunks that neighbouring tokens share, which are fewer.
+Random weights cost as much as trained ones, except that neighbouring tokens share fewer chunks.
 """
 
 import time
@@ -17,29 +18,31 @@ from hsa_mini.inference.prefill import prefill
 from hsa_mini.model.core import Output
 from hsa_mini.model.cost_estimate import estimate_cost
 
-# tokens: 64k, 1m and 16m of the keys
+# Tokens: "64k", "1m" and "16m" in the keys of the results.
 NEAR = 1 << 16
 LONG = 1 << 20
 LONGEST = 1 << 24
-# tokens decoded before, and while, time is taken
+# Tokens decoded before the clock starts, and while it runs.
 WARM = 16
 DECODED = 256
 
 
 def waited(device: torch.device) -> float:
-    """The time, once the device has done all that it was asked for."""
+    """The time after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
-    """What decoding one token behind `tokens` others has to read: weights it meets, windows, landmarks, chosen chunks."""
+    """Bytes that decoding one token behind `tokens` others has to read.
+
+    They are active weights, windows, landmarks and chosen chunks.
+    """
     counted = estimate_cost(preset, tokens)
     config = PRESETS[preset]
-    weights = 2 * (
-        counted.params_active_with_head - counted.params_by_part["chunk encoder"]
-    )  # 2 bytes each, as in the plan
+    # 2 bytes per number, as in the cost estimate
+    weights = 2 * (counted.params_active_with_head - counted.params_by_part["chunk encoder"])
     chosen = counted.kv_bytes * min(config.top_k / (tokens // config.chunk_size), 1)
     needed = (
         weights + counted.window_cache_bytes + config.groups * (counted.landmark_bytes + chosen)
@@ -51,7 +54,7 @@ def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
 def read(
     model: HSAModel, tokens: int, advance: Callable[[int], object], *, offload: bool = False
 ) -> tuple[Output, float]:
-    """A random text of so many tokens; the seconds it takes. Peak memory is counted from here on."""
+    """Prefill of a random text: its output, and its seconds. Resets the peak of memory."""
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator, device=device)
@@ -64,7 +67,7 @@ def read(
 
 
 def seconds_per_token(model: HSAModel, output: Output) -> float:
-    """Greedy decoding from a prefill on, one sequence, chunks that complete on the way included."""
+    """Greedy decoding of one sequence after a prefill, with the chunks that become complete."""
     device = model.norm.weight.device
     output.memory.ensure_capacity(output.memory.position + WARM + DECODED)
     steps = DecodeStep(model, output.memory, graph=device.type == "cuda")
@@ -77,7 +80,10 @@ def seconds_per_token(model: HSAModel, output: Output) -> float:
 
 
 def measure_model(preset: str, device: torch.device) -> dict:
-    """Every figure of one model; see the keys. `peak_bytes` include the weights, and are None where there is no GPU."""
+    """Every figure of one model, by key.
+
+    `peak_bytes` include the weights, and are None without a GPU.
+    """
     torch.manual_seed(0)
     model = HSAModel(
         PRESETS[preset], device=device, dtype=torch.bfloat16 if device.type == "cuda" else None
@@ -89,9 +95,7 @@ def measure_model(preset: str, device: torch.device) -> dict:
         unit_scale=True,
         desc=f"{preset}: prefill",
     ) as bar:
-        seconds_per_token(
-            model, read(model, NEAR, bar.update)[0]
-        )  # whatever is compiled is compiled now
+        seconds_per_token(model, read(model, NEAR, bar.update)[0])  # a first run, which compiles
         near = seconds_per_token(model, read(model, NEAR, bar.update)[0])
         long = read(model, LONG, bar.update)[1]
         result = {"prefill_1m_seconds": long, "prefill_1m_peak_bytes": peak_bytes(device)}

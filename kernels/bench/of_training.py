@@ -1,7 +1,8 @@
-"""A training step of a whole model on one long sequence, beside the same with full attention in every block.
+"""A training step of a whole model on one long sequence, and the same with full attention in every
+block.
 
-Weights, gradients and the optimizer's state are bfloat16 on a GPU. Blocks, and the head, are computed again for their
-gradients, so that of a block no more than its input is kept.
+Weights, gradients and the optimizer's state are bfloat16 on a GPU. Blocks and the head are
+recomputed in the backward pass, so that only the input of each block is kept.
 """
 
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from hsa_mini.lab.variants import NO_HSA, WithoutHSA
 from hsa_mini.model.cost_estimate import training_flops
 from hsa_mini.model.moe import MoE
 
-TOKENS = 1 << 14  # 16k of the keys
-PREDICTED = 2048  # tokens whose logits are there at once
+TOKENS = 1 << 14  # "16k" in the keys of the results
+PREDICTED = 2048  # tokens whose logits are held at once
 
 
 def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss of ids [B, T+1]; the logits of a few tokens at a time."""
+    """Mean loss of ids [B, T+1], with the logits of `PREDICTED` tokens at a time."""
     memory = ChunkMemory(model.config)
     hidden = model.lower_decoder(ids[:, :-1], memory)
     model.append_chunks(hidden, memory)
@@ -40,7 +41,7 @@ def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
-    """A call that trains `model` on one random sequence and returns the loss."""
+    """A function that trains `model` on one random sequence and returns the loss."""
     device = model.norm.weight.device
     ids = torch.randint(
         model.config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0)
@@ -65,7 +66,7 @@ def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
 def timed(
     make: Callable[..., HSAModel], device: torch.device, dtype: torch.dtype
 ) -> tuple[float, int | None]:
-    """Seconds of a step, and the most bytes that are in use in it, the model's and the optimizer's too."""
+    """Seconds of a step, and its peak of bytes, including the model and the optimizer."""
     torch.manual_seed(0)
     step = make_step(make(device=device, dtype=dtype).train(), TOKENS)
     milliseconds, _ = measure(step, device)
@@ -73,15 +74,17 @@ def timed(
 
 
 def measure_training(preset: str, device: torch.device) -> dict:
-    """Every figure of training; see the keys. MFU: the share of the rate of a matrix product, nothing counted twice."""
-    # as the product, which says what the device can do
+    """Every figure of training, by key.
+
+    MFU is the useful FLOP as a share of the measured rate of a matrix product.
+    """
     config = PRESETS[preset]
-    dtype = PRODUCT[device.type][1]
+    dtype = PRODUCT[device.type][1]  # the dtype of the product that the MFU compares with
     rate = flops_per_second(device)
     seconds, peak = timed(partial(HSAModel, config), device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    # NOTE: in the place of window and HSA every block attends to all tokens, as a model without either would.
+    # For comparison: in place of the window and of HSA, every block attends to all tokens.
     full = replace(config, window=TOKENS, **NO_HSA)
     full_seconds, full_peak = timed(partial(WithoutHSA, full), device, dtype)
     return {

@@ -1,11 +1,13 @@
-"""The measurements on a GPU: the kernels beside PyTorch's cuDNN and FlashAttention-2.
+"""The measurements on a GPU: the kernels, and for comparison cuDNN and FlashAttention-2 from
+PyTorch.
 
-Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, H query heads, J key/value heads, D head
-dimension, R retrieval dimension, W window.
+Dimensions: B batch, T tokens, N chunks in memory, S chunk size, K chunks kept, H query heads, J
+key/value heads, D head dimension, R retrieval dimension, W window.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from timing import measure
@@ -13,33 +15,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import hsa_kernels
+from hsa_mini import ops
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.memory.chunk_memory import ChunkMemory
-from hsa_mini.ops import operations as ops
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import torch_backend
 from hsa_mini.paths import data_dir
 from hsa_mini.tasks.placement import tile
 
 LENGTHS = tuple(1024 * thousands for thousands in (4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024))
-LONGEST_FULL = 131072  # tokens: full attention beyond takes seconds a call
+MAX_FULL = 131072  # tokens; a call of full attention over more takes seconds
 RETRIEVED = (32768, 131072, 524288)
 REMEMBERED = (65536, 1 << 20, 1 << 24)  # tokens behind the one that is decoded
+# W, H, J, D
 WINDOWS = (
     (64, 16, 4, 128),
     (128, 4, 2, 64),
     (1024, 16, 4, 128),
     (4096, 16, 4, 128),
     (8192, 16, 4, 128),
-)  # W, H, J, D
+)
 WINDOW_TOKENS = 65536
-REPLAYS = 20  # calls in a captured graph: one alone would measure the launch
+REPLAYS = 20  # calls in a captured graph; with one alone the launch would be measured
 DEVICE = torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a row: the ones that the published kernel is measured on, unless told otherwise."""
+    """The sizes of a row. The defaults are those that the published kernel is measured with."""
 
     T: int
     B: int = 1
@@ -59,7 +62,10 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def random_choices(shape: Shape) -> torch.Tensor:
-    """Every token chooses K of the chunks it sees, whichever: int32 [1, T, J, K], -1 where it sees fewer."""
+    """Every token chooses K of its visible chunks at random.
+
+    Returns int32 [1, T, J, K], -1 where it sees fewer.
+    """
     parts = []
     for start in range(0, shape.T, 4096):
         position = torch.arange(start, min(start + 4096, shape.T), device=DEVICE)[:, None, None]
@@ -73,7 +79,10 @@ def random_choices(shape: Shape) -> torch.Tensor:
 
 
 class Trained:
-    """What the shipped mini model chooses in held-out text, K chunks a token, by the scores of its first HSA layer."""
+    """Choices of the shipped mini model in held-out text.
+
+    A token has K chunks, by the scores of its first HSA layer.
+    """
 
     def __init__(self) -> None:
         self.model = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini", device=DEVICE)
@@ -83,11 +92,11 @@ class Trained:
     def choices(self, shape: Shape) -> torch.Tensor:
         ids = torch.from_numpy(tile(self.text, shape.T, 0).astype("int64")).to(DEVICE)[None]
         memory = ChunkMemory(self.model.config, reserve_tokens=shape.T)
-        asked = []
+        queries = []
         for part in ids.split(8192, dim=1):
-            asked.append(self.model(part, memory).aux.retrievals[0].queries)
+            queries.append(self.model(part, memory).aux.retrievals[0].queries)
         indices, _ = ops.retrieve(
-            torch.cat(asked, dim=1), memory.chunks.landmarks, chunk_size=shape.S, top_k=shape.K
+            torch.cat(queries, dim=1), memory.chunks.landmarks, chunk_size=shape.S, top_k=shape.K
         )
         return indices
 
@@ -95,11 +104,9 @@ class Trained:
 def attention_calls(
     shape: Shape, indices: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """forward, and forward_backward, of chunk attention over these choices."""
-    q, k, v = (
-        normal(shape.B, shape.T, shape.H, shape.D),
-        *(normal(shape.B, shape.N, shape.S, shape.J, shape.D) for _ in "kv"),
-    )
+    """The calls `forward` and `forward_backward` of chunk attention over these choices."""
+    q = normal(shape.B, shape.T, shape.H, shape.D)
+    k, v = (normal(shape.B, shape.N, shape.S, shape.J, shape.D) for _ in "kv")
     weights = (
         torch.rand(indices.shape, device=DEVICE)
         .masked_fill(indices < 0, float("-inf"))
@@ -135,12 +142,12 @@ def full_attention(shape: Shape, backend: SDPBackend, op: str) -> float:
 
 
 def attention_rows(
-    shape: Shape, choices: str, indices: torch.Tensor, *, beside: bool
+    shape: Shape, choices: str, indices: torch.Tensor, *, compare: bool
 ) -> Iterator[dict]:
     chosen = int((indices >= 0).sum())
     for op, call in attention_calls(shape, indices):
         ms, peak = measure(call, DEVICE)
-        full = beside and shape.T <= LONGEST_FULL
+        full = compare and shape.T <= MAX_FULL
         yield {
             "op": op, **asdict(shape), "dtype": "bfloat16", "choices": choices, "ms": ms,
             "cudnn_ms": full_attention(shape, SDPBackend.CUDNN_ATTENTION, op) if full else None,
@@ -150,13 +157,14 @@ def attention_rows(
 
 
 def retrieve_row(shape: Shape, R: int = 128) -> dict:
-    asked = normal(1, shape.T, shape.J, R)
+    queries = normal(1, shape.T, shape.J, R)
     landmarks = normal(1, shape.N, shape.J, R)
     ms, peak = measure(
-        lambda: hsa_kernels.retrieve(asked, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE
+        lambda: hsa_kernels.retrieve(queries, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE
     )
-    portable, _ = measure(
-        lambda: blockwise.retrieve(asked, landmarks, chunk_size=shape.S, top_k=shape.K), DEVICE
+    plain, _ = measure(
+        lambda: torch_backend.retrieve(queries, landmarks, chunk_size=shape.S, top_k=shape.K),
+        DEVICE,
     )
     row = {
         "op": "retrieve",
@@ -166,11 +174,11 @@ def retrieve_row(shape: Shape, R: int = 128) -> dict:
         "choices": "random",
         "ms": ms,
     }
-    return row | {"cudnn_ms": None, "fa2_ms": None, "portable_ms": portable, "peak_bytes": peak}
+    return row | {"cudnn_ms": None, "fa2_ms": None, "portable_ms": plain, "peak_bytes": peak}
 
 
 def captured(call: Callable[[int], object]) -> float:
-    """Milliseconds of one call, of `REPLAYS` in a CUDA graph; call(i) is given its number."""
+    """Milliseconds of one of the `REPLAYS` calls in a CUDA graph; call(i) gets its number."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -181,18 +189,20 @@ def captured(call: Callable[[int], object]) -> float:
 
 
 def decode_row(tokens: int, bytes_per_second: float, R: int = 128) -> dict:
-    """One new token behind so many; `floor_ms` is the time of reading the landmarks once at the measured copy speed."""
+    """One new token behind `tokens` others.
+
+    `floor_ms` is the time of reading the landmarks once at the measured rate of a copy.
+    """
     shape = Shape(T=tokens)
-    asked = normal(1, 1, 1, R)
+    query = normal(1, 1, 1, R)
     q = normal(1, 1, shape.H, shape.D)
-    copies = max(
-        1, (1 << 28) // (shape.N * R * 2)
-    )  # more landmarks than the cache holds, read in turn
+    # More landmarks than the cache holds, read in turn.
+    copies = max(1, (1 << 28) // (shape.N * R * 2))
     landmarks = [normal(1, shape.N, 1, R) for _ in range(copies)]
     k, v = (normal(1, shape.N, shape.S, 1, shape.D) for _ in "kv")
     offset = torch.full((1,), tokens, device=DEVICE)
     options = dict(chunk_size=shape.S, top_k=shape.K, offset=offset)
-    ms = captured(lambda i: hsa_kernels.decode(asked, landmarks[i % copies], q, k, v, **options))
+    ms = captured(lambda i: hsa_kernels.decode(query, landmarks[i % copies], q, k, v, **options))
     row = {
         "op": "decode",
         **asdict(shape),
@@ -210,7 +220,7 @@ def decode_row(tokens: int, bytes_per_second: float, R: int = 128) -> dict:
 
 
 def window_rows() -> Iterator[dict]:
-    """What the window costs through `ops`, and in plain PyTorch."""
+    """Sliding-window attention through `ops`, and in plain PyTorch."""
     for W, H, J, D in WINDOWS:
         q, k, v = (normal(1, WINDOW_TOKENS, heads, D) for heads in (H, J, J))
         row = {
@@ -225,25 +235,37 @@ def window_rows() -> Iterator[dict]:
         }
         for name, attend in (
             ("", ops.sliding_window_attention),
-            ("portable_", blockwise.sliding_window_attention),
+            ("portable_", torch_backend.sliding_window_attention),
         ):
-            row[f"{name}forward_ms"] = measure(lambda: attend(q, k, v, window=W), DEVICE)[0]
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            gradient = normal(*q.shape)
-            backward = measure(
-                lambda: torch.autograd.grad(attend(*leaves, window=W), leaves, gradient), DEVICE
+            row[f"{name}forward_ms"], row[f"{name}forward_backward_ms"] = _window_times(
+                partial(attend, window=W), q, k, v
             )
-            row[f"{name}forward_backward_ms"] = backward[0]
         yield row
 
 
+def _window_times(
+    attend: Callable[..., torch.Tensor], *tensors: torch.Tensor
+) -> tuple[float, float]:
+    """Milliseconds of forward, and of forward with backward."""
+    forward, _ = measure(lambda: attend(*tensors), DEVICE)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    gradient = normal(*tensors[0].shape)
+    both, _ = measure(lambda: torch.autograd.grad(attend(*leaves), leaves, gradient), DEVICE)
+    return forward, both
+
+
 def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
-    """What is measured, in order: a name for people, and what yields its rows; `bytes_per_second` is a copy's."""
+    """The measurements in order: a name to show, and a call that yields rows.
+
+    `bytes_per_second` is the rate of a copy.
+    """
     for T in LENGTHS:
         shape = Shape(T)
         yield (
             f"random choices, {T:,} tokens",
-            lambda shape=shape: attention_rows(shape, "random", random_choices(shape), beside=True),
+            lambda shape=shape: attention_rows(
+                shape, "random", random_choices(shape), compare=True
+            ),
         )
     for J in (2, 4, 8, 16):
         for T in (16384, 65536):
@@ -251,7 +273,7 @@ def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[
             yield (
                 f"H/J of {shape.H // J}, {T:,} tokens",
                 lambda shape=shape: attention_rows(
-                    shape, "random", random_choices(shape), beside=False
+                    shape, "random", random_choices(shape), compare=False
                 ),
             )
     trained = Trained()
@@ -260,7 +282,7 @@ def steps(bytes_per_second: float) -> Iterator[tuple[str, Callable[[], Iterator[
         yield (
             f"trained choices, {T:,} tokens",
             lambda shape=shape: attention_rows(
-                shape, "trained", trained.choices(shape), beside=False
+                shape, "trained", trained.choices(shape), compare=False
             ),
         )
     for T in RETRIEVED:

@@ -3,28 +3,28 @@
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
 WARMUP = 2
 SAMPLES = 10
-# calls that would take longer than this are timed fewer times
-LEAST_SAMPLES = 3
-SECONDS = 1.5
+MIN_SAMPLES = 3
+SECONDS = 1.5  # calls that would take longer in all are timed fewer times
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
-    """Median milliseconds, and the most bytes that a call allocates on a GPU (None elsewhere)."""
+    """Median milliseconds of a call, and its peak of allocated bytes on a GPU (None elsewhere)."""
     return (_measure_gpu if device.type == "cuda" else _measure_cpu)(call)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most bytes in use on a GPU since they were last counted anew (None elsewhere)."""
+    """The peak of bytes in use on a GPU since the last reset (None elsewhere)."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _samples(seconds: float) -> int:
-    return min(SAMPLES, max(LEAST_SAMPLES, int(SECONDS / max(seconds, 1e-9))))
+    return min(SAMPLES, max(MIN_SAMPLES, int(SECONDS / max(seconds, 1e-9))))
 
 
 def _measure_cpu(call: Callable[[], object]) -> tuple[float, None]:
@@ -39,7 +39,9 @@ def _measure_cpu(call: Callable[[], object]) -> tuple[float, None]:
 
 
 def _measure_gpu(call: Callable[[], object]) -> tuple[float, int]:
-    """Calls follow each other without waiting, as in a model: what the processor does between launches stays hidden."""
+    """Calls follow each other without waiting, as in a model, so that work of the CPU between
+    launches is hidden.
+    """
     for _ in range(WARMUP):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -54,5 +56,5 @@ def _measure_gpu(call: Callable[[], object]) -> tuple[float, int]:
         call()
         mark.record()
     torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in zip(marks, marks[1:])]
+    times = [start.elapsed_time(end) for start, end in pairwise(marks)]
     return statistics.median(times), torch.cuda.max_memory_allocated() - before

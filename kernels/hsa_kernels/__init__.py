@@ -1,21 +1,25 @@
-"""Triton kernels: each the twin of a portable operation, and `fetch`, which reads host memory."""
+"""Triton kernels: twins of operations in plain PyTorch, and `fetch`, which reads host memory.
 
-from .chunk_attention import chunk_attention
-from .decode import decode
-from .dispatch import dispatch
-from .enter_ring import enter_ring
-from .experts import experts
-from .fetch import fetch
-from .retrieval import retrieve
-from .ring_attention import ring_attention
+A package per operation: `attention` (chunk attention), `retrieval`, `decoding`, `window`,
+`experts`, `host`; `common` is what they share.
+"""
+
+from hsa_kernels.attention.operator import chunk_attention
+from hsa_kernels.decoding.operator import decode
+from hsa_kernels.experts.dispatch import dispatch
+from hsa_kernels.experts.grouped_experts import grouped_experts
+from hsa_kernels.host.fetch import fetch
+from hsa_kernels.retrieval.operator import retrieve
+from hsa_kernels.window.update_window_cache import update_window_cache
+from hsa_kernels.window.window_decode_attention import window_decode_attention
 
 __all__ = [
     "chunk_attention",
     "decode",
     "dispatch",
-    "enter_ring",
-    "experts",
     "fetch",
+    "grouped_experts",
     "retrieve",
-    "ring_attention",
+    "update_window_cache",
+    "window_decode_attention",
 ]

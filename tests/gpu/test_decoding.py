@@ -1,4 +1,8 @@
-"""Decoding on a GPU: captured steps equal eager ones, K and V in host memory equal K and V on the device, bytes are bounded."""
+"""Decoding on a GPU.
+
+Captured steps equal eager ones, K and V in host memory equal K and V on the device, bytes are
+bounded.
+"""
 
 import dataclasses
 
@@ -11,7 +15,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAModel, ops
 from hsa_mini.inference.decode_step import Steps
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory import host_chunks as offload
-from hsa_mini.ops import torch_backend as blockwise
+from hsa_mini.ops import torch_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MINI = PRESETS["mini"]
@@ -44,7 +48,10 @@ def spoken(model, memory, ids, *, graph: bool) -> torch.Tensor:
 @pytest.mark.parametrize("far", [False, True], ids=["on the device", "offloaded"])
 @torch.no_grad()
 def test_a_captured_step_equals_an_eager_one(changes, far):
-    """Texts of different lengths, past several chunks: the same launches on the same numbers, but for the room they look at."""
+    """Texts of different lengths, past several chunks.
+
+    Launches and numbers are the same, except for the capacity of the buffers.
+    """
     model, ids, after = build(**changes), text(3, 3000), text(3, 200, seed=1)
     lengths = torch.tensor([3000, 100, 1234])
     want, got = (
@@ -115,7 +122,11 @@ def test_an_offloaded_memory_is_saved_selected_and_loaded(tmp_path):
 
 @torch.no_grad()
 def test_device_bytes_are_bounded(monkeypatch):
-    """256K tokens: beside landmarks and caches, two blocks of fetched chunks and what a segment needs; K and V are 67 MB."""
+    """Prefill of 256K tokens.
+
+    In addition to landmarks and caches, the device holds two blocks of fetched chunks and what a
+    segment needs; K and V are 67 MB.
+    """
     monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 22)
     model, ids = build(), text(1, 1 << 18)
     prefill(
@@ -156,14 +167,14 @@ def test_attention_over_fetched_chunks_equals_attention_over_all(T, monkeypatch)
     )
 
 
-def test_ring_attention_is_as_precise_as_pytorch():
+def test_window_decode_attention_is_as_precise_as_pytorch():
     q, k, v = (
         draw(*shape, seed=i, dtype=torch.bfloat16)
         for i, shape in enumerate(((3, 1, 16, 128), *((3, 4096, 4, 128),) * 2))
     )
     positions = torch.tensor([0, 3000, 1 << 24], device="cuda")
-    got = hsa_kernels.ring_attention(q, k, v, positions)
-    exact = blockwise.ring_attention(q.double(), k.double(), v.double(), positions)
+    got = hsa_kernels.window_decode_attention(q, k, v, positions)
+    exact = torch_backend.window_decode_attention(q.double(), k.double(), v.double(), positions)
     assert relative_error(got, exact) < 5e-3
 
 

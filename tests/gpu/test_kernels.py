@@ -1,7 +1,8 @@
-"""The Triton kernels on a GPU: precision beside PyTorch's own, large offsets, equal runs, captured graphs.
+"""The Triton kernels on a GPU: precision beside PyTorch's own, large offsets, equal runs, captured
+graphs.
 
-Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R retrieval dimension, N chunks, S
-chunk size, K kept.
+Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head dimension, R
+retrieval dimension, N chunks, S chunk size, K kept.
 """
 
 import pytest
@@ -34,8 +35,11 @@ def inputs(B=2, T=129, J=1, G=16, D=128, N=40, S=64, K=16, dtype=torch.bfloat16)
 
 
 def plain(q, k, v, indices, weights):
-    """The equation in PyTorch, every product and every intermediate in the dtype of q (weights are float32)."""
-    B, T, H, D = q.shape
+    """The equation in PyTorch, every product and every intermediate in the dtype of q (weights are
+    float32).
+    """
+    B = q.shape[0]
+    H, D = q.shape[2:]
     J = k.shape[3]
     b = torch.arange(B, device="cuda")[:, None, None, None]
     j = torch.arange(J, device="cuda")[:, None]
@@ -57,7 +61,8 @@ def with_gradients(operation, tensors, indices, weights) -> dict[str, torch.Tens
 
 
 SHAPES = [
-    *(dict(G=G, J=J) for G, J in ((1, 2), (2, 1), (3, 2), (4, 1), (8, 1), (16, 1), (16, 2), (64, 1))),
+    *(dict(G=G, J=J) for G, J in ((1, 2), (2, 1), (3, 2), (4, 1), (8, 1), (16, 1), (16, 2), (64,
+    1))),
     *(dict(D=D) for D in (16, 64, 80, 256)),
     *(dict(S=S) for S in (16, 48, 128)),
     *(dict(K=K) for K in (1, 3, 40)),
@@ -107,7 +112,10 @@ def test_fifty_runs_give_the_same_bits():
 
 
 def test_offsets_beyond_31_bits():
-    """q of 2.3e9 numbers, k and v of 2.2e9 each: the last tokens and chunks are where they should be."""
+    """q of 2.3e9 numbers, k and v of 2.2e9 each.
+
+    The last tokens and chunks are where they should be.
+    """
     T, N = (1 << 20) + (1 << 17), 1 << 18
     q = draw(1, 2048, 16, 128, dtype=torch.bfloat16).repeat(1, T // 2048, 1, 1)
     k, v = (
@@ -144,7 +152,9 @@ def test_offsets_beyond_31_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [None, 11])
 def test_retrieve_keeps_the_best(T, N, R, K, dtype, seed):
-    """Chunks that the float64 reference keeps and we do not score no more than rounding below those we keep instead."""
+    """Chunks that the float64 reference keeps and we do not score no more than rounding below those
+    we keep instead.
+    """
     q, landmarks = draw(2, T, 2, R, dtype=dtype), draw(2, N, 2, R, seed=1, dtype=dtype)
     options = dict(chunk_size=64, top_k=K, offset=N * 64, gumbel_seed=seed)
     indices, weights = hsa_kernels.retrieve(q, landmarks, **options)

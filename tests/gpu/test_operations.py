@@ -1,4 +1,7 @@
-"""The operations and the model on a GPU, against the float64 reference there. Dimensions: as in `hsa_mini.ops.torch_backend`."""
+"""The operations and the model on a GPU, against the float64 reference there.
+
+Dimensions: as in `hsa_mini.ops.torch_backend`.
+"""
 
 from pathlib import Path
 
@@ -23,9 +26,9 @@ def gradients(operation, tensors, dtype, *fixed, **options):
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.fixture(params=["portable", "auto"])
-def implementation(request):
-    with ops.implementation(request.param):
+@pytest.fixture(params=["torch", "auto"])
+def backend(request):
+    with ops.backend(request.param):
         yield request.param
 
 
@@ -42,7 +45,7 @@ def implementation(request):
         (1280, 0, 2),
     ],
 )
-def test_sliding_window_equals_the_reference(implementation, T, P, W, dtype):
+def test_sliding_window_equals_the_reference(backend, T, P, W, dtype):
     tensors = draw(2, T, 4, 64), draw(2, P + T, 2, 64, seed=1), draw(2, P + T, 2, 64, seed=2)
     ours = gradients(ops.sliding_window_attention, tensors, dtype, window=W)
     exact = gradients(reference.sliding_window_attention, tensors, torch.float64, window=W)
@@ -52,7 +55,7 @@ def test_sliding_window_equals_the_reference(implementation, T, P, W, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("N", [15, 200])  # attend to all, gather
-def test_chunk_attention_equals_the_reference(implementation, N, dtype):
+def test_chunk_attention_equals_the_reference(backend, N, dtype):
     tensors = draw(2, 500, 16, 64), draw(2, N, 64, 1, 64, seed=1), draw(2, N, 64, 1, 64, seed=2)
     queries, landmarks = draw(2, 500, 1, 128, seed=3), draw(2, N, 1, 128, seed=4)
     indices, weights = reference.retrieve(queries, landmarks, chunk_size=64, top_k=8, offset=64 * N)

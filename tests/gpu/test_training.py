@@ -1,4 +1,7 @@
-"""Training on a GPU: in every stage, a recorded step equals a plain one to the last bit."""
+"""Training on a GPU.
+
+A recorded step does what a plain one does, to the last bit, in every stage of the recipe.
+"""
 
 import math
 from functools import partial

@@ -1,0 +1,1 @@
+"""Decoding: one new token against the whole memory."""

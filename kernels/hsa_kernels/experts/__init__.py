@@ -1,0 +1,1 @@
+"""The mixture of experts: the router's choice, and the experts themselves."""

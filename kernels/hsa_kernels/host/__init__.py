@@ -1,0 +1,1 @@
+"""Chunks that stay in pinned host memory."""
