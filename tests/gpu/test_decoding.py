@@ -12,7 +12,7 @@ from gpu_helpers import draw, relative_error
 
 import hsa_kernels
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, ops
-from hsa_mini.inference.decode_step import Steps
+from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory import host_chunks as offload
 from hsa_mini.ops import torch_backend
@@ -40,7 +40,7 @@ def text(B: int, T: int, seed: int = 0) -> torch.Tensor:
 
 
 def spoken(model, memory, ids, *, graph: bool) -> torch.Tensor:
-    steps = Steps(model, memory, graph=graph)
+    steps = DecodeStep(model, memory, graph=graph)
     return torch.stack([steps(token).clone() for token in ids.split(1, dim=1)], dim=1)
 
 
@@ -72,7 +72,7 @@ def test_a_graph_is_captured_anew_when_the_memory_moves():
     memory = ChunkMemory(model.config)
     model(ids, memory)
     assert (
-        memory.stores[0].shape[1] == memory.chunks
+        memory.chunks.buffers[0].shape[1] == len(memory.chunks)
     )  # no room: the first chunk that completes moves everything
     got = spoken(model, memory, after, graph=True)
     want = model(torch.cat((ids, after), dim=1)).logits[:, 1000:]
@@ -97,8 +97,8 @@ def test_it_makes_no_difference_where_k_and_v_lie():
     model, ids, after = build(top_k=160), text(1, 10_000), text(1, 100, seed=1)
     outputs = [prefill(model, ids, ChunkMemory(model.config, offload=far)) for far in (False, True)]
     near, far = (output.memory for output in outputs)
-    assert far.k.is_pinned() and near.k.is_cuda and far.landmarks.is_cuda
-    assert torch.equal(far.k.cuda(), near.k) and torch.equal(far.landmarks, near.landmarks)
+    assert far.chunks.k.is_pinned() and near.chunks.k.is_cuda and far.chunks.landmarks.is_cuda
+    assert torch.equal(far.chunks.k.cuda(), near.chunks.k) and torch.equal(far.chunks.landmarks, near.chunks.landmarks)
     want, got = (
         torch.cat((o.logits, spoken(model, o.memory, after, graph=True)), dim=1) for o in outputs
     )
@@ -112,8 +112,8 @@ def test_an_offloaded_memory_is_saved_selected_and_loaded(tmp_path):
     memory.save(tmp_path / "memory")
     want = spoken(model, memory, after, graph=True)
     loaded = ChunkMemory.load(tmp_path / "memory", device="cuda", offload=True)
-    loaded.select(torch.tensor([1, 0]))
-    assert not loaded.k.is_cuda and loaded.landmarks.is_cuda
+    loaded.reorder(torch.tensor([1, 0]))
+    assert not loaded.chunks.k.is_cuda and loaded.chunks.landmarks.is_cuda
     assert (
         relative_error(spoken(model, loaded, after[[1, 0]], graph=True)[[1, 0]], want.double())
         < 2e-2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hsa_mini import PRESETS, HSAModel
-from hsa_mini.inference.cuda_graph import Replay
+from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizer import make_optimizer
 from hsa_mini.training.recipes import RECIPES
@@ -53,6 +53,6 @@ def test_recorded_steps_equal_plain_ones(preset):
         return torch.stack(found)
 
     plain = losses(lambda step: step)
-    recorded = losses(Replay)
+    recorded = losses(CUDAGraphRunner)
     assert torch.equal(plain, recorded) and plain.isfinite().all()
     assert (plain[:, 0].diff() != 0).all()  # every step changed the model
