@@ -7,12 +7,15 @@ graph when its last token has been read: the CPU knows when that is.
 Dimensions: B batch, S chunk size, C width, W window.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
 import torch
 
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.model.block import Block
 from hsa_mini.model.core import HSACore
 from hsa_mini.model.hsa import HSA
 from hsa_mini.ops.rope import rope_table
@@ -36,45 +39,44 @@ class DecodeStep:
         self.model = model
         self.memory = memory
         self.graph = graph
-        # What the last step wrote in place and read: if the memory holds other tensors now,
-        # somebody has changed it.
+        # The tensors that the last step used. If the memory holds others now, it was changed since.
         self._tail: torch.Tensor | None = None
-        self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._buffers: tuple[torch.Tensor, ...] = ()
         self._positions: torch.Tensor | None = None  # int64 [B], of the token to come
-        self._run: partial | CUDAGraphRunner | None = None
+        self._run: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None
 
     @torch.no_grad()
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         memory = self.memory
         memory.ensure_capacity(memory.position + 1)
-        self._prepare()
-        (logits,) = self._run(token)
+        (logits,) = self._prepared()(token)
         memory.lengths = tuple(length + 1 for length in memory.lengths)
         self._encode_complete_chunks()
         return logits
 
-    def _prepare(self) -> None:
-        """Own the tensors that are written in place, and make a new recording if any tensor has
-        moved.
-        """
+    def _prepared(self) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """The step for the tensors that the memory holds now: the last one, unless they moved."""
         memory = self.memory
-        if memory.tail is not self._tail:
+        same_tensors = memory.tail is self._tail and memory.chunks.buffers is self._buffers
+        if self._run is not None and same_tensors:
+            return self._run
+        if self._positions is None or memory.tail is not self._tail:
             memory.commit(memory.fork())  # copies: no other memory may see what a step writes
             self._tail = memory.tail
-            self._positions = torch.tensor(memory.lengths, device=memory.tail.device)
-        elif memory.chunks.buffers is self._buffers:
-            return
+            device = memory.chunks.landmarks.device
+            self._positions = torch.tensor(memory.lengths, device=device)
         self._buffers = memory.chunks.buffers
         step = partial(_decode, self.model, memory, self._positions, self.graph)
         self._run = CUDAGraphRunner(step) if self.graph else step
+        return self._run
 
     def _encode_complete_chunks(self) -> None:
         """Encode the chunks that the last token has completed."""
         S = self.model.config.chunk_size
         lengths = self.memory.lengths
         rows = [row for row, length in enumerate(lengths) if length % S == 0]
-        if rows:
-            encoded = self.model.encoder(self.memory.tail[rows][:, None])
+        if rows and self._tail is not None:
+            encoded = self.model.encoder(self._tail[rows][:, None])
             places = [lengths[row] // S - 1 for row in rows]
             self.memory.chunks.write(rows, places, encoded.k, encoded.v, encoded.landmarks)
 
@@ -92,9 +94,11 @@ def _decode(
     table = rope_table(positions[:, None], config.head_dim, config.rope_base)
     rope = tuple(part.to(model.norm.weight.dtype) for part in table)  # once, not in every block
     x = model.embedding(token)
-    for block, cache in zip(model.lower, memory.lower):
+    for block, cache in zip(cast(Iterable[Block], model.lower), memory.lower):
+        assert cache is not None
         x = block.decode_step(x, rope, cache, positions, slots)
     place = (positions % config.chunk_size)[:, None, None].expand_as(x)
+    assert memory.tail is not None
     memory.tail.scatter_(1, place, x)
     source = memory.chunks.source(whole_buffers=whole_buffers)
     block_queries = iter(memory.block_queries)
@@ -102,7 +106,8 @@ def _decode(
     def attend_chunks(hsa: HSA, x: torch.Tensor) -> torch.Tensor:
         return hsa.decode_step(x, source, positions, next(block_queries))
 
-    for block, cache in zip(model.upper, memory.upper):
+    for block, cache in zip(cast(Iterable[Block], model.upper), memory.upper):
+        assert cache is not None
         x = block.decode_step(x, rope, cache, positions, slots, attend_chunks)
     positions.add_(1)
     return (model.logits(x)[:, -1],)

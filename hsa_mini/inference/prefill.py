@@ -5,6 +5,7 @@ Dimensions: B batch, T tokens, C width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ GPU_TOKENS = (
     1 << 15
 )  # the same for all sequences together on a GPU, which would wait for the CPU with fewer
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 @torch.no_grad()
@@ -56,7 +57,9 @@ def prefill(
     memory = ChunkMemory(model.config) if memory is None else memory
     starts = memory.lengths or (0,) * len(ids)
     total = max(start + len(text) for start, text in zip(starts, texts)) + SEGMENT
-    sizes = dict(batch=len(ids), dtype=model.memory_dtype(ids.device), device=ids.device)
+    sizes: dict[str, Any] = dict(
+        batch=len(ids), dtype=model.memory_dtype(ids.device), device=ids.device
+    )
     if memory.batch is not None:
         memory.reserve(total, **sizes)  # before the draft, which would keep the old buffers alive
     draft = memory.draft()

@@ -66,7 +66,7 @@ def probabilities(
     """logits [B, vocabulary] -> the chance of each token to be drawn, float64 [B, vocabulary].
 
     1. The softmax of logits / temperature (above 0).
-    2. Only the `top_k` likeliest tokens stay (0 or None: all); their chances are scaled to sum to 1.
+    2. Only the `top_k` likeliest tokens stay (0 or None: all), scaled to sum to 1.
     3. Of these the fewest likeliest tokens stay whose sum reaches `top_p` (1: all), at least one;
        their chances are scaled again.
 

@@ -34,7 +34,7 @@ TENSORS = "memory.safetensors"
 
 
 class ChunkMemory:
-    """The state of B sequences. `HSAModel` updates it in place, or not at all if something fails."""
+    """The state of B sequences. `HSAModel` updates it in place, or not at all if it fails."""
 
     def __init__(
         self, config: HSAConfig, *, reserve_tokens: int = 0, offload: bool = False
@@ -160,7 +160,7 @@ class ChunkMemory:
         """
         self.chunks.length = max(len(row.chunks) for row in rows)
         self.lengths = tuple(row.position for row in rows)
-        self.tail = torch.cat([row.tail for row in rows])
+        self.tail = torch.cat([row.tail for row in rows if row.tail is not None])
         self.lower = [_stacked(caches) for caches in zip(*(row.lower for row in rows))]
         self.upper = [_stacked(caches) for caches in zip(*(row.upper for row in rows))]
         if self.config.query_block > 1:
@@ -210,7 +210,7 @@ class ChunkMemory:
         file holds the windows in the order of time and the tail without empty slots; else both as
         they lie in memory.
         """
-        if self.batch is None:
+        if self.batch is None or self.tail is None:
             raise ValueError("memory: got an empty one, accepted is one that has read a token")
         position = self.position
         equal = len(set(self.lengths)) == 1
@@ -282,7 +282,7 @@ class ChunkMemory:
                         else RollingKVCache.from_order(*pair, position, window)
                     )
         if self.config.query_block > 1:
-            shape = (len(self.tail), 1, self.config.retrieval_heads, self.config.retrieval_dim)
+            shape = (len(self.lengths), 1, self.config.retrieval_heads, self.config.retrieval_dim)
             self.block_queries = [
                 tensors.get(f"block_queries.{i}", self.chunks.landmarks.new_zeros(shape))
                 for i in range(len(self.block_queries))

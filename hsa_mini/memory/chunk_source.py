@@ -9,6 +9,7 @@ Dimensions: B batch, T tokens, N chunks, S chunk size, H query heads, J key/valu
 dimension, R retrieval dimension, K chunks kept.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,16 +18,19 @@ from hsa_mini import ops
 
 
 class ChunkSource(Protocol):
-    """landmarks [B, N, J_r, R]; position_offset: tokens in front of a sequence's own, an int or
-    int64 [B].
-    """
+    """landmarks [B, N, J_r, R]; position_offset: tokens in front of a sequence, int or [B]."""
 
-    landmarks: torch.Tensor
-    position_offset: int | torch.Tensor
+    @property
+    def landmarks(self) -> torch.Tensor: ...
 
-    def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """q [B, T, H, D], indices and weights [B, T, J, K] of chosen chunks -> [B, T, H, D], as
-        `ops.chunk_attention`.
+    @property
+    def position_offset(self) -> int | torch.Tensor: ...
+
+    @property
+    def attend(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """`attend(q, indices, weights)` -> [B, T, H, D], as `ops.chunk_attention`.
+
+        q [B, T, H, D]; indices and weights [B, T, J, K] of the chosen chunks.
         """
         ...
 

@@ -30,7 +30,7 @@ class ChunkStore:
     """k, v [B, N, S, J, D] and landmarks [B, N, J_r, R] of complete chunks.
 
     buffers: the same three with their spare capacity, which holds 0 or what another store has left
-    there; None before the first chunk. offload: K and V lie in host memory, pinned where the model
+    there; empty before the first chunk. offload: K and V lie in host memory, pinned where the model
     is on a GPU.
     """
 
@@ -43,7 +43,7 @@ class ChunkStore:
         self.config = config
         self.offload = offload
         self.length = 0
-        self.buffers: tuple[torch.Tensor, ...] | None = None
+        self.buffers: tuple[torch.Tensor, ...] = ()
         self._first_capacity = reserve_tokens // config.chunk_size
 
     def __len__(self) -> int:
@@ -64,8 +64,7 @@ class ChunkStore:
     @property
     def device_bytes(self) -> int:
         """Bytes of the buffers that lie on the model's device."""
-        buffers = self.buffers or ()
-        return sum(buffer.nbytes for buffer in (buffers[2:] if self.offload else buffers))
+        return sum(buffer.nbytes for buffer in self.buffers[2 if self.offload else 0 :])
 
     def source(self, *, whole_buffers: bool = False) -> DeviceChunks | HostChunks:
         """What an HSA layer looks into: the chunks, or the buffers with their spare capacity.
@@ -73,8 +72,9 @@ class ChunkStore:
         A CUDA graph needs fixed shapes, so it receives the whole buffers: a token sees what is
         complete at its position.
         """
-        chunks = self.buffers if whole_buffers else (self.k, self.v, self.landmarks)
-        return HostChunks(*chunks) if self.offload else DeviceChunks(*chunks)
+        k, v, landmarks = self.buffers if whole_buffers else (self.k, self.v, self.landmarks)
+        kind = HostChunks if self.offload else DeviceChunks
+        return kind(k, v, landmarks)
 
     def reserve(self, chunks: int, *, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         """Make capacity for `chunks` chunks of every sequence, those already held included.
@@ -98,7 +98,7 @@ class ChunkStore:
         kv_place = torch.device("cpu") if self.offload else device
         places = (kv_place, kv_place, device)
         self._check_fits(chunks, capacity, batch * dtype.itemsize, shapes, places)
-        self.buffers = None  # a second reference would keep each old buffer alive
+        self.buffers = ()  # a second reference would keep each old buffer alive
         try:
             for i, (shape, place) in enumerate(zip(shapes, places)):
                 pinned = place != device and device.type == "cuda"
@@ -110,7 +110,7 @@ class ChunkStore:
                 held[i : i + 1] = [buffer]
                 del buffer
         finally:
-            self.buffers = tuple(held) if capacity or len(held) == len(shapes) else None
+            self.buffers = tuple(held) if capacity or len(held) == len(shapes) else ()
 
     def ensure_capacity(self, chunks: int) -> None:
         """Reserve at least `chunks` chunks if there are fewer, and an eighth more than is held, so
@@ -126,7 +126,7 @@ class ChunkStore:
         length = self.length + chunks[0].shape[1]
         landmarks = chunks[2]
         in_place = self.offload and landmarks.is_cuda
-        first = self.buffers is None and length >= self._first_capacity and not in_place
+        first = not self.buffers and length >= self._first_capacity and not in_place
         if first or any(part.requires_grad for part in chunks):
             # A first append needs no copy. In training autograd has saved the buffers: they must
             # not be written.
@@ -135,7 +135,7 @@ class ChunkStore:
                 tuple(torch.cat(pair, dim=1) for pair in zip(held, chunks)) if held else chunks
             )
         else:
-            if self.buffers is None:
+            if not self.buffers:
                 self.reserve(
                     max(length, self._first_capacity),
                     batch=len(landmarks),
@@ -174,8 +174,7 @@ class ChunkStore:
         """
         view = self.fork()
         view.length = length
-        if self.buffers is not None:
-            view.buffers = tuple(buffer[row : row + 1] for buffer in self.buffers)
+        view.buffers = tuple(buffer[row : row + 1] for buffer in self.buffers)
         return view
 
     def reorder(self, rows: torch.Tensor, length: int) -> None:

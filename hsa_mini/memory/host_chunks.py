@@ -4,7 +4,6 @@ Dimensions: B batch, T tokens, L tokens of a block, H query heads, J key/value h
 dimension, N chunks, S chunk size, K chunks kept, M chunks fetched, R retrieval dimension.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -49,15 +48,15 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
     chunk_bytes = 2 * k.element_size() * k.shape[2:].numel()
     block = max(FETCH_BYTES // (B * J * K * chunk_bytes), 1)
     blocks = [slice(start, start + block) for start in range(0, T, block)]
-    overlap = q.is_cuda and len(blocks) > 1
-    compute_stream = torch.cuda.current_stream() if overlap else None
-    fetch_stream = torch.cuda.Stream() if overlap else None
+    streams = None
+    if q.is_cuda and len(blocks) > 1:
+        streams = torch.cuda.current_stream(), torch.cuda.Stream()  # to compute on, to fetch on
     out = []
     fetched = _fetch(k, v, indices[:, blocks[0]])
     for tokens, following in zip(blocks, [*blocks[1:], None]):
         # The next fetch waits for all attention but this block's, so that no more than two blocks
         # are held.
-        earlier = compute_stream.record_event() if overlap else None
+        earlier = streams[0].record_event() if streams else None
         # The B sequences of L tokens attend as one sequence of B*L tokens; the indices name chunks
         # among the fetched.
         fetched_k, fetched_v, local_indices = (part[None] for part in fetched)
@@ -69,11 +68,13 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
         out.append(part[0].unflatten(0, (B, -1)))
         if following is None:
             break
-        with torch.cuda.stream(fetch_stream) if overlap else nullcontext():
-            if overlap:
-                fetch_stream.wait_event(earlier)
+        if streams is None or earlier is None:
             fetched = _fetch(k, v, indices[:, following])
-        if overlap:
+        else:
+            compute_stream, fetch_stream = streams
+            with torch.cuda.stream(fetch_stream):
+                fetch_stream.wait_event(earlier)
+                fetched = _fetch(k, v, indices[:, following])
             compute_stream.wait_stream(fetch_stream)
             for tensor in fetched:
                 tensor.record_stream(compute_stream)

@@ -6,8 +6,8 @@ The key of position p lies in slot p % W. With W = 4, after the tokens 0 to 5:
     position   4   5   2   3
 
 A segment of many tokens makes a new buffer (`from_order`), so that autograd can still use the old
-one. A single new token overwrites one slot in place (`ops.update_window_cache`), so that a CUDA graph finds
-the buffer where it was.
+one. A single new token overwrites one slot in place (`ops.update_window_cache`), so that a CUDA
+graph finds the buffer where it was.
 
 Dimensions: B batch, T tokens, W window, J key/value heads, D head dimension.
 """

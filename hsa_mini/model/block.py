@@ -49,8 +49,8 @@ class Block(nn.Module):
         attend_chunks: AttendChunks | None = None,
     ) -> tuple[torch.Tensor, RollingKVCache]:
         """A segment x [B, T, C] from `position` on -> [B, T, C], and the window cache to keep."""
-        near, cache = self.swa(self.swa_norm(x), rope, cache, position)
-        return self._behind_window(x + near, attend_chunks), cache
+        near, new_cache = self.swa(self.swa_norm(x), rope, cache, position)
+        return self._behind_window(x + near, attend_chunks), new_cache
 
     def decode_step(
         self,
@@ -70,7 +70,7 @@ class Block(nn.Module):
     def _behind_window(self, x: torch.Tensor, attend_chunks: AttendChunks | None) -> torch.Tensor:
         """HSA, if the block has it, and the MLP or the experts."""
         mlp_input = x
-        if self.hsa is not None:
+        if self.hsa is not None and self.hsa_norm is not None and attend_chunks is not None:
             mlp_input = x + attend_chunks(self.hsa, self.hsa_norm(x))
             x = x if self.bypass else mlp_input
         return x + self.mlp(self.mlp_norm(mlp_input))

@@ -14,6 +14,7 @@ from torch import nn
 from hsa_mini.config import HSAConfig
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.memory.chunk_source import ChunkSource
+from hsa_mini.memory.chunk_store import ChunkStore
 from hsa_mini.model.block import Block
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_mini.model.hsa import HSA, Retrieval
@@ -113,15 +114,15 @@ class HSACore(nn.Module):
         ids: torch.Tensor,
         memory: ChunkMemory | None = None,
         *,
-        chunk_source: Callable[[EncodedChunks], ChunkSource] | None = None,
+        chunk_source: Callable[[ChunkStore], ChunkSource] | None = None,
         gumbel_noise: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
     ) -> Output:
         """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place, or
         not at all, and returned.
 
-        chunk_source: makes what the HSA layers look into from the chunks of this pass (default: the
-        memory itself). gumbel_noise: explore with Gumbel noise on the choice, in training mode
+        chunk_source: makes what the HSA layers look into from the memory's chunks (default: these
+        chunks themselves). gumbel_noise: explore with Gumbel noise on the choice, in training mode
         alone. gumbel_seed: its seed, an int or an int64 tensor []; drawn from torch's generator if
         None. Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of
         another batch or model.
@@ -133,7 +134,7 @@ class HSACore(nn.Module):
         draft = ChunkMemory(self.config) if memory is None else memory.draft()
         hidden = self.lower_decoder(ids, draft)
         encoded = self.append_chunks(hidden, draft)
-        source = None if chunk_source is None else chunk_source(encoded)
+        source = None if chunk_source is None else chunk_source(draft.chunks)
         hidden, retrievals = self.upper_decoder(
             hidden, draft, source=source, gumbel_noise=gumbel_noise, gumbel_seed=gumbel_seed
         )
@@ -252,7 +253,8 @@ class HSACore(nn.Module):
             largest = int(ids.max())
             if not 0 <= smallest <= largest < self.config.vocab_size:
                 raise ValueError(
-                    f"ids: got {smallest} to {largest}, accepted are 0 to {self.config.vocab_size - 1}"
+                    f"ids: got {smallest} to {largest}, "
+                    f"accepted are 0 to {self.config.vocab_size - 1}"
                 )
         if memory is None:
             return

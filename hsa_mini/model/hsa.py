@@ -5,7 +5,7 @@ Dimensions: B batch, T tokens, C width, H heads, J key/value heads, J_r retrieva
 dimension, R retrieval dimension, K chunks kept.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,6 +65,7 @@ class HSA(nn.Module):
         late = position % config.query_block  # tokens of x's first block that came before x
         choosers = queries
         if late:
+            assert block_query is not None
             choosers = torch.cat((block_query.expand(-1, late, -1, -1), queries), dim=1)
         # Autocast would round the scores to bfloat16. Only their inputs may be rounded.
         with torch.autocast(x.device.type, enabled=False):
@@ -106,7 +107,9 @@ class HSA(nn.Module):
         if block_query is not None:
             choosers = torch.where((late == 0)[:, None, None, None], choosers, block_query)
             block_query.copy_(choosers)
-        options = dict(chunk_size=config.chunk_size, top_k=config.top_k, offset=positions - late)
+        options: dict[str, Any] = dict(
+            chunk_size=config.chunk_size, top_k=config.top_k, offset=positions - late
+        )
         fused = (
             config.weighting == "softmax"
             and not config.exclude_window

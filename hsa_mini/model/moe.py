@@ -45,6 +45,8 @@ class MoE(nn.Module):
     since the last `update_bias`; None as long as `count_tokens` was not called.
     """
 
+    bias: torch.Tensor
+
     def __init__(self, width: int, hidden: int, experts: int, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
@@ -58,14 +60,22 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self.shared(x)
         tokens = x.flatten(0, -2)  # [B, T, C] -> [M, C]
-        dispatched = ops.dispatch(self.router(tokens), self.bias, self.top_k)
+        expert_offsets, token_indices, inverse_order, topk_scores = ops.dispatch(
+            self.router(tokens), self.bias, self.top_k
+        )
         if self.training and self.tokens_per_expert is not None:
-            offsets = dispatched[0].long()
-            self.tokens_per_expert += offsets.diff(prepend=offsets.new_zeros(1))
+            ends = expert_offsets.long()
+            self.tokens_per_expert += ends.diff(prepend=ends.new_zeros(1))
         # Autocast casts linear maps, but not grouped ones.
         dtype = shared.dtype
         routed = ops.grouped_experts(
-            tokens.to(dtype), *dispatched, self.up_and_gate.to(dtype), self.down.to(dtype)
+            tokens.to(dtype),
+            expert_offsets,
+            token_indices,
+            inverse_order,
+            topk_scores,
+            self.up_and_gate.to(dtype),
+            self.down.to(dtype),
         )
         return shared + routed.reshape(x.shape)
 

@@ -5,6 +5,8 @@ PyTorch's FlexAttention do the work. Everywhere else it is plain PyTorch
 (`hsa_mini.ops.torch_backend`). `backend("torch")` keeps the kernels out.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -59,7 +61,7 @@ def retrieve(
     *,
     chunk_size,
     top_k,
-    offset=0,
+    offset: int | torch.Tensor = 0,
     weighting="softmax",
     gumbel_seed=None,
     exclude_window=0,
@@ -77,7 +79,7 @@ def retrieve(
         exclude_window,
         query_block,
     )
-    options = dict(
+    options: dict[str, Any] = dict(
         chunk_size=chunk_size,
         top_k=top_k,
         offset=offset,
@@ -104,7 +106,7 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
 def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=None):
     """`reference.decode`: same arguments, same numbers; the kernel has no gradient."""
     check_decode(retrieval_q, landmarks, q, k, v, chunk_size)
-    options = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, scale=scale)
+    options: dict[str, Any] = dict(chunk_size=chunk_size, top_k=top_k, offset=offset, scale=scale)
     if not needs_gradient(retrieval_q, landmarks, q, k, v) and in_kernel(q, k):
         return choice.kernels().decode(
             retrieval_q.contiguous(),

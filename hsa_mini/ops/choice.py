@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def current() -> str:
     return _choice
 
 
-def kernels():
+def kernels() -> Any:
     """The package `hsa_kernels`; None where Triton is missing, unless the backend is "kernels"."""
     try:
         import hsa_kernels

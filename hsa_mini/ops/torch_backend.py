@@ -31,7 +31,7 @@ def retrieve(
     *,
     chunk_size,
     top_k,
-    offset=0,
+    offset: int | torch.Tensor = 0,
     weighting="softmax",
     gumbel_seed=None,
     exclude_window=0,

@@ -12,6 +12,7 @@ heads, J key/value heads, J_r retrieval heads, R retrieval dimension, K chunks k
 import torch
 
 from hsa_mini import ops
+from hsa_mini.memory.chunk_store import ChunkStore
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 
 
@@ -33,6 +34,7 @@ class ChunkQueue:
 
     def push(self, encoded: EncodedChunks, rows: torch.Tensor) -> None:
         """Append the chunks of some rows (int64) of a batch, and drop the oldest."""
+        assert encoded.cls_states is not None, "the encoder has no [CLS]"
         fresh = tuple(
             part.detach()[rows].flatten(0, 1) for part in (encoded.k, encoded.v, encoded.cls_states)
         )
@@ -55,25 +57,30 @@ class CrossBatchChunks:
     """
 
     def __init__(
-        self, encoded: EncodedChunks, encoder: ChunkEncoder, queue: ChunkQueue, isolated: int = 0
+        self,
+        chunks: ChunkStore | EncodedChunks,
+        encoder: ChunkEncoder,
+        queue: ChunkQueue,
+        isolated: int = 0,
     ) -> None:
-        B, N = encoded.k.shape[:2]
-        device = encoded.k.device
+        B, N = chunks.k.shape[:2]
+        device = chunks.k.device
         self.batch_chunks = B * N
-        self.queued = 0 if queue.stores is None else queue.size
+        stores = queue.stores if queue.size else None
+        self.queued = 0 if stores is None else queue.size
         # The place of the first chunk of sequence b + 1 in the batch, for every b.
         self.next_sequence = torch.arange(1, B + 1, device=device)[:, None, None, None] * N
         in_front = self.queued + (B - 1) * N  # chunks in front of a sequence's own
         self.position_offset: int | torch.Tensor = in_front * encoder.config.chunk_size
-        k = encoded.k.flatten(0, 1)
-        v = encoded.v.flatten(0, 1)
-        landmarks = encoded.landmarks.flatten(0, 1)  # [B*N, J_r, R]
+        k = chunks.k.flatten(0, 1)
+        v = chunks.v.flatten(0, 1)
+        landmarks = chunks.landmarks.flatten(0, 1)  # [B*N, J_r, R]
         # Written down twice in a row, the landmarks of the batch hold the order of every sequence
         # as a window of B*N: [2*B*N, J_r, R] -> [B, J_r, R, B*N] -> [B, B*N, J_r, R]
         twice = torch.cat((landmarks, landmarks))
         self.landmarks = twice.unfold(0, B * N, N)[1:].movedim(-1, 1)
-        if self.queued:
-            queued_k, queued_v, cls_states = queue.stores
+        if stores is not None:
+            queued_k, queued_v, cls_states = stores
             k = torch.cat((queued_k, k))
             v = torch.cat((queued_v, v))
             queued = encoder.landmarks(cls_states[None]).to(landmarks.dtype).expand(B, -1, -1, -1)

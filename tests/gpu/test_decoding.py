@@ -14,7 +14,7 @@ import hsa_kernels
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, ops
 from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.prefill import prefill
-from hsa_mini.memory import host_chunks as offload
+from hsa_mini.memory import host_chunks
 from hsa_mini.ops import torch_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -71,8 +71,8 @@ def test_a_graph_is_captured_anew_when_the_memory_moves():
     model, ids, after = build(top_k=32), text(2, 1000), text(2, 300, seed=1)
     memory = ChunkMemory(model.config)
     model(ids, memory)
-    assert (
-        memory.chunks.buffers[0].shape[1] == len(memory.chunks)
+    assert memory.chunks.buffers[0].shape[1] == len(
+        memory.chunks
     )  # no room: the first chunk that completes moves everything
     got = spoken(model, memory, after, graph=True)
     want = model(torch.cat((ids, after), dim=1)).logits[:, 1000:]
@@ -98,7 +98,9 @@ def test_it_makes_no_difference_where_k_and_v_lie():
     outputs = [prefill(model, ids, ChunkMemory(model.config, offload=far)) for far in (False, True)]
     near, far = (output.memory for output in outputs)
     assert far.chunks.k.is_pinned() and near.chunks.k.is_cuda and far.chunks.landmarks.is_cuda
-    assert torch.equal(far.chunks.k.cuda(), near.chunks.k) and torch.equal(far.chunks.landmarks, near.chunks.landmarks)
+    assert torch.equal(far.chunks.k.cuda(), near.chunks.k) and torch.equal(
+        far.chunks.landmarks, near.chunks.landmarks
+    )
     want, got = (
         torch.cat((o.logits, spoken(model, o.memory, after, graph=True)), dim=1) for o in outputs
     )
@@ -127,7 +129,7 @@ def test_device_bytes_are_bounded(monkeypatch):
     In addition to landmarks and caches, the device holds two blocks of fetched chunks and what a
     segment needs; K and V are 67 MB.
     """
-    monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 22)
+    monkeypatch.setattr(host_chunks, "FETCH_BYTES", 1 << 22)
     model, ids = build(), text(1, 1 << 18)
     prefill(
         model, ids, ChunkMemory(MINI, offload=True)
@@ -142,7 +144,7 @@ def test_device_bytes_are_bounded(monkeypatch):
         assert torch.cuda.memory_allocated() - before <= memory.device_bytes + (1 << 22)
         del memory
     kv = 2 * (1 << 18) * MINI.hsa_kv_heads * MINI.hsa_head_dim * 2
-    assert peaks[0] - peaks[1] > kv - 4 * offload.FETCH_BYTES - (1 << 23)
+    assert peaks[0] - peaks[1] > kv - 4 * host_chunks.FETCH_BYTES - (1 << 23)
 
 
 def test_chunks_are_fetched_from_host_memory_beyond_31_bits():
@@ -154,14 +156,14 @@ def test_chunks_are_fetched_from_host_memory_beyond_31_bits():
 
 @pytest.mark.parametrize("T", [1, 700])
 def test_attention_over_fetched_chunks_equals_attention_over_all(T, monkeypatch):
-    monkeypatch.setattr(offload, "FETCH_BYTES", 1 << 20)
+    monkeypatch.setattr(host_chunks, "FETCH_BYTES", 1 << 20)
     q = draw(2, T, 16, 128, dtype=torch.bfloat16)
     k, v = (draw(2, 90, 64, 1, 128, seed=i, dtype=torch.bfloat16) for i in (1, 2))
     indices = torch.rand(2, T, 1, 90, device="cuda").argsort(-1)[..., :16].int()
     indices[:, ::3, :, 5:] = -1
     weights = torch.rand(2, T, 1, 16, device="cuda").masked_fill(indices < 0, 0)
     far = k.cpu().pin_memory(), v.cpu().pin_memory()
-    got = offload.chunk_attention(q, *far, indices, weights)
+    got = host_chunks.chunk_attention(q, *far, indices, weights)
     assert (
         relative_error(got, hsa_kernels.chunk_attention(q, k, v, indices, weights).double()) < 5e-3
     )
@@ -183,5 +185,6 @@ def test_the_decode_kernel_reads_host_memory():
     landmarks = draw(2, 90, 1, 128, dtype=torch.bfloat16)
     k, v = (draw(2, 90, 64, 1, 128, seed=i, dtype=torch.bfloat16) for i in (3, 4))
     options = dict(chunk_size=64, top_k=16, offset=torch.tensor([5760, 900], device="cuda"))
-    got = offload.decode(asked, landmarks, q, k.cpu().pin_memory(), v.cpu().pin_memory(), **options)
+    chunks = host_chunks.HostChunks(k.cpu().pin_memory(), v.cpu().pin_memory(), landmarks)
+    got = chunks.decode(asked, q, **options)
     assert torch.equal(got, hsa_kernels.decode(asked, landmarks, q, k, v, **options))
