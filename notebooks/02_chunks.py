@@ -316,8 +316,8 @@ def encode_chunks(chunks, encoder):
 torch.manual_seed(0)
 tiny = dataclasses.replace(PRESETS["debug"], hsa_heads=2, hsa_kv_heads=1, retrieval_heads=1)
 encoder = HSAModel(tiny, dtype=torch.float64).encoder.requires_grad_(False)
-# [B, N, S, C] -> twice [B, N, S, J, D], and [B, N, 1, R]: one retrieval head
-k, v, landmarks = encoder(chunks[None])
+# [B, N, S, C] -> twice [B, N, S, J, D], then [B, N, 1, R] with one retrieval head, and the outputs of [CLS]
+k, v, landmarks, _ = encoder(chunks[None])
 ours = encode_chunks(chunks, encoder)
 same = [torch.allclose(a, b[0].reshape(a.shape), atol=1e-6) for a, b in zip(ours, (k, v, landmarks))]
 print("k:", list(k.shape), " v:", list(v.shape), " landmarks:", list(landmarks.shape))
@@ -341,7 +341,7 @@ def count_distinct(vectors):
 # NBVAL_CHECK_OUTPUT
 shuffled = torch.cat([code_is_7[:, order] for order in orders])  # [24, S, C]
 print("distinct means    :", count_distinct(mean_landmarks(shuffled)))
-print("distinct landmarks:", count_distinct(encoder(shuffled[None])[2][0, :, 0]))
+print("distinct landmarks:", count_distinct(encoder(shuffled[None]).landmarks[0, :, 0]))
 
 # %% [markdown]
 # The keys depend on both directions. We change the last word of the chunk. **You should see** that the key of the
@@ -351,7 +351,7 @@ print("distinct landmarks:", count_distinct(encoder(shuffled[None])[2][0, :, 0])
 # NBVAL_CHECK_OUTPUT
 other = code_is_7.clone()
 other[0, 3] = other[0, 3].roll(20)  # `the code is 8`: a word with another index
-change = (encoder(other[None])[0] - encoder(code_is_7[None])[0]).abs()[0, 0, 0].max()
+change = (encoder(other[None]).k - encoder(code_is_7[None]).k).abs()[0, 0, 0].max()
 print("the key of `the` depends on the word at the end:", change.item() > 1e-3)
 
 # %% [markdown]
@@ -360,6 +360,7 @@ print("the key of `the` depends on the word at the end:", change.item() > 1e-3)
 # Put the words of the chunk into another order. The picture compares three summaries of the new order with the
 # summaries of the original. A bar shows the angle between the two vectors. An angle of 0 degrees means that no query
 # can tell the two apart.
+
 
 # %%
 def angle_between(one, other):
@@ -376,7 +377,7 @@ ORDERS = {
 SUMMARIES = {
     "mean": mean_landmarks,
     "[CLS] without positions": lambda x: read_by_cls(x[0], cls)[None],
-    "chunk encoder": lambda x: encoder(x[None])[2][0, :, 0],
+    "chunk encoder": lambda x: encoder(x[None]).landmarks[0, :, 0],
 }
 
 
@@ -461,7 +462,7 @@ show(
 # It is not blind. The positions have already changed the output of each token before the mean is taken.
 #
 # ```python
-# keys = encoder(shuffled[None])[0][0, :, :, 0]  # [24, S, D]
+# keys = encoder(shuffled[None]).k[0, :, :, 0]  # [24, S, D]
 # print(count_distinct(keys.mean(dim=1)))
 # assert count_distinct(keys.mean(dim=1)) == 24
 # ```

@@ -394,8 +394,7 @@ def draw_twelve(figure, token, K, weighting, seed):
 
 explore(
     draw_twelve,
-    alt="Left: score map of twelve tokens and three chunks, with a frame around each kept cell. Right: the weights of "
-    "one token.",
+    alt="Left: score map of twelve tokens and three chunks, with a frame around each kept cell. Right: the weights of one token.",
     size=(11, 3.4),
     K=Control((1, 3), label="chunks kept K"),
     token=Control((0, 11), start=11),
@@ -459,8 +458,7 @@ def compute_long(K, seed, sharpness):
 
 explore_map(
     compute_long,
-    alt="Left: score map of 512 tokens and 32 chunks; the two quotations look like staircases. Right: the weights of "
-    "one token.",
+    alt="Left: score map of 512 tokens and 32 chunks; the two quotations look like staircases. Right: the weights of one token.",
     token=350,
     K=Control((1, 8), start=2, label="chunks kept K"),
     seed=Control((0, 20), label="noise seed (0: none)"),

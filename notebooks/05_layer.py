@@ -397,9 +397,9 @@ def look_far(hsa, x, memory):
     """Retrieval and chunk attention, without positions: x [B, T, C] -> [B, T, C]."""
     config = hsa.config
     queries = hsa.retrieval_norm(hsa.retrieval_q(x).unflatten(-1, (-1, config.retrieval_dim)))
-    indices, weights = retrieve(queries, memory.landmarks, chunk_size=config.chunk_size, top_k=config.top_k)
+    indices, weights = retrieve(queries, memory.chunks.landmarks, chunk_size=config.chunk_size, top_k=config.top_k)
     q = hsa.q_norm(hsa.q(x).unflatten(-1, (-1, config.hsa_head_dim)))
-    return hsa.out(chunk_attention(q, memory.k, memory.v, indices, weights).flatten(-2))
+    return hsa.out(chunk_attention(q, memory.chunks.k, memory.chunks.v, indices, weights).flatten(-2))
 
 
 def layer(block, x, memory):
@@ -419,11 +419,12 @@ torch.manual_seed(0)
 tiny = HSAModel(PRESETS["debug"], dtype=torch.float64)
 memory = ChunkMemory(tiny.config)
 with torch.no_grad():
-    x = tiny.read(torch.randint(512, (2, 50)), memory)  # lower decoder and chunk encoder
+    x = tiny.lower_decoder(torch.randint(512, (2, 50)), memory)
+    tiny.append_chunks(x, memory)  # the chunk encoder
     table = rope_table(torch.arange(50), tiny.config.head_dim, tiny.config.rope_base)
-    expected, _ = tiny.upper[0](x, table, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0])
+    expected, _ = tiny.upper[0](x, table, None, 0, lambda hsa, x: hsa(x, memory.chunks.source(), position=0)[0])
     ours = layer(tiny.upper[0], x, memory)
-print("tokens, width:", list(ours.shape[1:]), " chunks in memory:", memory.chunks)
+print("tokens, width:", list(ours.shape[1:]), " chunks in memory:", len(memory.chunks))
 print("our layer == the package's:", torch.allclose(ours, expected, atol=1e-5))
 
 # %% [markdown]

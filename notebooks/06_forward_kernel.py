@@ -41,7 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 import hsa_kernels
-from hsa_kernels.attention import by_chunk, by_token_block, partial_results
+from hsa_kernels.attention import by_chunk, by_token_block
+from hsa_kernels.attention.partial_results import MIN_CHOICES
 from hsa_kernels.common.tiles import Sizes
 from hsa_mini import reference
 from hsa_mini.paths import data_dir
@@ -484,11 +485,11 @@ explore(
 #
 # The package has two forward kernels, and a rule that chooses between them.
 # [by_token_block.py](../kernels/hsa_kernels/attention/by_token_block.py) works by token block. First
-# [merge.py](../kernels/hsa_kernels/attention/merge.py) makes the list of chunks of each block, with M weights per chunk. Then the
-# kernel reads the list once. [by_chunk.py](../kernels/hsa_kernels/attention/by_chunk.py) works by chunk. For each chunk it needs
-# the list of the tokens that kept it ([notebook 07](07_backward_kernel.ipynb) builds these lists). Compare the inner
-# loops of both with our short kernel. You will find the same five steps: load k and v, compute scores, apply the
-# softmax inside the chunk, weight, add. The package's kernels add five things:
+# [merge.py](../kernels/hsa_kernels/attention/merge.py) makes the list of chunks of each block, with M weights per
+# chunk. Then the kernel reads the list once. [by_chunk.py](../kernels/hsa_kernels/attention/by_chunk.py) works by
+# chunk. For each chunk it needs the list of the tokens that kept it ([notebook 07](07_backward_kernel.ipynb) builds
+# these lists). Compare the inner loops of both with our short kernel. You will find the same five steps: load k and v,
+# compute scores, apply the softmax inside the chunk, weight, add. The package's kernels add five things:
 #
 # * **Rows.** The rows of one tile are M tokens × G heads, so that `tl.dot` can multiply whole tiles. The matrix units
 #   of a GPU (*tensor cores*) need at least 16 rows, and work best with 64.
@@ -515,7 +516,7 @@ q, k, v, indices, weights = twelve
 unpadded = with_heads(*(x[..., :9].contiguous() for x in (q[:, None], k, v)), indices.int(), weights)
 larger = [x.to(DEVICE).contiguous() for x in with_heads(*example(T=48, S=16, K=2, D=32))]
 larger_exact = reference.chunk_attention(*(x.double() if x.is_floating_point() else x for x in larger)).float()
-for name, schedule in {"by token block": by_token, "by chunk": by_chunk}.items():
+for name, schedule in {"by token block": by_token_block, "by chunk": by_chunk}.items():
     on_twelve = schedule.forward(*unpadded, 9**-0.5)[0, :, 0]
     on_larger = schedule.forward(*larger, 32**-0.5)
     print(f"{name}: twelve tokens == reference: {torch.allclose(on_twelve, out[:, :9], atol=1e-5)};", end=" ")
@@ -580,9 +581,9 @@ def predict(row):
     G = row["H"] // J
     pairs = row["chosen"] // J
     chunks, choices = blocks_of(T, S, K, block_tokens(row))
-    counts = dict(pairs=pairs, merged=chunks.sum().item(), touched=pairs / partial_results.MIN_CHOICES)
+    counts = dict(pairs=pairs, merged=chunks.sum().item(), touched=pairs / MIN_CHOICES)
     schedules = traffic(T=T, G=G, S=S, D=D, M=block_tokens(row), size=2, **counts)
-    as_partial_results = choices * (3 * G * D + 2 * S * D / partial_results.MIN_CHOICES)
+    as_partial_results = choices * (3 * G * D + 2 * S * D / MIN_CHOICES)
     cheaper = torch.where(prefers_token_block(row, chunks, choices), chunks * 2 * S * D, as_partial_results)
     schedules["either"] = 2 * (2 * T * G * D + cheaper.sum().item()), None
     useful = 4 * G * S * D * row["chosen"]  # products with weight 0 do not count
@@ -623,7 +624,7 @@ def package_schedule(row):
     M = block_tokens(row)
     halfway = max(N // 2, K)  # chunks that are visible in the middle of the text
     chunks = halfway * (1 - (1 - K / halfway) ** M)
-    if row["T"] * K < partial_results.MIN_CHOICES * N or prefers_token_block(row, chunks, M * K, faster=2):
+    if row["T"] * K < MIN_CHOICES * N or prefers_token_block(row, chunks, M * K, faster=2):
         return "by token block"
     return "either" if prefers_token_block(row, 1, M) else "by chunk"
 

@@ -37,8 +37,8 @@ if not GPU:
 from torch.nn.functional import pad, rms_norm
 
 import hsa_kernels
-from hsa_kernels.common.inverted_index import cut, invert
 from hsa_kernels.attention.partial_results import SEGMENT
+from hsa_kernels.common.inverted_index import cut, invert
 from hsa_mini.paths import data_dir
 from hsa_mini.reference import chunk_attention, retrieve
 from hsa_mini.reference.retrieval import visible_chunks
@@ -311,8 +311,7 @@ figure = make_figure(7.5, 2.8)
 learning_curves(figure.subplots(), curves, ylabel="at token 11", ylim=(0.6, 1.01))
 show(
     figure,
-    "Two curves over forty steps. The weight of the chunk with the code rises from 0.82 towards 1, and the share of 7 "
-    "rises with it.",
+    "Two curves over forty steps. The weight of the chunk with the code rises from 0.82 towards 1, and the share of 7 rises with it.",
 )
 
 # %% [markdown]
@@ -542,9 +541,9 @@ for method in (with_atomics, with_partial_results):
     print(f"{method.__name__}: 5 orders of arrival, every gradient == autograd: {right}; all bits equal: {same}")
 
 # %% [markdown]
-# That is the whole idea of [backward.py](../kernels/hsa_kernels/attention/backward.py), and it has the same steps. `find_segment`
-# gives a program its chunk and its entries. A loop over blocks of entries computes `b_p`, `b_dp`, `b_delta` and `b_ds`.
-# dk and dv stay in registers. `chunk_attention_sum_partial_results_kernel` and
+# That is the whole idea of [backward.py](../kernels/hsa_kernels/attention/backward.py), and it has the same steps.
+# `find_segment` gives a program its chunk and its entries. A loop over blocks of entries computes `b_p`, `b_dp`,
+# `b_delta` and `b_ds`. dk and dv stay in registers. `chunk_attention_sum_partial_results_kernel` and
 # `chunk_attention_bwd_sum_segments_kernel` add up. Compare `run_program` with the loop there. The names are the same.
 #
 # ## The package's gradients

@@ -280,8 +280,7 @@ def draw_stream(figure, T, K, order):
 
 explore(
     draw_stream,
-    alt="Above: scores as dots in the order of reading, and a floor that rises in stairs. Below: the number of "
-    "candidates, a sawtooth.",
+    alt="Above: scores as dots in the order of reading, and a floor that rises in stairs. Below: the number of candidates, a sawtooth.",
     size=(8.5, 4.4),
     T=Control([(length_name(1 << n), 1 << n) for n in range(16, 25)], start=1 << 22, label="tokens T"),
     K=Control([4, 8, 16, 32, 64], start=64, label="chunks kept K"),
@@ -397,7 +396,7 @@ steps = find_floor(keyed(rows), KEPT)[1].float()
 known = keyed(rows[:, :192].topk(KEPT).values[:, -1])
 fewer = find_floor(keyed(rows), KEPT, known)[1].float()
 print(f"steps: {steps.mean():.1f} on average, {steps.max():.0f} at most; with a known floor {fewer.mean():.1f}")
-rounds = sum(range(1, 256 .bit_length()))
+rounds = sum(range(1, (256).bit_length()))
 print(f"rounds of a sorting network for 256 numbers: {rounds}")
 
 # %% [markdown]
@@ -760,8 +759,7 @@ def draw_tiles(figure, K, tile, seed):
 
 explore(
     draw_tiles,
-    alt="Scores of 1,024 chunks as dots, chosen tiles as columns, kept chunks in rings. Outside the columns no dot is "
-    "above the line.",
+    alt="Scores of 1,024 chunks as dots, chosen tiles as columns, kept chunks in rings. Outside the columns no dot is above the line.",
     size=(8.5, 3.6),
     K=Control((1, 16), start=8, label="chunks kept K"),
     tile=Control([1, 2, 4, 8, 16, 32, 64], start=16, label="chunks in a tile"),

@@ -69,14 +69,15 @@ from hsa_mini.viz.plots import BLUE, GREY, ORANGE, length_name
 # |---|---|---|---|---|
 # | keys and values of complete chunks | `chunks.k`, `chunks.v` | `[N, S, J, D]` | with the text | HSA layers, K chunks per token |
 # | landmarks of complete chunks | `chunks.landmarks` | `[N, R]` | with the text, S times more slowly | HSA layers, all landmarks |
-# | the unfinished chunk | `tail` | `[< S, C]` | no | the encoder, once the chunk is complete |
-# | window caches, one per block | `lower`, `upper` | `[<= W-1, J, D]` twice | no | the block itself |
+# | the unfinished chunk | `tail` | `[S, C]` | no | the encoder, once the chunk is complete |
+# | window caches, one per block | `lower`, `upper` | `[W, J, D]` twice | no | the block itself |
 # | how many tokens were read | `position` | a number | | |
 #
 # N is the number of complete chunks, S the number of tokens in a chunk, J the number of key/value heads, D their size,
-# R the size of a landmark, C the width of the model, W the window. Each window cache is a `RollingKVCache`: new tokens
-# push out the oldest ones. The unfinished chunk waits in the form in which it left the lower decoder. It cannot be
-# encoded yet, because the encoder needs the whole chunk ([notebook 02](02_chunks.ipynb)).
+# R the size of a landmark, C the width of the model, W the window. Each window cache is a `RollingKVCache` with W slots:
+# position $p$ lies in slot $p \bmod W$, so a new token takes the slot of the oldest one. The unfinished chunk waits in
+# the form in which it left the lower decoder, position $p$ in slot $p \bmod S$ of the tail. It cannot be encoded yet,
+# because the encoder needs the whole chunk ([notebook 02](02_chunks.ipynb)).
 
 # %% [markdown]
 # ## Twelve tokens, one by one
@@ -102,7 +103,8 @@ print("blocks in the lower and the upper decoder:", TINY.lower_layers, "and", TI
 
 # %% [markdown]
 # By hand, after $t$ tokens: $\lfloor t / S \rfloor$ chunks are complete, $t \bmod S$ tokens wait, and each window cache
-# holds $\min(t, W - 1)$ tokens. Why not $W$? The next token reads $W$ tokens, and one of them is itself.
+# holds $\min(t, W - 1)$ tokens. Why not $W$? The next token reads $W$ tokens, and one of them is itself: one slot is
+# free for it. Here a free slot holds zeros, so we can count the slots that hold a token.
 #
 # **You should see** a new chunk at 4 and at 12 tokens, and `True`.
 
@@ -113,12 +115,17 @@ def kept_after(t, S, W):
     return t // S, t % S, min(t, W - 1)
 
 
+def filled(part):
+    """How many slots of a tensor [1, slots, ...] hold a token."""
+    return int(part[0].flatten(start_dim=1).any(dim=1).sum())
+
+
 # %%
 # NBVAL_CHECK_OUTPUT
 same = []
 for t, token in enumerate(ids.split(1, dim=1), start=1):
     tiny(token, memory)
-    measured = memory.chunks, memory.partial.shape[1], memory.lower[0].k.shape[1]
+    measured = len(memory.chunks), filled(memory.tail), filled(memory.lower[0].k)
     chunks, waiting, near = measured
     same.append(measured == kept_after(t, S=4, W=4))
     if t in (3, 4, 11, 12):
@@ -186,10 +193,10 @@ def token_by_token(model, ids):
 def early_exit(model, ids, upper_tail):
     """The same results; the upper decoder processes only the last `upper_tail` tokens."""
     memory = ChunkMemory(model.config)
-    start = max(ids.shape[1] - upper_tail, 0)
-    hidden = model.read(ids, memory)  # lower decoder and encoder
-    hidden, _ = model.look_up(hidden[:, start:], start, memory)  # upper decoder
-    return model.predict(hidden[:, -1:]), memory
+    hidden = model.lower_decoder(ids, memory)
+    model.append_chunks(hidden, memory)
+    hidden, _ = model.upper_decoder(hidden[:, -upper_tail:], memory)
+    return model.logits(hidden[:, -1:]), memory
 
 
 # %% [markdown]
@@ -204,11 +211,13 @@ def early_exit(model, ids, upper_tail):
 
 # %%
 def contents(memory):
-    """Every tensor of a memory, by name."""
-    named = {name: getattr(memory, name) for name in ("k", "v", "landmarks", "partial")}
+    """Every tensor of a memory, by name; the caches in the order of time, and no free slots."""
+    named = {name: getattr(memory.chunks, name) for name in ("k", "v", "landmarks")}
+    named["tail"] = memory.tail[:, : memory.position % memory.config.chunk_size]
     for half in ("lower", "upper"):
         for i, cache in enumerate(getattr(memory, half)):
-            named |= {f"{half} {i} k": cache.k, f"{half} {i} v": cache.v}
+            k, v = cache.in_order(memory.position)
+            named |= {f"{half} {i} k": k, f"{half} {i} v": v}
     return named
 
 
@@ -276,18 +285,18 @@ show(
 # %%
 def affected(model, ids, *, library):
     """[T, T]: do the logits of token t (row) change when token i (column) changes? library: does it change too?"""
-    T = ids.shape[1]
-    every = torch.arange(T)
-    rows = ids.expand(T, -1).clone()  # row i is the text in which token i will be changed
+    every = torch.arange(ids.shape[1])
+    rows = ids.expand(len(every), -1).clone()  # row i is the text in which token i will be changed
     memory = ChunkMemory(model.config)
-    hidden = model.read(rows, memory)
+    hidden = model.lower_decoder(rows, memory)
+    model.append_chunks(hidden, memory)
     rows[every, every] = (rows[every, every] + 1) % model.config.vocab_size
     if library:
-        before, after = (model(x).logits for x in (ids.expand(T, -1), rows))
+        before, after = (model(x).logits for x in (ids.expand_as(rows), rows))
     else:
-        before = model.predict(model.look_up(hidden, 0, memory.branch())[0])
+        before = model.logits(model.upper_decoder(hidden, memory.fork())[0])
         hidden[every, every] += 1
-        after = model.predict(model.look_up(hidden, 0, memory.branch())[0])
+        after = model.logits(model.upper_decoder(hidden, memory.fork())[0])
     return ((after - before).abs().amax(dim=-1) > 1e-12).T
 
 
@@ -363,7 +372,7 @@ def draw_building(figure, tokens, window):
     names = [f"lower {i}" for i in range(TINY.lower_layers)] + ["chunks"]
     names += [f"upper {i}" + " + HSA" * (i % 2 == 0) for i in range(U)]
     outputs = [needed(U, window, i) for i in range(U)]
-    sizes = dict(chunk_size=TINY.chunk_size, chunks=memory.chunks, tail=tail)
+    sizes = dict(chunk_size=TINY.chunk_size, chunks=len(memory.chunks), tail=tail)
     computed_layers(figure, names, tokens, retrieved=read, needed=outputs, **sizes)
     skipped = f"the upper decoder skips {1 - tail / tokens:.0%} of the text"
     return f"{tokens} tokens, W = {window}: the upper tail is {tail}; {skipped}."
@@ -371,8 +380,7 @@ def draw_building(figure, tokens, window):
 
 explore(
     draw_building,
-    alt="Layers as rows, tokens as columns. Lower layers and chunks fill the whole width, upper layers form a "
-    "staircase at the right end.",
+    alt="Layers as rows, tokens as columns. Lower layers and chunks fill the whole width, upper layers form a staircase at the right end.",
     size=(9, 3.2),
     tokens=Control((16, 200, 4), start=100, label="tokens T"),
     window=Control((2, 12), start=6, label="window W"),
@@ -577,7 +585,7 @@ def record(model, ids):
 began = time.perf_counter()
 recorded, memory = record(mini, text)
 reading = time.perf_counter() - began
-print(f"{text.shape[1]:,} tokens read in {reading:.1f} s; {memory.chunks} chunks in the library")
+print(f"{text.shape[1]:,} tokens read in {reading:.1f} s; {len(memory.chunks)} chunks in the library")
 
 # %% [markdown]
 # **You should see** `True` twice.
@@ -585,8 +593,8 @@ print(f"{text.shape[1]:,} tokens read in {reading:.1f} s; {memory.chunks} chunks
 # %%
 # NBVAL_CHECK_OUTPUT
 for layer, (q, found) in enumerate(recorded):
-    usual = chunk_attention(q, memory.k, memory.v, found.indices, found.weights)
-    fetched, count = attend_fetching(q, memory.k, memory.v, found.indices, found.weights)
+    usual = chunk_attention(q, memory.chunks.k, memory.chunks.v, found.indices, found.weights)
+    fetched, count = attend_fetching(q, memory.chunks.k, memory.chunks.v, found.indices, found.weights)
     print(f"HSA layer {layer}: fetching == usual: {torch.allclose(usual, fetched, atol=1e-5)}")
 
 # %% [markdown]
@@ -614,8 +622,8 @@ def distinct(indices, n):
 
 
 # %%
-chunk_bytes = memory.k[:, :1].nbytes + memory.v[:, :1].nbytes
-print(f"a chunk is {scaled(chunk_bytes, 'B')}, the library {scaled(memory.chunks * chunk_bytes, 'B')}")
+chunk_bytes = memory.chunks.k[:, :1].nbytes + memory.chunks.v[:, :1].nbytes
+print(f"a chunk is {scaled(chunk_bytes, 'B')}, the library {scaled(len(memory.chunks) * chunk_bytes, 'B')}")
 for n in (1, 8, 64, 509):
     together = [distinct(found.indices, n) for _, found in recorded]
     separately = n * mini.config.top_k
@@ -642,9 +650,9 @@ print("64 tokens together need less than half of what they need one by one:", ma
 def draw_fetched(figure, tokens, layer):
     """Which chunks the last tokens read in one HSA layer."""
     indices = recorded[layer][1].indices[0, -tokens:].flatten()
-    fetched_map(figure, torch.bincount(indices[indices >= 0].long(), minlength=memory.chunks))
+    fetched_map(figure, torch.bincount(indices[indices >= 0].long(), minlength=len(memory.chunks)))
     count = distinct(recorded[layer][1].indices, tokens)
-    fetched = f"{count} of {memory.chunks} chunks, {scaled(count * chunk_bytes, 'B')}"
+    fetched = f"{count} of {len(memory.chunks)} chunks, {scaled(count * chunk_bytes, 'B')}"
     return f"{tokens} tokens fetch {fetched}; one by one they would fetch {tokens * mini.config.top_k}."
 
 
@@ -660,8 +668,8 @@ explore(
 # ## Reading once
 #
 # A memory is all that a model needs from a text. So we can write the memory to a file, and the model need not read a
-# book again for every question. `save` writes a folder with tensors and checksums. `load` verifies it and maps the
-# tensors from the file: their pages are loaded when they are used.
+# book again for every question. `save` writes a folder with tensors and checksums, without free slots. `load` verifies
+# it and maps the chunks from the file: their pages are loaded when they are used.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -672,7 +680,7 @@ with tempfile.TemporaryDirectory() as folder:
     done = time.perf_counter()
     size = (Path(folder) / "book" / "memory.safetensors").stat().st_size
     question = text[:, :5]
-    answers = [mini(question, copy).logits for copy in (memory.branch(), loaded)]
+    answers = [mini(question, copy).logits for copy in (memory.fork(), loaded)]
 print(f"read {reading:.2f} s, save {saved - began:.2f} s, load {done - saved:.2f} s")
 
 # %% [markdown]
@@ -702,11 +710,11 @@ print(f"bytes of the tensors {tensors:,}, of the file {100 * size / tensors:.1f}
 # S = TINY.chunk_size
 # reach = TINY.lower_reach
 # assert reach == TINY.lower_layers * (TINY.window - 1)
-# before = full(tiny, random)[1].landmarks
+# before = full(tiny, random)[1].chunks.landmarks
 # for i in (0, 17, 50):
 #     changed = random.clone()
 #     changed[0, i] = (changed[0, i] + 1) % 16
-#     moved = (full(tiny, changed)[1].landmarks != before).any(dim=-1).any(dim=-1)[0].nonzero()[:, 0].tolist()
+#     moved = (full(tiny, changed)[1].chunks.landmarks != before).any(dim=-1).any(dim=-1)[0].nonzero()[:, 0].tolist()
 #     print(i, moved)
 #     assert moved == list(range(i // S, (i + reach) // S + 1))
 # ```

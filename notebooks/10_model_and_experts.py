@@ -33,10 +33,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, grouped_mm, silu
 
-from hsa_mini import PRESETS, ChunkMemory, HSAModel
+from hsa_mini import PRESETS, HSAModel
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.model.chunk_encoder import ChunkEncoder
+from hsa_mini.memory.chunk_source import DeviceChunks
 from hsa_mini.model.block import Block
+from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.model.cost_estimate import PRINTED, estimate_cost, scaled
 from hsa_mini.model.mlp import MLP
 from hsa_mini.model.moe import MoE
@@ -207,7 +208,7 @@ def expert(x, up_and_gate, down):
 def loop_over_experts(layer, x):
     """One token after the other, and for each token one expert after the other: x [B, T, C] -> [B, T, C]."""
     tokens = x.flatten(0, 1)  # [M, C]
-    chosen, gates = choose((tokens @ layer.router.weight.T).sigmoid(), layer.bias, layer.active)
+    chosen, gates = choose((tokens @ layer.router.weight.T).sigmoid(), layer.bias, layer.top_k)
     out = []
     for t, experts in enumerate(chosen.tolist()):
         token = tokens[t : t + 1]
@@ -252,13 +253,13 @@ print("all experts together == one wide MLP:", torch.allclose(pieces, wide, atol
 def grouped_experts(layer, x):
     """All tokens of an expert at once: x [B, T, C] -> [B, T, C]."""
     tokens = x.flatten(0, 1)  # [M, C]
-    chosen, gates = choose((tokens @ layer.router.weight.T).sigmoid(), layer.bias, layer.active)
+    chosen, gates = choose((tokens @ layer.router.weight.T).sigmoid(), layer.bias, layer.top_k)
     order = chosen.flatten().argsort(stable=True)  # [M*A] pairs, those of expert 0 first
     expert_offsets = torch.bincount(chosen.flatten(), minlength=len(layer.bias)).cumsum(0).int()  # ends of the blocks
-    rows = tokens[order // layer.active]  # [M*A, C]
+    rows = tokens[order // layer.top_k]  # [M*A, C]
     up, gate = grouped_mm(rows, layer.up_and_gate, offs=expert_offsets).chunk(2, dim=-1)
     outputs = grouped_mm(up * silu(gate), layer.down, offs=expert_offsets)
-    unsorted = outputs[order.argsort()].unflatten(0, (-1, layer.active))  # [M, A, C], in the order of the tokens
+    unsorted = outputs[order.argsort()].unflatten(0, (-1, layer.top_k))  # [M, A, C], in the order of the tokens
     return layer.shared(x) + (gates[..., None] * unsorted).sum(dim=1).view_as(x)
 
 
@@ -360,13 +361,13 @@ def logits(parts, ids, c):
     x = parts["embedding"](ids)
     table = rope_table(torch.arange(ids.shape[1]), c.head_dim, c.rope_base)
     for block in parts["lower"]:
-        x, _ = block(x, table, None)
+        x, _ = block(x, table, None, 0)
     complete = ids.shape[1] // c.chunk_size
-    memory = ChunkMemory(c)
     chunks = x[:, : complete * c.chunk_size].unflatten(1, (complete, c.chunk_size))
-    memory.append(*parts["encoder"](chunks))
+    encoded = parts["encoder"](chunks)
+    source = DeviceChunks(encoded.k, encoded.v, encoded.landmarks)  # what HSA layers look into
     for block in parts["upper"]:
-        x, _ = block(x, table, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0])
+        x, _ = block(x, table, None, 0, lambda hsa, x: hsa(x, source, position=0)[0])
     return parts["head"](parts["norm"](x))
 
 
@@ -504,18 +505,26 @@ def learning_step(model, optimizer, batch=8, tokens=64):
     return loss.detach()
 
 
+def counting_mixtures(model):
+    """The mixtures of experts of a model; from now on they count the tokens of every expert."""
+    mixtures = [part for part in model.modules() if isinstance(part, MoE)]
+    for mixture in mixtures:
+        mixture.count_tokens()
+    return mixtures
+
+
 def learn(rate, steps=120):
     """-> the model; for every step the loss, the load of the last block's experts [E], and its tokens' similarity."""
     torch.manual_seed(0)
     model = HSAModel(SMALL).train()
-    mixtures = [part for part in model.modules() if isinstance(part, MoE)]
+    mixtures = counting_mixtures(model)
     inputs = []
     mixtures[-1].register_forward_hook(lambda layer, given, out: inputs.append(given[0]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     log = []
     for _ in range(steps):
         loss = learning_step(model, optimizer)
-        load = [mixture.balance(rate).load for mixture in mixtures][-1]
+        load = [mixture.update_bias(rate).load for mixture in mixtures][-1]
         log.append((loss, load, similarity(inputs.pop())))
     return model, *map(torch.stack, zip(*log))
 
@@ -643,8 +652,7 @@ def draw_balance(figure, rate, tokens, A):
 
 explore(
     draw_balance,
-    alt="Left, bars show the loads of eight experts before and after balancing. "
-    "Right, the max over mean load in 200 steps.",
+    alt="Left, bars show the loads of eight experts before and after balancing. Right, the max over mean load in 200 steps.",
     size=(9, 3.2),
     rate=Control([0.0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1], start=0.003, label="rate"),
     tokens=Control([32, 128, 512, 2048], start=512, label="tokens per step"),
@@ -806,8 +814,7 @@ def draw_bill(figure, tokens):
 
 explore(
     draw_bill,
-    alt="Left, bytes kept: weights, K and V, landmarks, window caches, and the cache of full attention. "
-    "Right, FLOP per token.",
+    alt="Left, bytes kept: weights, K and V, landmarks, window caches, and the cache of full attention. Right, FLOP per token.",
     size=(10, 3.1),
     tokens=Control([(length_name(1 << n), 1 << n) for n in range(12, 25, 2)], start=1 << 24, label="tokens"),
 )

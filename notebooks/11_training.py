@@ -32,7 +32,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -45,19 +45,12 @@ from hsa_mini.data.documents import HELD_OUT_WORKS, load_documents
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.demo import find_needle
 from hsa_mini.paths import data_dir
-from hsa_mini.training.cross_batch import Past
+from hsa_mini.training.batches import StagedBatches
+from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
+from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 from hsa_mini.training.recipes import RECIPES
-from hsa_mini.training.trainer import (
-    StagedBatches,
-    make_optimizer,
-    mixture_loss,
-    noise_seed,
-    restore,
-    shared,
-    snapshot,
-    train_step,
-)
+from hsa_mini.training.trainer import Trainer
 from hsa_mini.viz import Control, explore, models
 from hsa_mini.viz.live import LivePicture
 from hsa_mini.viz.plots import length_name
@@ -134,8 +127,7 @@ def draw_copy(figure, t, W):
 
 explore(
     draw_copy,
-    alt="Twelve words in two rows, the second a copy of the first. "
-    "The window, the current word and its source are marked.",
+    alt="Twelve words in two rows, the second a copy of the first. The window, the current word and its source are marked.",
     size=(9.5, 2.1),
     t=Control((12, 22), start=14, label="position t"),
     W=Control((1, 20), start=4, label="window W"),
@@ -286,7 +278,7 @@ def spelled(ids, parts):
     return "".join(pieces)
 
 
-NOTHING = dict(self_copy=0.0, needles=0.0, chains=0.0, made_up=0.0, copy_least=24, needles_most=2, chains_most=1)
+NOTHING = dict(self_copy=0.0, needles=0.0, chains=0.0, made_up=0.0, min_copy=24, max_needles=2, max_chains=1)
 for kind, tokens, seed in (("self_copy", 64, 47), ("needles", 128, 36), ("chains", 160, 39), ("text", 48, 50)):
     only_this_kind = Mixture(**NOTHING | ({} if kind == "text" else {kind: 1.0}))
     (ids,), (parts,) = TrainingBatches(only_this_kind, batch=1, tokens=tokens, steps=1, seed=seed)[0]
@@ -299,7 +291,7 @@ for kind, tokens, seed in (("self_copy", 64, 47), ("needles", 128, 36), ("chains
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
-ids, parts = TrainingBatches(Mixture(copy_least=32), batch=4, tokens=256, steps=1, seed=0)[0]
+ids, parts = TrainingBatches(Mixture(min_copy=32), batch=4, tokens=256, steps=1, seed=0)[0]
 logits = torch.randn(4, 256, 4096)
 ours, _ = mixed_loss(logits, ids[:, 1:], parts[:, 1:], text_weight=0.25)
 theirs, *_ = mixture_loss(logits, ids[:, 1:], parts[:, 1:], text_weight=0.25)
@@ -326,7 +318,7 @@ def learning_rate(recipe, step):
 def candidates(stage, config):
     """The number of chunks that a token can choose from, and how many of them belong to its own text."""
     own = stage.tokens // config.chunk_size
-    return (own if stage.crowd is None else stage.crowd + stage.batch * own), own
+    return (own if stage.queue_chunks is None else stage.queue_chunks + stage.batch * own), own
 
 
 def describe(stage, config):
@@ -334,9 +326,9 @@ def describe(stage, config):
     chunks, own = candidates(stage, config)
     c = stage.config(config)
     kept = f"all {chunks}" if c.top_k >= chunks else f"{c.top_k} of {chunks:,}"
-    origin = "" if stage.crowd is None else f", {own} of them from its own text"
-    isolated = f" ({stage.alone} texts are isolated)" if stage.alone else ""
-    noise = ", with noise" if stage.explore else ""
+    origin = "" if stage.queue_chunks is None else f", {own} of them from its own text"
+    isolated = f" ({stage.isolated} texts are isolated)" if stage.isolated else ""
+    noise = ", with noise" if stage.gumbel_noise else ""
     texts = f"{stage.batch} texts of {stage.tokens} tokens"
     return f"{texts}, W = {c.window}, keeps {kept} chunks{origin}{isolated}{noise}"
 
@@ -386,8 +378,7 @@ def draw_recipe(figure, preset, at):
 
 explore(
     draw_recipe,
-    alt="The stages of a recipe as columns, filled by the shares of self-copies, needles, chains and text. "
-    "Below, the learning rate.",
+    alt="The stages of a recipe as columns, filled by the shares of self-copies, needles, chains and text. Below, the learning rate.",
     size=(10, 4),
     preset=FEW,
     at=Control((0, 100), start=20, label="percent of the steps"),
@@ -433,37 +424,28 @@ print("our learning rate == the package's, in every step of every recipe:", equa
 # Now we train `nano`, half a million parameters, from nothing, with the recipe above, here. A step has three parts:
 #
 # 1. a batch, which depends only on the seed and the step,
-# 2. the model of the stage (`shared`: another window and K, the *same* parameters), the loss, the gradient,
+# 2. the model of the stage (another window and K, the *same* parameters), the loss, the gradient,
 # 3. a step of AdamW; before it, a gradient longer than 1 is shortened to 1.
 #
-# The package's `train_step` does 2 and 3.
+# The package's `Trainer` does 2 and 3 when we call its method `train_step` with a batch. It can stop after any step, because
+# it has everything that belongs to a run: the model, the optimizer, the chunk queue, and the number of steps. In `models` it
+# has a model for each stage.
 
 # %%
 RECIPE = RECIPES["nano"]
 BATCHES = StagedBatches(RECIPE, seed=0)
 
 
-class Training:
-    """A run that can stop after any step: model, optimizer, chunk queue, number of steps."""
+def new_trainer():
+    """A run before its first step; all such runs are equal."""
+    torch.manual_seed(0)
+    return Trainer(HSAModel(PRESETS["nano"]).train(), RECIPE, seed=0)
 
-    def __init__(self):
-        torch.manual_seed(0)
-        self.model = HSAModel(PRESETS["nano"]).train()
-        self.views = {stage: shared(self.model, stage.config(self.model.config)) for stage in RECIPE.stages}
-        self.optimizer = make_optimizer(self.model, RECIPE)
-        self.queue = Past(RECIPE.crowd)
-        self.step = 0
 
-    def take_step(self):
-        """-> the loss; the losses of text, copies and answers."""
-        stage = RECIPE.stage(self.step)
-        model = self.views[stage]
-        batch = BATCHES[self.step]
-        rate = torch.tensor(learning_rate(RECIPE, self.step))
-        noise = torch.tensor(noise_seed(0, self.step))
-        figures = train_step(model, self.optimizer, RECIPE, stage, self.queue, *batch, rate, noise)
-        self.step += 1
-        return [figure.item() for figure in figures[:4]]
+def take_step(trainer):
+    """-> the loss; the losses of text, copies and answers."""
+    figures = trainer.train_step(BATCHES[trainer.step])
+    return [figure.item() for figure in figures[:4]]
 
 
 # %% [markdown]
@@ -476,22 +458,23 @@ class Training:
 @cache
 def held_out_copies(stage):
     """64 sequences of the stage's length, all of them copies, from text that is not used in training."""
-    mixture = Mixture(self_copy=1.0, needles=0.0, copy_least=stage.mixture.copy_least)
+    mixture = Mixture(self_copy=1.0, needles=0.0, min_copy=stage.mixture.min_copy)
     text = corpora["validation"].tokens
     return TrainingBatches(mixture, batch=64, tokens=stage.tokens, steps=1, seed=1, text=text)[0]
 
 
 @torch.no_grad()
-def copied(training, *, anothers=False):
+def copied(trainer, *, anothers=False):
     """The share of copied tokens that are predicted, with the memory of the same text or of another one."""
-    stage = RECIPE.stage(training.step - 1)
+    stage = RECIPE.stage(trainer.step - 1)
     ids, parts = held_out_copies(stage)
-    model = training.views[stage].eval()
-    memories = [ChunkMemory(model.config) for _ in range(2)]
-    hidden = model.read(ids[:, :-1], memories[0])  # lower decoder and encoder
-    model.read(ids[:, :-1].roll(1, dims=0), memories[1])  # the same for the neighbour's text
-    hidden, _ = model.look_up(hidden, 0, memories[1 if anothers else 0])  # upper decoder
-    right = model.predict(hidden).argmax(dim=-1) == ids[:, 1:]
+    model = trainer.models[stage].eval()
+    memory = ChunkMemory(model.config)
+    hidden = model.lower_decoder(ids[:, :-1], memory)
+    to_encode = hidden.roll(1, dims=0) if anothers else hidden  # the neighbour's text, or the same text
+    model.append_chunks(to_encode, memory)
+    hidden, _ = model.upper_decoder(hidden, memory)
+    right = model.logits(hidden).argmax(dim=-1) == ids[:, 1:]
     model.train()
     return right[parts[:, 1:] == COPY].float().mean().item()
 
@@ -520,20 +503,20 @@ def draw_progress(figure, log):
     return f"Step {steps[-1]}: {values[3][-1]:.0%} predicted, with another text's memory {values[4][-1]:.0%}."
 
 
-def train_until(training, step, log):
+def train_until(trainer, step, log):
     """Train; every 10 steps record losses and predicted shares, and draw."""
     alt = "Left, losses over the steps. Right, predicted copied words."
     picture = LivePicture(draw_progress, alt=alt, size=(10, 3.2))
-    while training.step < step:
-        _, *losses = training.take_step()
-        if training.step % 10 == 0 or training.step == step:
-            log.append((training.step, *losses, copied(training), copied(training, anothers=True)))
+    while trainer.step < step:
+        _, *losses = take_step(trainer)
+        if trainer.step % 10 == 0 or trainer.step == step:
+            log.append((trainer.step, *losses, copied(trainer), copied(trainer, anothers=True)))
             picture.paint(log)
 
 
-training = Training()
+trainer = new_trainer()
 progress = []
-train_until(training, STEPS // 2, progress)
+train_until(trainer, STEPS // 2, progress)
 
 # %% [markdown]
 # Both losses fall together: copies have only a slightly lower loss than other text. But look at the right. With the memory of
@@ -544,7 +527,7 @@ train_until(training, STEPS // 2, progress)
 # ### The second half
 
 # %%
-train_until(training, STEPS, progress)
+train_until(trainer, STEPS, progress)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -579,19 +562,18 @@ print("with another text's memory hardly any:", last[5] < 0.5 * last[4])
 
 
 # %%
-def resume(training, folder, *, forget=""):
+def resume(trainer, folder, *, forget=""):
     """Bring a new run to the state in the folder, except for the part to forget."""
     tensors, kept = load_progress(folder)
     if forget == "optimizer":
-        new = snapshot(training.model, training.optimizer, training.queue)
-        tensors = new | {name: x for name, x in tensors.items() if name.startswith("model.")}
-    restore(tensors, training.model, training.optimizer, training.queue)
-    training.step = 0 if forget == "step" else kept["step"]
-    return training
+        parameters = {name: x for name, x in tensors.items() if name.startswith("model.")}
+        tensors = trainer.state_dict() | parameters
+    trainer.load_state_dict(tensors, step=0 if forget == "step" else kept["step"])
+    return trainer
 
 
-def next_losses(training, steps=4):
-    return [training.take_step()[0] for _ in range(steps)]
+def next_losses(trainer, steps=4):
+    return [take_step(trainer)[0] for _ in range(steps)]
 
 
 def same(a, b):
@@ -602,14 +584,13 @@ def same(a, b):
 # %%
 # NBVAL_CHECK_OUTPUT
 with tempfile.TemporaryDirectory() as folder:
-    state = snapshot(training.model, training.optimizer, training.queue)
-    save_progress(Path(folder), training.step, state, {"step": training.step})
-    uninterrupted = next_losses(training)
+    save_progress(Path(folder), trainer.step, trainer.state_dict(), {"step": trainer.step})
+    uninterrupted = next_losses(trainer)
     for forget in ("", "optimizer", "step"):
-        resumed = resume(Training(), Path(folder), forget=forget)
+        resumed = resume(new_trainer(), Path(folder), forget=forget)
         losses = next_losses(resumed)
         what = f"without the {forget}" if forget else "with everything"
-        print(f"{what:21}: losses equal {losses == uninterrupted}, parameters equal {same(resumed, training)}")
+        print(f"{what:21}: losses equal {losses == uninterrupted}, parameters equal {same(resumed, trainer)}")
 
 # %% [markdown]
 # **You should see** `True` twice in the first line, and `False` elsewhere. *Resumed equals uninterrupted*, bit for bit, on
@@ -835,22 +816,25 @@ print(cross_batch_chunks(landmarks, torch.tensor([[1], [2]]))[..., 0].tolist())
 # **You should see** `10, 11` at the end of the first row, `20, 21` at the end of the second.
 #
 # Is that the same as a long text? We take a small model with random weights, in double precision. First it reads three
-# sequences with cross-batch chunks. Then it reads each sequence separately, with a memory that already holds the chunks of the
-# two others. (Windows do not reach into the others, which count as far away.)
+# sequences with cross-batch chunks. (The argument `chunk_source` tells the HSA layers where to look. Without it they look into
+# the model's memory. The queue is empty here.) Then it reads each sequence separately, with a memory that already holds the
+# chunks of the two others. (Windows do not reach into the others, which count as far away.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
 torch.manual_seed(0)
 tiny = HSAModel(PRESETS["debug"], dtype=torch.float64).eval().requires_grad_(False)
 ids = torch.randint(512, (3, 40))
-together = tiny(ids, past=Past(0)).logits
+cross_batch = partial(CrossBatchChunks, encoder=tiny.encoder, queue=ChunkQueue(0))
+together = tiny(ids, chunk_source=cross_batch).logits
 separate = tiny(ids)
-chunks = (separate.memory.k, separate.memory.v, separate.memory.landmarks)
+chunks = separate.memory.chunks
+nothing = torch.empty(1, 0, tiny.config.width, dtype=torch.float64)  # no chunk is unfinished
 for b in range(3):
     memory = ChunkMemory(tiny.config)
     for i in (1, 2):
-        memory.append(*(part[(b + i) % 3][None] for part in chunks))
-    memory.position = memory.chunks * tiny.config.chunk_size
+        memory.chunks.append(*(part[(b + i) % 3][None] for part in (chunks.k, chunks.v, chunks.landmarks)))
+    memory.resume(nothing, position=len(memory.chunks) * tiny.config.chunk_size)  # as if it had read these chunks
     as_one_text = tiny(ids[b : b + 1], memory).logits[0]
     same_as_long_text = torch.allclose(together[b], as_one_text, atol=1e-6)
     without_others = torch.allclose(together[b], separate.logits[b], atol=1e-3)

@@ -271,9 +271,9 @@ def search(haystack, sample):
     layers = [block.hsa for block in model.upper if block.hsa is not None]
     scores = []
 
-    def record(hsa, given, out):  # given: x, landmarks [1, N, J_r, R]
+    def record(hsa, given, out):  # given: x, and a source of chunks with landmarks [1, N, J_r, R]
         query = out[1].queries[0, -1]  # [J_r, R]
-        dots = torch.einsum("njr,jr->nj", given[1][0], query).amax(-1) / query.shape[-1] ** 0.5
+        dots = torch.einsum("njr,jr->nj", given[1].landmarks[0], query).amax(-1) / query.shape[-1] ** 0.5
         scores.append(dots[: (sample.tokens - 1) // S].numpy())
 
     hooks = [hsa.register_forward_hook(record) for hsa in layers]
@@ -296,8 +296,7 @@ def draw_search(figure, task, tokens, depth, seed):
 
 explore(
     draw_search,
-    alt="The retrieval score of every chunk over the haystack, one panel per HSA layer. "
-    "A star marks the needle's chunk.",
+    alt="The retrieval score of every chunk over the haystack, one panel per HSA layer. A star marks the needle's chunk.",
     size=(10, 4.2),
     task=list(TASKS),
     depth=Control((0.0, 1.0, 0.1), start=0.3, label="depth"),
@@ -405,8 +404,7 @@ def draw_heat(figure, file, tokens, depth):
 
 explore(
     draw_heat,
-    alt="A heat map: lengths from left to right, depths from top to bottom. "
-    "Every cell shows the right answers and the interval.",
+    alt="A heat map: lengths from left to right, depths from top to bottom. Every cell shows the right answers and the interval.",
     size=(8.5, 3.7),
     file=list(results),
     tokens=Control([(length_name(T), T) for T in ASKED], start=LENGTHS[-1], label="tokens"),

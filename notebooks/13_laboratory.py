@@ -130,7 +130,8 @@ for name in ("hsa", "hsa_rope", "no_noise"):
 
 # %% [markdown]
 # **You should see** nothing for the baseline, and *one* line each for the two others. Below, every claim uses the same function
-# to print what its arms change.
+# to print what its arms change. (Settings are stored in files, which keep the names of earlier versions. Two of them appear
+# below: `explore` means `gumbel_noise`, and `crowd` means `queue_chunks`.)
 #
 # Is everything else equal? We compare the parameters (within 1%), the tokens, the steps and the learning rate. (One arm is an
 # exception, and the table marks it: with experts a model has more parameters than one token uses. There the *active*
@@ -695,7 +696,6 @@ def fall(name):
     losses = [before - after for before, after in pairwise(means)]
     worst = LAB.multiples[int(np.argmax(losses))]
     where = f"loses most beyond {worst}×, {max(losses):.0%}" if max(losses) >= by.margin else "never loses the margin"
-    return "  ".join(f"{share:5.0%}" for share in means) + f"   {where}"
     return "  ".join(f"{share:5.0%}" for share in means) + f"   {where}"
 
 

@@ -1,4 +1,6 @@
-"""The course: what a notebook defines is what the package has, and every notebook keeps the promises of all."""
+"""The course: what a notebook defines equals what the package has, and every notebook keeps the
+promises that all of them make.
+"""
 
 import ast
 import dataclasses
@@ -28,7 +30,7 @@ from hsa_mini.model.cost_estimate import estimate_cost
 from hsa_mini.model.moe import MoE
 from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.reference.dispatch import route
-from hsa_mini.training.cross_batch import Crowd, Past
+from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import COPY, TEXT
 from hsa_mini.training.recipes import RECIPES
@@ -45,13 +47,14 @@ MAX_FUNCTION_LINES = 15
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 
-# ---- Definitions: the notebook's own against the package's. To add one, write a function with a `@twin` above it.
+# ---- Definitions: the notebook's own against the package's. To add one, write a function with a
+# `@twin` above it.
 
 TWINS = []
 
 
 def twin(notebook: str, name: str):
-    """The check below takes the function `name` of `notebook` and compares it with the package's."""
+    """The check below compares the function `name` of `notebook` with that of the package."""
 
     def remember(check):
         TWINS.append(pytest.param(notebook, name, check, id=f"{notebook}-{name}"))
@@ -62,7 +65,7 @@ def twin(notebook: str, name: str):
 
 @functools.cache
 def definitions(notebook: str) -> dict:
-    """The functions and classes that a notebook defines, made from its source alone: nothing else of it runs."""
+    """The functions and classes that a notebook defines. Nothing else of its source runs."""
     tree = ast.parse((FOLDER / f"{notebook}.py").read_text(encoding="utf-8"))
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     tree.body = [node for node in tree.body if isinstance(node, kept)]
@@ -73,7 +76,10 @@ def definitions(notebook: str) -> dict:
 
 
 def traceable(text: str, name: str) -> str:
-    """A file name under which Python finds `text` again: on a GPU, Triton compiles a kernel from its source."""
+    """A file name under which Python finds `text` again.
+
+    On a GPU, Triton compiles a kernel from its source.
+    """
     name = f"<{name} {hash(text)}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     return name
@@ -94,10 +100,10 @@ def _split_into_chunks(ours):
         hidden = random(tokens, config.width)
         memory = ChunkMemory(config)
         with torch.no_grad():
-            model.remember(hidden[None], memory)
+            model.append_chunks(hidden[None], memory)
             chunks, waiting = ours(hidden, config.chunk_size)
-            assert_close(model.encoder(chunks[None])[0], memory.k, 1e-12)
-        assert torch.equal(waiting, memory.partial[0])
+            assert_close(model.encoder(chunks[None]).k, memory.chunks.k, 1e-12)
+        assert torch.equal(waiting, memory.tail[0, : memory.position % config.chunk_size])
 
 
 @twin("02_chunks", "rope")
@@ -121,7 +127,7 @@ def _encoder_block(ours):
 def _encode_chunks(ours):
     encoder = HSAModel(PRESETS["nano"], dtype=torch.float64).encoder.requires_grad_(False)
     chunks = random(3, 16, PRESETS["nano"].width)
-    k, v, landmarks = encoder(chunks[None])
+    k, v, landmarks, _ = encoder(chunks[None])
     for got, want in zip(ours(chunks, encoder), (k[0], v[0], landmarks[0, :, 0])):
         assert_close(got, want, 1e-6)
 
@@ -204,11 +210,12 @@ def _layer(ours):
     config = PRESETS["debug"]
     model = HSAModel(config, dtype=torch.float64).requires_grad_(False)
     memory = ChunkMemory(config)
-    x = model.read(torch.randint(config.vocab_size, (2, 21)), memory)
+    x = model.lower_decoder(torch.randint(config.vocab_size, (2, 21)), memory)
+    model.append_chunks(x, memory)
     rope = rope_table(torch.arange(21), config.head_dim, config.rope_base)
     for block in (block for block in model.upper if block.hsa is not None):
         theirs, _ = block(
-            x, rope, None, lambda hsa, x: hsa(x, memory.landmarks, memory.attend, position=0)[0]
+            x, rope, None, 0, lambda hsa, x: hsa(x, memory.chunks.source(), position=0)[0]
         )
         assert_close(ours(block, x, memory), theirs, 1e-12)
 
@@ -217,7 +224,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _one_head(T=24, K=3, N=5, S=16, G=3, D=16):
-    """One sequence with one key/value head in float32: q [T, G, D], k and v [N, S, D], indices and weights [T, K]."""
+    """One sequence with one key/value head in float32.
+
+    q [T, G, D], k and v [N, S, D], indices and weights [T, K].
+    """
     indices, weights = random_choice(1, T, 1, K, N, dtype=torch.float32)
     q, k, v = random(T, G, D), random(N, S, D, seed=1), random(N, S, D, seed=2)
     return [
@@ -345,7 +355,10 @@ def _select(x, keys, back, kept, floors, known, K: tl.constexpr, n: tl.constexpr
 
 
 def selected(x, K, known=None) -> tuple:
-    """What the kernels' `selection` makes of x [rows, n]: keys, floats again, which are the K largest, and the floor."""
+    """What the kernels' `selection` makes of x [rows, n].
+
+    Keys, the floats that they turn back into, whether a number is among the K largest, and floors.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = torch.zeros(len(x), dtype=torch.int64) if known is None else known
     results = [
@@ -440,15 +453,16 @@ def _decode_in_phases(ours):
 
 @twin("09_memory", "kept_after")
 def _kept_after(ours):
+    filled = definitions("09_memory")["filled"]
     model = HSAModel(PRESETS["debug"]).requires_grad_(False)
     for tokens in (1, 7, 8, 12, 30):
         memory = prefill(model, torch.randint(512, (1, tokens))).memory
-        theirs = memory.chunks, memory.partial.shape[1], memory.upper[-1].k.shape[1]
+        theirs = len(memory.chunks), filled(memory.tail), filled(memory.upper[-1].k)
         assert ours(tokens, PRESETS["debug"].chunk_size, PRESETS["debug"].window) == theirs
 
 
 def _filled(ours, *options):
-    """A way to fill a memory against the package's prefill: logits, and every tensor of the memory."""
+    """Compare a method that fills a memory with the package's prefill: logits and all tensors."""
     contents = definitions("09_memory")["contents"]
     model = HSAModel(PRESETS["debug"], dtype=torch.float64).eval().requires_grad_(False)
     for tokens in (1, 29, 61):
@@ -477,8 +491,11 @@ def _bill(ours):
         counted, rows = estimate_cost(name, tokens), ours(PRESETS[name], tokens)
         caches, marks = counted.window_cache_bytes, counted.landmark_bytes
         assert [row[0] for row in rows.values()] == [
-            counted.full_attention_kv_bytes, caches, caches + marks + counted.kv_bytes, caches + marks
-        ]  # fmt: skip
+            counted.full_attention_kv_bytes,
+            caches,
+            caches + marks + counted.kv_bytes,
+            caches + marks,
+        ]
         assert rows["HSA, library outside"][1] == counted.kv_bytes
         more, grown = estimate_cost(name, 2 * tokens), ours(PRESETS[name], 2 * tokens)
         assert (
@@ -501,10 +518,10 @@ def _attend_fetching(ours):
         assert fetched == len(set(chosen.flatten().tolist()) - {-1})
 
 
-def _mixture(experts: int = 6, active: int = 2) -> MoE:
+def _mixture(experts: int = 6, top_k: int = 2) -> MoE:
     torch.manual_seed(0)
     config = dataclasses.replace(
-        PRESETS["debug"], experts=experts, experts_active=active, expert_width=24
+        PRESETS["debug"], experts=experts, experts_active=top_k, expert_width=24
     )
     layer = HSAModel(config).upper[0].mlp.requires_grad_(False)
     layer.bias.copy_(random(experts) / 10)
@@ -514,8 +531,8 @@ def _mixture(experts: int = 6, active: int = 2) -> MoE:
 @twin("10_model_and_experts", "choose")
 def _choose(ours):
     layer, tokens = _mixture(), random(30, 32).float()
-    chosen, gates = ours(layer.router(tokens).sigmoid(), layer.bias, layer.active)
-    want = route(layer.router(tokens), layer.bias, layer.active)
+    chosen, gates = ours(layer.router(tokens).sigmoid(), layer.bias, layer.top_k)
+    want = route(layer.router(tokens), layer.bias, layer.top_k)
     assert torch.equal(chosen, want[0])
     assert_close(gates, want[1], 1e-6)
 
@@ -523,15 +540,16 @@ def _choose(ours):
 @twin("10_model_and_experts", "update_bias")
 def _update_bias(ours):
     layer, bias = _mixture().train(), _mixture().bias
+    layer.count_tokens()
     layer(random(2, 15, 32).float())
     moved = ours(bias, layer.statistics().load, 0.01)
-    layer.balance(0.01)
+    layer.update_bias(0.01)
     assert torch.equal(moved, layer.bias) and not torch.equal(moved, bias)
 
 
 def _mixture_twin(ours):
-    for experts, active in ((6, 2), (5, 1), (3, 3)):
-        layer, x = _mixture(experts, active), random(2, 15, 32).float()
+    for experts, top_k in ((6, 2), (5, 1), (3, 3)):
+        layer, x = _mixture(experts, top_k), random(2, 15, 32).float()
         assert_close(ours(layer, x), layer(x), 1e-6)
 
 
@@ -587,16 +605,15 @@ def _learning_rate(ours):
 
 @twin("11_training", "cross_batch_chunks")
 def _cross_batch_chunks(ours):
-    model, past = HSAModel(PRESETS["debug"], dtype=torch.float64).requires_grad_(False), Past(5)
+    model = HSAModel(PRESETS["debug"], dtype=torch.float64).train().requires_grad_(False)
+    queue = ChunkQueue(5)
     for _ in range(2):
-        memory = model(torch.randint(512, (3, 30))).memory
-        past.push(memory, model.encoder, torch.tensor([2, 0]))
-    crowd, old = (
-        Crowd(memory, model.encoder, past).landmarks,
-        model.encoder.landmarks(past.stores[2][None]),
-    )
+        encoded = model(torch.randint(512, (3, 30))).aux.encoded
+        queue.push(encoded, torch.tensor([2, 0]))
+    theirs = CrossBatchChunks(encoded, model.encoder, queue).landmarks
+    old = model.encoder.landmarks(queue.stores[2][None])
     for j in range(PRESETS["debug"].retrieval_heads):
-        assert torch.equal(ours(memory.landmarks[:, :, j], old[0, :, j]), crowd[:, :, j])
+        assert torch.equal(ours(encoded.landmarks[:, :, j], old[0, :, j]), theirs[:, :, j])
 
 
 @twin("12_sixteen_million", "wilson")
@@ -657,7 +674,9 @@ def test_ipynb_is_executed_and_small(source):
 
 @each_notebook
 def test_ipynb_keeps_pictures_and_no_widgets(source):
-    """A stored view hides the picture in JupyterLab until the notebook is run, and has another id in every run."""
+    """A stored view hides the picture in JupyterLab until the notebook is run. Its id changes in
+    every run.
+    """
     assert "widgets" not in executed(source).metadata
     for cell in executed(source).cells:
         for output in cell.get("outputs", ()):
