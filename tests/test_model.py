@@ -151,13 +151,9 @@ def test_replaced_chunks_are_read_and_can_be_put_back():
         return model(ids[:, 24:], memory).logits
 
     def replace(memory):
-        return memory.chunks.replace(
-            1,
-            *(
-                torch.ones_like(part[:, 1:3])
-                for part in (memory.chunks.k, memory.chunks.v, memory.chunks.landmarks)
-            ),
-        )
+        before = memory.chunks.copy(1, 3)
+        memory.chunks.replace(1, *(torch.ones_like(part) for part in before))
+        return before
 
     assert error(answer(replace), answer()) > 1e-6
     assert_close(answer(lambda memory: memory.chunks.replace(1, *replace(memory))), answer(), 0)
@@ -168,10 +164,8 @@ def test_every_parameter_gets_a_gradient_once_two_chunks_can_be_chosen(option):
     model = build(option, torch.float32)
     for T, idle in (
         (S, ("encoder.", ".hsa.", ".hsa_norm.")),  # no chunk is visible to any token
-        (
-            S + 2,
-            (".retrieval_", "encoder.landmark"),
-        ),  # one is: softmax gives it 1 whatever its score
+        # One chunk is visible: softmax gives it weight 1, whatever its score.
+        (S + 2, (".retrieval_", "encoder.landmark")),
         (30, ()),
     ):
         model.zero_grad()
@@ -195,10 +189,9 @@ def test_gradient_of_the_loss_equals_its_slope(option):
     """Along a random direction of all parameters, and of the landmark projection alone: retrieval
     learns from the loss.
     """
-    model, ids = (
-        build(option),
-        text(40, seed=2),
-    )  # of this text no choice of chunks is so near a tie that a step changes it
+    # In this text no choice of chunks is so near a tie that a step changes it.
+    model = build(option)
+    ids = text(40, seed=2)
     parameters = dict(model.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(loss(model, ids), parameters.values())))
     for names in (list(parameters), ["encoder.landmark.weight"]):
@@ -261,10 +254,8 @@ def test_exploration_acts_in_training_on_the_choice_alone():
     assert not torch.equal(model(ids).logits, first)
     torch.manual_seed(5)
     assert torch.equal(model(ids).logits, first)
-    for changes in (
-        dict(exploration=False),
-        dict(top_k=100),
-    ):  # with every chunk kept there is nothing to choose
+    # With every chunk kept there is nothing to choose.
+    for changes in (dict(exploration=False), dict(top_k=100)):
         model = build(**changes)
         want = model(ids).logits
         assert_close(model.train()(ids, gumbel_seed=1).logits, want, 1e-13)

@@ -18,13 +18,17 @@ from hsa_mini import ops
 
 
 class ChunkSource(Protocol):
-    """landmarks [B, N, J_r, R]; position_offset: tokens in front of a sequence, int or [B]."""
+    """Anything with these three attributes."""
 
     @property
-    def landmarks(self) -> torch.Tensor: ...
+    def landmarks(self) -> torch.Tensor:
+        """[B, N, J_r, R]."""
+        ...
 
     @property
-    def position_offset(self) -> int | torch.Tensor: ...
+    def position_offset(self) -> int | torch.Tensor:
+        """Tokens in front of a sequence, an int or int64 [B]; a multiple of the chunk size."""
+        ...
 
     @property
     def attend(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
