@@ -66,9 +66,8 @@ def test_a_whole_model_is_measured(bench, tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(f"of_model.{name}", value)
     seconds = iter(range(1, 1000))
     monkeypatch.setattr("of_training.TOKENS", 96)
-    monkeypatch.setattr(
-        "of_model.waited", lambda device: next(seconds) ** 2
-    )  # every stretch takes two seconds more
+    # Every stretch takes two seconds more.
+    monkeypatch.setattr("of_model.waited", lambda device: next(seconds) ** 2)
     monkeypatch.chdir(tmp_path)
     assert bench.main(["--device", "cpu", "--model", "debug"]) == 0
     result = json.loads(Path("out/bench.json").read_text())

@@ -27,9 +27,8 @@ from hsa_mini.checkpoint.weights import INDEX, SHARD_BYTES, WEIGHTS
 from hsa_mini.paths import data_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(
-    vocab_size=64, width=8, mlp_width=8, head_dim=4, hsa_head_dim=4, retrieval_dim=4
-)  # 20 kB on disk
+# 20 kB on disk.
+SMALL = dict(vocab_size=64, width=8, mlp_width=8, head_dim=4, hsa_head_dim=4, retrieval_dim=4)
 
 
 @pytest.fixture
@@ -244,9 +243,8 @@ def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, s
         "total_size": sum(map(sum, sizes.values()))
     }
     assert all(sum(size) <= shard_bytes or len(size) == 1 for size in sizes.values())
-    for shard, following in pairwise(
-        shards
-    ):  # a file ends only where the next tensor would not fit
+    # A file ends only where the next tensor would not fit.
+    for shard, following in pairwise(shards):
         first = next(
             value
             for name, value in model.named_parameters()
@@ -554,8 +552,8 @@ def test_of_the_states_of_a_run_the_two_newest_stay_and_the_newest_whole_one_is_
 
 
 # What the processes below run first. A child writes one byte into a pipe before every step on the
-# disk, and its parent kills it after a given number of steps. No clock is involved, so that the test
-# is the same on a slow machine. Only where in the next step the signal arrives is random.
+# disk, and its parent kills it after a given number of steps. No clock is involved, so that the
+# test is the same on a slow machine. Only where in the next step the signal arrives is random.
 KILLED = """
 import os, random, signal, sys
 from pathlib import Path

@@ -135,9 +135,8 @@ def test_the_order_of_tokens_inside_a_chunk_changes_nothing():
 
 def test_empty_slots_add_nothing_whatever_chunk_zero_and_their_weights_hold():
     case = inputs()
-    case["indices"] = torch.where(
-        case["indices"] == 0, 1, case["indices"]
-    )  # nobody asks for chunk 0
+    # Nobody asks for chunk 0.
+    case["indices"] = torch.where(case["indices"] == 0, 1, case["indices"])
     assert (case["indices"] < 0).any()
     want = chunk_attention(**case)
     case["k"][:, 0] = case["v"][:, 0] = float("nan")

@@ -171,9 +171,8 @@ def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache):
     with pytest.raises(KeyboardInterrupt):
         corpus._encode(interrupted(), cache / "corpus-x")
     assert [path.name for path in cache.iterdir()] == ["archives"]
-    corpus._encode(
-        overtaken(), cache / "corpus-x"
-    )  # another process was faster, and its folder stays
+    # Another process was faster, and its folder stays.
+    corpus._encode(overtaken(), cache / "corpus-x")
     assert sorted(path.name for path in cache.iterdir()) == ["archives", "corpus-x"]
     assert sum(
         (cache / "corpus-x" / f"{split}.bin").stat().st_size for split in corpus.SPLITS

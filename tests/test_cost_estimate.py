@@ -21,6 +21,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAConfig, HSAModel
 from hsa_mini.cli.plan import table
 from hsa_mini.config import MAX_TOKENS
 from hsa_mini.inference.prefill import prefill
+from hsa_mini.lab.variants import NoEncoder
 from hsa_mini.model.cost_estimate import estimate_cost, mean_keys, training_flops
 from hsa_mini.model.norm import RMSNorm
 
@@ -132,14 +133,16 @@ def test_bytes_are_those_of_the_tensors_that_a_real_memory_holds(name, tokens):
     memory = prefill(model, text(tokens), segment=97).memory
     got = estimate_cost(name, tokens)
     assert (got.preset, got.tokens) == (name, tokens)
-    assert got.kv_bytes == memory.k.nbytes + memory.v.nbytes
-    assert got.landmark_bytes == memory.landmarks.nbytes
-    assert got.window_cache_bytes == sum(
-        cache.k.nbytes + cache.v.nbytes for cache in memory.lower + memory.upper
-    )
-    wide = dataclasses.replace(
-        PRESETS[name], window=tokens + 1
-    )  # a window over everything is full attention
+    assert got.kv_bytes == memory.chunks.k.nbytes + memory.chunks.v.nbytes
+    assert got.landmark_bytes == memory.chunks.landmarks.nbytes
+    # A cache has W slots from the first token on. The estimate counts the slots that the next token
+    # sees.
+    caches = memory.lower + memory.upper
+    seen = [part for cache in caches for part in cache.in_order(memory.position)]
+    assert got.window_cache_bytes == sum(part.nbytes for part in seen)
+    assert all(part.shape[1] == model.config.window for cache in caches for part in cache)
+    # A window over everything is full attention.
+    wide = dataclasses.replace(PRESETS[name], window=tokens + 1)
     assert got.full_attention_kv_bytes == estimate_cost(wide, tokens).window_cache_bytes
 
 
@@ -200,9 +203,8 @@ def test_flops_are_what_the_counter_sees(config, tokens):
     assert got.prefill_flops_per_token == pytest.approx(counted / tokens, rel=1e-4)
 
     S, layers = config.chunk_size, config.lower_layers + config.upper_layers
-    counted = (
-        multiplied(lambda: [model(text(1), memory) for _ in range(S)]) / S
-    )  # one of them completes a chunk
+    # One of them completes a chunk.
+    counted = multiplied(lambda: [model(text(1), memory) for _ in range(S)]) / S
     counted -= layers * 4 * config.heads * config.head_dim  # a masked key before the window
     counted += expert_flops(config) * (layers - 1)
     assert got.decode_flops_per_token == pytest.approx(counted, rel=2e-4)
@@ -233,10 +235,8 @@ def test_full_attention_is_a_model_whose_window_is_everything():
     model = build(dataclasses.replace(SMALL, window=tokens + 1))
     for block in model.upper:
         block.hsa = None
+    model.encoder = NoEncoder(model.config)
     memory = ChunkMemory(model.config)
-    model.remember = lambda _, memory: setattr(
-        memory, "_stores", (torch.zeros(1, 0),) * 3
-    )  # no chunk is encoded
     counted = multiplied(lambda: model(text(tokens), memory))
     step = multiplied(lambda: model(text(1), memory))
     head = 2 * 512 * 64
@@ -279,9 +279,8 @@ def test_a_longer_text_costs_no_more_a_token():
         long.full_attention_prefill_flops_per_token / short.full_attention_prefill_flops_per_token
     )
     assert 15 < full < 16
-    assert (
-        long.decode_flops_per_token < 1.2 * short.decode_flops_per_token
-    )  # only the landmarks grow with the text
+    # Only the landmarks grow with the text.
+    assert long.decode_flops_per_token < 1.2 * short.decode_flops_per_token
     assert (
         long.window_cache_bytes == short.window_cache_bytes and long.kv_bytes == 16 * short.kv_bytes
     )

@@ -296,21 +296,25 @@ def configurations(draw) -> HSAConfig:
     heads, J = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     experts = draw(st.sampled_from([0, 0, 3]))
     return HSAConfig(
-        vocab_size=50, width=16, lower_layers=draw(st.integers(1, 2)), groups=draw(st.integers(1, 2)),
-        layers_per_group=draw(st.integers(1, 2)), mlp_width=16, window=block * draw(st.integers(1, 6)),
+        vocab_size=50, width=16,
+        lower_layers=draw(st.integers(1, 2)), groups=draw(st.integers(1, 2)),
+        layers_per_group=draw(st.integers(1, 2)), mlp_width=16,
+        window=block * draw(st.integers(1, 6)),
         heads=heads * draw(st.integers(1, 2)), kv_heads=heads, head_dim=8,
         chunk_size=block * draw(st.integers(1, 4)), top_k=draw(st.integers(1, 5)),
         hsa_heads=J * draw(st.integers(1, 3)), hsa_kv_heads=J, hsa_head_dim=8, retrieval_dim=8,
         retrieval_heads=draw(st.sampled_from([1, J])), query_block=block,
-        weighting=draw(st.sampled_from(["softmax", "stick_breaking"])), exclude_window=draw(st.booleans()),
+        weighting=draw(st.sampled_from(["softmax", "stick_breaking"])),
+        exclude_window=draw(st.booleans()),
         retrieval_norm=draw(st.booleans()), residual=draw(st.sampled_from(["add", "bypass"])),
         experts=experts, experts_active=min(experts, 2), expert_width=8 if experts else 0,
     )  # fmt: skip
 
 
 @given(
-    config=configurations(), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3), new=st.integers(1, 15),
-    segment=st.integers(1, 50), offload=st.booleans(), seed=st.integers(0, 99),
+    config=configurations(), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    new=st.integers(1, 15), segment=st.integers(1, 50), offload=st.booleans(),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60)
 @torch.no_grad()

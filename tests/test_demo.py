@@ -124,7 +124,7 @@ def test_scores_and_retrieved_chunks_are_those_of_the_last_prompt_token(finding)
         finding.scores, finding.retrieved_chunks, output.aux.retrievals
     ):
         scores = (
-            torch.einsum("jr,njr->jn", retrieval.queries[0, -1], memory.landmarks[0])
+            torch.einsum("jr,njr->jn", retrieval.queries[0, -1], memory.chunks.landmarks[0])
             / TINY.retrieval_dim**0.5
         )
         assert np.allclose(row, scores.amax(0).numpy(), atol=1e-4)

@@ -22,7 +22,10 @@ from hsa_mini.evaluation.results import CONTROLS, ControlRow, RetrievalRow
 from hsa_mini.evaluation.retrievals import chunks_retrieved
 from hsa_mini.evaluation.runner import ask_one
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
+from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.generate import generate
+from hsa_mini.memory.chunk_store import ChunkStore
+from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.provenance import write_results
 from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS, Problem
 from hsa_mini.tasks.needles import ask, draw_needles
@@ -61,10 +64,9 @@ def placed(tokens: int, places: list[int]) -> Sample:
 
 
 def contents(asked: Haystack) -> list[torch.Tensor]:
-    memory = asked.memory
-    return [x.clone() for x in (memory.k, memory.v, memory.landmarks, asked.text)] + [
-        torch.tensor(memory.position)
-    ]
+    chunks = asked.memory.chunks
+    tensors = (chunks.k, chunks.v, chunks.landmarks, asked.text)
+    return [x.clone() for x in tensors] + [torch.tensor(asked.memory.position)]
 
 
 def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
@@ -79,7 +81,8 @@ def assert_as_from_scratch(asked: Haystack, sample: Sample) -> None:
     ids = torch.from_numpy(sample.apply(asked.text.numpy()))[None]
     want = generate(asked.model, ids, max_new_tokens=9)
     assert torch.equal(got.ids, want.ids)
-    assert got.memory.position == want.memory.position and got.memory.chunks == want.memory.chunks
+    assert got.memory.position == want.memory.position
+    assert len(got.memory.chunks) == len(want.memory.chunks)
     for a, b in zip(got.first.retrievals, want.first.retrievals, strict=True):
         assert a.queries.shape == b.queries.shape
         assert torch.allclose(a.queries, b.queries, rtol=0, atol=1e-9)
@@ -125,11 +128,8 @@ def test_needles_near_each_other_and_at_the_borders(tokens):
         [S * 10, S * 10 + n],  # at the start of a chunk
         [S * 10 - 1, S * 10 + n + 1],  # across chunks, a token apart
         [S * 10 - n, S * 20],  # at the end of a chunk
-        [
-            100,
-            100 + n + TINY.lower_reach,
-            100 + 2 * (n + TINY.lower_reach) + 1,
-        ],  # as far apart as the lower decoder reaches
+        # as far apart as the lower decoder reaches
+        [100, 100 + n + TINY.lower_reach, 100 + 2 * (n + TINY.lower_reach) + 1],
         [body - n],  # in front of the question
         [body - 2 * n, body - n],
         [200, 40],  # in no particular order
@@ -198,7 +198,9 @@ def test_long_stretches_are_encoded_again_in_parts(monkeypatch, segment):
 
 @every_task
 def test_a_shuffled_memory_is_that_of_the_other_sample(task):
-    """The chunks are those of the other sample's text; the answer starts from the own last tokens."""
+    """The chunks are those of the other sample's text. The answer starts from the sample's own last
+    tokens.
+    """
     tokens = MIN_TOKENS + 200
     asked = haystack(ALL, tokens)
     sample = draw(0, tokens, 0.5, task)
@@ -207,9 +209,9 @@ def test_a_shuffled_memory_is_that_of_the_other_sample(task):
     got = asked.ask(sample, answer_tokens=1, remembered=other)
     assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
     with torch.no_grad():
-        memory = ALL(torch.from_numpy(other.apply(asked.text.numpy()))[None]).memory
+        chunks = ALL(torch.from_numpy(other.apply(asked.text.numpy()))[None]).memory.chunks
         want = Haystack(ALL, asked.text.clone())
-        want.memory.replace(0, memory.k, memory.v, memory.landmarks)
+        want.memory.chunks.replace(0, chunks.k, chunks.v, chunks.landmarks)
         with want._written(sample):
             tail = want._read_tail()
     for a, b in zip(got.first.retrievals, tail.aux.retrievals, strict=True):
@@ -220,6 +222,58 @@ def test_a_shuffled_memory_is_that_of_the_other_sample(task):
     own = asked.ask(sample, answer_tokens=1).first
     assert torch.equal(own.retrievals[0].queries[:, -1], got.first.retrievals[0].queries[:, -1])
     assert not torch.equal(own.retrievals[0].weights[:, -1], got.first.retrievals[0].weights[:, -1])
+
+
+INTERRUPTIBLE = (
+    (HSAModel, "lower_decoder"),
+    (HSAModel, "upper_decoder"),
+    (HSAModel, "logits"),
+    (ChunkEncoder, "forward"),
+    (ChunkStore, "copy"),
+    (ChunkStore, "replace"),
+    (DecodeStep, "__call__"),
+)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_question_interrupted_at_any_call_leaves_text_and_memory_as_they_were(monkeypatch, when):
+    """Ctrl-C arrives before or after the n-th call of the functions above, for every n: also while
+    the memory is restored.
+    """
+    tokens = MIN_TOKENS + 200
+    asked = haystack(ALL, tokens)
+    question = dict(answer_tokens=3, remembered=draw(1, tokens, 0.5))
+    sample = draw(0, tokens, 0.5)
+    want = asked.ask(sample, **question).ids
+    before = contents(asked)
+    calls: list[str] = []
+    interrupted = 0  # the number of the call that Ctrl-C interrupts
+
+    def interruptible(name, function):
+        def call(*arguments, **options):
+            calls.append(name)
+            number = len(calls)
+            if number == interrupted and when == "before":
+                raise KeyboardInterrupt
+            result = function(*arguments, **options)
+            if number == interrupted:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+    for owner, name in INTERRUPTIBLE:
+        monkeypatch.setattr(owner, name, interruptible(name, getattr(owner, name)))
+    asked.ask(sample, **question)
+    assert set(calls) == {name for _, name in INTERRUPTIBLE}
+    for interrupted in range(1, len(calls) + 1):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            asked.ask(sample, **question)
+        assert len(calls) >= interrupted
+        assert all(torch.equal(x, y) for x, y in zip(contents(asked), before))
+    interrupted = 0
+    assert torch.equal(asked.ask(sample, **question).ids, want)
 
 
 class Oracle:

@@ -172,9 +172,8 @@ def test_what_a_prefill_keeps_is_the_chunk_memory_and_nothing_else_that_grows():
     memory = 2 * (2000 // S) * chunk * 4  # two sequences of float32
     ids = 2 * 2000 * 8
     assert alive[1] - alive[0] == memory + ids
-    assert 2 * 2000 * DEBUG.width * 4 > 2 * (
-        alive[1] - alive[0] - memory
-    )  # keeping hidden states would be seen
+    # Keeping hidden states would be seen.
+    assert 2 * 2000 * DEBUG.width * 4 > 2 * (alive[1] - alive[0] - memory)
 
 
 @torch.no_grad()
@@ -226,13 +225,8 @@ def test_sampling_is_a_function_of_the_seed():
     assert torch.equal(sample(temperature=1e-4, seed=3), sample())  # cold enough it is greedy
 
 
-CHANCES = [
-    1 / 16,
-    1 / 2,
-    1 / 8,
-    1 / 4,
-    1 / 16,
-]  # of tokens 0 to 4 at temperature 1; worked out by hand below
+# Of tokens 0 to 4 at temperature 1; worked out by hand below.
+CHANCES = [1 / 16, 1 / 2, 1 / 8, 1 / 4, 1 / 16]
 FILTERED = [
     (dict(temperature=1.0), CHANCES),
     (dict(temperature=0.5), [1 / 86, 64 / 86, 4 / 86, 16 / 86, 1 / 86]),
@@ -240,10 +234,8 @@ FILTERED = [
     (dict(temperature=1.0, top_k=1), [0, 1, 0, 0, 0]),
     (dict(temperature=1.0, top_k=3), [0, 4 / 7, 1 / 7, 2 / 7, 0]),
     (dict(temperature=0.5, top_k=2), [0, 4 / 5, 0, 1 / 5, 0]),
-    (
-        dict(temperature=1.0, top_k=4),
-        [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0],
-    ),  # a tie: the lower id stays
+    # A tie: the lower id stays.
+    (dict(temperature=1.0, top_k=4), [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0]),
     (dict(temperature=1.0, top_k=5), CHANCES),
     (dict(temperature=1.0, top_k=99), CHANCES),
     (dict(temperature=1.0, top_p=0.0), [0, 1, 0, 0, 0]),
@@ -253,28 +245,21 @@ FILTERED = [
     (dict(temperature=1.0, top_p=0.76), [0, 4 / 7, 1 / 7, 2 / 7, 0]),
     (dict(temperature=1.0, top_p=0.93), [1 / 15, 8 / 15, 2 / 15, 4 / 15, 0]),
     (dict(temperature=1.0, top_p=0.94), CHANCES),
-    (
-        dict(temperature=0.5, top_p=0.74),
-        [0, 1, 0, 0, 0],
-    ),  # temperature first: 64/86 is more than 0.74, 1/2 was less
-    (
-        dict(temperature=1.0, top_k=3, top_p=0.57),
-        [0, 1, 0, 0, 0],
-    ),  # top-k before top-p: 4/7 is more than 0.57
+    # Temperature first: 64/86 is more than 0.74, 1/2 was less.
+    (dict(temperature=0.5, top_p=0.74), [0, 1, 0, 0, 0]),
+    # Top-k before top-p: 4/7 is more than 0.57.
+    (dict(temperature=1.0, top_k=3, top_p=0.57), [0, 1, 0, 0, 0]),
     (dict(temperature=1.0, top_k=2, top_p=0.7), [0, 2 / 3, 0, 1 / 3, 0]),
-    (
-        dict(temperature=0.5, top_k=3, top_p=0.8),
-        [0, 4 / 5, 0, 1 / 5, 0],
-    ),  # 16/21 is less than 0.8, 20/21 more
+    # 16/21 is less than 0.8, 20/21 more.
+    (dict(temperature=0.5, top_k=3, top_p=0.8), [0, 4 / 5, 0, 1 / 5, 0]),
 ]
 
 
 @pytest.mark.parametrize("options, want", FILTERED, ids=str)
 def test_draws_follow_the_filtered_distribution(options, want):
     want = torch.tensor(want, dtype=torch.float64)
-    logits = (
-        torch.tensor(CHANCES, dtype=torch.float64).log() + 3
-    )  # what is added to all logits changes nothing
+    # What is added to all logits changes nothing.
+    logits = torch.tensor(CHANCES, dtype=torch.float64).log() + 3
     got = probabilities(logits.expand(2, 5), **options)
     assert torch.equal(got == 0, (want == 0).expand(2, 5))  # the support is exact
     assert torch.allclose(got, want.expand(2, 5), rtol=1e-12, atol=0)
@@ -284,9 +269,10 @@ def test_draws_follow_the_filtered_distribution(options, want):
         torch.Generator().manual_seed(0),
     )
     share = drawn.flatten().bincount(minlength=5) / 40_000
+    # 4.8 deviations.
     assert (share[want == 0] == 0).all() and torch.allclose(
         share.double(), want, rtol=0, atol=0.012
-    )  # 4.8 deviations
+    )
 
 
 def test_of_equal_logits_the_lowest_ids_stay():

@@ -20,8 +20,8 @@ from hsa_mini.memory import host_chunks as offload
 
 
 @given(
-    B=st.integers(1, 3), T=st.integers(1, 20), J=st.integers(1, 3), K=st.integers(1, 5), N=st.integers(0, 9),
-    spare=st.integers(0, 3), block=st.integers(1, 8), seed=st.integers(0, 99),
+    B=st.integers(1, 3), T=st.integers(1, 20), J=st.integers(1, 3), K=st.integers(1, 5),
+    N=st.integers(0, 9), spare=st.integers(0, 3), block=st.integers(1, 8), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_attention_equals_the_reference_in_blocks_of_any_size(B, T, J, K, N, spare, block, seed):
     S, D = 3, 4
@@ -58,9 +58,8 @@ def test_no_block_fetches_more_than_it_may(monkeypatch):
 @every_dense_option
 @torch.no_grad()
 def test_a_model_reads_and_writes_the_same_numbers(option, monkeypatch):
-    monkeypatch.setattr(
-        offload, "FETCH_BYTES", 20_000
-    )  # several blocks, in the upper decoder's tail too
+    # Several blocks, in the upper decoder's tail too.
+    monkeypatch.setattr(offload, "FETCH_BYTES", 20_000)
     model, ids = build(option), text(90)
     want = model(ids).logits
     memory = ChunkMemory(model.config, offload=True)

@@ -439,9 +439,8 @@ def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tenso
     short=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 @example(B=1, J=1, G=1, D=16, R=16, N=200, S=16, top_k=80, short=3, dtype=torch.float32)
-@example(
-    B=1, J=2, G=2, D=16, R=16, N=1500, S=16, top_k=3, short=5000, dtype=torch.float32
-)  # more blocks than are kept
+# More blocks than are kept.
+@example(B=1, J=2, G=2, D=16, R=16, N=1500, S=16, top_k=3, short=5000, dtype=torch.float32)
 def test_decode_equals_the_reference(B, J, G, D, R, N, S, top_k, short, dtype):
     inputs = there(decode_inputs(B, J, G, D, R, N, S), dtype)
     options = dict(chunk_size=S, top_k=top_k, offset=max(N * S - short, 0))
@@ -611,11 +610,8 @@ def test_custom_operators_keep_their_promises():
     torch.library.opcheck(torch.ops.hsa_kernels.chunk_attention.default, (*leaves, 0.3))
     inputs = retrieval_inputs(T=9, N=2)
     leaves = [x.requires_grad_() for x in inputs.values()]
-    checks = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-    )  # the fourth adds up outputs, integers too
+    # The fourth check adds up outputs, integers too.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.hsa_kernels.retrieve.default,
         (*leaves, None, 0, 1, 4, 2, 0, None),
@@ -640,9 +636,8 @@ def test_flops_are_counted():
     inputs["q"].requires_grad_()
     with FlopCounterMode(display=False) as counter:
         out = hsa_kernels.chunk_attention(**inputs)
-    assert (
-        counter.get_total_flops() == 4 * 1 * 4 * 2 * 2 * 16 * 16
-    )  # two products of B*T*H*K*S*D multiply-adds
+    # Two products of B*T*H*K*S*D multiply-adds.
+    assert counter.get_total_flops() == 4 * 1 * 4 * 2 * 2 * 16 * 16
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     assert counter.get_total_flops() == 10 * 1 * 4 * 2 * 2 * 16 * 16  # five

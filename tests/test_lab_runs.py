@@ -1,4 +1,6 @@
-"""Runs of the laboratory: each missing run runs once, records are complete, verdicts follow the rule."""
+"""Runs of the laboratory: each missing run runs once, records are complete, verdicts follow the
+rule.
+"""
 
 import dataclasses
 import json
@@ -124,9 +126,8 @@ def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     )
     assert run_missing(["window", "no_noise"], [1, 2], path=path, device=CPU) == 3
     assert path.read_bytes().startswith(before) and len(read_records(path)) == 7
-    assert (
-        run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1
-    )  # other settings make another run
+    # Other settings make another run.
+    assert run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1
 
 
 def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp_path, capfd):
@@ -232,9 +233,8 @@ def test_records_of_other_settings_are_left_out_and_younger_options_do_not_matte
         ("hsa", 2),
     }
     assert set(current([same, record("window", 0, scale="tiny")], "tiny")) == {("window", 0)}
-    assert (
-        current([same, record("hsa", 0, 0.7)])["hsa", 0]["found"]["vt"][0]["accuracy"] == 0.7
-    )  # the newest
+    # The newest record counts.
+    assert current([same, record("hsa", 0, 0.7)])["hsa", 0]["found"]["vt"][0]["accuracy"] == 0.7
 
 
 # The command, with real runs

@@ -138,9 +138,8 @@ def test_window_layer_is_normed_turned_heads_around_the_reference():
     def computed(x):
         return layer(x, rope_table(torch.arange(70, 100), 8, CONFIG.rope_base))[0]
 
-    assert_close(
-        results(computed, dict(x=x)), results(formula, dict(x=x)), 1e-6
-    )  # the table is float32
+    # The table is float32.
+    assert_close(results(computed, dict(x=x)), results(formula, dict(x=x)), 1e-6)
 
 
 def test_chunk_encoder_is_bidirectional_attention_with_cls_last():

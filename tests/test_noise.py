@@ -87,9 +87,8 @@ def test_noise_follows_the_gumbel_law():
     assert noise.mean().item() == pytest.approx(0.5772156649, abs=4 * math.sqrt(variance / n))
     assert noise.var().item() == pytest.approx(variance, abs=4 * variance * math.sqrt(4.4 / n))
     law = torch.exp(-torch.exp(-noise.sort().values))
-    assert (law - (torch.arange(n) + 0.5) / n).abs().max() < 1.63 / math.sqrt(
-        n
-    )  # Kolmogorov-Smirnov, 1 %
+    # Kolmogorov-Smirnov, 1 %.
+    assert (law - (torch.arange(n) + 0.5) / n).abs().max() < 1.63 / math.sqrt(n)
     for lag in (1, 100, 400):  # the next chunk, the next head, the next position
         assert abs(torch.corrcoef(torch.stack((noise[lag:], noise[:-lag])))[0, 1]) < 4 / math.sqrt(
             n

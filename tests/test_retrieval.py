@@ -182,9 +182,8 @@ def test_stick_breaking_goes_from_the_newest_and_follows_its_formula():
     kept = indices.flatten().tolist()
     assert kept == sorted(kept, reverse=True)
     scores = [(retrieval_q.flatten() @ landmarks[0, i, 0]).item() / 2 for i in kept]
-    for slot, score in enumerate(
-        scores
-    ):  # its share, sigmoid(s), of what every newer chunk left over
+    # Its share, sigmoid(s), of what every newer chunk left over.
+    for slot, score in enumerate(scores):
         share = math.prod(1 - 1 / (1 + math.exp(-newer)) for newer in scores[:slot]) / (
             1 + math.exp(-score)
         )
@@ -200,9 +199,8 @@ def test_gumbel_noise_changes_the_choice_and_never_the_weights():
     assert_close(weights, clean.gather(-1, indices.long()).softmax(-1), 1e-14)
     noisy = clean + gumbel_noise(3, torch.arange(650, 700)[None], 2, 40)
     want = noisy.topk(4, dim=-1).indices.int()
-    assert torch.equal(
-        indices.sort(-1).values, want.sort(-1).values
-    )  # the noise of the absolute position
+    # The noise of the absolute position.
+    assert torch.equal(indices.sort(-1).values, want.sort(-1).values)
     plain, _ = retrieve(retrieval_q, landmarks, **options)
     other, _ = retrieve(retrieval_q, landmarks, gumbel_seed=4, **options)
     again, _ = retrieve(retrieval_q, landmarks, gumbel_seed=3, **options)
@@ -314,6 +312,5 @@ def test_weights_are_float64_for_float64_and_float32_for_the_rest(dtype):
     assert indices.dtype == torch.int32
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(indices, exact)
-    assert error(weights, exact_weights) <= (
-        0 if dtype == torch.float64 else 1e-6
-    )  # 16-bit inputs, exact products
+    # 16-bit inputs, exact products.
+    assert error(weights, exact_weights) <= (0 if dtype == torch.float64 else 1e-6)

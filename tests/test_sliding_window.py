@@ -44,10 +44,8 @@ def test_every_split_with_cached_keys_in_front_gives_the_same(W):
     case = inputs(20)
     whole = sliding_window_attention(**case, window=W)
     for split in range(1, 20):
-        for first in (
-            0,
-            max(split - W + 1, 0),
-        ):  # everything in front, or what the window still shows
+        # Everything in front, or what the window still shows.
+        for first in (0, max(split - W + 1, 0)):
             rest = dict(q=case["q"][:, split:], k=case["k"][:, first:], v=case["v"][:, first:])
             assert_close(sliding_window_attention(**rest, window=W), whole[:, split:], 1e-13)
 

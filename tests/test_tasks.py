@@ -75,11 +75,8 @@ def read(text: str, question: str) -> str:
     return ", ".join(names) + "."
 
 
-COUNTS = {
-    "s_niah": (1, 6),
-    "mq_niah": (2, 6),
-    "vt": (3, 6),
-}  # (sentences that the question needs, all sentences)
+# (sentences that the question needs, all sentences)
+COUNTS = {"s_niah": (1, 6), "mq_niah": (2, 6), "vt": (3, 6)}
 
 
 @given(
@@ -109,10 +106,8 @@ def test_a_sample_has_the_stated_length_and_its_answer_is_in_the_text(
         last <= first
         for (_, last), (first, _) in itertools.pairwise([(0, 0), *ranges, (tokens, tokens)])
     )
-    assert ranges[-1] == (
-        tokens - len(encode(question.text)),
-        tokens,
-    )  # the question ends the text, so the answer follows it
+    # The question ends the text, so the answer follows it.
+    assert ranges[-1] == (tokens - len(encode(question.text)), tokens)
     touched = np.zeros(tokens, dtype=bool)
     for first, last in ranges:
         touched[first:last] = True
@@ -177,9 +172,8 @@ def test_across_borders(task, sizes, more, depth, seed, distractors):
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise([*hidden, question]))
     n = len(encode(sample.problem.sentences[0]))
     assert abs(sample.start - plain.start) <= S + n
-    assert (
-        sample.start + n <= (tokens - max(W, question[1] - question[0])) // S * S
-    )  # in complete chunks outside the window
+    # The sentence lies in complete chunks outside the window.
+    assert sample.start + n <= (tokens - max(W, question[1] - question[0])) // S * S
 
 
 @given(st.sampled_from(list(TASKS)), SIZES, st.integers(0, 3000), st.integers(0, 1000))
@@ -193,10 +187,10 @@ def test_depth_runs_from_the_first_chunk_to_the_last_outside_the_window(task, si
     assert starts[0] == 0 and starts == sorted(starts)
     q = len(encode(samples[0].problem.question.text))
     end = starts[-1] + len(encode(samples[0].problem.sentences[0]))
-    assert end % S == 0  # the first sentence ends a complete chunk,
-    assert (
-        tokens - max(W, q) - S < end <= tokens - max(W, q)
-    )  # the last chunk that neither window nor question reaches
+    # The first sentence ends with a complete chunk: the last one that neither window nor question
+    # reaches.
+    assert end % S == 0
+    assert tokens - max(W, q) - S < end <= tokens - max(W, q)
     assert np.allclose(starts, np.linspace(0, starts[-1], 11), atol=0.5)
     assert samples[0].first_chunks(S)[0] == 0 and samples[-1].first_chunks(S)[-1] == end // S - 1
 

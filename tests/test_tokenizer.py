@@ -46,9 +46,8 @@ def pieces(text: str) -> list[bytes]:
 
 @given(st.one_of(st.text(), LATIN))
 @example("\0\0a\0")
-@example(
-    "e\u0301 \u0301\u0301x \u0301"
-)  # combining marks, two of them with nothing to combine with
+# Combining marks, two of them with nothing to combine with.
+@example("e\u0301 \u0301\u0301x \u0301")
 @example("👩‍👩‍👧‍👦🏳️‍🌈 \U0010ffff\ufeff")
 @example("\r\n\r\r\n \t\x0b\x0c\x85\u2028\u3000 end  ")
 @example("ΑΣ ǅungla ʰ ª 中文 עברית ١٢٣ Ⅳ ½")

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from hsa_mini.viz import make_figure, models, plots
 
-WORDS = "the code is 7 birds sing at dawn what is the code".split()  # noqa: SIM905
+WORDS = "the code is 7 birds sing at dawn what is the code".split()
 
 
 def axes():

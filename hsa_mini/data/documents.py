@@ -78,8 +78,9 @@ def _files(archives: Iterable[Path]) -> Iterator[tuple[str, str, bytes]]:
         with tarfile.open(archive) as tar:
             for member in tar:
                 kind = _kind(member.name) if member.isfile() else None
-                if kind is not None:
-                    yield member.name, kind, tar.extractfile(member).read()
+                content = None if kind is None else tar.extractfile(member)
+                if kind is not None and content is not None:
+                    yield member.name, kind, content.read()
 
 
 def _kind(path: str) -> str | None:

@@ -35,7 +35,8 @@ def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> dict[byte
     """
     import rustbpe  # optional: only training a tokenizer needs it
 
-    trainer = rustbpe.Tokenizer()
+    # rustbpe is a compiled module without type stubs.
+    trainer = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     trainer.train_from_iterator(
         iter(texts), vocab_size=vocab_size - len(SPECIAL_TOKENS), pattern=PATTERN
     )

@@ -58,9 +58,8 @@ class NeedleFinding:
         ids = self.ids.tolist()
         first = chunk * self.chunk_size
         last = first + self.chunk_size
-        starts = range(
-            max(first - len(needle) + 1, 0), last
-        )  # from which a needle reaches the chunk
+        # A needle that starts at one of these tokens reaches the chunk.
+        starts = range(max(first - len(needle) + 1, 0), last)
         start = next((i for i in starts if ids[i : i + len(needle)] == needle), None)
         if start is None:
             return tokenizer.decode(ids[first:last])
@@ -97,7 +96,7 @@ def find_needle(
     depth: float = 0.5,
     seed: int = 0,
     first: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> NeedleFinding:
     """Hide needles in a text of `tokens` tokens and ask for one of them.
 
@@ -159,7 +158,7 @@ def _read(
     model: HSAModel,
     ids: torch.Tensor,
     answer_tokens: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], object] | None,
 ) -> _Reading:
     """Read the prompt ids int64 [tokens] and answer it greedily, measuring time and memory."""
     device = next(model.parameters()).device

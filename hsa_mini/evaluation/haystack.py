@@ -29,7 +29,7 @@ class Haystack:
     """
 
     def __init__(
-        self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], None] | None = None
+        self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], object] | None = None
     ) -> None:
         self.model = model
         self.text = text
@@ -85,8 +85,16 @@ class Haystack:
                     self.memory.chunks.replace(first, *encoded)
             yield
         finally:
+            self._restore(replaced)
+
+    def _restore(self, replaced: list[tuple[int, tuple[torch.Tensor, ...]]]) -> None:
+        """Write the replaced chunks back into the memory, even if Ctrl-C interrupts this."""
+        try:
             for first, chunks in replaced:
                 self.memory.chunks.replace(first, *chunks)
+        except KeyboardInterrupt:
+            self._restore(replaced)
+            raise
 
     def _touched(self, sample: Sample) -> list[tuple[int, int]]:
         """The ranges of complete chunks [first, last) that the patches reach, merged where they

@@ -101,7 +101,10 @@ def _losses(
 
 
 def loss_of_last(
-    model: HSAModel, text: torch.Tensor, targets: int, progress: Callable[[int], None] | None = None
+    model: HSAModel,
+    text: torch.Tensor,
+    targets: int,
+    progress: Callable[[int], object] | None = None,
 ) -> float:
     """Mean loss, in nats, of the last `targets` tokens of text int64 [T + 1], each predicted from
     all tokens before it.

@@ -17,7 +17,7 @@ PUBLISHED = {
     "vt": tuple((x, x) for x in (96, 100, 98, 100, 98, 100, 90)),
 }
 CONTROLS = {
-    "absent": "what is asked for is nowhere in the text",
+    "absent": "the text does not contain the answer",
     "shuffled": "the memory holds the sentences of another sample",
 }
 

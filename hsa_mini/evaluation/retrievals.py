@@ -25,14 +25,14 @@ def retrieval_scores(model: HSAModel, output: Output) -> np.ndarray:
     A chunk's score is the best of its retrieval heads. It is -inf where the chunk is not complete
     before that token.
     """
-    memory = output.memory
+    chunks = output.memory.chunks
     rows = []
     for retrieval in output.aux.retrievals:
         query = retrieval.queries[0, -1].float()  # [J_r, R]
         scores = torch.stack(
-            [memory.landmarks[0, :, j].float() @ query[j] for j in range(len(query))]
+            [chunks.landmarks[0, :, j].float() @ query[j] for j in range(len(query))]
         ).amax(dim=0)
         rows.append(scores / query.shape[-1] ** 0.5)
-    ends = torch.arange(1, memory.chunks + 1, device=rows[0].device) * model.config.chunk_size
-    visible = ends < memory.position
+    ends = torch.arange(1, len(chunks) + 1, device=rows[0].device) * model.config.chunk_size
+    visible = ends < output.memory.position
     return torch.stack(rows).masked_fill(~visible, float("-inf")).cpu().numpy()

@@ -128,6 +128,7 @@ def warm_up_with_short_window(scale: Scale, stage: Stage) -> dict:
     """
     changes = no_warm_up(scale, stage)
     if stage.tokens < scale.stage.tokens:
+        assert stage.window is not None, "`Scale.stages` sets the window of every such stage"
         changes |= {"window": stage.window // 4, "top_k": _chunks(scale)}
     return changes
 

@@ -224,7 +224,9 @@ def _judge(claim: Claim, runs: dict[str, list[dict]]) -> ClaimFinding:
 
 def verdict(measure: Measure, better: Spread | None, worse: Spread | None) -> str:
     """Applies the rule at the top of this file to one comparison; None: the arm was not run."""
-    if any(spread is None or len(spread.values) < SEEDS for spread in (better, worse)):
+    if better is None or worse is None:
+        return NOT_RUN
+    if min(len(better.values), len(worse.values)) < SEEDS:
         return NOT_RUN
     expected_better = _goodness(measure, better)
     expected_worse = _goodness(measure, worse)

@@ -93,8 +93,10 @@ class _Workers:
         while self.waiting or self.busy:
             while self.waiting and len(self.busy) < self.jobs:
                 self._give_next(*self.start())
-            for link in wait(self.busy):
-                process, run = self.busy[link]
+            ready = wait(self.busy)
+            for link, (process, run) in list(self.busy.items()):
+                if link not in ready:
+                    continue
                 try:
                     message = link.recv()
                 except (EOFError, ConnectionResetError):

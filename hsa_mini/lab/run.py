@@ -31,7 +31,7 @@ def run_arm(
     *,
     device: torch.device,
     steps: int | None = None,
-    progress: Callable[[int], None] = lambda steps: None,
+    progress: Callable[[int], object] = lambda steps: None,
 ) -> dict:
     """Train and measure `arm`; returns the record, which JSON can hold.
 
@@ -74,7 +74,7 @@ def _train(
     batches: Dataset,
     seed: int,
     device: torch.device,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> dict[str, list[float]]:
     """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
     trainer = Trainer(model, recipe, seed=seed)

@@ -9,8 +9,8 @@ D head dimension.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.lab.reading import concatenated, grouped_gates, mean_query
 from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.model.block import Block
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_mini.model.hsa import HSA
 from hsa_mini.model.norm import RMSNorm
@@ -27,7 +28,8 @@ from hsa_mini.model.qkv import QKV
 from hsa_mini.ops.rope import apply_rope, rope_table
 
 
-class OtherChunks(NamedTuple):
+@dataclass(frozen=True)
+class OtherChunks:
     """A source of chunks (`memory.chunk_source`) with its own way to attend to them."""
 
     landmarks: torch.Tensor
@@ -36,7 +38,9 @@ class OtherChunks(NamedTuple):
 
 
 class Variant(HSAModel):
-    """An `HSAModel` whose layers `change` replaces and whose chunks are read by `attend`. It has no step for single tokens."""
+    """An `HSAModel` whose layers `change` replaces and whose chunks are read by `attend`. It has no
+    step for single tokens.
+    """
 
     can_decode_steps = False
 
@@ -58,7 +62,9 @@ class Variant(HSAModel):
         """Replace layers."""
 
     def attend(self, memory: ChunkMemory, position: int, q, indices, weights) -> torch.Tensor:
-        """q [B, T, H, D], normed, of tokens from `position` on; their chunks and weights [B, T, J, K] -> [B, T, H, D]."""
+        """q [B, T, H, D], normed, of tokens from `position` on; their chunks and weights [B, T, J,
+        K] -> [B, T, H, D].
+        """
         return memory.chunks.source().attend(q, indices, weights)
 
     def default_source(self, memory: ChunkMemory, position: int) -> OtherChunks:
@@ -81,6 +87,7 @@ class WithoutHSA(Variant):
     def change(self) -> None:
         self.encoder = NoEncoder(self.config)
         for block in self.upper:
+            assert isinstance(block, Block)
             block.hsa = None
             block.hsa_norm = None
 
@@ -134,6 +141,10 @@ class WithoutCLS(ChunkEncoder):
         tokens = self.mix(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # [B, N, S, C]
         k, v = self.keys_and_values(tokens)
         return EncodedChunks(k, v, self.summary(tokens, k).to(v.dtype), None)
+
+    def summary(self, tokens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Mixed tokens [B, N, S, C] and keys [B, N, S, J, D] -> landmarks [B, N, J_r, R]."""
+        raise NotImplementedError
 
 
 class MeanEncoder(WithoutCLS):
@@ -240,10 +251,10 @@ class WithoutQKNorm(Variant):
     """No norm on queries and keys: in the window, the encoder and HSA."""
 
     def change(self) -> None:
-        self.encoder.k_norm = nn.Identity()
+        self.encoder.register_module("k_norm", nn.Identity())
         for module in self.modules():
             if isinstance(module, QKV):
-                module.q_norm = nn.Identity()
-                module.k_norm = nn.Identity()
+                module.register_module("q_norm", nn.Identity())
+                module.register_module("k_norm", nn.Identity())
             elif isinstance(module, HSA):
-                module.q_norm = nn.Identity()
+                module.register_module("q_norm", nn.Identity())

@@ -91,7 +91,9 @@ def fill_queue(queue: ChunkQueue, output: Output, parts: torch.Tensor) -> None:
     """
     has_answer = (parts == ANSWER).any(dim=1).int()
     rows = has_answer.argsort(stable=True)[: len(parts) // 3]
-    queue.push(output.aux.encoded, rows)
+    encoded = output.aux.encoded
+    assert encoded is not None, "only a model in training mode returns the encoded chunks"
+    queue.push(encoded, rows)
 
 
 def balance_experts(model: HSAModel, rate: float, device: torch.device) -> torch.Tensor:
