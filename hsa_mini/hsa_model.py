@@ -34,8 +34,8 @@ class HSAModel(HSACore):
     ) -> None:
         """Write weights, configuration and sha256 manifest as the folder `path`.
 
-        dtype: that of the stored weights, if other than the model's. texts: further files, content
-        by name. shard_bytes: weights that take more bytes are split over several files. Raises
+        dtype: that of the stored weights (None: the model's own). texts: further files, name ->
+        content. shard_bytes: weights that take more bytes are split over several files. Raises
         ValueError for shard_bytes below 1, and if `path` holds something other than a checkpoint.
         """
         texts = {CONFIG: self.config.to_json(), **(texts or {})}

@@ -8,7 +8,8 @@ from pathlib import Path
 def data_dir() -> Path:
     """The folder with tokenizer ranks, checkpoints and results.
 
-    The environment variable `HSA_MINI_DATA` overrides it. Raises FileNotFoundError without it.
+    The environment variable `HSA_MINI_DATA` overrides it. Raises FileNotFoundError if the folder
+    does not exist.
     """
     folder = Path(os.environ.get("HSA_MINI_DATA", Path(__file__).resolve().parent.parent / "data"))
     if not folder.is_dir():

@@ -51,8 +51,8 @@ print(T, "tokens; the answer is token", WORDS.index("7"), "and the question ends
 
 # %% [markdown]
 # A model computes with vectors, not with words. Our vectors are random. Every word gets a vector of $D = 64$ numbers,
-# and the same word always gets the same vector. So equal words find each other. We need no more language than that
-# today.
+# and the same word always gets the same vector. So the dot product of two equal words is large, and the query of a word
+# finds the key of the same word. This notebook needs no other knowledge of language.
 
 
 # %%
@@ -99,7 +99,7 @@ def full_attention(q, k, v):
 out = full_attention(x, x, x)
 
 # %% [markdown]
-# **You should see** `True`: we type in the formula for the last token alone, and it gives the same result as the
+# **You should see** `True`: we compute the formula by hand for the last token only, and it gives the same result as the
 # function.
 
 # %%
@@ -257,14 +257,15 @@ print(f"{big_layers} layers with a window of {big.window} reach {reach:,} tokens
 print(f"that is {100 * reach / million_16:.1f} % of 16M tokens")
 
 # %% [markdown]
-# And information that 28 layers hand on, one after the other, arrives distorted: each layer mixes it with thousands of
-# other tokens.
+# And if 28 layers hand on a piece of information, one after the other, it arrives distorted: each layer mixes it with
+# thousands of other tokens.
 #
 # ## A third method: few tokens, from anywhere
 #
 # Hierarchical Sparse Attention (HSA) cuts the text into **chunks** of $S$ tokens. Each chunk gets one summary vector,
-# its **landmark**. A token compares its query with the landmarks and keeps the best $K$ chunks. Then it reads the
-# tokens of those $K$ chunks, and no others.
+# its **landmark**. A token compares its query with the landmarks and keeps the best $K$ chunks. This step is called
+# **retrieval**, and it also gives each kept chunk a weight. Then the token reads the tokens of those $K$ chunks, and no
+# others. It adds up the results of the chunks, each multiplied by the weight of its chunk.
 #
 # The next notebooks build each part with care. Here we borrow the finished operations of the package. Our landmark is
 # the simplest one, the mean of a chunk. With $S = 4$ and $K = 1$ the layer looks like this:
@@ -338,8 +339,8 @@ show(
 # ### Move it
 #
 # Choose the token that looks, and the method. The right half shows which chunks retrieval gives to that token. It does
-# not depend on the window. Begin with both methods together: which squares come from which method? Then try a window
-# alone, with `W` of 8 and of 9. Then try HSA alone, at token 11, with `K` of 1 and of 2.
+# not depend on the window. Begin with both methods together: which squares come from which method? Then try only the
+# window, with `W` of 8 and of 9. Then try only HSA, at token 11, with `K` of 1 and of 2.
 
 
 # %%
@@ -488,7 +489,7 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 # |---|---|---|---|
 # | full attention | no | yes | often badly: it gets distances, and numbers of keys, that it never saw in training |
 # | sliding window | yes | no | yes, for everything inside the window |
-# | one state of fixed size, rewritten at every token | yes | no: overwritten information is gone | as far as the state can store it |
+# | a state of fixed size, which every token rewrites (a recurrent network) | yes | no: overwritten information is gone | as far as the state can store it |
 # | HSA | yes | yes, by chunks | this is its aim; notebook 05 tests a small model |
 #
 # For three of the four rows, this page measured the first two columns. The third column is only a claim so far. Later

@@ -39,10 +39,10 @@ from hsa_mini.viz import Control, explore, make_figure, plots, show
 # ## Twelve tokens, three chunks
 #
 # Our text is `the code is 7 birds sing at dawn what is the code`. Every word is one token. In a model the chunk encoder
-# reads the output of the **middle layer**: $T$ vectors of $C$ numbers. The paper calls them $H$, the code calls them
-# `hidden`. We have no trained model today, so every word gets the simplest possible vector. It has a 5 at the index of
-# this word and zeros everywhere else. Equal words have equal vectors. The vectors of different words are at right
-# angles. You can check everything by hand.
+# reads the output of the **middle layer**, halfway up the model: $T$ vectors of $C$ numbers. The paper calls them $H$,
+# the code calls them `hidden`. We have no trained model today, so every word gets the simplest possible vector. It has
+# a 5 at the index of this word and zeros everywhere else. Equal words have equal vectors. The vectors of different
+# words are at right angles. You can check everything by hand.
 
 
 # %%
@@ -183,9 +183,9 @@ print(len(orders), "orders, one mean:", torch.allclose(means, means[:1].expand_a
 #
 # ### Step 1: a reader, `[CLS]`
 #
-# A mean gives every word the same share. It is better if a reader decides which words matter. We put one extra vector,
-# called `[CLS]`, beside the $S$ tokens and let it **attend** to them. `[CLS]` stands for no word; it is learned in
-# training. Its output is the summary. (The name comes from BERT.)
+# A mean gives every word the same share. It would be better to give the important words larger shares. We put one extra
+# vector, called `[CLS]`, beside the $S$ tokens and let it **attend** to them. `[CLS]` is not the vector of any word. It
+# is learned in training. Its output is the summary. (The name comes from BERT.)
 #
 # Is that enough? **You should see** `True`: the summary still does not depend on the order. Attention compares vectors
 # and adds them up. The result is the same, no matter where a word stands.
@@ -230,9 +230,9 @@ def rope(x, base=10_000.0):
 
 
 # %% [markdown]
-# A rotation changes no length. And the product of two turned vectors depends only on the **distance** of the two
-# positions: the product for positions 2 and 5 equals the product for positions 0 and 3. **You should see** `True`
-# twice, then `False`: another distance gives another product.
+# A rotation changes no length. And the dot product of two turned vectors depends only on the **distance** of the two
+# positions: the dot product for positions 2 and 5 equals that for positions 0 and 3. **You should see** `True` twice,
+# then `False`: another distance gives another dot product.
 
 # %%
 # NBVAL_CHECK_OUTPUT

@@ -16,7 +16,7 @@
 # After this notebook you will be able to
 #
 # * compute the scores, the choice of the best $K$ and the weights by hand, by loop and by matrix product,
-# * say exactly which chunks a token may see, and why one chunk more would be cheating,
+# * say exactly which chunks a token may see, and why one more chunk would show it the future,
 # * explain two ways to turn scores into weights, and why training adds noise to the choice but not to the weights.
 #
 # **Time:** 25 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 02](02_chunks.ipynb), or just
@@ -57,8 +57,8 @@ from hsa_mini.viz import Control, explore, explore_map, make_figure, plots, show
 # different words, so we take $R = 9$: one number for each word.
 #
 # * A **landmark** counts the words of its chunk.
-# * A **query** counts the last four words, including the word of the token itself. A small window could have told the
-#   token these words.
+# * A **query** counts the last four words, including the word of the token itself. In a model, a small window would
+#   give the token this information.
 
 # %%
 TEXT = "the code is 7 birds sing at dawn what is the code"
@@ -113,8 +113,8 @@ print("loop == matmul:", torch.allclose(scores, by_matmul))
 # ## Which chunks a token may see
 #
 # Chunk 2 had the best score of all. But token 11 itself **belongs** to chunk 2. The landmark of this chunk was made
-# from all four of its words. For token 9 that would be a look into the future: the landmark contains tokens 10 and 11,
-# and token 9 is supposed to predict them.
+# from all four of its words. If token 9 could see this landmark, it would look into the future: the landmark contains
+# tokens 10 and 11, and token 9 is supposed to predict them.
 #
 # The rule: a token can see a chunk once the chunk is **complete**. Chunk $i$ ends before token $(i+1) \cdot S$, so
 #
@@ -141,9 +141,9 @@ print("chunks visible to token 0 ... 11:", visible.sum(dim=1).tolist())
 print("same as the package:", torch.equal(visible, of_package))
 
 # %% [markdown]
-# > **Note.** The paper prints the condition as $i \le \lfloor t/S \rfloor$. If numbers start at 0, this condition shows a
-# > token its own chunk, and so its own future. The code that the paper's authors published uses complete chunks only. We
-# > do the same.
+# > **Note.** The paper prints the condition as $i \le \lfloor t/S \rfloor$. If numbers start at 0, this condition shows
+# > a token its own chunk, and so its own future. The code that the paper's authors published uses complete chunks only.
+# > We do the same.
 #
 # How bad would the printed condition be? **You should see** that under it 9 of the 12 tokens see a chunk with words
 # that come after them. (The other three tokens are the last tokens of their chunks.)
@@ -326,7 +326,7 @@ print("breaks == closed form:", torch.allclose(break_stick(some), closed))
 print("weights:", [round(weight, 2) for weight in closed.tolist()], "sum:", round(closed.sum().item(), 2))
 
 # %% [markdown]
-# ## Exploration: noise on the choice alone
+# ## Exploration: noise changes only the choice
 #
 # Top-$K$ has a weakness in training. A chunk that is not chosen is not read, and a chunk that is not read gets no
 # gradient. So a landmark that is wrong today may stay wrong for ever. The remedy: in **training**, add a little noise

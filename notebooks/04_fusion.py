@@ -49,10 +49,10 @@ S = 4  # tokens in a chunk
 # token do?
 #
 # * It could lay the eight tokens end to end and attend to all of them. Then the two weights are not used.
-# * Or it could read **each chunk by itself** and get one result from each chunk. Then it blends the results with the
-#   weights 0.82 and 0.18.
+# * Or it could read **each chunk by itself** and get one result from each chunk. Then it adds up the results,
+#   multiplied by the weights 0.82 and 0.18. We call this *fusion*, and its result the *blend*.
 #
-# HSA does the second. This notebook shows why.
+# HSA uses fusion. This notebook shows why.
 
 # %% [markdown]
 # ## In the paper's symbols
@@ -237,8 +237,8 @@ print("random:", torch.allclose(chunk_attention(q, k, v, *chosen), reference.chu
 # ## The equality of this notebook
 #
 # If a token keeps **one** chunk, the weight of this chunk is 1, and HSA is ordinary attention over the chunk. If that
-# one chunk is *the whole text*, HSA is ordinary full attention. So HSA is no different kind of attention. It is
-# attention over parts of the text. **You should see** `True`.
+# one chunk is *the whole text*, HSA is ordinary full attention. So HSA does not replace attention. It applies attention
+# to parts of the text. **You should see** `True`.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -467,10 +467,10 @@ print("gradient of the landmarks, laid end to end:", gradient_of_landmarks(selec
 # %% [markdown]
 # ## Watch landmarks learn
 #
-# A small experiment compares the two, with the same data, seeds, parameters and steps in both arms. Every sample is a
-# new page: 64 different words out of 128, in 16 chunks of four. The question is one of these words. The answer is the
-# word that follows it on the page. The model may read K = 2 chunks of 16, so a blind choice is right in one of eight
-# cases.
+# A small experiment compares the two methods. It has two training runs, its *arms*: one with fusion, one with the
+# chunks laid end to end. Both arms have the same data, seeds, parameters and steps. Every sample is a new page: 64
+# different words out of 128, in 16 chunks of four. The question is one of these words. The answer is the word that
+# follows it on the page. The model may read K = 2 chunks of 16, so a blind choice is right in one of eight cases.
 #
 # Four matrices learn, from random starts. One makes landmarks from the mean of the words of a chunk, one makes
 # retrieval queries, one makes keys, and one makes queries. The model is never told which chunk is the right one. It
@@ -529,8 +529,8 @@ def learn(blend, steps=300, seed=0):
 
 
 # %% [markdown]
-# **You should see** `True` three times: both arms start near a blind choice, the fused arm learns to choose the right
-# chunk, and the other arm stays at a blind choice.
+# **You should see** `True` three times: both arms start near a blind choice, the arm with fusion learns to choose the
+# right chunk, and the other arm stays at a blind choice.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -557,9 +557,10 @@ show(
 )
 
 # %% [markdown]
-# With fusion, retrieval goes from a blind choice to right most of the time, although it was never told which chunk is
-# right. Laid end to end, retrieval stays blind. More steps would not help: its landmarks never get a gradient, although
-# keys and queries learn as well as they can. Real models are larger, but their gradients take the same path.
+# With fusion, retrieval starts with a blind choice and in the end is right most of the time, although it was never told
+# which chunk is right. Laid end to end, retrieval stays blind. More steps would not help: its landmarks never get a
+# gradient, although keys and queries learn as well as they can. Real models are larger, but their gradients take the
+# same path.
 #
 # One caveat: a chunk that is never chosen gets no gradient in either arm. Here 300 steps with new pages are
 # enough to try every chunk. The training of a real model adds a little random noise to the choice, as in [notebook
@@ -574,10 +575,10 @@ show(
 # <details><summary>Solution</summary>
 #
 # Exactly zero. A softmax over one score is 1, whatever the score is, so the loss does not depend on the score. In the
-# formula: with one chunk, $o_{t,i} = O_t$, and the bracket vanishes. A competition needs two. A mixture of experts that
-# chooses one expert has the same problem. Its remedy is another gate: the share of the expert among *all* experts, or a
-# sigmoid. HSA's other weighting, `weighting="stick_breaking"`, has the same remedy: its weight for a single chunk is a
-# sigmoid of the score.
+# formula: with one chunk, $o_{t,i} = O_t$, and the bracket vanishes. Chunks can compete only if there are at least two.
+# A mixture of experts that chooses one expert has the same problem. Its remedy is another gate: the share of the expert
+# among *all* experts, or a sigmoid. HSA's other weighting, `weighting="stick_breaking"`, has the same remedy: its
+# weight for a single chunk is a sigmoid of the score.
 #
 # ```python
 # for weighting in ("softmax", "stick_breaking"):
@@ -597,11 +598,12 @@ show(
 #
 # <details><summary>Solution</summary>
 #
-# A softmax must give its attention to some token. With an empty token it may give it to no word. The result of the
-# chunk of birds is now 0.2 for each word. That is 0.8 in all, instead of 1. This is still much, because no match (score
-# 0) weighs as much as the empty token. A learned empty key with a score of 2 would take 65% of the attention in the
-# chunk of birds, and 24% in chunk 0. The share of `7` falls from 0.711 to 0.682. Before, `7` had 16 times the share of
-# the next word. Now it has 19 times that share. Such empty slots are called *attention sinks*.
+# The shares of a softmax add up to 1, so some tokens must get attention. The empty token can take a part of it, and
+# this part then goes to no word. The result of the chunk of birds is now 0.2 for each word. That is 0.8 in all, instead
+# of 1. This is still much, because a word that does not match has the score 0, the same score as the empty token. A
+# learned empty key with a score of 2 would take 65% of the attention in the chunk of birds, and 24% in chunk 0. The
+# share of `7` falls from 0.711 to 0.682. Before, `7` had 16 times the share of the next word. Now it has 19 times that
+# share. Such empty slots are called *attention sinks*.
 #
 # ```python
 # from torch.nn.functional import pad

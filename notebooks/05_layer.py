@@ -11,7 +11,7 @@
 #
 # A token now has two ways to look back. A **sliding window** shows it the last few hundred tokens. **Retrieval** shows
 # it a few chunks from anywhere. In an HSA model the window uses positions, and retrieval uses none. That looks odd: why
-# should a model give up the information where something stands?
+# should a model give up the information about where something stands?
 #
 # After this notebook you will be able to
 #
@@ -103,7 +103,8 @@ print("tokens for a full turn, first and last pair:", full_turns)
 # ## Near: the window, with RoPE
 #
 # With a window of W, token $t$ attends to W keys. Its own key is the last of them. The next function computes this with
-# loops. Keys of earlier tokens may stand in front of the keys of these tokens. **You should see** `True` twice.
+# loops. Its `k` and `v` may begin with the keys and values of earlier tokens, which have no query here. **You should
+# see** `True` twice.
 
 
 # %%
@@ -224,10 +225,10 @@ print("share of `7` in the output of token 11:", round(share, 3))
 # %% [markdown]
 # ## The equality of this notebook
 #
-# We push the needle away from the question: we insert 0, 10, 100 or 1,000 more chunks of birds between them. We also
-# put the needle at every possible place among twenty chunks. Without positions the output must not change at all. With
-# RoPE it may change. **You should see** one single output for all texts without positions, and with RoPE as many
-# outputs as texts.
+# We call the chunk with the answer, `the code is 7`, the **needle**. We push it away from the question: we insert 0,
+# 10, 100 or 1,000 more chunks of birds between them. We also put the needle at every possible place among twenty
+# chunks. Without positions the output must not change at all. With RoPE it may change. **You should see** one single
+# output for all texts without positions, and with RoPE as many outputs as texts.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -257,7 +258,7 @@ for name, base in (("no positions", None), ("RoPE", 10_000.0)):
 
 # %%
 def share_inside_chunk(distances, base=None):
-    """Share of `7` inside its own chunk, with the question `distances` tokens behind it [M] -> [M]."""
+    """Share of `7` inside its own chunk, with the question `distances` tokens after it [M] -> [M]."""
     q, k, _ = read_by_rule([NEEDLE, QUESTION])
     q = q[0].expand(len(distances), 1, -1)  # [M, 1, D]
     k = k[0, 0]  # [S, 1, D]
@@ -289,8 +290,8 @@ def draw_distances(figure, base, trained=1024):
 # %% [markdown]
 # ### Move it
 #
-# A popular remedy is a larger base: the pairs turn more slowly. Move **base** and see its effect. The cliff moves to
-# the right, but it does not go away.
+# A popular remedy is a larger base: the pairs turn more slowly. Move **base** and see its effect. The point where the
+# curve falls moves to the right, but it does not go away.
 
 # %%
 explore(
@@ -303,10 +304,10 @@ explore(
 )
 
 # %% [markdown]
-# The red line is the middle of thirty distances that lie close together. The red area contains all thirty. A trained
-# model would do better than ours *inside the grey area*. It can learn which pairs it can rely on, because training
-# shows it these distances. To the right of the grey area there is no training: the slow pairs have combinations of
-# angles that the model has never seen.
+# The red line shows the median share of `7` among thirty distances that lie close together. The red area contains all
+# thirty shares. The grey area marks the distances that training shows. A trained model would do better than ours
+# *inside the grey area*. It can learn which pairs it can rely on. To the right of the grey area, training does not
+# help: there the pairs have combinations of angles that the model has never seen.
 #
 # The paper measured this on trained models (370M parameters with NSA, a related method). From 4K to 64K tokens the
 # single-needle accuracy goes from 97 to 60 with RoPE, and from 99 to 73 without. So positions are a part of the
@@ -371,8 +372,9 @@ explore(
 # %% [markdown]
 # ## The layer, from its parts
 #
-# Now we have all parts. One HSA layer of the upper decoder does three things, one after the other. Each has a norm in
-# front, and its result is added to its input $x$:
+# Now we have all parts. A model has two halves: the **lower decoder**, which the text enters first, and the **upper
+# decoder**, which has the HSA layers. Between them is the chunk encoder. One HSA layer of the upper decoder does three
+# things, one after the other. Each has a norm in front, and its result is added to its input $x$:
 #
 # 1. **look near**: window attention, with RoPE,
 # 2. **look far**: retrieve chunks, attend to each chunk, blend, all without positions,
@@ -574,8 +576,8 @@ explore(
 # assert reach < TOKENS <= layers_needed * step
 # ```
 #
-# And information that hundreds of layers hand on would be lost on the way. All information from beyond that reach came
-# through retrieval: there is no other way.
+# And even with that many layers, information would be lost on the way. In the shipped model, all information from
+# beyond its reach came through retrieval: there is no other way.
 #
 # </details>
 

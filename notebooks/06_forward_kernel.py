@@ -11,7 +11,7 @@
 #
 # In [notebook 04](04_fusion.ipynb) chunk attention was four nested loops. The loops are correct, and far too slow. A
 # GPU runs the same loops in thousands of small **programs** at once. Which loops become programs? And in which order
-# does a program read the chunks? Every answer gives the same numbers. The milliseconds differ.
+# does a program read the chunks? All answers lead to the same output, but they do not take the same time.
 #
 # After this notebook you will be able to
 #
@@ -397,8 +397,8 @@ for name, schedule in SCHEDULES.items():
     print("bytes, FLOP:", counted)
 
 # %% [markdown]
-# The numbers hold two lessons. By token block, the programs move fewer bytes than by token, and multiply more: a trade.
-# By chunk, the chunks almost vanish from the bill, and the partial results are added to it.
+# The numbers show two things. *By token block* moves fewer bytes than *by token*, but it computes more FLOP. *By chunk*
+# moves very few bytes for the chunks, but it also has to move the partial results.
 #
 # ## See which program loads what
 #
@@ -463,10 +463,10 @@ def draw_schedules(figure, schedule, program, heads, same_chunks):
 # ### Move it
 #
 # Step through the programs of each schedule. Then change two things. With **H/J = 1** there is one query head per
-# key/value head, and a result is small beside a chunk. Then *by chunk* moves hardly more bytes than *by token block*,
-# and multiplies nothing by 0. With 16 heads each result is large, so writing partial results costs more than it saves
-# in loading chunks. When **neighbours keep the same chunks**, as they often do in real text, a block's list is shorter.
-# Then *by token block* moves still fewer bytes, and multiplies nothing by 0.
+# key/value head, and a result is small compared with a chunk. Then *by chunk* moves hardly more bytes than *by token
+# block*, and multiplies nothing by 0. With 16 heads each result is large, so writing partial results costs more than it
+# saves in loading chunks. When **neighbours keep the same chunks**, as they often do in real text, a block's list is
+# shorter. Then *by token block* moves still fewer bytes, and multiplies nothing by 0.
 
 # %%
 explore(
@@ -553,7 +553,7 @@ print(f"so each byte must serve {teraflop / terabytes:.0f} FLOP, otherwise the p
 
 # %%
 def blocks_of(T, S, K, M):
-    """For each block of M tokens: the expected number of chunks that it loads under random choices; its choices."""
+    """For each block of M tokens: the expected number of chunks it loads if choices are random; its pairs."""
     visible = torch.arange(0, T, M, dtype=torch.float64) // S
     missed = (1 - K / visible.clamp(min=K)) ** M
     return visible * (1 - missed), M * visible.clamp(max=K)
@@ -669,10 +669,12 @@ explore(
 # processors, about twice as fast as memory. The formula counts a byte as a byte, wherever it comes from.
 #
 # With H/J of 1 or 2 the mark stands a little *below* the roof. Our formula leaves out the indices, the sorting of the
-# choices, and the start of many short programs. These costs have grown with J. And the rows that are fetched one by one
-# have become short. A roofline shows where to look next. It does not show what you will find there.
+# choices, and the start of many short programs. These costs grow with J, which is large here. Also, each row that is
+# fetched is shorter here, because fewer heads share it. A roofline shows where to look next. It does not show what you
+# will find there.
 #
-# Here are all measured lengths, with the time that each ceiling alone would require:
+# Here are all measured lengths, with the time that the bytes or the multiplications would require if nothing else took
+# time:
 
 # %%
 print(STORED, "· random choices, H/J = 16, forward, milliseconds")
@@ -701,15 +703,15 @@ for row in stored["rows"]:
         print(f"{length_name(row['T']):>7} {find_row(row['T'], 1)['ms']:8.2f} {row['ms']:8.2f}")
 
 # %% [markdown]
-# At the lengths that are processed by token block, neighbours that keep the same chunks save time. By chunk, it makes
-# no difference which tokens are neighbours.
+# At the lengths that are processed by token block, neighbours that keep the same chunks save time. At the lengths that
+# are processed by chunk, it makes no difference which tokens are neighbours.
 #
 # ## Against full attention
 #
-# In full attention every token reads all earlier tokens. Its cost grows with T², and ours with T·K. But its kernels are
-# the best-tuned ones that exist. They use every byte so often that multiplying is their limit. And for a short text T²
-# is small. So there must be a crossing. The picture shows it against two kernels of PyTorch: cuDNN's and
-# FlashAttention-2, causal, with 16 heads.
+# In full attention every token reads all earlier tokens. Its cost grows with T², and ours with T·K. But the kernels of
+# full attention are the best-tuned ones that exist. They use every byte so often that multiplying is their limit. And
+# for a short text T² is small. So there must be a length from which HSA is faster. The picture compares HSA with two
+# full-attention kernels of PyTorch: cuDNN's and FlashAttention-2. Both are causal and have 16 heads.
 
 # %%
 figure = make_figure(9.5, 3.8)
@@ -720,7 +722,7 @@ for axes, (op, title) in zip(figure.subplots(1, 2), panels.items()):
 figure.suptitle(STORED, fontsize=11)
 show(
     figure,
-    "Milliseconds against tokens for HSA, cuDNN and FlashAttention-2. Left: forward alone. Right: with backward. "
+    "Milliseconds against tokens for HSA, cuDNN and FlashAttention-2. Left: only the forward pass. Right: with backward. "
     "HSA grows in proportion to the tokens, full attention with their square. Dotted lines mark the length from "
     "which HSA is faster.",
 )

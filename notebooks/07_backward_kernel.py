@@ -57,13 +57,13 @@ print("kernels run", f"on {torch.cuda.get_device_name()}" if GPU else "in Triton
 # > `the code is 7` | `birds sing at dawn` | `what is the code`
 #
 # It gave the first chunk a weight of 0.82 and the second 0.18. The right answer is `7`, and the share of `7` in its
-# answer was 0.71. The loss wants a larger share. What could it change?
+# answer was 0.71. The loss would be lower if this share were larger. Which numbers could change to make it larger?
 #
-# * The **value** of `7`: increase what was read with high attention.
+# * The **value** of `7`: it was read with high attention, so a larger value gives `7` a larger share.
 # * The **key** of `7` and the **query** of `code`: bring them closer together, so that `7` gets more attention.
 # * The **weights**: raise the weight of the first chunk and lower that of the second.
 #
-# This architecture is about the last one.
+# The last change is what makes HSA special: through it, the loss teaches retrieval.
 #
 # ## In symbols
 #
@@ -132,8 +132,9 @@ def gradients(q, k, v, indices, weights, grad_out, scale):
 
 # %% [markdown]
 # Two things deserve a second look. First, the probabilities $p$ are **computed again** from q and k. Storing them would
-# take S numbers for every pair, and computing them costs one product. Second, `+=` stands at `dk` and `dv` *and* at
-# `dq`. In a loop that is harmless. In a thousand programs that run at once, it is the whole problem.
+# take S numbers for every pair, and computing them costs one product. Second, the function adds to `dq`, `dk` and `dv`
+# with `+=`. In a loop this is harmless. But if a thousand programs run at once, several of them add to the same number
+# at the same time. This is the main problem of the backward pass.
 #
 # ## The equality of this notebook
 #
@@ -187,8 +188,8 @@ for (name, leaf), gradient in zip(leaves.items(), ours):
     print(f"gradient of {name:7} == autograd: {same}, largest {gradient.abs().max():.3f}")
 
 # %% [markdown]
-# One token with a loss is a thin example. With random numbers every token gets a gradient, and every sum has many
-# terms. **You should see** four times `True` again.
+# In this example only one token has a loss, so it does not test much. In the next example, with random numbers, every
+# token gets a gradient, and every sum has many terms. **You should see** four times `True` again.
 
 
 # %%
@@ -224,7 +225,7 @@ for name, got, want in zip(("q", "k", "v", "weights"), gradients(*example, scale
 # token 11, and compare the slope with $\delta$.
 #
 # **You should see** a slope of −1.2231 for the chunk with the code: a higher weight *lowers* the loss. For the chunk
-# with the birds the slope is 0, because that chunk contains nothing about `7`, neither for it nor against it.
+# with the birds the slope is 0, because that chunk contains nothing about `7`.
 
 
 # %%
@@ -244,8 +245,8 @@ for slot in (0, 1):
     print(f"weight of chunk {indices[11, slot]}: slope {slope:.4f}, delta {delta:.4f}, equal: {same}")
 
 # %% [markdown]
-# Should the weight of the birds stay as it is, then? No. The weights come from a softmax over scores, so they share a
-# total of 1. This softmax also subtracts a mean, now over the chunks:
+# Should the weight of the chunk of birds stay as it is, then? No. The weights come from a softmax over scores, so they
+# add up to 1. The gradient of this softmax also contains the difference from a mean, now a mean over the chunks:
 #
 # $$\frac{\partial L}{\partial s_i} = w_i \Big(\delta_i - \sum_j w_j \delta_j\Big)$$
 #
@@ -290,7 +291,7 @@ for i, chunk in enumerate(TEXT.split(" | ")[:2]):
 
 # %%
 def teach(steps=40, rate=2.0):
-    """Gradient descent on the landmarks alone -> weight of chunk 0 at token 11 and share of `7`, before each step."""
+    """Gradient descent on the landmarks only -> weight of chunk 0 at token 11 and share of `7`, before each step."""
     learned = landmarks.clone()
     history = []
     for _ in range(steps):
@@ -323,8 +324,8 @@ print("weight of chunk 0 before and after:", [round(x, 2) for x in (history[0, 0
 print("share of `7` before and after:     ", [round(x, 2) for x in (history[0, 1].item(), history[-1, 1].item())])
 
 # %% [markdown]
-# The share of `7` will never pass 0.87, which is the share inside chunk 0 alone. Beyond that, keys, queries and values
-# have to learn, through the other three doors. (The weight itself could learn only because chunk 0 was chosen in the
+# The share of `7` will never pass 0.87, which is its share inside chunk 0. To get further, keys, queries and values
+# have to learn, through their own gradients. (The weight itself could learn only because chunk 0 was chosen in the
 # first place. The noise of notebook 03 makes sure that every chunk is tried.)
 #
 # ## From a loop to programs
@@ -390,8 +391,8 @@ print("entries in a segment of the package:", SEGMENT)
 # ## See it
 #
 # The left side shows the choice: tokens from top to bottom, chunks from left to right. The right side shows the same
-# cells as the index has them, in one row per chunk. The selected row is cut into **segments**, and one program gets one
-# segment. Without segments, a chunk that every token wants would keep one program busy long after all others have
+# cells in the order of the index, in one row per chunk. The selected row is cut into **segments**, and one program gets
+# one segment. Without segments, a chunk that every token wants would keep one program busy long after all others have
 # finished.
 
 # %%
@@ -544,7 +545,8 @@ for method in (with_atomics, with_partial_results):
 # That is the whole idea of [backward.py](../kernels/hsa_kernels/attention/backward.py), and it has the same steps.
 # `find_segment` gives a program its chunk and its entries. A loop over blocks of entries computes `b_p`, `b_dp`,
 # `b_delta` and `b_ds`. dk and dv stay in registers. `chunk_attention_sum_partial_results_kernel` and
-# `chunk_attention_bwd_sum_segments_kernel` add up. Compare `run_program` with the loop there. The names are the same.
+# `chunk_attention_bwd_sum_segments_kernel` add up the parts. Compare `run_program` with the loop there. The names are
+# the same.
 #
 # ## The package's gradients
 #
@@ -552,7 +554,7 @@ for method in (with_atomics, with_partial_results):
 # reference in float64. We compute them twice and compare the bits.
 #
 # **You should see** eight times `True`. (In the interpreter the programs run one after the other, so equal bits are no
-# surprise there. On a GPU they are the achievement.)
+# surprise there. On a GPU they show that every sum has a fixed order.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -598,8 +600,9 @@ print(f"partial results for all pairs of {length_name(both['T'])} tokens at once
 # %% [markdown]
 # The backward pass does two and a half times as many multiplications as the forward pass: five products per pair (the
 # scores again, dp, dv, dk, dq) instead of two. So if multiplying were the limit, both passes together would cost about
-# 3.5 times the forward pass. But bytes are the limit. For short texts the backward pass is more expensive. These
-# numbers do not tell why. Sorting the choices and starting many small kernels are the first things to examine.
+# 3.5 times the forward pass. But bytes are the limit, so the ratio in the table is often different. For short texts it
+# is larger. These numbers do not tell why. Sorting the choices and starting many small kernels are the first things to
+# examine.
 #
 # Then there is memory. The partial results of *all* pairs would not fit into the card, as the last line shows. So the
 # package processes the tokens in **tiles**. A tile has as many tokens as a fixed buffer for partial results allows. The

@@ -11,7 +11,7 @@
 #
 # Retrieval is one line in PyTorch: a matrix product, then `topk`. For sixteen million tokens that line needs a table of
 # scores that no GPU can hold. This notebook takes the line apart until the table is gone, and the answer is still
-# *exactly* the same. Then it treats the opposite case: one new token, alone, against the whole memory.
+# *exactly* the same. Then it treats the opposite case: a single new token searches the whole memory.
 #
 # After this notebook you will be able to
 #
@@ -113,8 +113,8 @@ print("formula == the tensor PyTorch would make:", bytes_of(1 << 24)["scores"] =
 # (In half of the cells the chunk is not yet complete. Half of 16 TiB is still too much.)
 #
 # And if the memory were large enough? Computing a score takes $2R$ operations. Writing it, and reading it back for
-# `topk`, moves 8 bytes. Both happen $T \cdot N$ times. So it depends only on the machine, and not on the length of the
-# text, which of the two is slower. These speeds were measured on the named machine:
+# `topk`, moves 8 bytes. Both happen $T \cdot N$ times. So the length of the text does not matter. Which of the two is
+# slower depends only on the machine. These speeds were measured on the named machine:
 
 # %%
 speed = MEASURED["ceilings"]
@@ -148,9 +148,9 @@ show(
 # ## A buffer and a floor
 #
 # A program keeps a small **candidate buffer**. While the buffer has space, every chunk is added to it. When the buffer
-# is full, the $K$ best candidates stay and the others are removed. The lowest score among those that stay is the
-# **floor**. From now on a chunk must *exceed* the floor to be added. Any other chunk cannot be among the $K$ best,
-# because $K$ chunks are already at least as good.
+# is full, the $K$ best candidates stay and the others are removed. We call this step a **choice**. The lowest score
+# among those that stay is the **floor**. From now on a chunk must *exceed* the floor to be added. Any other chunk
+# cannot be among the $K$ best, because $K$ chunks are already at least as good.
 #
 # Chunks arrive **newest first**. So a chunk that only *equals* the floor is older than the candidates that stayed. The
 # course's rule is that ties go to the newest chunk, so this chunk has lost. Therefore the right test is "exceeds", and
@@ -400,8 +400,8 @@ rounds = sum(range(1, (256).bit_length()))
 print(f"rounds of a sorting network for 256 numbers: {rounds}")
 
 # %% [markdown]
-# Each step is a comparison and a sum. Each round of a sorting network compares all numbers in pairs, and exchanges the
-# pairs that are in the wrong order. That is more rounds, and more work in each round.
+# Each step of our search is a comparison and a sum. Each round of a sorting network compares all numbers in pairs, and
+# exchanges the pairs that are in the wrong order. So a sorting network needs more rounds, and more work in each round.
 #
 # ### Move it
 #
@@ -602,10 +602,12 @@ print("kernel    == torch.topk (chunks, weights):", compare(kernel, table, 600))
 # The kernel is `retrieve_fwd_kernel` in `kernels/hsa_kernels/retrieval/forward.py`, and now you can read it. One
 # program owns 16 tokens and one head. Its candidate buffers, with `put` and `choose`, are in `candidates.py`. `keyed`
 # and `largest` are in `selection.py`. Two points concern the machine. A buffer is a few hundred numbers in global
-# memory. And a program is a single warp (32 threads that run in step), so no warp waits for another one.
+# memory. And with numbers of 16 bits a program is a single warp (32 threads that run in step), so no warp waits for
+# another one.
 #
-# Training needs gradients too. They flow only through the weights. A query receives the $K$ landmarks that it kept, and
-# a landmark receives the queries of all tokens that kept it. The gradients need no table either.
+# Training needs gradients too. They flow only through the weights. The gradient of a query is a weighted sum of the $K$
+# landmarks that it kept. The gradient of a landmark is a weighted sum of the queries of all tokens that kept it. So the
+# gradients need no table either.
 #
 # ## Noise that does not depend on tiles
 #
@@ -631,8 +633,8 @@ def in_tiles(make, height, width):
 
 
 # %% [markdown]
-# **You should see** that noise from counters is the same as a whole and in tiles of any size, and the same as the
-# reference's noise. Noise from an ordinary generator is not.
+# **You should see** that counters give the same noise whether the table is made in one piece or in tiles of any size,
+# and that it is the reference's noise. An ordinary generator gives other noise in tiles than in one piece.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -692,7 +694,8 @@ for dtype in (torch.float32, torch.float64):
 # **best score of its tile**:
 #
 # 1. **Scores** of all chunks, and the maximum of each tile. This reads the landmarks once.
-# 2. **Choice**: find the $K$ tiles with the best maxima. Then find the $K$ best chunks in *those tiles alone*.
+# 2. **Choice**: find the $K$ tiles with the best maxima. Then find the $K$ best chunks in these tiles, and look at *no
+#    other tile*.
 #
 # **Claim: nothing is missed.** Take a chunk outside the $K$ chosen tiles. Its score is at most the maximum of its own
 # tile. That tile was not chosen, so the score is at most each of the $K$ chosen maxima. Those maxima are scores of $K$
@@ -835,7 +838,7 @@ print("no NaN was touched     :", bool(kernel.isfinite().all()))
 # The next numbers were **measured elsewhere and stored** with the repository, in `data/results/kernels.json`. The first
 # line names the hardware. **You should see** that our formula gives the stored floors, and two facts about decode. For
 # short memories decode takes the same time at any length, because three launches and the choice take longer than the
-# reading. For 16M tokens decode comes within a small factor of the floor.
+# reading. For 16M tokens decode takes only a few times as long as the floor.
 
 # %%
 retrieve_rows, decode_rows = ([row for row in MEASURED["rows"] if row["op"] == op] for op in ("retrieve", "decode"))
@@ -890,13 +893,13 @@ show(
 
 # %% [markdown]
 # Do you have a GPU? Then the next cell measures on it, with `triton.testing.do_bench`: retrieval for 128K tokens, and
-# decode of one token behind a million. Without a GPU it prints one line. (The stored decode times were measured inside
-# a CUDA graph, where launches cost less.)
+# decode of one token after a million tokens. Without a GPU it prints one line. (The stored decode times were measured
+# inside a CUDA graph, where launches cost less.)
 
 
 # %%
 def live(T):
-    """Milliseconds of the kernels on this GPU, in bfloat16: retrieve for 128K tokens, decode behind T tokens."""
+    """Milliseconds of the kernels on this GPU, in bfloat16: retrieve for 128K tokens, decode after T tokens."""
     from triton.testing import do_bench
 
     def normal(*shape):

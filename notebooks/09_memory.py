@@ -57,7 +57,7 @@ from hsa_mini.viz.plots import BLUE, GREY, ORANGE, length_name
 # With **full attention** the answer is: everything. Each layer compares the new token with the keys of *all* earlier
 # tokens, so each layer keeps all keys and values. [Notebook 01](01_why.ipynb) presented that bill.
 #
-# With a **window** alone the answer is: nearly nothing. Each layer keeps the last $W - 1$ keys and values. Everything
+# With only a **window** the answer is: nearly nothing. Each layer keeps the last $W - 1$ keys and values. Everything
 # older is lost.
 #
 # An HSA model lies in between. It keeps the windows and, beside them, *one* library: the keys, values and landmarks
@@ -74,10 +74,11 @@ from hsa_mini.viz.plots import BLUE, GREY, ORANGE, length_name
 # | how many tokens were read | `position` | a number | | |
 #
 # N is the number of complete chunks, S the number of tokens in a chunk, J the number of key/value heads, D their size,
-# R the size of a landmark, C the width of the model, W the window. Each window cache is a `RollingKVCache` with W slots:
-# position $p$ lies in slot $p \bmod W$, so a new token takes the slot of the oldest one. The unfinished chunk waits in
-# the form in which it left the lower decoder, position $p$ in slot $p \bmod S$ of the tail. It cannot be encoded yet,
-# because the encoder needs the whole chunk ([notebook 02](02_chunks.ipynb)).
+# R the size of a landmark, C the width of the model, W the window. Each window cache is a `RollingKVCache` with W
+# slots: position $p$ lies in slot $p \bmod W$, so a new token takes the slot of the oldest one. The tokens of the
+# unfinished chunk wait in the tail, as the vectors that the lower decoder made of them: position $p$ lies in slot $p
+# \bmod S$. This chunk cannot be encoded yet, because the encoder needs the whole chunk ([notebook
+# 02](02_chunks.ipynb)).
 
 # %% [markdown]
 # ## Twelve tokens, one by one
@@ -140,7 +141,7 @@ print("formula == memory, after every token:", all(same))
 #
 # Let the words arrive one by one. Blue cells are stored in chunks. Orange cells wait. A red frame marks the words that
 # the window caches still hold. A word can be in a chunk *and* in a window. Is there a moment when a word is nowhere?
-# Never: that makes a memory complete. With a window alone it would be the normal case.
+# There is none, so the memory is complete. If the model had only a window, most words of a long text would be nowhere.
 
 
 # %%
@@ -319,9 +320,9 @@ print("with the library, tokens outside the windows of all blocks affect it too:
 #
 # Rows are the tokens that we observe, columns are the tokens that we change. Without the library you see only a band.
 # Its width is $U (W - 1) + 1$. With the library the band is wider, because the $L$ lower blocks add to it. And
-# **islands** appear far away from the band. These are chunks that were retrieved by the observed token, or by a token
-# that it reads, together with the tokens whose content had reached those chunks through the lower decoder. Make the
-# window small, and most of the reach comes from islands.
+# **islands** appear far away from the band. An island is a chunk that the observed token retrieved, or that was
+# retrieved by a token that it reads. The tokens just before this chunk belong to the island too, because their content
+# reached the chunk through the lower decoder. Make the window small, and most of the reach comes from islands.
 
 
 # %%
@@ -350,11 +351,11 @@ explore(
 # %% [markdown]
 # ## What each layer reads
 #
-# The same fact, drawn as a building. Each row is a layer, and the text enters at the bottom. **Blue** cells had to be
-# computed. The lower decoder and the encoder process all tokens. The upper decoder needs only a staircase at the right
-# end: $W - 1$ tokens fewer with each block, down to a single token in the top block. (A program computes the whole
-# upper tail in each block: pale blue. That is simpler and costs little.) **Orange** chunks are those that the two HSA
-# layers retrieved for the last token.
+# The next picture shows the same fact as a building. Each row is a layer, and the text enters at the bottom. **Blue**
+# cells had to be computed. The lower decoder and the encoder process all tokens. The upper decoder needs only a
+# staircase at the right end: $W - 1$ tokens fewer with each block, down to a single token in the top block. (A program
+# computes the whole upper tail in each block: pale blue. That is simpler and costs little.) **Orange** chunks are those
+# that the two HSA layers retrieved for the last token.
 
 
 # %%
@@ -455,8 +456,9 @@ def bill(c, T):
 
 
 # %% [markdown]
-# First we check the bill. `estimate_cost` takes its bytes from the tensors of the model itself. Its FLOP include the matrix
-# products. So we compare how much the FLOP *grow* from 1M to 16M tokens: only attention grows.
+# First we check the bill against the package's `estimate_cost`. (The output calls its result the *plan*.)
+# `estimate_cost` takes its bytes from the tensors of the model itself. Its FLOP include the matrix products. So we
+# compare how much the FLOP *grow* from 1M to 16M tokens: only attention grows.
 #
 # **You should see** `True` three times.
 
@@ -491,8 +493,8 @@ for name, (gpu, host, reads, fetched, flop) in then.items():
 # the GPU named below. The next cell prints its stored numbers. They were not measured here.
 #
 # **You should see** that reading costs the same per token at any length. You also see that a new token takes hardly
-# longer behind sixteen million tokens, whether they are on the GPU or outside. Most of the memory in use holds the
-# weights.
+# longer after sixteen million tokens than after 64K, whether the library is on the GPU or outside. Most of the memory
+# in use holds the weights.
 
 # %%
 stored = json.loads((data_dir() / "results" / "ul_8b_a1b.json").read_text())
@@ -565,8 +567,8 @@ def attend_fetching(q, k, v, indices, weights):
 
 
 # %% [markdown]
-# We try it on the trained model behind 32,768 tokens of real text. For the last 512 tokens we record the queries of its
-# HSA layers, and the chunks that they retrieved.
+# We try it on the trained model, after it has read 32,768 tokens of real text. For the tokens of the upper tail, the
+# last 509, we record the queries of its HSA layers, and the chunks that they retrieved.
 
 
 # %%
@@ -611,8 +613,8 @@ kept = {name: output.memory.device_bytes for name, output in (("usual", inside),
 print("less than half stays on the device:", kept["offloaded"] < kept["usual"] / 2)
 
 # %% [markdown]
-# Now the bytes. One token keeps at most K = 8 chunks. But do 100 tokens need 800 chunks? Neighbours have similar
-# meanings, so they choose similar chunks, and a chunk that was fetched for one token serves all of them.
+# Now we count the bytes. One token keeps at most K = 8 chunks. But do 100 tokens need 800 chunks? Neighbours have
+# similar meanings, so they choose similar chunks, and a chunk that was fetched for one token serves all of them.
 
 
 # %%
@@ -628,7 +630,7 @@ for n in (1, 8, 64, 509):
     together = [distinct(found.indices, n) for _, found in recorded]
     separately = n * mini.config.top_k
     fetched = scaled(sum(together) * chunk_bytes, "B")
-    print(f"the last {n:3} tokens: {together} chunks in the two layers, one by one {separately} in each; {fetched}")
+    print(f"the last {n:3} tokens fetch {together} chunks in the two layers (one by one: {separately} in each), {fetched}")
 
 # %% [markdown]
 # **You should see** `True`.
@@ -750,15 +752,15 @@ print(f"bytes of the tensors {tensors:,}, of the file {100 * size / tensors:.1f}
 # ```
 #
 # So with an upper tail of $U (W - 1)$ tokens the logits of the very next token would be a little wrong, and all later
-# ones right. Checks of identities find such an error. Hardly anything else does.
+# ones right. A check that two methods give identical results finds such an error. Hardly any other test does.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# The model reads, remembers, and loses nothing that it may need. One part of its blocks is still missing, beside
-# attention: the feed-forward networks, which hold nearly all parameters.
+# The model can now read and remember, and it loses nothing that it may need. But a block has one more part beside
+# attention: the feed-forward network. These networks hold nearly all parameters of the model.
 #
 # [Notebook 10](10_model_and_experts.ipynb), *How do 8 billion parameters cost one?*, builds them, and then the whole
 # model. It takes about 30 minutes.

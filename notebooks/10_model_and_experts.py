@@ -9,9 +9,9 @@
 # %% [markdown]
 # # 10 · How do 8 billion parameters cost one?
 #
-# The paper's large model has 8 billion parameters. A single token uses 1 billion of them. The other seven billion stay in
-# memory and serve other tokens. This notebook builds the part that makes this possible, a **mixture of experts**, and then
-# the whole model around it.
+# The paper's large model has 8 billion parameters. A single token uses 1 billion of them. The other seven billion stay
+# in memory and serve other tokens. This notebook builds the part that makes this possible, a **mixture of experts**,
+# and then the whole model around it.
 #
 # After this notebook you will be able to
 #
@@ -21,8 +21,8 @@
 # * watch a router collapse while a small model learns, and repair it with one number per expert,
 # * read the bill of the 8B model: where its parameters are, which of them a token uses, what 16 million tokens cost.
 #
-# **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at least
-# what a block of a transformer is. No GPU.
+# **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
+# least what a block of a transformer is. No GPU.
 
 # %%
 import dataclasses
@@ -49,15 +49,16 @@ from hsa_mini.viz.plots import BLUE, GREY, RED, length_name
 # %% [markdown]
 # ## The question in plain words
 #
-# A block of a transformer does two things with a token. First it looks around (attention). Then a small network, the MLP,
-# processes this token separately from all others. Most parameters are in these networks. They are where a model keeps what
-# it knows.
+# A block of a transformer does two things with a token. First it looks around (attention). Then a small network, the
+# MLP (also called feed-forward network), processes this token separately from all others. Most parameters are in these
+# networks. They are where a model keeps what it knows.
 #
 # A model that has to know twice as much needs MLPs that are twice as wide. Then every token costs twice as many
 # multiplications. But does `7` need everything that is known about birds?
 #
-# So we cut the wide network into many narrow ones, the **experts**. A **router** looks at each token and sends it to a few of
-# them. The number of parameters grows with the number of experts. The work grows with the number of experts *per token*.
+# So we cut the wide network into many narrow ones, the **experts**. A **router** looks at each token and sends it to a
+# few of them. The number of parameters grows with the number of experts. The work grows with the number of experts *per
+# token*.
 #
 # ## In symbols
 #
@@ -85,8 +86,8 @@ from hsa_mini.viz.plots import BLUE, GREY, RED, length_name
 # %% [markdown]
 # ## Twelve tokens, four experts
 #
-# We take our twelve tokens and four experts with fixed rules: one for function words, one for things, one for numbers, one
-# for actions. A table of affinities replaces a trained router. Each token uses two experts, A = 2.
+# We take our twelve tokens and four experts with fixed rules: one for function words, one for things, one for numbers,
+# one for actions. A table of affinities replaces a trained router. Each token uses two experts, A = 2.
 
 # %%
 WORDS = "the code is 7 birds sing at dawn what is the code".split()
@@ -114,10 +115,10 @@ def load_of(chosen, E):
 
 
 # %% [markdown]
-# By hand: `7` has 0.9 for numbers and 0.3 for things. The gates are 0.9 / 1.2 = **0.75** and **0.25**. And which experts are
-# busy? An assignment is one pair of a token and an expert that it uses. Six function words and four things are assigned to
-# the first expert. *Every* word is assigned to the second expert, either as its first choice or as its second: 12 of 24
-# assignments, where a fair share is 6.
+# By hand: `7` has 0.9 for numbers and 0.3 for things. The gates are 0.9 / 1.2 = **0.75** and **0.25**. And which
+# experts are busy? An assignment is one pair of a token and an expert that it uses. Six function words and four things
+# are assigned to the first expert. *Every* word is assigned to the second expert, either as its first choice or as its
+# second: 12 of 24 assignments, where a fair share is 6.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -136,8 +137,8 @@ print("assignments:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().
 #
 # $$b_e \leftarrow b_e + \text{rate} \cdot \mathrm{sign}\!\left(\tfrac{1}{E} - \text{load}_e\right)$$
 #
-# The bias changes only the *choice*. The gates do not contain it, so it distorts no output. And the loss needs no extra term
-# that would compete with the language task.
+# The bias changes only the *choice*. The gates do not contain it, so it distorts no output. And the loss needs no extra
+# term that would compete with the language task.
 
 
 # %%
@@ -155,15 +156,15 @@ print("`7` uses", {EXPERTS[e]: round(g, 2) for e, g in zip(chosen[3].tolist(), g
 print("assignments:", dict(zip(EXPERTS, (24 * load_of(chosen, 4)).round().int().tolist())))
 
 # %% [markdown]
-# **You should see** that `7` now uses numbers and actions. Its gates are 0.9 / 1.1 = 0.82 and 0.2 / 1.1 = 0.18: these are
-# affinities without the bias. And the assignments are 6, 4, 12, 2. Most tokens have moved to numbers. **The step was too
-# large**, and the next one would push them back. Steps have to be small, and there have to be many.
+# **You should see** that `7` now uses numbers and actions. Its gates are 0.9 / 1.1 = 0.82 and 0.2 / 1.1 = 0.18: these
+# are affinities without the bias. And the assignments are 6, 4, 12, 2. Most tokens have moved to numbers. **The step
+# was too large**, and the next one would push them back. Steps have to be small, and there have to be many.
 #
 # ### Move it
 #
-# Each column is a token, each row an expert, and the number is the gate. Raise the bias of `things`: nothing happens, since
-# every word uses this expert already. Lower it: at which bias does the first word change its expert? Then let each token use
-# one expert, or all four. With A = 4 no bias matters any more. Why?
+# Each column is a token, each row an expert, and the number is the gate. Raise the bias of `things`: nothing happens,
+# since every word uses this expert already. Lower it: at which bias does the first word change its expert? Then let
+# each token use one expert, or all four. With A = 4 no bias matters any more. Why?
 
 
 # %%
@@ -194,8 +195,8 @@ explore(
 # ## The layer, as a loop
 #
 # In a real model an expert is an MLP with a gate inside, SwiGLU. It has two projections up. One of them passes through
-# `silu`, then both are multiplied, and a third projection leads down again. These are three matrices of
-# $C \times$ `hidden`. The cell below has one expert, and the equation of $y_t$ written exactly as it reads.
+# `silu`, then both are multiplied, and a third projection leads down again. These are three matrices of $C \times$
+# `hidden`. The cell below defines one expert, and then the equation of $y_t$, term by term.
 
 
 # %%
@@ -219,9 +220,9 @@ def loop_over_experts(layer, x):
 
 
 # %% [markdown]
-# First, what does cutting cost? Nothing. If every token uses *all* experts and every gate is 1, then the experts are one wide
-# MLP, cut into pieces. So a mixture is a wide MLP in which each token uses some of the columns. We take the experts of the
-# preset `mini_moe`, with random weights.
+# First we ask: does a wide MLP lose anything if we cut it into experts? No. If every token uses *all* experts and every
+# gate is 1, then the experts are one wide MLP, cut into pieces. So a mixture is a wide MLP in which each token uses
+# some of the columns. We take the experts of the preset `mini_moe`, with random weights.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -242,9 +243,10 @@ print("all experts together == one wide MLP:", torch.allclose(pieces, wide, atol
 # %% [markdown]
 # ## The layer, grouped
 #
-# The loop computes a tiny product for every pair of a token and an expert. A processor is faster with a few large products.
-# So we list every pair (token, expert) and **sort the pairs by expert**. Now the tokens of each expert form one block.
-# `grouped_mm` multiplies block by block, each block with the matrix of its own expert. Then we undo the sorting.
+# The loop computes a tiny product for every pair of a token and an expert. A processor is faster with a few large
+# products. So we list every pair (token, expert) and **sort the pairs by expert**. Now the tokens of each expert form
+# one block. `grouped_mm` multiplies block by block, each block with the matrix of its own expert. Then we undo the
+# sorting.
 #
 # `order // A` is the only trick. Pair number $p$ belongs to token $p // A$, since each token has $A$ pairs.
 
@@ -304,8 +306,9 @@ for name, a, b, c in zip(names, looped, grouped, package):
 
 
 # %% [markdown]
-# **You should see** `True` seven times. How do they compare in time? We also time the wide MLP. It has as many parameters as
-# all experts together, and each token uses all of them. Two of eight experts and the shared one are 3/8 of its work.
+# **You should see** `True` seven times. How do they compare in time? We also time the wide MLP. It has as many
+# parameters as all experts together, and each token uses all of them. In the mixture a token uses two of the eight
+# experts and the shared one, so it needs 3/8 of the work of the wide MLP.
 
 
 # %%
@@ -335,8 +338,10 @@ with torch.no_grad():
 #
 # 1. the **embedding**, a vector for each token,
 # 2. the **lower decoder**, blocks with a window and an MLP or experts,
-# 3. the **chunk encoder**, which makes keys, values and landmarks of each complete chunk ([notebook 02](02_chunks.ipynb)),
-# 4. the **upper decoder**, groups of blocks; the first block of each group also retrieves ([notebook 05](05_layer.ipynb)),
+# 3. the **chunk encoder**, which makes keys, values and landmarks of each complete chunk ([notebook
+#    02](02_chunks.ipynb)),
+# 4. the **upper decoder**, groups of blocks; the first block of each group also retrieves ([notebook
+#    05](05_layer.ipynb)),
 # 5. a norm and the **head**, which is the transposed embedding.
 
 
@@ -387,9 +392,9 @@ print("parts put together == package's model:", same)
 #
 # ## Counting
 #
-# Now we count with pencil and paper. A matrix has rows times columns parameters, and a norm has one parameter per dimension.
-# The argument `experts` is the number of experts to count in each layer: all of them for the total, $A$ for what one token
-# uses.
+# Now we count with pencil and paper. A matrix has rows times columns parameters, and a norm has one parameter per
+# dimension. The argument `experts` is the number of experts to count in each layer: all of them for the total, $A$ for
+# what one token uses.
 
 
 # %%
@@ -448,12 +453,14 @@ active = sum(of_one_token.values()) - of_one_token["embedding and head"]
 print(f"mini_moe: {sum(parameters(config, E).values()):,} in all, {active:,} active")
 
 # %% [markdown]
-# **You should see** `True` three times, so every part agrees. *Active* here leaves out the embedding and
-# the head. With them, `mini_moe` has 6.6 million and the 8B 1.29 billion. We always state which of the two we mean.
+# **You should see** `True` three times, so every part agrees. Here the *active* parameters do not include the embedding
+# and the head. With them, `mini_moe` has 6.6 million active parameters and the 8B has 1.29 billion. We always state
+# which of the two we mean.
 #
-# Is it true that a token uses no more than that? We can test it. Every parameter that a token uses gets a **gradient**, and
-# the others get none. We let `mini_moe` read 700 tokens, then one more, and count the weights whose gradient is not zero.
-# (The encoder ran before this token: the token only reads what the encoder wrote. So we add its parameters by hand.)
+# Is it true that a token uses no more than that? We can test it. Every parameter that a token uses gets a **gradient**,
+# and the others get none. We let `mini_moe` read 700 tokens, then one more, and count the weights whose gradient is not
+# zero. (The encoder ran before this token, and the token only reads what the encoder wrote. So the parameters of the
+# encoder get no gradient here, and we add them by hand.)
 
 
 # %%
@@ -476,9 +483,9 @@ print("parameters with a gradient + encoder == active:", reached(model) + of_one
 #
 # ## Watch a router collapse
 #
-# Now we take a real router. A small model with eight experts in three of its four blocks learns to predict real text: 120
-# steps of 512 tokens. We train it twice, with the same text, the same seed and the same steps. In one run the biases stay at
-# 0. In the other run each step updates them. At every step we record the loss, and
+# Now we take a real router. A small model with eight experts in three of its four blocks learns to predict real text:
+# 120 steps of 512 tokens. We train it twice, with the same text, the same seed and the same steps. In one run the
+# biases stay at 0. In the other run each step updates them. At every step we record the loss, and
 #
 # * the **load**: the share of all assignments that each expert got,
 # * the **similarity** of the tokens at the router: the mean cosine between the vectors that the router receives.
@@ -587,27 +594,29 @@ show(
 )
 
 # %% [markdown]
-# Why does it collapse? The blue line shows the reason. At first the model learns what is true for *all* tokens: which words
-# are frequent. Then all vectors point in nearly the same direction, and the expert that one token prefers is preferred by
-# all. Two experts get everything, and the others learn nothing. Later the tokens become different again, but the two
-# experts keep their lead.
+# Why does the router collapse? The blue line, the similarity of the tokens, shows the reason. At first the model learns
+# what is true for *all* tokens: which words are frequent. Then all vectors point in nearly the same direction, and the
+# expert that one token prefers is preferred by all. Two experts get everything, and the others learn nothing. Later the
+# tokens become different again, but the two experts keep their lead.
 #
-# The bias corrects the loads, whatever their cause. While all tokens are similar, it can only move all of them together from
-# one expert to the next: you see this as bright spots that jump from row to row. As soon as the tokens differ, the bias
-# spreads them.
+# The bias corrects the loads, whatever their cause. While all tokens are similar, it can only move all of them together
+# from one expert to the next: you see this as bright spots that jump from row to row. As soon as the tokens differ, the
+# bias spreads them.
 #
 # And the loss? It is about the same here. In 120 steps an idle expert makes hardly any difference. With 64 experts and
-# trillions of tokens an idle expert is a part of the model that was paid for and never used. How large the step of the bias
-# should be depends on the number of steps: ours is 0.02 for 120 steps, the package trains with 0.001 for thousands.
+# trillions of tokens an idle expert is a part of the model that was paid for and never used. How large the step of the
+# bias should be depends on the number of steps: ours is 0.02 for 120 steps, the package trains with 0.001 for
+# thousands.
 #
 # ### Move it
 #
-# We take the router of the run without bias updates, and 16,384 tokens of text that it has not seen. The router does not
-# learn any more. Only the bias changes, by the rule above, for 200 steps.
+# We take the router of the run without bias updates, and 16,384 tokens of text that it has not seen. The router does
+# not learn any more. Only the bias changes, by the rule above, for 200 steps.
 #
-# * **rate**: if it is too small, the bias does not arrive. If it is too large, the bias oscillates.
-# * **tokens**: the number of tokens counted in each step. With few tokens the load is uneven by chance, and the bias follows
-#   chance.
+# * **rate**: if it is too small, 200 steps are not enough to balance the loads. If it is too large, the bias
+#   oscillates.
+# * **tokens**: the number of tokens counted in each step. With few tokens the load is uneven by chance, and the bias
+#   follows chance.
 # * **A**: with more experts per token, the worst case is milder: it is $E/A$.
 
 
@@ -662,10 +671,10 @@ explore(
 # %% [markdown]
 # ## The 8B
 #
-# Now we look at the large model. We cannot build it here: its weights take 16 GB. But `estimate_cost` builds it on PyTorch's *meta*
-# device, where tensors have a shape and no memory, and counts. The paper prints the totals of two models, and it states that
-# a token uses 4 of 64 experts. It prints no widths and depths. The widths and depths of the presets are **ours**. We chose
-# them so that the totals agree.
+# Now we look at the large model. We cannot build it here: its weights take 16 GB. But `estimate_cost` builds it on
+# PyTorch's *meta* device, where tensors have a shape and no memory, and counts. The paper prints the totals of two
+# models, and it states that a token uses 4 of 64 experts. It prints no widths and depths. The widths and depths of the
+# presets are **ours**. We chose them so that the totals agree.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -676,9 +685,9 @@ for name, printed in PRINTED.items():
         print(f"{name:9} {what:24} ours {ours / 1e6:7,.1f} M, paper {theirs / 1e6:7,.1f} M: {difference}")
 
 # %% [markdown]
-# **You should see** that all of them agree within 3%. With pencil and paper: an expert has three matrices of 2048 × 672. There
-# are 64 experts in each of 27 blocks (the first block is dense). These are nearly all parameters of the model. A token uses 4
-# of the 64.
+# **You should see** that all of them agree within 3%. With pencil and paper: an expert has three matrices of 2048
+# × 672. There are 64 experts in each of 27 blocks (the first block is dense). These are nearly all parameters of
+# the model. A token uses 4 of the 64.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -699,16 +708,16 @@ show(
 )
 
 # %% [markdown]
-# HSA and the chunk encoder make sixteen million tokens readable. Together they have 84 million parameters: 1% of the whole. In
-# the dense model they are the difference between 520.7 and 538.1 million.
+# HSA and the chunk encoder make sixteen million tokens readable. Together they have 84 million parameters: 1% of the
+# whole. The dense preset `ul_0_5b` has 520.7 million parameters without them, and 538.1 million with them.
 #
 # ### Move it
 #
-# "Costs one billion" is about *one* token. In the picture each row is a block and each cell an expert. The left column shows
-# the shared experts. One token has five coloured cells in a row. Now let more tokens go through at once, as in a prefill, or
-# when many people use a model at the same time. Soon some token uses each expert. The **work** stays at 1 billion per token.
-# But the weights that have to be *fetched from memory* are soon those of the whole model. (The experts here are drawn at
-# random, as a perfectly balanced router would choose them.)
+# "Costs one billion" is about *one* token. In the picture each row is a block and each cell an expert. The left column
+# shows the shared experts. One token has five coloured cells in a row. Now let more tokens go through at once, as in a
+# prefill, or when many people use a model at the same time. Soon some token uses each expert. The **work** stays at 1
+# billion per token. But the weights that have to be *fetched from memory* are soon those of the whole model. (The
+# experts here are drawn at random, as a perfectly balanced router would choose them.)
 
 
 # %%
@@ -737,9 +746,9 @@ explore(
 # %% [markdown]
 # ## What 16 million tokens cost
 #
-# We compute the work for one more token by hand. Each parameter that a token uses is a multiplication and an addition, 2 FLOP.
-# Attention has no parameters of its own: it takes 4 FLOP for each query head, dimension and key. And each HSA layer compares
-# the query with every landmark once.
+# We compute the work for one more token by hand. Each parameter that a token uses is a multiplication and an addition,
+# 2 FLOP. Attention has no parameters of its own: it takes 4 FLOP for each query head, dimension and key. And each HSA
+# layer compares the query with every landmark once.
 
 
 # %%
@@ -766,14 +775,15 @@ for T in (1 << 12, 1 << 24):
     print(f"{length_name(T):>3} tokens: {named}; in all {total}, plan {theirs / 1e9:.2f}")
 
 # %% [markdown]
-# **You should see** 3.76 and 4.23 GFLOP. From 4 thousand to 16 million tokens the work per token grows by **an eighth**.
-# (The plan also takes into account that a norm is no matrix and that the encoder reads [CLS] with each chunk: less than 1%.)
+# **You should see** 3.76 and 4.23 GFLOP. From 4 thousand to 16 million tokens the work per token grows by **an
+# eighth**. (In the output, *plan* is the result of `estimate_cost`. It also takes into account that a norm is no matrix
+# and that the encoder reads [CLS] with each chunk. This changes the total by less than 1%.)
 #
 # ### Move it
 #
 # This is the whole bill, next to that of a model with the same blocks and full attention in each of them. The axes are
-# logarithmic: from one grid line to the next is a factor of ten. Move the length. Which bars change, and which do not? At
-# which length does full attention keep more bytes than the model's own weights?
+# logarithmic: from one grid line to the next is a factor of ten. Move the length. Which bars change, and which do not?
+# At which length does full attention keep more bytes than the model's own weights?
 
 
 # %%
@@ -820,20 +830,20 @@ explore(
 )
 
 # %% [markdown]
-# Two things deserve a second look. At this length **prefill is cheaper than decode**: the upper decoder reads only the tail
-# of a long text, and the head reads only its last token ([notebook 09](09_memory.ipynb) shows why that is exact). And the
-# memory of 16 million tokens, 8.9 GB, is *one* set of keys and values for all seven HSA layers.
+# Two things deserve a second look. At this length **prefill is cheaper than decode**: the upper decoder reads only the
+# tail of a long text, and the head reads only its last token ([notebook 09](09_memory.ipynb) shows why that is exact).
+# And the memory of 16 million tokens, 8.9 GB, is *one* set of keys and values for all seven HSA layers.
 #
 # ## Exercises
 #
-# **1.** In the picture above, 16 tokens at once used about two thirds of the experts. Find the formula: which share of $E$
-# experts do $n$ tokens use, if each token draws $A$ experts at random? Compare with `used_by`. From how many tokens on is 99%
-# of the 8B fetched?
+# **1.** In the picture above, 16 tokens at once used about two thirds of the experts. Find the formula: which share of
+# $E$ experts do $n$ tokens use, if each token draws $A$ experts at random? Compare with `used_by`. From how many tokens
+# on is 99% of the 8B fetched?
 #
 # <details><summary>Solution</summary>
 #
-# One token leaves out an expert with probability $1 - A/E$, and $n$ tokens leave it out with probability $(1 - A/E)^n$. So
-# the share is $1 - (1 - A/E)^n$.
+# One token leaves out an expert with probability $1 - A/E$, and $n$ tokens leave it out with probability $(1 - A/E)^n$.
+# So the share is $1 - (1 - A/E)^n$.
 #
 # ```python
 # import math
@@ -847,12 +857,13 @@ explore(
 # assert n == 72
 # ```
 #
-# So a mixture of experts always saves *work*. It saves *traffic* only for a few tokens at a time. It never saves memory.
+# So a mixture of experts always saves *work*. It saves *traffic* only for a few tokens at a time. It never saves
+# memory.
 #
 # </details>
 #
-# **2.** Cut finer: 128 experts of half the width, 8 of them per token. What happens to the total and active parameters of the
-# 8B? In how many ways can a token's experts be chosen, before and after?
+# **2.** Cut finer: 128 experts of half the width, 8 of them per token. What happens to the total and active parameters
+# of the 8B? In how many ways can a token's experts be chosen, before and after?
 #
 # <details><summary>Solution</summary>
 #
@@ -866,17 +877,17 @@ explore(
 # assert math.comb(128, 8) > 10**6 * math.comb(64, 4)
 # ```
 #
-# Both totals become a little smaller, because the shared expert now has half its width too. The routers are twice as large,
-# which adds little. But there are two million times as many ways to compose the network of a token. That is the argument for
-# many small experts (DeepSeekMoE, arXiv 2401.06066). The argument against them is that a GPU computes small products less
-# efficiently.
+# Both totals become a little smaller, because the shared expert now has half its width too. The routers are twice as
+# large, which adds little. But there are two million times as many ways to compose the network of a token. That is the
+# argument for many small experts (DeepSeekMoE, arXiv 2401.06066). The argument against them is that a GPU computes
+# small products less efficiently.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# You have built the model, and counted it. It is not trained yet.
+# You have built the model, and counted its parameters and its work. It is not trained yet.
 #
-# [Notebook 11](11_training.ipynb), *How does a model learn to retrieve?*, trains a small one from nothing while you watch, in about
-# 35 minutes.
+# [Notebook 11](11_training.ipynb), *How does a model learn to retrieve?*, trains a small model from random weights
+# while you watch, in about 35 minutes.

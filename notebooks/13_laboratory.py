@@ -10,8 +10,8 @@
 # # 13 · Which of the paper's claims hold in small models?
 #
 # The paper explains why its model reaches so far: no positions for distant text, fused scores, an encoder for chunks, a
-# warm-up. Are these the reasons? There is one way to know: remove one thing, leave everything else as it is, train again, and
-# measure again. We do that with small models, ten claims, and three seeds.
+# warm-up. Are these the reasons? There is one way to know: remove one thing, leave everything else as it is, train
+# again, and measure again. We do that with small models, ten claims, and three seeds.
 #
 # After this notebook you will be able to
 #
@@ -22,8 +22,8 @@
 # * write an arm of your own.
 #
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb) for the
-# mechanism and [notebook 11](11_training.ipynb) for the training, or at least what windows, chunks and retrieval are. No
-# GPU: the long runs were made earlier, and this notebook reads them from a file.
+# mechanism and [notebook 11](11_training.ipynb) for the training, or at least what windows, chunks and retrieval are.
+# No GPU: the long runs were made earlier, and this notebook reads them from a file.
 
 # %%
 import json
@@ -65,13 +65,13 @@ torch.set_num_threads(1)  # these tensors are small: one core is faster than two
 # %% [markdown]
 # ## The question in plain words
 #
-# A cook claims: "The soup is good because of the thyme." You cannot check this by tasting the soup. Cook it twice, with the
-# same ingredients, in the same pot, for the same time, once without thyme. *Then* taste both. And do so more than once,
-# because no two soups are equal.
+# A cook claims: "The soup is good because of the thyme." You cannot check this by tasting the soup. Cook it twice, with
+# the same ingredients, in the same pot, for the same time, once without thyme. *Then* taste both. And do so more than
+# once, because no two soups are equal.
 #
-# Here a soup is a trained model. A recipe with one change is an **arm**. The **baseline** `hsa` is the arm without a change.
-# Removing a part of a model also makes it smaller, and a smaller model is worse for that reason too. So every arm gets its
-# parameters back somewhere else: we make its MLPs wider or narrower until the count is the same.
+# Here a soup is a trained model. A recipe with one change is an **arm**. The **baseline** `hsa` is the arm without a
+# change. Removing a part of a model also makes it smaller, and a smaller model is worse for that reason too. So every
+# arm gets its parameters back somewhere else: we make its MLPs wider or narrower until the count is the same.
 #
 # ## In symbols
 #
@@ -83,21 +83,22 @@ torch.set_num_threads(1)  # these tensors are small: one core is faster than two
 # | run | one arm, trained from nothing with one seed, then measured | `run_arm(arm, scale, seed, ...)` |
 # | record | the result of a run: its settings, its curve, its measurements | one line of JSON |
 # | measure | a task and a length: 1×, 4×, 16× or 64× the training length | `Measure("s_niah", 64)` |
-# | claim | some sentences "this arm is better than that one, by this measure" | `CLAIMS` |
+# | claim | one or more comparisons "this arm is better than that one, by this measure" | `CLAIMS` |
 #
-# The tasks are those of [notebook 12](12_sixteen_million.ipynb): S-NIAH asks for one sentence, MQ-NIAH for two at once, VT
-# for a chain. Perplexity is measured on ordinary text, always on the same last tokens, with more and more text in front. Lower
-# is better.
+# The tasks are those of [notebook 12](12_sixteen_million.ipynb): S-NIAH asks for one sentence, MQ-NIAH for two at once,
+# VT for a chain. Perplexity is measured on ordinary text, always on the same last tokens, with more and more text in
+# front. Lower is better.
 #
 # ## The equality of this notebook: one thing differs
 #
-# The **settings** determine a run: the model's class, its configuration, its recipe, the questions. They are nested lists of
-# plain numbers, so we can compare two arms leaf by leaf. The difference is what the arm changes, *and nothing else*.
+# The **settings** determine a run: the model's class, its configuration, its recipe, the questions. They are nested
+# lists of plain numbers, so we can compare two arms leaf by leaf. The difference is what the arm changes, *and nothing
+# else*.
 
 
 # %%
 def leaves(settings, name=""):
-    """Every plain value of nested settings with its name; stages have no numbers, so a name may occur several times."""
+    """Every plain value of nested settings with its name; stages are not numbered, so a name may occur several times."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             yield from leaves(value, f"{name}.{key}" if name else key)
@@ -129,13 +130,13 @@ for name in ("hsa", "hsa_rope", "no_noise"):
     print(name, changed(ARMS[name]))
 
 # %% [markdown]
-# **You should see** nothing for the baseline, and *one* line each for the two others. Below, every claim uses the same function
-# to print what its arms change. (Settings are stored in files, which keep the names of earlier versions. Two of them appear
-# below: `explore` means `gumbel_noise`, and `crowd` means `queue_chunks`.)
+# **You should see** nothing for the baseline, and *one* line each for the two others. Below, every claim uses the same
+# function to print what its arms change. (Settings are stored in files, which keep the names of earlier versions. Two
+# of them appear below: `explore` means `gumbel_noise`, and `crowd` means `queue_chunks`.)
 #
-# Is everything else equal? We compare the parameters (within 1%), the tokens, the steps and the learning rate. (One arm is an
-# exception, and the table marks it: with experts a model has more parameters than one token uses. There the *active*
-# parameters are equal.)
+# Is everything else equal? We compare the parameters (within 1%), the tokens, the steps and the learning rate. (One arm
+# is an exception, and the table marks it: with experts a model has more parameters than one token uses. There the
+# *active* parameters are equal.)
 
 
 # %%
@@ -182,13 +183,13 @@ same = [same_in(batches[name], batches["hsa"]) == len(batches["hsa"]) for name i
 print("arms that do not change the data get the same tokens:", all(same))
 
 # %% [markdown]
-# **You should see** `True` four times. The same seed gives the same batches, to the last token. (Where the *data* are the
-# change, the tokens differ, but not their number.)
+# **You should see** `True` four times. The same seed gives the same batches, to the last token. (If an arm changes the
+# *data*, its tokens differ, but not their number.)
 #
 # ## What a run is
 #
-# The real runs need a GPU. Here is the same on a very small scale: `tiny`, two arms, a handful of steps. A run is one call.
-# (`HSA_MINI_STEPS=400` in the environment makes it longer. The model is too small to learn more than words.)
+# The real runs need a GPU. Here is the same on a very small scale: `tiny`, two arms, a handful of steps. A run is one
+# call. (`HSA_MINI_STEPS=400` in the environment makes it longer. The model is too small to learn more than words.)
 
 
 # %%
@@ -217,8 +218,8 @@ print("another seed gives another record:", other["curve"] != record["curve"])
 print("two arms, the same data:", same_in(*(first_batches(ARMS[name], scale=TINY) for name in here)), "of 2 stages")
 
 # %% [markdown]
-# **You should see** `True` twice, and 2 of 2. (This holds on one machine. Another processor adds numbers in another order, and
-# a GPU may do so from run to run.)
+# **You should see** `True` twice, and 2 of 2. (This holds on one machine. Another processor adds numbers in another
+# order, and a GPU may do so from run to run.)
 
 # %%
 figure = make_figure(6.5, 2.4)
@@ -227,12 +228,13 @@ ends = ", ".join(f"{arm} {[x for x in same[0]['curve']['text'] if x][-1]:.2f}" f
 show(figure, f"Loss of text over the steps of two tiny runs. At the end: {ends}.", colors=64)
 
 # %% [markdown]
-# Whatever the difference of the two lines, it is *no evidence for anything*: there is only one seed, and too few steps for any
-# retrieval. That is why only runs of full length decide about a claim.
+# Whatever the difference of the two lines, it is *no evidence for anything*: there is only one seed, and too few steps
+# for any retrieval. That is why only runs of full length decide about a claim.
 #
-# The harness writes each record as one line of a file, and it does not repeat a run whose record is in the file. But which
-# records count? A record counts only if its settings equal the *current* settings of its arm. Otherwise you would compare an
-# old arm with a new one without noticing it. Try it: we write one record, and another one with a different learning rate.
+# The command `python -m hsa_mini lab` writes each record as one line of a file, and it does not repeat a run whose
+# record is in the file. But which records count? A record counts only if its settings equal the *current* settings of
+# its arm. Otherwise you would compare an old arm with a new one without noticing it. Try it: we write one record, and
+# another one with a different learning rate.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -256,11 +258,12 @@ print("lines in the file:", len(read), "  lines that count:", list(current(read,
 # Is A better? According to the means, yes. But a single lucky run can make two means differ. So we require two things:
 #
 # 1. **No overlap**: the *worst* seed of A (0.8) is better than the *best* seed of B (0.7).
-# 2. **Margin**: the means differ by at least 0.1, which is ten questions of a hundred. A small difference may be real and still
-#    not worth a sentence. (For perplexity: the logarithms differ by at least 0.01, about 1%.)
+# 2. **Margin**: the means differ by at least 0.1, which is ten questions of a hundred. A small difference may be real
+#    and still not worth a sentence. (For perplexity: the logarithms differ by at least 0.01, about 1%.)
 #
-# If both hold, the verdict is *reproduced*. If both hold in the opposite direction, it is *different in small*. In all other
-# cases it is *not reproduced*. This last verdict does not mean "they are equal". It means "we do not see a difference".
+# If both hold, the verdict is *reproduced*. If both hold in the opposite direction, it is *different in small*. In all
+# other cases it is *not reproduced*. This last verdict does not mean "they are equal". It means "we do not see a
+# difference".
 
 
 # %%
@@ -277,8 +280,8 @@ def judge_pair(better, worse, margin):
 
 
 # %% [markdown]
-# By hand, five cases: the numbers above; the same, exchanged; one lucky seed of B; all of A slightly above all of B; and a
-# missing seed.
+# By hand, five cases: the numbers above; the same, exchanged; one lucky seed of B; all of A slightly above all of B;
+# and a missing seed.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -291,13 +294,13 @@ for a, b in ((A, B), (B, A), (A, (0.5, 0.85, 0.6)), ((0.94, 0.97, 0.95), (0.9, 0
 
 # %% [markdown]
 # **You should see** *reproduced*, *different in small*, *not reproduced* twice, and *not yet run*. A claim with several
-# comparisons is *reproduced* only if **all** of them are. A single comparison in the opposite direction makes it *different in
-# small*.
+# comparisons is *reproduced* only if **all** of them are. A single comparison in the opposite direction makes it
+# *different in small*.
 #
 # ### Move it
 #
-# Two arms have three seeds each. Change the gap between the arms, then the scatter of the seeds. When does the verdict change?
-# And why can it change although no mean has moved?
+# Two arms have three seeds each. Change the gap between the arms, then the scatter of the seeds. When does the verdict
+# change? And why can it change although no mean has moved?
 
 
 # %%
@@ -324,8 +327,9 @@ explore(
 # %% [markdown]
 # ## Why three seeds do not prove much
 #
-# Suppose the change has *no* effect, and the six runs are six draws from one urn. How often are the three runs of A above the
-# three runs of B all the same? Any three of the six ranks are equally likely for A. So we count.
+# Suppose the change has *no* effect, and the six runs are six draws from one urn. How often do all three runs of A
+# still lie above all three runs of B? If we rank the six runs, any three of the six ranks are equally likely for A. So
+# we count.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -340,14 +344,14 @@ for gap in (0, 1, 2, 3, 4):
     print(f"true gap of {gap} standard deviations: A is above B in {separated:.0%} of all cases")
 
 # %% [markdown]
-# **You should see** 1 of 20, and 5% again in the first line below. Two things follow.
+# **You should see** 1 of 20, and 5% again for a true gap of 0. Two things follow.
 #
-# *The rule accepts some claims by luck.* One comparison in twenty comes out as claimed by luck; and another one comes out in
-# the opposite direction. Such odds are fine for one question. We ask many. (The margin removes some of these cases: luck is
-# mostly small.)
+# *The rule accepts some claims by luck.* If there is no effect, one comparison in twenty comes out as claimed, only by
+# luck. Another one in twenty comes out in the opposite direction. Such odds are fine for one question, but we ask many.
+# (The margin removes some of these cases: luck is mostly small.)
 #
-# *The rule misses some real differences.* A true gap of one standard deviation between seeds is seen in about a quarter of all
-# cases. So **"not reproduced" is weak evidence**, unless the numbers of both arms are nearly equal.
+# *The rule misses some real differences.* A true gap of one standard deviation between seeds is seen in about a quarter
+# of all cases. So **"not reproduced" is weak evidence**, unless the numbers of both arms are nearly equal.
 
 # %%
 asked = sum(len(claim.comparisons) for claim in CLAIMS)
@@ -355,14 +359,15 @@ print(f"{len(CLAIMS)} claims make {asked} comparisons. If no change had an effec
 print(f"  expected as claimed, by luck: {asked / 20:.1f}   at least one: {1 - (19 / 20) ** asked:.0%}")
 
 # %% [markdown]
-# So look at the gaps. Three seeds at 95 to 100% above three seeds at 0 to 5% are not luck, whatever the count. A gap only just
-# larger than the margin deserves more seeds (`python -m hsa_mini lab --seeds 0 1 2 3 4 5`). A verdict uses all seeds that
-# exist, and with more seeds luck separates two arms less often.
+# So look at the gaps. Three seeds at 95 to 100% above three seeds at 0 to 5% are not luck, whatever the count. A gap
+# only just larger than the margin deserves more seeds (`python -m hsa_mini lab --seeds 0 1 2 3 4 5`). A verdict uses
+# all seeds that exist, and with more seeds luck separates two arms less often.
 #
 # ## What was run
 #
-# Everything below comes from one file, which `python -m hsa_mini lab` writes. The notebook computes all results from it when
-# it runs. An arm without a record has the verdict *not yet run*, and so does every claim that needs this arm.
+# Everything below comes from one file, which `python -m hsa_mini lab` writes. The notebook computes all results from it
+# when it runs. An arm without a record is listed as *not yet run*, and every claim that needs this arm has the verdict
+# *not yet run*.
 
 # %%
 path = data_dir() / "results" / "lab.jsonl"
@@ -394,9 +399,9 @@ print("all arms have questions at the same lengths:", set(lengths) <= {LAB.lengt
 #
 # ## All at once
 #
-# Every line in this picture is one comparison, every mark a seed. `A > B` is the claim: A is better than B. Circles should be
-# better than squares. On the left side better means further to the right (more right answers). On the right side better means
-# further to the left (lower perplexity).
+# Every line in this picture is one comparison, every mark a seed. `A > B` is the claim: A is better than B. Circles
+# should be better than squares. On the left side better means further to the right (more right answers). On the right
+# side better means further to the left (lower perplexity).
 
 # %%
 figure = make_figure(9.5, 6.5)
@@ -427,9 +432,9 @@ explore(
 # %% [markdown]
 # ## The ten claims
 #
-# For each claim you find: the paper's statement, our change, the numbers, the verdict. `tell` prints the last two from the
-# findings, and draws the measures that decide (all others are in the picture above, and in the numbers). Marks and colours
-# are those of the picture above.
+# For each claim you find: the paper's statement, our change, the numbers, the verdict. `tell` prints the last two from
+# the findings, and draws the measures that decide (all others are in the picture above, and in the numbers). Marks and
+# colours are those of the picture above.
 
 
 # %%
@@ -476,9 +481,9 @@ told = []
 # %% [markdown]
 # ### 1 · Positions
 #
-# **The paper:** the model reads distant chunks *without* positions, and so it still finds needles beyond the length of its
-# training. With RoPE it does not. (For another sparse model, NSA with 370 M parameters, the paper reports that S-NIAH falls
-# from 97 to 60 between 4K and 64K with RoPE, and from 99 to 73 without.)
+# **The paper:** the model reads distant chunks *without* positions, and so it still finds needles beyond the length of
+# its training. With RoPE it does not. (For another sparse model, NSA with 370 M parameters, the paper reports that
+# S-NIAH falls from 97 to 60 between 4K and 64K with RoPE, and from 99 to 73 without.)
 #
 # **We change:** `hsa_rope` rotates queries and keys of chunks by their position in the text, as
 # [notebook 05](05_layer.ipynb) did. `full_rope` has no HSA: every block attends to everything, with RoPE.
@@ -490,12 +495,14 @@ tell("positions")
 # %% [markdown]
 # Two more numbers belong here. They concern ordinary text, not needles:
 #
-# * **What does a longer text cost?** The perplexity at 64 times the training length, divided by the perplexity at the training
-#   length, on the same last tokens. 1 means: more text in front does no harm. Below 1 it helps. Above 1 it harms.
-# * **What does sparsity cost?** The perplexity of HSA divided by that of full attention, both at the training length, where
-#   full attention works best. Below 1 HSA predicts better. Above 1 it predicts worse.
+# * **What does a longer text cost?** The perplexity at 64 times the training length, divided by the perplexity at the
+#   training length, on the same last tokens. 1 means: more text in front does no harm. Below 1 it helps. Above 1 it
+#   harms.
+# * **What does sparsity cost?** The perplexity of HSA divided by that of full attention, both at the training length,
+#   where full attention works best. Below 1 HSA predicts better. Above 1 it predicts worse.
 #
-# The arms `text...` were trained only on plain text, without copies and questions, so that nothing but text plays a role.
+# The arms `text...` were trained only on plain text, without copies and questions, so that nothing but text plays a
+# role.
 
 
 # %%
@@ -543,9 +550,10 @@ show(figure, f"Ratios of perplexities by arm, a mark for every seed, a line at 1
 # *select* chunks by their scores and then *concatenate* them in one softmax. There the scores get no such gradient.
 # [Notebook 04](04_fusion.ipynb) shows it.
 #
-# **We change:** `concatenated` chooses by landmarks and reads in one softmax. `mean_key` also computes its landmarks as mean
-# keys, as MoBA does. `grouped_softmax` is shown for information only: its landmarks are keys and do get a gradient. NSA and
-# MoBA as a whole are more than this. We test only their way of reading.
+# **We change:** `concatenated` chooses by landmarks and reads in one softmax. `mean_key` does the same, and its
+# landmark is the mean of the keys of a chunk, as in MoBA. `grouped_softmax` is shown for information only: its
+# landmarks are keys, and these do get a gradient. NSA and MoBA as a whole are more than this. We test only their way of
+# reading.
 
 # %%
 tell("fusion")
@@ -553,11 +561,11 @@ tell("fusion")
 # %% [markdown]
 # ### 3 · Encoder
 #
-# **The paper:** a small encoder reads a chunk in both directions, and its `[CLS]` becomes the landmark. That is better than
-# the mean of the chunk's tokens.
+# **The paper:** a small encoder reads a chunk in both directions, and its `[CLS]` becomes the landmark. That is better
+# than the mean of the chunk's tokens.
 #
-# **We change:** there is no encoder. Keys and values come from each token separately, and the landmark comes from the mean of
-# the tokens. (The MLPs get the parameters of the encoder.)
+# **We change:** there is no encoder. Keys and values come from each token separately, and the landmark comes from the
+# mean of the tokens. (The MLPs get the parameters of the encoder.)
 
 # %%
 tell("encoder")
@@ -565,11 +573,13 @@ tell("encoder")
 # %% [markdown]
 # ### 4 · Warm-up
 #
-# **The paper:** before the pre-training there is a warm-up, and two kinds work: **self-copy**, or a **short window with every
-# chunk kept**. At 0.5 B, MQ-NIAH at 1M tokens is 0 without a warm-up, 93 after self-copy, 66 after a short window. Perplexity
-# at 16K is 16.77, 16.50 and 15.96. So self-copy reaches further, and the short window predicts better.
+# **The paper:** before the pre-training there is a warm-up, and two kinds work: **self-copy**, or a **short window with
+# every chunk kept**. At 0.5 B, MQ-NIAH at 1M tokens is 0 without a warm-up, 93 after self-copy, 66 after a short
+# window. Perplexity at 16K is 16.77, 16.50 and 15.96. So self-copy reaches further, and the short window predicts
+# better.
 #
-# **We change:** all three arms have the long window of `window_4x` in the end. They differ only in the first three stages.
+# **We change:** all three arms end with a long window, four times the baseline's, as in the arm `window_4x`. They
+# differ only in the first three stages.
 
 # %%
 tell("warm-up")
@@ -577,12 +587,12 @@ tell("warm-up")
 # %% [markdown]
 # ### 5 · Seesaw
 #
-# **The paper:** window and retrieval are on a seesaw. If the window can reach something, retrieval does not learn it: at 0.5 B
-# a model with a window of 512 finds 80% of MQ-NIAH at 1M, and one with a window of 4K finds 46%.
-# [Notebook 11](11_training.ipynb) counts why the distance of a copy is a cliff.
+# **The paper:** window and retrieval are on a seesaw. If the window can reach something, retrieval does not learn it:
+# at 0.5 B a model with a window of 512 finds 80% of MQ-NIAH at 1M, and one with a window of 4K finds 46%. [Notebook
+# 11](11_training.ipynb) counts why the distance of a copy is a cliff.
 #
-# **We change:** the window, and nothing else: 8 times as long (the longest distance of a copy) and 16 times (the whole text).
-# The window of 4 times is shown for information only.
+# **We change:** the window, and nothing else: 8 times as long (the longest distance of a copy) and 16 times (the whole
+# text). The window of 4 times is shown for information only.
 
 # %%
 tell("seesaw")
@@ -590,11 +600,11 @@ tell("seesaw")
 # %% [markdown]
 # ### 6 · Effective context
 #
-# **The paper:** the length of the training texts does not matter in itself. What matters is how far back there is something
-# *useful* in them.
+# **The paper:** the length of the training texts does not matter in itself. What matters is how far back there is
+# something *useful* in them.
 #
-# **We change:** rows have the usual length, but each consists of four unrelated short sequences. Nothing further back than a
-# quarter of the row ever helps.
+# **We change:** rows have the usual length, but each consists of four unrelated short sequences. Nothing further back
+# than a quarter of the row ever helps.
 
 # %%
 tell("effective context")
@@ -604,8 +614,8 @@ tell("effective context")
 #
 # **The paper:** a model that keeps few chunks in evaluation must also be trained with few chunks.
 #
-# **We change:** training keeps *every* chunk, and evaluation keeps K as usual. The baseline without the noise on the choice is
-# shown for information only.
+# **We change:** training keeps *every* chunk, and evaluation keeps K as usual. The baseline without the noise on the
+# choice is shown for information only.
 
 # %%
 tell("sparse training")
@@ -615,8 +625,8 @@ tell("sparse training")
 #
 # **The paper:** all attention normalises its queries and keys, and training needs this norm.
 #
-# **We change:** there is no such norm anywhere. If training diverges, the perplexity may not be a number. We then treat it as
-# infinitely bad.
+# **We change:** there is no such norm anywhere. If training diverges, the perplexity may not be a number. We then treat
+# it as infinitely bad.
 
 # %%
 tell("QK norm")
@@ -624,8 +634,8 @@ tell("QK norm")
 # %% [markdown]
 # ### 9 · Scale
 #
-# **The paper** has a dense model of 0.5 B parameters, and one of 8 B with experts. Where should experts help? Where an answer
-# takes several steps, as in VT.
+# **The paper** has a dense model of 0.5 B parameters, and one of 8 B with experts. The experts should help where an
+# answer takes several steps, as in VT.
 #
 # **We change:** both arms learn chains. One of them has experts instead of the MLP. It has the same number of *active*
 # parameters per token, and more in all. This is not a step from 0.5 B to 8 B.
@@ -636,9 +646,9 @@ tell("scale")
 # %% [markdown]
 # ### 10 · Blindness
 #
-# **The paper:** a window without retrieval sees nothing beyond its edge, so the model needs something else for distant text.
-# This claim checks the *test* as much as the model: if a model without any retrieval found needles, they would be in its
-# window.
+# **The paper:** a window without retrieval sees nothing beyond its edge, so the model needs something else for distant
+# text. This claim checks the *test* as much as the model: if a model without any retrieval found needles, they would be
+# in its window.
 #
 # **We change:** no HSA at all. The model should fail already at the training length.
 
@@ -654,10 +664,11 @@ print("claims without a section:", sorted({claim.name for claim in CLAIMS} ^ set
 #
 # ### Move it: arm by arm
 #
-# Verdicts are coarse. Choose an arm, and a curve of its training. On the left you see it together with the baseline, which is
-# blue; dotted lines are the ends of stages. On the right you see what the trained arm can do at 1, 4, 16 and 64 times the
-# training length. Some things to look for: does an arm fail at 1× already, so that it never *learned*? Or only further out, so
-# that it does not *extrapolate*? Does one seed learn late, or never? A verdict contains none of this.
+# Verdicts are coarse. Choose an arm, and a curve of its training. On the left you see it together with the baseline,
+# which is blue; dotted lines are the ends of stages. On the right you see what the trained arm can do at 1, 4, 16 and
+# 64 times the training length. Some things to look for: does an arm fail at 1× already, so that it never *learned*? Or
+# only further out, so that it does not *extrapolate*? Does one seed learn late, or never? A verdict contains none of
+# this.
 
 
 # %%
@@ -685,8 +696,8 @@ explore(
 
 
 # %% [markdown]
-# Here is the same as one line per arm: how far does it fall? The table shows S-NIAH at each length, as means over the seeds, and
-# the step of the length at which the arm loses most.
+# The next table has one line per arm: how far does its share of right answers fall? It shows S-NIAH at each length, as
+# means over the seeds, and the length beyond which the arm loses most.
 
 
 # %%
@@ -706,23 +717,25 @@ for name, same in runs.items():
 # %% [markdown]
 # ## What this does not show
 #
-# * **One size.** The paper's models are a hundred times larger or more, and saw some hundred thousand times as many tokens. A
-#   claim that fails in a small model may hold in a large one, and the reverse. Every verdict is about small models.
-# * **One recipe, made for the baseline.** We chose learning rate, noise and stages so that `hsa` learns. Another arm might
-#   do better with its own recipe. Equal conditions are not always fair conditions.
-# * **One thing at a time.** Two changes that have no effect separately may have a large effect together. We did not try.
+# * **One size.** The paper's models are a hundred times larger or more, and saw some hundred thousand times as many
+#   tokens. A claim that fails in a small model may hold in a large one, and the reverse. Every verdict is about small
+#   models.
+# * **One recipe, made for the baseline.** We chose learning rate, noise and stages so that `hsa` learns. Another arm
+#   might do better with its own recipe. Equal conditions are not always fair conditions.
+# * **One thing at a time.** Two changes that have no effect separately may have a large effect together. We did not
+#   try.
 # * **Few questions.** Each share comes from a few dozen questions, the same for all arms. A seed's mark has an interval
 #   of its own; [notebook 12](12_sixteen_million.ipynb) explains how to compute it.
-# * **Simplified versions.** `mean_key` is not MoBA, `concatenated` is not NSA. Each keeps one idea of the original, so that
-#   everything else can be equal.
-# * **Our margin, our rule.** We fixed both before the runs. Another rule gives other verdicts, and all numbers are above, so
-#   that you can try.
+# * **Simplified versions.** `mean_key` is not MoBA, `concatenated` is not NSA. Each keeps one idea of the original, so
+#   that everything else can be equal.
+# * **Our margin, our rule.** We fixed both before the runs. Another rule gives other verdicts, and all numbers are
+#   above, so that you can try.
 #
 # ## Exercises
 #
-# **1.** With three seeds, luck puts A above B once in 20 times. How many seeds does each arm need until this happens less
-# than once in 1,000 times? Guess first. Then suppose a true gap of two standard deviations: how often do *that* many seeds
-# still show it? What do you learn about the rule?
+# **1.** With three seeds, luck puts A above B once in 20 times. How many seeds does each arm need until this happens
+# less than once in 1,000 times? Guess first. Then suppose a true gap of two standard deviations: how often do *that*
+# many seeds still show it? What do you learn about the rule?
 #
 # <details><summary>Solution</summary>
 #
@@ -736,15 +749,15 @@ for name, same in runs.items():
 # assert enough == 7
 # ```
 #
-# Seven. But with seven seeds a real gap is seen *less* often: all seeds of one arm have to be better than all seeds of the
-# other, and extremes grow with the number of draws. "No overlap" is a rule for few seeds. With many seeds one compares means,
-# and their standard errors.
+# Seven. But with seven seeds a real gap is seen *less* often: all seeds of one arm have to be better than all seeds of
+# the other, and extremes grow with the number of draws. "No overlap" is a rule for few seeds. With many seeds one
+# compares means, and their standard errors.
 #
 # </details>
 #
-# **2.** Write an arm of your own: the baseline, but each token keeps one chunk (`top_k` is 1). Show that it changes only this,
-# and that its number of parameters is the same. Run it at the scale `tiny`. Then write down the sentence that you would claim, and the
-# measure, *before* you run it at the scale `lab`.
+# **2.** Write an arm of your own: the baseline, but each token keeps one chunk (`top_k` is 1). Show that it changes
+# only this, and that its number of parameters is the same. Run it at the scale `tiny`. Then write down the sentence
+# that you would claim, and the measure, *before* you run it at the scale `lab`.
 #
 # <details><summary>Solution</summary>
 #
@@ -759,16 +772,17 @@ for name, same in runs.items():
 # print(mine["final"]["text"], mine["found"]["s_niah"])
 # ```
 #
-# A claim could be: "`hsa` is better than `one_chunk` by MQ-NIAH at 1×", since two needles are usually in two chunks. But each
-# layer and each token of the answer chooses again, so the claim may well fail. Add the arm to `hsa_mini/lab/arms.py` and the
-# claim to `claims.py`, and the command runs it: `python -m hsa_mini lab --arms hsa one_chunk`.
+# A claim could be: "`hsa` is better than `one_chunk` by MQ-NIAH at 1×", since two needles are usually in two chunks.
+# But each layer and each token of the answer chooses again, so the claim may well fail. Add the arm to
+# `hsa_mini/lab/arms.py` and the claim to `claims.py`, and the command runs it: `python -m hsa_mini lab --arms hsa
+# one_chunk`.
 #
 # </details>
 
 # %% [markdown]
 # ## What comes next
 #
-# You have taken the mechanism apart and measured its parts. The next question is how to make it large. Notebook 14 will answer
-# it, *How would one train the 8B?* (in preparation). Until then: [notebook 10](10_model_and_experts.ipynb) counts what 8 billion
-# parameters cost, and `python -m hsa_mini lab --scale tiny --arms hsa window --seeds 0 --out out/tiny.jsonl` makes two runs
-# of the laboratory in your terminal, in seconds.
+# You have taken the mechanism apart and measured its parts. The next question is how to make it large. Notebook 14 will
+# answer it, *How would one train the 8B?* (in preparation). Until then: [notebook 10](10_model_and_experts.ipynb)
+# counts what 8 billion parameters cost, and `python -m hsa_mini lab --scale tiny --arms hsa window --seeds 0 --out
+# out/tiny.jsonl` makes two runs of the laboratory in your terminal, in seconds.

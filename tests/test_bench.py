@@ -178,3 +178,12 @@ def test_wrong_input_is_one_line(bench, capfd, words, message):
         and err.startswith(f"kernels/bench: error: {message}")
         and err.count("\n") == 1
     )
+
+
+def test_a_training_step_moves_the_biases_of_experts(bench):
+    import of_training
+
+    config = replace(PRESETS["debug"], experts=4, experts_active=2, expert_width=16)
+    model = HSAModel(config).train()
+    of_training.make_step(model, 40)()
+    assert all(block.mlp.bias.any() for block in model.upper)

@@ -234,3 +234,9 @@ def test_fewer_keys_than_tokens_are_refused():
             ValueError, match=r"^k: got 2 keys, accepted are at least the 3 tokens of q"
         ):
             function(**arguments("sliding_window_attention") | short)
+
+
+def test_a_size_that_is_written_as_a_number_is_named_once():
+    """`accepted is [B, 1, J, R]` says it already; "with 1=1" would be odd."""
+    with pytest.raises(ValueError, match=r"accepted is \[B, 1, J, R\]$"):
+        reference.decode(**arguments("decode") | {"retrieval_q": random(2, 3, 2, 6)})

@@ -125,7 +125,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _stored(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """The tensor as it is written: contiguous on the CPU; a floating-point one in `dtype`."""
+    """The tensor as it is written: contiguous on the CPU, in `dtype` if it is floating-point."""
     return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
 
 

@@ -1,6 +1,6 @@
 """The state of a training run: the folders `step-N` in the folder of the run.
 
-A run that was cut off continues from the newest of them that is whole.
+A run that was cut off continues from its newest complete state.
 """
 
 import json
@@ -28,7 +28,7 @@ def save_progress(run: Path, step: int, tensors: dict[str, torch.Tensor], progre
 
 
 def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """The newest state of a run that is whole, as (tensors, progress), or None if there is none."""
+    """The newest complete state of a run, as (tensors, progress), or None if there is none."""
     for folder in reversed(_steps(run)):
         try:
             folder = verified_folder(folder, STATE, PROGRESS)

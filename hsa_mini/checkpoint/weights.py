@@ -115,7 +115,7 @@ def _read(
 
     for file in sorted(set(files.values())):
         with safe_open(folder / file, framework="pt", device=str(device)) as shard:
-            for name in shard.keys():  # `safe_open` is no mapping
+            for name in shard.keys():  # `safe_open` is not a mapping
                 yield name, fitting(name, shard.get_tensor(name))
 
 

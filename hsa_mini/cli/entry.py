@@ -23,7 +23,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(errors="backslashreplace")  # so that any terminal takes any text
+        reconfigure(errors="backslashreplace")  # escape what the terminal cannot show
     try:
         return arguments.command(arguments)
     except (

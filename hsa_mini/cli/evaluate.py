@@ -50,7 +50,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         type=integer(1, MAX_JOBS),
         default=1,
         metavar="N",
-        help="number of lengths at the same time, each in its own process (default 1)",
+        help="number of lengths to evaluate at once, each in its own process (default 1)",
     )
     command.add_argument(
         "--seed", type=integer(0, MAX_SEED), default=1, help="seed of the questions (default 1)"

@@ -33,7 +33,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--temperature",
         type=number(0, 10**6),
         default=0.0,
-        help="0 takes the most likely token, a higher one draws (default 0)",
+        help="0: take the most likely token; above 0: draw a token at random (default 0)",
     )
     command.add_argument(
         "--top-k",
@@ -45,7 +45,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--top-p",
         type=number(0, 1),
         default=1.0,
-        help="draw only from the fewest tokens that hold this share of the probability "
+        help="draw only from the smallest set of tokens with this share of the probability "
         "(default 1: from all)",
     )
     command.add_argument(

@@ -44,7 +44,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     command.add_argument(
         "--scale",
         default="lab",
-        help="lab, or tiny: runs of seconds on a CPU, for a first try (default lab)",
+        help="lab; or tiny, whose runs take seconds on a CPU, for a first try (default lab)",
     )
     command.add_argument(
         "--out",

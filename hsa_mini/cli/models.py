@@ -22,7 +22,7 @@ def checkpoint_folder(given: str) -> Path:
 def read_model(argument: str, given: str, device):
     """The model that is shipped under the name `given`, or the one in the folder `given`.
 
-    Raises ValueError, which names the argument, if there is none or if it does not know our tokens.
+    Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.
     """
     from hsa_mini.data.tokenizer import load_tokenizer
     from hsa_mini.hsa_model import HSAModel

@@ -1,5 +1,5 @@
 """Real text as tokens: the documents of a split, encoded once and then memory-mapped; or a text
-file of the reader's own.
+file that the user names.
 
     archives (fetched by `python -m hsa_mini fetch`) -> documents -> train / validation -> tokens
 """
@@ -99,7 +99,7 @@ class _SplitWriter:
 
 
 def load_text(path: str | Path, *, name: str = "path") -> Corpus:
-    """Tokens of a UTF-8 text file of the reader's own, or of standard input for "-".
+    """Tokens of a UTF-8 text file that the user names, or of standard input for "-".
 
     Raises ValueError, which names the argument `name`, for a file that is missing or not UTF-8
     text.

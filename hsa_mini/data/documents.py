@@ -54,8 +54,8 @@ def load_documents() -> tuple[str, Iterator[Document]]:
 
 
 def read_documents(archives: Iterable[Path]) -> Iterator[Document]:
-    """The text files of the archives, in archive order. Of files with equal content only the first
-    counts.
+    """The text files of the archives, in archive order. If several files have equal content, only
+    the first one is used.
     """
     seen = set()
     for path, kind, content in _files(archives):
@@ -104,7 +104,7 @@ def _split(path: str, kind: str) -> str:
 
 
 def _split_of_package(name: str) -> str:
-    """By a hash of its name, `HELD_OUT_PERCENT` of the packages are validation text."""
+    """Choose by a hash of the name: `HELD_OUT_PERCENT` % of the packages are validation text."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
     return "validation" if bucket < HELD_OUT_PERCENT else "train"
 

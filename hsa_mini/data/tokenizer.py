@@ -54,7 +54,7 @@ def save_ranks(ranks: dict[bytes, int], path: Path) -> None:
 
 @functools.cache
 def load_ranks(path: Path | None = None) -> dict[bytes, int]:
-    """Token bytes -> rank, from a file that `save_ranks` wrote; by default the course's."""
+    """Token bytes -> rank, from a file that `save_ranks` wrote (default: the course's file)."""
     path = path or data_dir() / RANKS_FILE
     pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}

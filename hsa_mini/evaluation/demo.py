@@ -27,8 +27,8 @@ MIN_HAYSTACK = 64  # tokens of text, which are repeated as often as needed
 class NeedleFinding:
     """What was asked, answered and retrieved.
 
-    scores: float32 [HSA layers, N], those that the last prompt token gives to each chunk; -inf
-    where it cannot see the chunk.
+    scores: float32 [HSA layers, N], the score of each chunk for the last prompt token; -inf where
+    this token cannot see the chunk.
     ids: int64 [tokens], the whole prompt.
     """
 
@@ -78,10 +78,10 @@ class NeedleFinding:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the model made of a prompt."""
+    """The model's answer to a prompt, what it retrieved, and the time and memory it took."""
 
     answer: list[int]  # token ids
-    retrieved_chunks: list[list[int]]  # of each HSA layer, sorted
+    retrieved_chunks: list[list[int]]  # one sorted list per HSA layer
     scores: np.ndarray
     prefill_seconds: float
     decode_seconds: float
@@ -102,7 +102,7 @@ def find_needle(
 
     haystack: uint16 [n], the text; it is read from token `first` on and repeated to the full
     length.
-    depth: at 0 the needle opens the text; at 1 it ends the part outside the window.
+    depth: at 0 the needle opens the text; at 1 it stands at the end of the part outside the window.
     seed: decides keys, values and distractors. All keys are held-out ones that do not occur in the
     haystack.
     Raises ValueError if the haystack has fewer than 64 tokens, or if tokens, depth or seed is out

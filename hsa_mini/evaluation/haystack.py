@@ -1,8 +1,8 @@
 """A text that is encoded once and then answers many questions.
 
-For each question only those chunks are encoded again that its sentences change, directly or through
-the reach of the lower decoder. This is exact: tests compare it with encoding every sample from
-scratch.
+A question's sentences overwrite some tokens. Only the chunks whose K, V and landmarks change are
+encoded again: those that hold such a token, and those that the lower decoder's windows carry the
+change to. This is exact: tests compare it with encoding every sample from scratch.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,12 +20,9 @@ from hsa_mini.tasks.placement import Sample
 
 
 class Haystack:
-    """A text whose chunks are encoded once and then asked many questions: text int64 [T] on the
-    model's device.
+    """A text that is encoded once and then answers many questions.
 
-    For a question, its sentences are written over the text, and only the chunks that they and their
-    lower-decoder reach touch are encoded again. The result is exact: tests compare it with encoding
-    everything from scratch.
+    text: int64 [T] on the model's device.
     """
 
     def __init__(
@@ -47,9 +44,9 @@ class Haystack:
         """Put the sample's sentences and question into the text, answer greedily, and take them out
         again.
 
-        remembered: the memory holds this sample's sentences instead; the sample's own are read only
-        in the last tokens. Text and memory are as before afterwards, also if an exception or Ctrl-C
-        ends the question.
+        remembered: a sample whose sentences the memory holds instead of those of `sample`. Of
+        `sample`, the model then reads only what stands in the last tokens. Afterwards text and
+        memory are as they were before, even if an exception or Ctrl-C ends the question.
         """
         with self._remembered(remembered or sample):
             with self._written(sample):
@@ -58,7 +55,7 @@ class Haystack:
 
     @contextmanager
     def _written(self, sample: Sample) -> Iterator[None]:
-        """Within, the sample's sentences and question stand in the text."""
+        """Inside the `with` block, the sample's sentences and question stand in the text."""
         places = np.concatenate(
             [np.arange(first, first + len(patch)) for first, patch in sample.patches]
         )
@@ -73,14 +70,14 @@ class Haystack:
 
     @contextmanager
     def _remembered(self, sample: Sample) -> Iterator[None]:
-        """Within, the memory holds the chunks of the text with this sample in it."""
+        """Inside the `with` block, the memory holds the chunks of the text with this sample."""
         replaced: list[tuple[int, tuple[torch.Tensor, ...]]] = []
         try:
             with self._written(sample):
                 for first, last in self._touched(sample):
                     encoded = self._encode(first, last)
-                    # Copied before the memory changes, so that an interruption in between restores
-                    # it all the same.
+                    # The copy is made before the memory changes. Otherwise an interruption in
+                    # between could not be undone.
                     replaced.append((first, self.memory.chunks.copy(first, last)))
                     self.memory.chunks.replace(first, *encoded)
             yield
@@ -97,8 +94,8 @@ class Haystack:
             raise
 
     def _touched(self, sample: Sample) -> list[tuple[int, int]]:
-        """The ranges of complete chunks [first, last) that the patches reach, merged where they
-        meet, cut where they are long.
+        """The ranges of complete chunks [first, last) that the patches change. Adjoining ranges are
+        merged, and long ones are cut.
         """
         S = self.model.config.chunk_size
         reach = self.model.config.lower_reach
@@ -134,8 +131,8 @@ class Haystack:
         return Output(model.logits(hidden[:, -1:]), draft, Aux(retrievals))
 
     def _lower_decoder(self, first: int, last: int) -> tuple[torch.Tensor, ChunkMemory]:
-        """The lower decoder's output for the tokens [first, last), and the memory that has read
-        from as far back as it needs.
+        """The lower decoder's output for the tokens [first, last), and a draft of the memory after
+        them. Reading starts `lower_reach` tokens earlier, so the output is exact.
         """
         start = max(first - self.model.config.lower_reach, 0)
         draft = self.memory.draft(start)

@@ -1,7 +1,7 @@
 """Held-out perplexity by context: the same tokens are predicted several times, each time after more
 of the text.
 
-The text is read in segments. Only the memory grows with it, by the chunks that are kept.
+The text is read in segments. Only the chunk memory grows with the length of the text.
 """
 
 import math
@@ -26,11 +26,10 @@ TARGETS = 512
 
 @dataclass(frozen=True)
 class PerplexityRow:
-    """The loss of the last `targets` tokens of several stretches of text, each read from `tokens`
-    tokens back.
+    """The loss of the last `targets` tokens of several stretches of text, each `tokens` long.
 
-    loss: nats per target, the mean over all stretches. losses: the same per stretch, in one order
-    at every length.
+    loss: nats per target, the mean over all stretches. losses: the loss of each stretch, in the
+    same order at every length.
     """
 
     tokens: int

@@ -24,14 +24,14 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """What became of the questions of one length and depth; samples, correct and retrieved are
-    counts.
+    """Counts (samples, correct, retrieved) for the questions of one length and depth.
+
 
     depth: where the first sentence that the question needs stands (the needle asked for, the first
     of two needles, or the head of the chain). All other sentences stand anywhere.
     retrieved: the samples in which any HSA layer chose a chunk of that sentence for the first
     answer token.
-    distinct_tokens: tokens of text before it repeats.
+    distinct_tokens: how many tokens the text has before it repeats itself.
     """
 
     tokens: int

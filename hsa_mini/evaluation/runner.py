@@ -1,6 +1,6 @@
 """Questions of every retrieval task over texts of any length, answered greedily and counted.
 
-Long texts are shared: from `SHARED_FROM` tokens on, all samples of a length ask one `Haystack`,
+Long texts are shared: from `SHARED_FROM` tokens on, all samples of a length use one `Haystack`,
 which is encoded once.
 """
 

@@ -1,6 +1,4 @@
-"""What counts of right answers tell: the share, its confidence interval, and rows added up by
-length.
-"""
+"""Statistics of right answers: their share, its confidence interval, and sums by length."""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """A function of tensors that is recorded once as a CUDA graph and then replayed.
 
-A decode step or a small training step consists of thousands of small kernels. To launch them one by
-one from the CPU takes several times longer than they run.
+A decode step or a small training step consists of thousands of small kernels. Launching them one by
+one from the CPU takes several times longer than running them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ WARM_UP = 3  # plain calls before the recording; the first compiles kernels
 class CUDAGraphRunner:
     """`function(*inputs)` -> a tuple of tensors.
 
-    After the recording they are always the same tensors: read them before the next call.
+    After the recording, every call returns the same tensors, so read them before the next call.
 
     Inputs are tensors of fixed shapes on one device. The function may change other tensors in
     place. It must neither synchronise with the CPU nor depend on a Python value that changes. Every

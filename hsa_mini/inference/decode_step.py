@@ -2,7 +2,7 @@
 and place.
 
 On a GPU a step can be recorded as a CUDA graph and replayed. A chunk is encoded outside of the
-graph when its last token has been read: the CPU knows when that is.
+graph, after its last token. The CPU counts tokens, so it need not wait for the GPU to see this.
 
 Dimensions: B batch, S chunk size, C width, W window.
 """
@@ -39,7 +39,8 @@ class DecodeStep:
         self.model = model
         self.memory = memory
         self.graph = graph
-        # The tensors that the last step used. If the memory holds others now, it was changed since.
+        # The tensors that the last step used. If the memory now holds others, something else
+        # changed it after that step.
         self._tail: torch.Tensor | None = None
         self._buffers: tuple[torch.Tensor, ...] = ()
         self._positions: torch.Tensor | None = None  # int64 [B], of the token to come
@@ -55,7 +56,7 @@ class DecodeStep:
         return logits
 
     def _prepared(self) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """The step for the tensors that the memory holds now: the last one, unless they moved."""
+        """The step for the memory's current tensors; a new one only if they have moved."""
         memory = self.memory
         same_tensors = memory.tail is self._tail and memory.chunks.buffers is self._buffers
         if self._run is not None and same_tensors:

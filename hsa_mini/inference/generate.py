@@ -14,7 +14,7 @@ from hsa_mini.inference.sampling import Decoding, choose
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, HSACore, Output
 
-MIN_RECORDED = 32  # new tokens from which on recording a CUDA graph pays
+MIN_RECORDED = 32  # new tokens; with fewer, recording a CUDA graph costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def stream(
     progress: Progress | None = None,
     **options,
 ) -> Iterator[torch.Tensor]:
-    """As `generate`, but ids are read now, and each new token int64 [B, 1] is made when the
-    iterator is asked for it.
+    """As `generate`, but one token at a time: ids are read now, and each step of the iterator makes
+    one new token int64 [B, 1].
 
     Whenever the iterator pauses or is closed, `memory` has read every token that came out of it but
     the last. The next call goes on from there, with that token first.
@@ -86,7 +86,8 @@ def _decode(model: HSACore, output: Output, decoding: Decoding) -> Iterator[torc
     memory = output.memory
     generator = torch.Generator(logits.device).manual_seed(decoding.seed)
     stop_tokens = torch.tensor(decoding.stop, dtype=torch.int64, device=logits.device)
-    # Capacity for all of it at once: whenever the buffers move, the step has to be recorded anew.
+    # Make capacity for all new tokens at once: whenever the buffers move, the step has to be
+    # recorded anew.
     memory.ensure_capacity(memory.position + min(decoding.max_new_tokens, SEGMENT))
     in_kernels = logits.is_cuda and logits.dtype in (torch.float16, torch.bfloat16)
     graph = in_kernels and decoding.max_new_tokens >= MIN_RECORDED

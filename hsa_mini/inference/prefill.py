@@ -14,9 +14,8 @@ from hsa_mini.model.core import Aux, HSACore, Output
 from hsa_mini.model.hsa import Retrieval
 
 SEGMENT = 8192  # tokens that the lower decoder reads at once: this bounds the memory of a prefill
-GPU_TOKENS = (
-    1 << 15
-)  # the same for all sequences together on a GPU, which would wait for the CPU with fewer
+# On a GPU: tokens of all sequences together. With fewer, the GPU would wait for the CPU.
+GPU_TOKENS = 1 << 15
 
 Progress = Callable[[int], object]
 
@@ -129,7 +128,7 @@ def _read(
 
 
 def _stacked(outputs: list[Output], memory: ChunkMemory) -> Output:
-    """The outputs of several texts as one; of the retrievals only those of the last tokens."""
+    """The outputs of several texts as one; only the last tokens' retrievals are kept."""
     by_layer = zip(*(output.aux.retrievals for output in outputs))
     retrievals = tuple(
         Retrieval(*(torch.cat([part[:, -1:] for part in parts]) for parts in zip(*of_texts)))

@@ -15,8 +15,8 @@ class Decoding:
     of range.
 
     max_new_tokens: generation ends there at the latest. temperature, top_k, top_p: see
-    `probabilities`; temperature 0 takes the likeliest token. seed: of the draws, which use a
-    generator of their own. stop: ids of tokens that end a sequence. A sequence that has ended
+    `probabilities`; temperature 0 takes the likeliest token. seed: of a generator for
+    these draws alone. stop: ids of tokens that end a sequence. A sequence that has ended
     repeats its stop token, and reads it, until all have ended or `max_new_tokens` are made.
     """
 
@@ -67,8 +67,8 @@ def probabilities(
 
     1. The softmax of logits / temperature (above 0).
     2. Only the `top_k` likeliest tokens stay (0 or None: all), scaled to sum to 1.
-    3. Of these the fewest likeliest tokens stay whose sum reaches `top_p` (1: all), at least one;
-       their chances are scaled again.
+    3. Tokens are then kept from the likeliest on until their sum reaches `top_p` (1: all), at least
+       one; their chances are scaled again.
 
     Among equally likely tokens the lower id comes first.
     """

@@ -1,3 +1,3 @@
 """The laboratory: variants of the mechanism with equal parameters, data, steps and seeds, and what
-they tell about the paper's claims.
+they show about the paper's claims.
 """

@@ -23,9 +23,9 @@ class Arm:
     """One variant of the baseline: another model, other settings, or other training.
 
     what: the difference from the baseline, in words.
-    changes: of the configuration. training: of every stage.
-    packed: sequences that fill one row of the training length. With more than one, nothing beyond a
-    short sequence's start can help.
+    changes: fields of the configuration that differ. training: fields of each stage that differ.
+    packed: how many short sequences share one row of the training length. With more than one, no
+    token before the start of a short sequence helps to predict it.
     counted: which count of parameters equals the baseline's, "parameters" (all) or "active" (those
     that one token uses).
     """
@@ -58,7 +58,7 @@ class Arm:
         return _count(self.model, self.config(scale))
 
     def settings(self, scale: Scale, steps: int | None = None) -> dict:
-        """Everything but the seed that decides how a run goes."""
+        """All settings that determine a run, except its seed."""
         return {
             "scale": scale.name,
             "arm": self.name,

@@ -16,7 +16,7 @@ ConfigChange = Callable[[Scale], dict]  # field of HSAConfig -> value
 TrainingChange = Callable[[Scale, Stage], dict]  # field of Stage -> value
 
 
-# Of the configuration
+# Changes of the configuration
 
 
 def window(times: int) -> ConfigChange:
@@ -63,7 +63,7 @@ def experts(scale: Scale) -> dict:
     }
 
 
-# Of the training
+# Changes of the training
 
 
 def every_chunk(scale: Scale, stage: Stage) -> dict:
@@ -98,8 +98,8 @@ def text_in_full_attention(scale: Scale, stage: Stage) -> dict:
 
 
 def text_behind_queue(scale: Scale, stage: Stage) -> dict:
-    """Plain text; at the training length with as many chunks of other texts in front as the longest
-    evaluation text has.
+    """Plain text. Stages at the full training length also have a queue with as many chunks of other
+    texts as the longest evaluation text has chunks.
     """
     changes = text_only(scale, stage)
     if stage.tokens == scale.stage.tokens:
@@ -116,15 +116,15 @@ def no_warm_up(scale: Scale, stage: Stage) -> dict:
 
 
 def warm_up_on_copies(scale: Scale, stage: Stage) -> dict:
-    """Copies only while the contexts still grow."""
+    """Copies only in the stages before the full training length."""
     if stage.tokens < scale.stage.tokens:
         return {"mixture": stage.mixture}
     return no_warm_up(scale, stage)
 
 
 def warm_up_with_short_window(scale: Scale, stage: Stage) -> dict:
-    """No copies; while the contexts still grow, the baseline's window (a quarter of this arm's) and
-    every chunk kept.
+    """No copies. The stages before the full training length use the baseline's window (a quarter of
+    this arm's) and keep every chunk.
     """
     changes = no_warm_up(scale, stage)
     if stage.tokens < scale.stage.tokens:
@@ -134,5 +134,5 @@ def warm_up_with_short_window(scale: Scale, stage: Stage) -> dict:
 
 
 def _chunks(scale: Scale) -> int:
-    """Chunks of a training sequence."""
+    """The number of chunks in a training sequence."""
     return scale.stage.tokens // scale.config.chunk_size

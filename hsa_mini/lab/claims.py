@@ -5,11 +5,11 @@ arms it is
 
     reproduced            every seed of the better arm beats every seed of the other arm,
                           and the means differ by the margin
-    different in small    the same the other way round
+    different in small    small models show the opposite: the same with the two arms exchanged
     not reproduced        anything else
 
-A claim is reproduced if all its comparisons are, different in small if one of them is, and not yet
-run if a seed is missing.
+A claim is "reproduced" if all its comparisons are. It is "different in small" if one of its
+comparisons is. It is "not yet run" if a seed is missing.
 """
 
 import math
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.records import current
 
-SEEDS = 3  # that a verdict needs
+SEEDS = 3  # a verdict needs this many
 REPRODUCED = "reproduced"
 NOT_REPRODUCED = "not reproduced"
 DIFFERENT = "different in small"
@@ -34,7 +34,7 @@ TEXTS = tuple(name for name in ARMS if name.startswith("text"))  # arms trained 
 class Measure:
     """One number of a run: what was measured, at which multiple of the training length.
 
-    what: "perplexity"; or a task or "copy", of which the accuracy counts.
+    what: "perplexity"; or a task or "copy", which are measured by accuracy.
     """
 
     what: str

@@ -41,10 +41,10 @@ def run_missing(
     steps: int | None = None,
     jobs: int = 1,
 ) -> int:
-    """Run every arm with every seed that `path` does not hold yet, `jobs` at once; returns how many
-    there were.
+    """Run every (arm, seed) that has no record in `path` yet, `jobs` at once; returns how many runs
+    were missing.
 
-    A run that fails is reported at once on standard error, and all others go on. Then
+    A run that fails is reported at once on standard error, and all others go on. At the end
     ChildProcessError is raised.
     """
     arms = tuple(arms)
@@ -121,7 +121,7 @@ class _Workers:
             link.send(run)
 
     def stop(self) -> None:
-        """Stop all workers, whatever they do."""
+        """Stop all workers, even in the middle of a run."""
         for link, (process, _) in self.busy.items():
             _stop(link, process)
 
@@ -168,7 +168,7 @@ def _work(
 def prepare(scale: Scale, device: torch.device) -> None:
     """Compile all kernels once per process, by a few steps of every stage and a few questions.
 
-    Otherwise the first run of a process would take the time.
+    Otherwise the recorded time of a process's first run would include compiling.
     """
     few = dataclasses.replace(scale, questions=2, texts=2)
     run_arm(ARMS["hsa"], few, 0, device=device, steps=8 * (len(scale.growth) + 1))

@@ -18,7 +18,7 @@ from hsa_mini.tasks.forms import TASKS
 from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
-TOKENS_AT_ONCE = 1 << 19  # of all texts in a batch together
+TOKENS_AT_ONCE = 1 << 19  # tokens of all texts in a batch together
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from hsa_mini.training.mixture import NONE
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.trainer import Trainer
 
-POINTS = 40  # of the curves that a record keeps
-LAST = 4  # of them make the final figures
+POINTS = 40  # each curve of a record has about this many points
+LAST = 4  # each final figure is the mean of this many last points
 
 
 def run_arm(
@@ -35,8 +35,8 @@ def run_arm(
 ) -> dict:
     """Train and measure `arm`; returns the record, which JSON can hold.
 
-    steps: of training, instead of the scale's. progress(n): called whenever n more steps were given
-    to the device. A figure that is not finite, because training diverged, is None.
+    steps: replaces the scale's number of training steps. progress(n): called whenever n more steps
+    were given to the device. A figure that is not finite, because training diverged, is None.
     """
     began = time.monotonic()
     recipe = arm.recipe(scale, steps)
@@ -76,7 +76,7 @@ def _train(
     device: torch.device,
     progress: Callable[[int], object],
 ) -> dict[str, list[float]]:
-    """All steps of the recipe; "step" and the figures of about `POINTS` steps."""
+    """Take all steps of the recipe; returns "step" and the figures of about `POINTS` steps."""
     trainer = Trainer(model, recipe, seed=seed)
     every = max(recipe.steps // POINTS, 1)
     curve: dict[str, list[float]] = {name: [] for name in ("step", *FIGURES)}
@@ -93,7 +93,7 @@ def _train(
 class PackedBatches(Dataset):
     """The batches of a recipe, made of sequences of at most 1/`packed` of its longest.
 
-    Several such sequences, which know nothing of one another, fill one row.
+    Several such sequences, drawn independently of one another, fill one row.
     """
 
     def __init__(self, recipe: Recipe, seed: int, packed: int) -> None:

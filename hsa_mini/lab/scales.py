@@ -17,8 +17,8 @@ class Scale:
     growth: the stages before it, as (share of the training length, batch, steps). In short contexts
     retrieval is learnt first, because there are few chunks to choose from.
     multiples: lengths of evaluation, as multiples of the training length.
-    questions: per task and length. texts: per length, for perplexity and copies. tail: tokens
-    scored at the end of each text.
+    questions: how many per task and length. texts: how many per length, for perplexity and copies.
+    tail: tokens scored at the end of each text.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Scale:
 
 
 # `mini` with 4 blocks instead of 7, half its training length and chunk size, and a quarter of its
-# window, so that the stacked windows do not reach a needle. Below 1,024 tokens no step waits for a
-# compiler.
+# window, so that the stacked windows do not reach a needle. Below 1,024 tokens FlexAttention, which
+# would have to be compiled, is not used.
 LAB = Scale(
     "lab",
     dataclasses.replace(

@@ -197,8 +197,8 @@ class OneQuery(HSA):
 
 
 class MeanKey(Concatenated):
-    """As in MoBA: a chunk's landmark is its mean key, attention's query scores it, one softmax
-    reads all chosen chunks.
+    """As in MoBA: a chunk's landmark is its mean key, attention's query scores it, and one softmax
+    covers the tokens of all chosen chunks.
     """
 
     def change(self) -> None:

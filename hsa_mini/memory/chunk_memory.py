@@ -39,11 +39,11 @@ class ChunkMemory:
     def __init__(
         self, config: HSAConfig, *, reserve_tokens: int = 0, offload: bool = False
     ) -> None:
-        """reserve_tokens: capacity for the chunks of so many tokens, made at the first append.
+        """reserve_tokens: capacity for the chunks of this many tokens, made at the first append.
 
         offload: K and V of the chunks live in host memory, pinned where the model is on a GPU.
         Landmarks and all else stay on the model's device, and tokens fetch the chunks that they
-        choose. The numbers are the same. For reading, not for training.
+        choose. Results are the same. It works for reading, not for training.
         """
         self.config = config
         self.chunks = ChunkStore(config, reserve_tokens=reserve_tokens, offload=offload)
@@ -92,14 +92,14 @@ class ChunkMemory:
     # Reading on
 
     def resume(self, unfinished: torch.Tensor, position: int) -> None:
-        """Stand behind `position` tokens of every sequence; unfinished [B, position % S, C] belongs
-        to the last chunk.
+        """Continue after `position` tokens of every sequence. unfinished [B, position % S, C]: the
+        hidden states of the incomplete last chunk.
         """
         self.tail = pad(unfinished, (0, 0, 0, self.config.chunk_size - unfinished.shape[1]))
         self.lengths = (position,) * len(unfinished)
 
     def drop_upper_caches(self) -> None:
-        """Let the upper decoder start afresh, as it does behind tokens that it has not read."""
+        """Empty the upper decoder's caches, because it has not read the tokens just before."""
         self.upper = [None] * len(self.upper)
         self.block_queries = [None] * len(self.block_queries)
 
@@ -107,9 +107,9 @@ class ChunkMemory:
 
     def draft(self, position: int | None = None) -> "ChunkMemory":
         """A memory that shares every tensor with this one: for segments, which replace tensors.
-        `commit` makes it real.
+        This memory stays unchanged until `commit`.
 
-        position: stand behind so many tokens of every sequence instead, with empty caches.
+        position: continue after this many tokens of every sequence instead, with empty caches.
         """
         draft = copy.copy(self)
         draft.chunks = self.chunks.fork()
@@ -132,7 +132,7 @@ class ChunkMemory:
         return fork
 
     def commit(self, draft: "ChunkMemory") -> None:
-        """Become what a draft of this memory has become."""
+        """Take over the state of a draft of this memory."""
         self.chunks = draft.chunks
         self.lengths = draft.lengths
         self.tail = draft.tail
@@ -155,7 +155,7 @@ class ChunkMemory:
         return view
 
     def stack(self, rows: list["ChunkMemory"]) -> None:
-        """Take back what has become of the view of every row; the sequences may now differ in
+        """Take over the state of every row's view (`view_row`). The sequences may now differ in
         length.
         """
         self.chunks.length = max(len(row.chunks) for row in rows)
@@ -185,8 +185,8 @@ class ChunkMemory:
         self._keep(rows.tolist())
 
     def _keep(self, rows: list[int]) -> None:
-        """Copy the tail, the caches and the queries of these sequences, so that nothing of them is
-        shared.
+        """Copy the tail, the caches and the queries of these sequences. No other memory then shares
+        them.
         """
 
         def kept(part: torch.Tensor | None) -> torch.Tensor | None:
@@ -207,8 +207,8 @@ class ChunkMemory:
         capacity is left out.
 
         Raises ValueError for a memory that has read nothing. If all sequences are equally long, the
-        file holds the windows in the order of time and the tail without empty slots; else both as
-        they lie in memory.
+        file holds the windows in the order of time and the tail without empty slots. Otherwise it
+        holds both as they lie in memory.
         """
         if self.batch is None or self.tail is None:
             raise ValueError("memory: got an empty one, accepted is one that has read a token")

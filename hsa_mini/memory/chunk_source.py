@@ -1,5 +1,5 @@
-"""What an HSA layer looks into: landmarks to choose among, and a way to attend to the chunks that
-were chosen.
+"""The chunks that an HSA layer reads: landmarks to choose among, and a way to attend to the chosen
+chunks.
 
 Three sources exist: `DeviceChunks` (here), `HostChunks` (K and V in host memory, `host_chunks.py`)
 and `CrossBatchChunks` (the chunks of a whole training batch and of batches before it,

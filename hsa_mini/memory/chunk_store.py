@@ -23,15 +23,15 @@ from hsa_mini.memory.chunk_source import DeviceChunks
 from hsa_mini.memory.host_chunks import HostChunks
 from hsa_mini.memory.memory_budget import check_fits
 
-SPARE = 64  # chunks of capacity that a growing store adds at least
+SPARE = 64  # a growing store adds capacity for at least this many chunks
 
 
 class ChunkStore:
     """k, v [B, N, S, J, D] and landmarks [B, N, J_r, R] of complete chunks.
 
-    buffers: the same three with their spare capacity, which holds 0 or what another store has left
-    there; empty before the first chunk. offload: K and V lie in host memory, pinned where the model
-    is on a GPU.
+    buffers: k, v and landmarks with their spare capacity; empty before the first chunk. The spare
+    capacity holds 0 or chunks that another store wrote there. offload: K and V lie in host memory,
+    pinned where the model is on a GPU.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class ChunkStore:
         return sum(buffer.nbytes for buffer in self.buffers[2 if self.offload else 0 :])
 
     def source(self, *, whole_buffers: bool = False) -> DeviceChunks | HostChunks:
-        """What an HSA layer looks into: the chunks, or the buffers with their spare capacity.
+        """The chunks that an HSA layer reads, or the whole buffers with their spare capacity.
 
-        A CUDA graph needs fixed shapes, so it receives the whole buffers: a token sees what is
-        complete at its position.
+        A CUDA graph needs fixed shapes, so it receives the whole buffers. A token sees only the
+        chunks that are complete at its position.
         """
         k, v, landmarks = self.buffers if whole_buffers else (self.k, self.v, self.landmarks)
         kind = HostChunks if self.offload else DeviceChunks
@@ -83,7 +83,7 @@ class ChunkStore:
         one after the other, so that never more than one of them is held twice.
         """
         c = self.config
-        # Buffers that hold nothing yet and were made for other sequences are given up.
+        # Buffers of another batch size, dtype or device are dropped if they hold no chunks yet.
         made_for = self.buffers and (
             len(self.buffers[2]),
             self.buffers[2].dtype,
@@ -113,8 +113,8 @@ class ChunkStore:
             self.buffers = tuple(held) if capacity or len(held) == len(shapes) else ()
 
     def ensure_capacity(self, chunks: int) -> None:
-        """Reserve at least `chunks` chunks if there are fewer, and an eighth more than is held, so
-        that it happens seldom.
+        """Make capacity for `chunks` chunks if there is less. Buffers grow by an eighth or more, so
+        that they are seldom copied.
         """
         if chunks > min(buffer.shape[1] for buffer in self.buffers):
             ample = max(self.length * 9 // 8, self.length + SPARE)
@@ -128,8 +128,8 @@ class ChunkStore:
         in_place = self.offload and landmarks.is_cuda
         first = not self.buffers and length >= self._first_capacity and not in_place
         if first or any(part.requires_grad for part in chunks):
-            # A first append needs no copy. In training autograd has saved the buffers: they must
-            # not be written.
+            # A first append needs no copy. In training, autograd has saved the buffers, so they
+            # must not be overwritten.
             held = (self.k, self.v, self.landmarks) if self.length else None
             self.buffers = (
                 tuple(torch.cat(pair, dim=1) for pair in zip(held, chunks)) if held else chunks
@@ -148,8 +148,8 @@ class ChunkStore:
         self.length = length
 
     def write(self, rows: list[int], places: list[int], *chunks: torch.Tensor) -> None:
-        """Write one chunk into each of some sequences: k, v [len(rows), 1, S, J, D] and landmarks,
-        as chunk places[i].
+        """Write k, v [len(rows), 1, S, J, D] and landmarks, one chunk for each sequence in `rows`:
+        chunk places[i] of sequence rows[i].
         """
         for buffer, part in zip(self.buffers, chunks):
             buffer[rows, places] = part[:, 0].to(buffer)
@@ -188,7 +188,7 @@ class ChunkStore:
         """Raise MemoryError if buffers of these shapes and places cannot grow from `capacity` to
         `chunks` chunks.
 
-        unit: bytes of one number of every sequence.
+        unit: the bytes that one number takes for all sequences together.
         """
         sizes = [unit * math.prod(shape) for shape in shapes]  # bytes of one chunk
         for place in dict.fromkeys(places):

@@ -10,7 +10,7 @@ import torch
 
 from hsa_mini import ops
 
-FETCH_BYTES = 1 << 30  # of K and V that one block of tokens may fetch; two blocks are held at once
+FETCH_BYTES = 1 << 30  # K and V that a block of tokens may fetch; two blocks are held at once
 
 
 class HostChunks(NamedTuple):
@@ -39,8 +39,8 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None):
     """`ops.chunk_attention` with k and v in host memory and everything else on the device. It has
     no gradient.
 
-    The tokens are cut into blocks. While a GPU attends for one block, the chunks of the next block
-    are on their way, on a second CUDA stream.
+    The tokens are cut into blocks. While a GPU attends for one block, a second CUDA stream copies
+    the chunks of the next block.
     """
     B, T, J, K = indices.shape
     if 0 in (k.shape[1], q.numel()):

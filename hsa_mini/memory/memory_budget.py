@@ -1,4 +1,4 @@
-"""How much memory is free, asked before much of it is taken."""
+"""How much memory is free; checked before large allocations."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def check_fits(
     tokens do.
 
     chunk_bytes: bytes of one chunk on this device; `held` chunks are there already. moved_bytes:
-    what is held twice while buffers move.
+    bytes that are held twice while buffers move.
     """
     needed = moved_bytes + (chunks - held) * chunk_bytes
     free = free_bytes(device)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 
 class RollingKVCache(NamedTuple):
-    """k and v [B, W, J, D], turned by RoPE. Slots that no token has filled yet hold 0."""
+    """k (rotated by RoPE) and v [B, W, J, D]. Slots that no token has filled yet hold 0."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -47,7 +47,7 @@ class RollingKVCache(NamedTuple):
         """The cache in front of `position` from k and v [B, P, J, D] of the P tokens before it,
         oldest first.
 
-        Of the tokens the newest W-1 are kept: the next token sees no others.
+        Only the newest W-1 tokens are kept, because the next token sees no others.
         """
         kept = min(k.shape[1], window - 1)
         end = position % window  # the slot of the next token

@@ -21,9 +21,10 @@ AttendChunks = Callable[[HSA, torch.Tensor], torch.Tensor]
 
 
 class Block(nn.Module):
-    """Every part has a norm in front of it and is added to the residual stream behind it.
+    """Every part reads the normed residual stream, and its output is added to the stream.
 
-    `attend_chunks(hsa, x)`, which both ways to call a block take, returns what the HSA layer adds.
+    `forward` and `decode_step` both take `attend_chunks(hsa, x)`, which returns the output of the
+    HSA layer.
     """
 
     def __init__(self, config: HSAConfig, *, with_hsa: bool, with_experts: bool) -> None:

@@ -41,10 +41,10 @@ class EncoderBlock(nn.Module):
 
 
 class EncodedChunks(NamedTuple):
-    """k (normed) and v [B, N, S, J, D], landmarks [B, N, J_r, R], and cls_states [B, N, C], of
-    which the landmarks are made.
+    """k (normed) and v [B, N, S, J, D], landmarks [B, N, J_r, R], and cls_states [B, N, C], from
+    which the landmarks are computed.
 
-    cls_states is None if the encoder has no [CLS], as some variants of the laboratory.
+    cls_states is None if the encoder has no [CLS], as in some variants of the laboratory.
     """
 
     k: torch.Tensor

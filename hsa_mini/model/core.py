@@ -87,9 +87,9 @@ class HSACore(nn.Module):
         """Initialise every parameter and buffer, also of a model that was made by `to_empty` from
         the meta device.
 
-        Matrices are normal with variance 1/fan-in; those that write into the residual stream are
-        smaller with depth. Gains of norms are 1, the router's bias is 0, and a tied head is the
-        embedding.
+        Matrices are normal with variance 1/fan-in. Those that write into the residual stream are
+        smaller in deeper models. Gains of norms are 1, the router's bias is 0, and a tied head is
+        the embedding.
         """
         if self.config.tied:
             self.head.weight = self.embedding.weight
@@ -118,14 +118,14 @@ class HSACore(nn.Module):
         gumbel_noise: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
     ) -> Output:
-        """ids int64 [B, T] -> `Output`; T of at least 1. The memory given is updated in place, or
-        not at all, and returned.
+        """ids int64 [B, T] -> `Output`; T of at least 1. The given memory is updated in place and
+        returned. If the call fails, the memory is unchanged.
 
-        chunk_source: makes what the HSA layers look into from the memory's chunks (default: these
-        chunks themselves). gumbel_noise: explore with Gumbel noise on the choice, in training mode
-        alone. gumbel_seed: its seed, an int or an int64 tensor []; drawn from torch's generator if
-        None. Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or a memory of
-        another batch or model.
+        chunk_source: a function from the memory's chunks to the source that the HSA layers read
+        (default: these chunks). gumbel_noise: add Gumbel noise to the choice, in training mode
+        only. gumbel_seed: the seed of the noise, an int or an int64 tensor []; drawn from torch's
+        generator if None. Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or
+        a memory of another batch or model.
         """
         self.check_ids(ids, memory, wait=False)
         if memory is not None and memory.batch is not None and not torch.is_grad_enabled():
@@ -146,8 +146,8 @@ class HSACore(nn.Module):
         return Output(logits, memory, aux)
 
     def lower_decoder(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
-        """ids [B, T] behind what the memory has read -> hidden [B, T, C]; moves the lower window
-        caches on, nothing else.
+        """ids [B, T] behind what the memory has read -> hidden [B, T, C]. It updates the lower
+        window caches and nothing else.
 
         Raises ValueError for sequences of different lengths.
         """
@@ -193,7 +193,7 @@ class HSACore(nn.Module):
         """hidden [B, T, C], the lower decoder's output for the last T tokens read -> [B, T, C], and
         the retrievals.
 
-        source: what the HSA layers look into instead of the memory's chunks.
+        source: the chunks that the HSA layers read instead of the memory's chunks.
         """
         position = memory.position - hidden.shape[1]
         if not (self.training and self.config.exploration and gumbel_noise):
@@ -223,7 +223,7 @@ class HSACore(nn.Module):
         return hidden, tuple(retrievals.values())
 
     def default_source(self, memory: ChunkMemory, position: int) -> ChunkSource:
-        """What the HSA layers look into, for tokens from `position` on."""
+        """The chunks that the HSA layers read by default, for tokens from `position` on."""
         return memory.chunks.source()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -239,8 +239,8 @@ class HSACore(nn.Module):
     ) -> None:
         """Raise ValueError for ids that this model and this memory cannot take.
 
-        Looking at values waits for a GPU. Without `wait`, the embedding's own range check stops a
-        wrong id there.
+        On a GPU, ids are compared with the vocabulary only if `wait` is true, because reading them
+        waits for the GPU. Otherwise the embedding's own range check stops a wrong id.
         """
         is_tensor = isinstance(ids, torch.Tensor)
         if not is_tensor or ids.dim() != 2 or ids.dtype != torch.int64 or 0 in ids.shape:

@@ -141,8 +141,8 @@ def idle(module: nn.Module) -> int:
 def memory_bytes(model: HSACore, tokens: int) -> tuple[int, int]:
     """Bytes of K and V, and bytes of landmarks, for the complete chunks in `tokens` tokens.
 
-    They are counted on what the encoder returns. The hidden states of the unfinished chunk are left
-    out: fewer than S vectors of width C.
+    They are counted from the tensors that the encoder returns. The hidden states of the unfinished
+    chunk are left out: fewer than S vectors of width C.
     """
     S = model.config.chunk_size
     C = model.config.width
@@ -162,7 +162,7 @@ def cache_bytes(model: HSACore, tokens: int) -> int:
 
 
 def _blocks(model: HSACore) -> list[Block]:
-    """The blocks of both decoders; this is only about types, since a ModuleList forgets them."""
+    """The blocks of both decoders, typed as `Block`; a ModuleList does not keep that type."""
     return cast("list[Block]", [*model.lower, *model.upper])
 
 

@@ -138,8 +138,9 @@ class HSA(nn.Module):
         return q, self.retrieval_norm(retrieval_q).to(dtype)
 
     def _open_query(self, choosers: torch.Tensor) -> torch.Tensor | None:
-        """The query of the block that choosers [B, L, J_r, R] leave unfinished; 0 if they end with
-        a whole block.
+        """The first query of the last query block if that block is unfinished, otherwise 0.
+
+        choosers [B, L, J_r, R]: the retrieval queries from the start of a query block on.
         """
         if self.config.query_block == 1:
             return None

@@ -18,7 +18,7 @@ class RouterStatistics:
     """How the router of a layer has distributed tokens since the last `update_bias`.
 
     load float32 [E]: the share of the tokens that each expert received, 1/E if balanced; bias
-    float32 [E]: the router's.
+    float32 [E]: the bias of the router.
     """
 
     load: torch.Tensor
@@ -40,8 +40,8 @@ class RouterStatistics:
 class MoE(nn.Module):
     """x [B, T, C] -> [B, T, C].
 
-    bias [E] is added for the choice of experts alone, never to their gates: `update_bias` balances
-    the load with it. tokens_per_expert int64 [E]: tokens that each expert has received in training
+    bias [E] affects only which experts are chosen, never their gates. `update_bias` changes it to
+    balance the load. tokens_per_expert int64 [E]: tokens that each expert has received in training
     since the last `update_bias`; None as long as `count_tokens` was not called.
     """
 

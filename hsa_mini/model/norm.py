@@ -7,8 +7,8 @@ from torch import nn
 class RMSNorm(nn.RMSNorm):
     """x [..., size] -> [..., size] in x's dtype.
 
-    Under autocast the gains are float32 and x may be bfloat16: torch's fused kernel takes only one
-    dtype, so they meet in x's.
+    Under autocast the gains are float32 and x may be bfloat16. torch's fused kernel takes only one
+    dtype, so the gains are cast to that of x.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

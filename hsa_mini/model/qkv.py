@@ -32,7 +32,7 @@ class QKV(nn.Module):
         return apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v
 
     def project(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """q, k and v as `forward` returns them, but neither normed nor turned."""
+        """q, k and v as `forward` returns them, but neither normed nor rotated."""
         return (
             project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
         )

@@ -24,8 +24,8 @@ class SlidingWindowAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, rope, cache: RollingKVCache | None = None, position: int = 0
     ) -> tuple[torch.Tensor, RollingKVCache]:
-        """A segment. rope: the table of x's positions, the first of which is `position`; cache:
-        what lies in front of x.
+        """A segment. rope: the table of x's positions, the first of which is `position`. cache: the
+        keys and values of the tokens before x.
         """
         q, k, v = self.qkv(x, rope)
         end = position + k.shape[1]

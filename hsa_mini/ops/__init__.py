@@ -2,7 +2,7 @@
 
 On an NVIDIA GPU, in 16 bits and where the sizes allow, the Triton kernels of `hsa_kernels` and
 PyTorch's FlexAttention do the work. Everywhere else it is plain PyTorch
-(`hsa_mini.ops.torch_backend`). `backend("torch")` keeps the kernels out.
+(`hsa_mini.ops.torch_backend`). `backend("torch")` uses PyTorch only.
 """
 
 from typing import Any

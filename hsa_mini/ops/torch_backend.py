@@ -69,7 +69,7 @@ def retrieve(
 
 
 def chunk_attention(q, k, v, indices, weights, *, scale=None):
-    """`reference.chunk_attention` without [T, K, S, D] of all tokens at once.
+    """`reference.chunk_attention`, which never holds [T, K, S, D] of all tokens at once.
 
     Matrix products are in q's dtype.
 
@@ -206,7 +206,7 @@ def window_decode_attention(q, k, v, positions):
     check_window_decode(q, k, v, positions)
     # [B, W]: before the cache is full, slots behind the position hold nothing
     seen = torch.arange(k.shape[1], device=q.device) <= positions[:, None]
-    # [B, 1, H, D] -> [B, J, G, D]: for a key/value head, its G query heads are G queries
+    # [B, 1, H, D] -> [B, J, G, D]: the G query heads of a key/value head act as G queries
     groups = q[:, 0].unflatten(1, (k.shape[2], -1))
     out = scaled_dot_product_attention(
         groups, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None]

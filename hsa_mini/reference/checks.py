@@ -27,9 +27,9 @@ def check_tensor(
         )
     for letter, size in zip(letters, tensor.shape):
         if sizes.setdefault(letter, size) != size:
+            known = "" if letter.isdigit() else f" with {letter}={sizes[letter]}"
             raise ValueError(
-                f"{name}: got shape {list(tensor.shape)}, "
-                f"accepted is [{', '.join(letters)}] with {letter}={sizes[letter]}"
+                f"{name}: got shape {list(tensor.shape)}, accepted is [{', '.join(letters)}]{known}"
             )
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

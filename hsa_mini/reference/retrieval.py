@@ -92,8 +92,8 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     chunks = scores.shape[-1]
     if k == 0:
         return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
-    # torch.topk does not define the order of ties, so it only finds the k-th value. What exceeds
-    # this value is kept, then what equals it, the newest first.
+    # torch.topk does not define the order of ties, so it only finds the k-th value. Scores above
+    # this value are kept first, then scores equal to it, from the newest chunk on.
     threshold = scores.topk(k, dim=-1).values[..., -1:]
     index = torch.arange(chunks, device=scores.device)
     rank = torch.where(

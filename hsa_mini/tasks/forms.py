@@ -1,7 +1,7 @@
 """Retrieval tasks in the style of RULER (arXiv 2404.06654): sentences hidden in real text, and one
 question at its end.
 
-    s_niah    asks for one needle; five others have the same form, so that finding any is not enough
+    s_niah    asks for one needle; five others have the same form, so the model must tell them apart
     mq_niah   asks for two needles in one question; there are four others
     vt        asks for all names in one chain of three; there is another chain of three
 

@@ -55,8 +55,8 @@ def place(
     """Place the problem in a text of exactly `tokens` tokens: the first sentence at `depth`, the
     others at random.
 
-    depth: at 0 the first sentence opens the text; at 1 it ends the last complete chunk outside the
-    window.
+    depth: at 0 the first sentence opens the text; at 1 it stands at the end of the last complete
+    chunk outside the window.
     border: every sentence moves so that it crosses the nearest border between two chunks.
     absent: the sentences that the question needs are left out.
     Raises ValueError if depth is outside 0..1 or the text is too short.

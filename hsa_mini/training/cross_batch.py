@@ -75,8 +75,8 @@ class CrossBatchChunks:
         k = chunks.k.flatten(0, 1)
         v = chunks.v.flatten(0, 1)
         landmarks = chunks.landmarks.flatten(0, 1)  # [B*N, J_r, R]
-        # Written down twice in a row, the landmarks of the batch hold the order of every sequence
-        # as a window of B*N: [2*B*N, J_r, R] -> [B, J_r, R, B*N] -> [B, B*N, J_r, R]
+        # If the landmarks of the batch are repeated once, the cyclic order of every sequence is a
+        # window of B*N in them: [2*B*N, J_r, R] -> [B, J_r, R, B*N] -> [B, B*N, J_r, R]
         twice = torch.cat((landmarks, landmarks))
         self.landmarks = twice.unfold(0, B * N, N)[1:].movedim(-1, 1)
         if stores is not None:
@@ -85,7 +85,7 @@ class CrossBatchChunks:
             v = torch.cat((queued_v, v))
             queued = encoder.landmarks(cls_states[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
             self.landmarks = torch.cat((queued, self.landmarks), dim=1)
-        self.skipped = None  # chunks that the indices of an isolated sequence do not count
+        self.skipped = None  # shift of an isolated sequence's indices: the chunks in front
         if isolated:
             own_first = self.landmarks[:isolated].roll(N, dims=1)
             self.landmarks = torch.cat((own_first, self.landmarks[isolated:]))

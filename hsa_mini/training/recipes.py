@@ -115,8 +115,8 @@ def recipe_settings(recipe: Recipe) -> dict:
 
 
 # First the model learns to find a needle among 16 chunks, with noise. Then it has to find one among
-# thousands of chunks of other texts. Plain text is content with a soft mixture of many chunks, in
-# which a single answer drowns. So plain text gets a lower weight in the second stage.
+# thousands of chunks of other texts. The loss of plain text rewards a soft mixture of many chunks,
+# in which a single answer is lost. So plain text gets a lower weight in the second stage.
 _OWN_CHUNKS = Stage(
     2000,
     batch=32,
@@ -147,8 +147,8 @@ _SMALL = Recipe(
     learning_rate=7e-4,
 )
 # For a CPU. The model learns to copy from a single chunk, where nothing has to be retrieved yet.
-# Then it learns which chunk to copy from, among more and more of them, and at last to manage with a
-# few kept chunks. The window stays shorter than the copied passage. Otherwise the window alone
+# Then it learns which chunk to copy from, among more and more of them. At last it learns to copy
+# with few kept chunks. The window stays shorter than the copied passage. Otherwise the window alone
 # could do the copying.
 _NANO = Recipe(
     (

@@ -40,7 +40,7 @@ class Trainer:
     """
 
     def __init__(self, model: HSAModel, recipe: Recipe, *, seed: int = 0) -> None:
-        """model: in training mode, on its final device. seed: of the Gumbel noise."""
+        """model: in training mode, on its final device. seed: that of the Gumbel noise."""
         self.model = model
         self.recipe = recipe
         self.seed = seed

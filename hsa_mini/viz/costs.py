@@ -87,7 +87,7 @@ def roofline(ax: Axes, ceilings: dict, points: dict) -> None:
 
 
 def _roof(ax: Axes, corners: np.ndarray, flops: float, bandwidth: float) -> None:
-    """The slope of the memory, the flat of the multiplications, a dotted line where they cross."""
+    """A slope limited by memory, a flat part limited by multiplications, a dotted line between."""
     ax.plot(corners, np.minimum(flops, corners * bandwidth) / 1e12, color=INK, linewidth=2)
     ax.axvline(corners[1], ymax=0.83, color=GREY, linewidth=1, linestyle=":", zorder=0)
 

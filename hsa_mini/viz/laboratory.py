@@ -104,8 +104,8 @@ def seed_rows(
 ) -> None:
     """One row per name: a mark for each seed, a bar at their mean, and the mean in words beside it.
 
-    rows: name -> the values of the seeds, or None if the arm has not been run. say: a value in
-    words. roles: one per row; it decides the mark.
+    rows: name -> the values of the seeds, or None if the arm has not been run. say: puts a
+    value into words. roles: one per row; it decides the mark.
     """
     in_axes = dict(va="center", fontsize=10, transform=ax.get_yaxis_transform())
     for y, (spread, kind) in enumerate(zip(rows.values(), roles or [BETTER] * len(rows))):

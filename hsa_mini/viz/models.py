@@ -138,7 +138,7 @@ def parameter_bars(
 ) -> None:
     """All parameters, those that one token uses, and these a second time, enlarged.
 
-    Both mappings: part -> number of parameters. A part belongs to the colour whose name it ends in.
+    Both mappings: part -> number of parameters. A part has the colour whose name ends its own name.
     """
     upper, lower = figure.subplots(2, 1, height_ratios=(2, 1))
     total = _stacked(upper, whole, 0)
@@ -239,7 +239,10 @@ def recipe_timeline(
 def reach_curve(
     ax: Axes, numbers: Sequence[int], chances: Sequence[float], marks: Mapping[str, int]
 ) -> None:
-    """The chance to be found over numbers of chunks; marks: note -> a number to mark by a line."""
+    """The chance that the right chunk is found, against the number of chunks to choose from.
+
+    marks: note -> a number of chunks to mark by a line.
+    """
     ax.plot(numbers, chances, color=BLUE, linewidth=2.5, marker="o")
     for note, number in marks.items():
         ax.axvline(number, color=RED, linestyle="--", linewidth=1.2)

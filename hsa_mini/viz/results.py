@@ -45,7 +45,7 @@ def heat_map(
 ) -> None:
     """Lengths from left to right, depths downwards. A cell has its counts and its interval.
 
-    rows: of `hsa_mini.evaluation.results`. at: (tokens, depth) of a cell to frame. brief: omit the
+    rows: `RetrievalRow`s of an evaluation. at: (tokens, depth) of a cell to frame. brief: omit the
     intervals and the colour bar, for several maps side by side. A cell that was not evaluated is
     grey, with a dash.
     """
@@ -167,7 +167,7 @@ def context_curve(ax: Axes, lengths: Sequence[int], losses) -> None:
 def abilities(ax: Axes, records: Sequence[dict], names: Sequence[str]) -> None:
     """What one arm of the laboratory can do by length: a mark per seed, a line through their means.
 
-    records: of the arm's seeds. names: tasks (the share correct is shown), or only "perplexity".
+    records: one per seed. names: tasks (the share correct is shown), or only "perplexity".
     There is no mean where a perplexity is not finite.
     """
     for i, name in enumerate(names):

@@ -71,7 +71,7 @@ def perplexity_axis(ax: Axes, values: Sequence[float], which: str = "x") -> None
 
 
 def empty_picture(ax: Axes, why: str) -> None:
-    """Axes without ticks that say why they are empty."""
+    """Axes without ticks, with a text on why they are empty."""
     ax.text(
         0.5, 0.5, why, ha="center", va="center", fontsize=12, color=GREY, transform=ax.transAxes
     )

@@ -43,7 +43,7 @@ class Case:
     def trains(self) -> bool:
         """Whether the backward pass is timed too.
 
-        It is for whole sequences, and not for a few tokens behind a long memory.
+        This is so for whole sequences, but not for a few tokens after a long memory.
         """
         return self.N * self.S == self.T
 

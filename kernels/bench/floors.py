@@ -4,8 +4,8 @@
 def needed(row: dict) -> tuple[float, float]:
     """FLOP and bytes of a measured row.
 
-    Attention counts the slots that name a chunk. Retrieval counts the chunks behind each token,
-    half of all on average.
+    Attention is counted over the slots that name a chunk. Retrieval is counted over the chunks
+    before each token, on average half of all.
     """
     T, H, J, D, S, K = (row[key] for key in "THJDSK")
     N = T // S

@@ -35,7 +35,7 @@ def waited(device: torch.device) -> float:
 
 
 def least_bytes(preset: str, tokens: int, dtype: torch.dtype) -> float:
-    """Bytes that decoding one token behind `tokens` others has to read.
+    """Bytes that must be read to decode one token after `tokens` others.
 
     They are active weights, windows, landmarks and chosen chunks.
     """

@@ -49,15 +49,17 @@ def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     for block in (*model.lower, *model.upper):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    mixtures = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    for layer in mixtures:
+        layer.count_tokens()
 
     def step() -> torch.Tensor:
         loss = loss_of(model, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for layer in model.modules():
-            if isinstance(layer, MoE):
-                layer.update_bias(1e-3)
+        for layer in mixtures:
+            layer.update_bias(1e-3)
         return loss.detach()
 
     return step
@@ -79,7 +81,7 @@ def measure_training(preset: str, device: torch.device) -> dict:
     MFU is the useful FLOP as a share of the measured rate of a matrix product.
     """
     config = PRESETS[preset]
-    dtype = PRODUCT[device.type][1]  # the dtype of the product that the MFU compares with
+    dtype = PRODUCT[device.type][1]  # the dtype of the product that MFU is relative to
     rate = flops_per_second(device)
     seconds, peak = timed(partial(HSAModel, config), device, dtype)
     if device.type == "cuda":

@@ -26,7 +26,7 @@ from hsa_mini.tasks.placement import tile
 LENGTHS = tuple(1024 * thousands for thousands in (4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024))
 MAX_FULL = 131072  # tokens; a call of full attention over more takes seconds
 RETRIEVED = (32768, 131072, 524288)
-REMEMBERED = (65536, 1 << 20, 1 << 24)  # tokens behind the one that is decoded
+REMEMBERED = (65536, 1 << 20, 1 << 24)  # tokens before the one that is decoded
 # W, H, J, D
 WINDOWS = (
     (64, 16, 4, 128),
@@ -36,7 +36,7 @@ WINDOWS = (
     (8192, 16, 4, 128),
 )
 WINDOW_TOKENS = 65536
-REPLAYS = 20  # calls in a captured graph; with one alone the launch would be measured
+REPLAYS = 20  # calls in a captured graph; with a single call the launch would be measured
 DEVICE = torch.device("cuda")
 
 
@@ -81,7 +81,7 @@ def random_choices(shape: Shape) -> torch.Tensor:
 class Trained:
     """Choices of the shipped mini model in held-out text.
 
-    A token has K chunks, by the scores of its first HSA layer.
+    A token has K chunks, chosen by the scores of the model's first HSA layer.
     """
 
     def __init__(self) -> None:
@@ -189,7 +189,7 @@ def captured(call: Callable[[int], object]) -> float:
 
 
 def decode_row(tokens: int, bytes_per_second: float, R: int = 128) -> dict:
-    """One new token behind `tokens` others.
+    """One new token after `tokens` others.
 
     `floor_ms` is the time of reading the landmarks once at the measured rate of a copy.
     """

@@ -10,7 +10,7 @@ import torch
 WARMUP = 2
 SAMPLES = 10
 MIN_SAMPLES = 3
-SECONDS = 1.5  # calls that would take longer in all are timed fewer times
+SECONDS = 1.5  # if `SAMPLES` calls take longer than this, fewer calls are timed
 
 
 def measure(call: Callable[[], object], device: torch.device) -> tuple[float, int | None]:

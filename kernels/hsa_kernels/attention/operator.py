@@ -2,8 +2,8 @@
 
 This module holds the operator and chooses between two schedules of the forward pass:
 
-- by token block (`by_token_block.py`): M neighbouring tokens read every chunk that any of them
-  chose once. It is cheap where neighbours choose the same chunks;
+- by token block (`by_token_block.py`): M neighbouring tokens share one read of every chunk that any
+  of them chose. It is cheap where neighbours choose the same chunks;
 - by chunk (`by_chunk.py`): a chunk is read once for all tokens that chose it. It is cheap where
   choices are independent.
 
@@ -40,9 +40,9 @@ def _break_even(q: torch.Tensor, k: torch.Tensor) -> float:
 def _schedules(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) -> set[ModuleType]:
     """The schedules that can pay off, judged by sizes alone.
 
-    Token blocks cannot if they cost more even where all tokens of a block choose the same chunks.
-    Chunk order can only if a chunk has many choices, and if it is cheaper for independent choices
-    of a token in the middle of the sequence.
+    Token blocks are left out if they cost more even where all tokens of a block choose the same
+    chunks. Chunk order is kept only if a chunk has many choices, and if it is cheaper for
+    independent choices of a token in the middle of the sequence.
     """
     T, _, K = indices.shape[1:]
     N = k.shape[1]

@@ -1,9 +1,9 @@
 """The second and third launch of `decode`: choose, attend to the chosen chunks, and add up.
 
 Every program of the second launch finds the K best chunks by itself: the K best blocks, in them the
-K best tiles, in them the K best chunks. All programs find the same, which costs less than a further
-launch that tells them. This is exact: a chunk outside the K best tiles is beaten by the K maxima of
-these tiles, and the same holds for tiles and blocks.
+K best tiles, in them the K best chunks. Every program repeats the same search. That costs less than
+a further launch that searches once for all. The search is exact: a chunk outside the K best tiles
+is beaten by the K maxima of these tiles, and the same holds for tiles and blocks.
 
     scratch of one program   [3, KP]   row 0: the K best blocks, as indices into block_maxima
                                        row 1: the K best tiles,  as indices into tile_maxima

@@ -68,8 +68,8 @@ def decode_score_kernel(
     m_n = o_n < complete_chunks(offsets, offset, i_b, N, chunk_size, OFFSETS)
 
     # 2. Load the query [RP] and the landmarks [TILE, TILES, RP]. Landmarks are read once, so they
-    #    may leave the cache first; scores and maxima, which the next launch reads many times, then
-    #    stay in it.
+    #    may leave the cache first. Then scores and maxima stay in it; the next launch reads these
+    #    many times.
     b_q = tl.load(retrieval_q + row * R + o_r, mask=o_r < R, other=0.0).to(tl.float32)
     o_l = (
         i_b.to(tl.int64) * stride_l

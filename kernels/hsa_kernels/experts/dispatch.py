@@ -1,4 +1,4 @@
-"""Which experts a few tokens choose, and in which order they are handed over, in one launch.
+"""Which experts a few tokens choose, and the order of the rows for the experts, in one launch.
 
 `reference.dispatch` needs fifteen launches for the same.
 

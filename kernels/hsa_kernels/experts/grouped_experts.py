@@ -1,12 +1,11 @@
 """The outputs of the experts, in launches that a CUDA graph can hold. Two schedules:
 
-- for few tokens, every row of the dispatch reads its expert alone and multiplies while it reads.
-  First the hidden units, one
-  program per row and some units; then the output, one program per token and some columns, over the
+- for few tokens, every row of the dispatch reads the weights of its expert by itself. The first of
+  two launches computes the hidden units: one program takes one row and some of the units. The
+  second computes the output: one program takes one token and some of the columns, and sums over the
   token's experts;
-- for more tokens, the rows of an expert share what is read: PyTorch's grouped products, with one
-  launch between them and one
-  behind them.
+- for more tokens, all rows of an expert share one read of its weights. PyTorch's grouped products
+  do this, with one launch between them and one after them.
 
 Dimensions: M tokens, C width, H hidden units, E experts (EP padded to a power of 2), A experts per
 token; BC, BH, BN and BR are the parts of C, H, output columns and rows that one step reads.
@@ -19,7 +18,7 @@ from torch.nn.functional import grouped_mm
 
 from hsa_kernels.common.checks import check_kernel
 
-MAX_TOKENS_APART = 8  # with more tokens it pays to share what is read
+MAX_TOKENS_APART = 8  # with more tokens it pays to share one read of an expert's weights
 
 
 @triton.jit

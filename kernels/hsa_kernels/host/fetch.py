@@ -32,7 +32,7 @@ def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """store [N, ...], contiguous, in pinned host memory or on the GPU; rows int64 [M] on the GPU ->
     [M, ...] there.
 
-    The numbers of rows are not checked: one beyond the store reads whatever lies there. Raises
+    The row numbers are not checked: a number beyond the store reads whatever lies there. Raises
     ValueError for wrong dtypes or layouts.
     """
     if rows.dtype != torch.int64 or rows.dim() != 1:

@@ -2,9 +2,10 @@
 stores [T, N].
 
 The chunks are scored tile by tile, the newest first. Every token collects those that may belong to
-its K best in a candidate buffer. When a buffer is nearly full, the K best stay, and the worst of
-them is the floor that later chunks have to exceed. Fewer and fewer do: on random scores the time
-between two such clean-ups keeps growing. Ties go to the newest chunk, because it came first.
+its K best in a candidate buffer. When a buffer is nearly full, only its K best stay, and the worst
+of them becomes the floor that later chunks have to exceed. Fewer and fewer chunks exceed it: on
+random scores the time between two such clean-ups keeps growing. Ties go to the newest chunk,
+because it came first.
 
 Dimensions: B batch, T choosing tokens, J retrieval heads, R retrieval dimension (RP padded to a
 power of 2), N chunks, K chunks kept (KP padded), BT tokens per tile, BN chunks per tile, CAP

@@ -47,7 +47,7 @@ def update_window_cache_kernel(
     i_h = tl.program_id(0)
     i_b = tl.program_id(1)
     o = tl.arange(0, HP)
-    m = o < D // 2  # not what pads half a head to a power of 2
+    m = o < D // 2  # the rest pads half a head to a power of 2
     cos += i_b * (D // 2)
     sin += i_b * (D // 2)
     slot = tl.load(slots + i_b)
