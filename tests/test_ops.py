@@ -112,7 +112,7 @@ def window_inputs() -> dict[str, torch.Tensor]:
     [
         (
             dict(q=random(2, 2, 4, 16).float()),
-            r"q: got shape \[2, 2, 4, 16\], accepted is \[B, 1, H, D\] with 1=1",
+            r"q: got shape \[2, 2, 4, 16\], accepted is \[B, 1, H, D\]",
         ),
         (
             dict(v=random(2, 8, 2, 16).float()),
