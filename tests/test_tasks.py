@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material import word_tokens
+from material import read, word_tokens
 
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.tasks.chains import Chain, draw_chains
@@ -49,30 +49,6 @@ def draw(
 
 def least(task: str, sizes, distractors=0, border=False) -> int:
     return TASKS[task](rng(), distractors=distractors).min_tokens(*sizes, border=border)
-
-
-def read(text: str, question: str) -> str:
-    """The answer to a question of any task, read from the text."""
-    codes = dict(re.findall(r" The secret code of ([A-Z]{4}) is ([0-9]{6})\.", text))
-    heads = dict(re.findall(r" The number ([0-9]{8}) is given to ([A-Z]{4})\.", text))
-    links = dict(re.findall(r" The number of ([A-Z]{4}) is given to ([A-Z]{4})\.", text))
-    asked = re.fullmatch(
-        r"\nWhat (?:is|are) the secret codes? of ([A-Z and]+)\?\nThe secret code of ([A-Z]{4}) is ",
-        question,
-    )
-    if asked:
-        first, *others = asked[1].split(" and ")
-        assert first == asked[2]
-        return f"{codes[first]}." + "".join(
-            f" The secret code of {key} is {codes[key]}." for key in others
-        )
-    asked = re.fullmatch(
-        r"\nWhich names are given the number ([0-9]{8})\?\nThe number \1 is given to ", question
-    )
-    names = [heads[asked[1]]]
-    while names[-1] in links:
-        names.append(links[names[-1]])
-    return ", ".join(names) + "."
 
 
 # (sentences that the question needs, all sentences)
