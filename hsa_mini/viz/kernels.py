@@ -24,6 +24,7 @@ from hsa_mini.viz.plots import (
     as_array,
     length_name,
 )
+from hsa_mini.viz.style import hide_frame
 
 PALE_BLUE = "#CFE3F1"
 SEGMENT_COLORS = (ORANGE, SKY, GREEN, PURPLE)
@@ -59,7 +60,7 @@ def meter_bars(ax: Axes, totals: dict, used: dict, *, title: str = "") -> None:
     ax.set(yticks=range(len(totals)), yticklabels=totals, xticks=[])
     ax.set(ylim=(len(totals) - 0.4, -0.6), xlim=(0, 1.3 * max(totals.values())))
     ax.set_title(title, fontsize=11)
-    _plain(ax, "bottom")
+    hide_frame(ax, "bottom")
 
 
 def learning_curves(ax: Axes, curves: dict, *, ylabel: str = "", ylim=None) -> None:
@@ -68,7 +69,7 @@ def learning_curves(ax: Axes, curves: dict, *, ylabel: str = "", ylim=None) -> N
         ax.plot(as_array(curve), color=color, linewidth=2.5, linestyle=line, label=name)
     ax.set(xlabel="steps taken", ylabel=ylabel, ylim=ylim)
     ax.legend(frameon=False, fontsize=10, loc="lower right")
-    _plain(ax)
+    hide_frame(ax)
 
 
 def choice_table(ax: Axes, indices, chunks: int, chunk: int, words=None) -> None:
@@ -122,7 +123,7 @@ def score_stream(ax: Axes, scores, log, shown: int = 2500) -> None:
     ax.step([*entered, N], [*floors, floors[-1]], **stairs)
     ax.set_ylabel("score")
     ax.figure.legend(frameon=False, fontsize=10, ncols=3, loc="outside upper center")
-    _plain(ax)
+    hide_frame(ax)
 
 
 def candidate_sawtooth(ax: Axes, log, N: int, K: int) -> None:
@@ -132,7 +133,7 @@ def candidate_sawtooth(ax: Axes, log, N: int, K: int) -> None:
     ax.step([*reads, N], [*counts, counts[-1]], where="post", color=INK)
     ax.axhline(K, color=GREY, linestyle="--", linewidth=1)
     ax.set(xscale="log", xlim=(1, N), ylim=(0, 4.3 * K), xlabel="chunks read", ylabel="candidates")
-    _plain(ax)
+    hide_frame(ax)
 
 
 def search_bars(ax: Axes, steps, candidates: int, most: int = 21) -> None:
@@ -145,7 +146,7 @@ def search_bars(ax: Axes, steps, candidates: int, most: int = 21) -> None:
         ax.text(step, count + 0.012 * candidates, bits, ha="center", fontsize=10, color=INK)
     ax.set(xlabel="steps", ylabel="candidates in question", ylim=(0, 1.1 * candidates))
     ax.set(xlim=(-0.6, most + 0.6), xticks=range(0, most + 1, 3))
-    _plain(ax)
+    hide_frame(ax)
 
 
 def tile_columns(ax: Axes, scores, kept, tiles, tile: int, threshold: float) -> None:
@@ -162,7 +163,7 @@ def tile_columns(ax: Axes, scores, kept, tiles, tile: int, threshold: float) -> 
     ax.scatter(kept, scores[kept], label="kept", **rings)
     ax.set(xlabel="chunk", ylabel="score", xlim=(0, len(scores) - 1))
     ax.figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=10)
-    _plain(ax)
+    hide_frame(ax)
 
 
 def paired_bars(ax: Axes, lengths, pairs: dict, *, xlabel: str = "", ylabel: str = "") -> None:
@@ -176,7 +177,7 @@ def paired_bars(ax: Axes, lengths, pairs: dict, *, xlabel: str = "", ylabel: str
     ax.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
     ax.margins(y=0.12)
     ax.legend(frameon=False, fontsize=10, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _plain(ax)
+    hide_frame(ax)
 
 
 def memory_strip(
@@ -208,7 +209,7 @@ def tail_errors(ax: Axes, errors: dict, notes: dict, *, smallest: float = 1e-17)
         ax.text(x, y, text, ha="left", color=INK)
     ax.set(xlabel="upper tail in tokens", ylabel="error of the logits")
     ax.set(yscale="log", xticks=range(min(errors), max(errors) + 1), ylim=(smallest, 1))
-    _plain(ax)
+    hide_frame(ax)
 
 
 def reach_by_kind(ax: Axes, kinds: dict, chunk_size: int) -> None:
@@ -222,7 +223,7 @@ def reach_by_kind(ax: Axes, kinds: dict, chunk_size: int) -> None:
     borders = [i - 0.5 for i in range(chunk_size, T, chunk_size)]
     ax.vlines(borders, -1, T, color=PALE, zorder=0)
     ax.legend(loc="upper right", frameon=False, fontsize=10)
-    _plain(ax)
+    hide_frame(ax)
 
 
 def computed_layers(figure, names, tokens, *, chunk_size, chunks, retrieved, tail, needed) -> None:
@@ -268,7 +269,7 @@ def design_bars(ax: Axes, values: dict, labels, *, color, limits, title: str, ma
     ax.set_axisbelow(True)
     if mark is not None:
         ax.axvline(mark, color=RED, linestyle="--", linewidth=1, zorder=0)
-    _plain(ax)
+    hide_frame(ax)
 
 
 def fetched_map(figure: Figure, counts, columns: int = 64) -> None:
@@ -293,7 +294,3 @@ def fetched_map(figure: Figure, counts, columns: int = 64) -> None:
 
 def _frame(ax: Axes, x: float, y: float, wide: float, high: float, *, width: float = 2) -> None:
     ax.add_patch(Rectangle((x, y), wide, high, fill=False, edgecolor=RED, linewidth=width))
-
-
-def _plain(ax: Axes, *more: str) -> None:
-    ax.spines[["top", "right", *more]].set_visible(False)

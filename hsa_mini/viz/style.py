@@ -48,9 +48,9 @@ def perplexity_name(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def hide_frame(ax: Axes) -> None:
-    """Keep only the left and the bottom edge of the axes."""
-    ax.spines[["top", "right"]].set_visible(False)
+def hide_frame(ax: Axes, *more: str) -> None:
+    """Hide the top and the right edge of the axes, and those in `more`."""
+    ax.spines[["top", "right", *more]].set_visible(False)
 
 
 def length_axis(ax: Axes, lengths: Sequence[int]) -> None:
