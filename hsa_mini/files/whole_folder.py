@@ -175,6 +175,7 @@ def _replace_in_place(path: Path, files: Mapping[str, Content]) -> None:
         (fresh / STALE).write_text(json.dumps(stale), encoding="utf-8")
         sync(fresh / STALE)
         _fill(fresh, files, path)
+        copy_access(path, fresh)
         sync(fresh)
         os.rename(fresh, path / NEW)
         sync(path)
