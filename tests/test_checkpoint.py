@@ -547,7 +547,26 @@ def test_of_the_states_of_a_run_the_two_newest_stay_and_the_newest_whole_one_is_
     (tmp_path / "step-100" / "progress.json").write_text('{"step": 900}')
     assert load_progress(tmp_path)[1] == {"step": 10}
     (tmp_path / "step-10" / MANIFEST).unlink()
-    assert load_progress(tmp_path) is None
+    with pytest.raises(
+        ValueError, match=r"^run: no state in .* is whole: step-100 .*progress\.json.*; step-10 .*"
+    ):
+        load_progress(tmp_path)
+
+
+def test_only_whole_states_count_for_what_is_kept(tmp_path):
+    def names() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    for step in (1, 2):
+        save_progress(tmp_path, step, {"x": torch.ones(3)}, {"step": step})
+    (tmp_path / "step-2" / "state.safetensors").write_bytes(b"damaged")
+    save_progress(tmp_path, 3, {"x": torch.ones(3)}, {"step": 3})
+    assert names() == {"step-1", "step-2", "step-3"}
+    (tmp_path / "step-3" / "progress.json").unlink()
+    assert load_progress(tmp_path)[1] == {"step": 1}
+    save_progress(tmp_path, 4, {"x": torch.ones(3)}, {"step": 4})
+    save_progress(tmp_path, 5, {"x": torch.ones(3)}, {"step": 5})
+    assert names() == {"step-4", "step-5"}
 
 
 # What the processes below run first. A child writes one byte into a pipe before every step on the

@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     A command may leave nothing in it but its results.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.run.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.evaluation.runner.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.evaluation.perplexity.load_corpus", word_corpus)
@@ -311,9 +311,9 @@ def test_a_run_of_other_settings(folder, capfd):
     from hsa_mini.checkpoint.training_state import save_progress
 
     save_progress(folder / "run", 3, {}, {"step": 3, "seconds": 1.0, "settings": {}})
-    before = listing(folder)
+    before = listing(folder / "run")
     status, out, err = call(capfd, "train", "nano", "--run", "run", "--device", "cpu")
-    assert (status, out) == (2, "") and listing(folder) == before
+    assert (status, out) == (2, "") and listing(folder / "run") == before
     assert re.fullmatch(
         "hsa-mini train: error: run: run holds a run of other settings; accepted is .*\n", err
     )
@@ -603,19 +603,20 @@ def test_control_c_during_the_demo_ends_with_130_and_leaves_nothing_half_written
     assert listing(folder) == before
 
 
-def test_control_c_during_training_ends_with_130_and_the_run_can_go_on(folder):
+def test_control_c_during_training_saves_the_state_and_ends_with_130(folder):
     from material import small_archives
 
     small_archives(folder / "cache" / "archives")
     process = start("train", "nano", "--device", "cpu", HSA_MINI_CACHE=str(folder / "cache"))
     deadline = time.monotonic() + 60
-    while not Path("runs/nano/log.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    shown = ""
+    while " 2/1400" not in shown and time.monotonic() < deadline:
+        shown += process.stderr.read(1)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
-    assert [path.name for path in Path("runs/nano").iterdir()] == ["log.csv"]
+    step = re.match("stopped after step ([0-9]+); the same command goes on", out)[1]
+    assert {path.name for path in Path("runs/nano").iterdir()} == {"log.csv", f"step-{step}"}
 
 
 def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
