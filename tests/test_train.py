@@ -325,7 +325,7 @@ def test_the_next_run_clears_up_after_a_killed_one_and_touches_nothing_else(tmp_
     (tmp_path / "step-2" / "manifest.json").unlink()  # killed while it removed an old state
     shutil.copytree(tmp_path / "step-8", tmp_path / ".tmp-01234567-89abcdef")
     (tmp_path / ".tmp-89abcdef-01234567").write_text("half a file")
-    others = ["step-3.bak", "step-x", "step-10-old", "notes"]
+    others = ["step-3.bak", "step-3.bak2", "step-x2", "step-10-old", "notes"]
     for name in others:
         shutil.copytree(tmp_path / "step-4", tmp_path / name)
     (tmp_path / "step-9").write_text("a file")

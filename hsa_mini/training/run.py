@@ -1,6 +1,7 @@
 """A whole run of training in a folder: it resumes, saves, stops at once when asked, and ends.
 
     step-N/              the two newest states, each with the log up to it
+    step-N.damaged/      a state that the run passed over; for the user to look at
     log.csv              one row every few steps
     final/               the finished model
     batch-N.safetensors  the batch of step N, which made the loss or a weight not finite
