@@ -471,10 +471,12 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
             "shuffled",
         ]
         assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
+        assert result["corpus"] == word_corpus("validation").identity
     status, out, _ = call(capfd, "perplexity", "own", "--lengths", "700", "600", "--stretches", "2")
     result = json.loads((data / "results" / "own_perplexity.json").read_text())
     rows = result["rows"]
     assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
+    assert result["corpus"] == word_corpus("validation").identity
     assert status == 0 and [row["tokens"] for row in rows] == [600, 700]
     assert all(
         f"perplexity {row['perplexity']:.2f}" in out and len(row["losses"]) == 2 for row in rows
