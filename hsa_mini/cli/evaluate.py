@@ -67,6 +67,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from hsa_mini.data.corpus import load_corpus
     from hsa_mini.evaluation.results import LENGTHS
     from hsa_mini.evaluation.runner import evaluate, evaluate_side_by_side
     from hsa_mini.files.whole_folder import fingerprint
@@ -88,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         load = partial(read_model, "checkpoint", arguments.checkpoint, device)
         rows, controls = evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
     _print_rows(rows, controls)
-    write_results(path, device, checkpoint=measured, rows=rows, control_rows=controls)
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
+    write_results(path, device, **origin, rows=rows, control_rows=controls)
     print(f"written to {path}")
     return 0
 

@@ -50,6 +50,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from hsa_mini.data.corpus import load_corpus
     from hsa_mini.evaluation.perplexity import LENGTHS, measure_perplexity
     from hsa_mini.files.whole_folder import fingerprint
     from hsa_mini.provenance import write_results
@@ -65,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         report=_print_row,
     )
-    write_results(path, device, checkpoint=measured, rows=rows)
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
+    write_results(path, device, **origin, rows=rows)
     print(f"written to {path}")
     return 0
 
