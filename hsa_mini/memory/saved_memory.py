@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hsa_mini.checkpoint.folder import verified_folder, write_folder
+from hsa_mini.checkpoint.tensors import tensor_file
 from hsa_mini.config import MAX_TOKENS, HSAConfig
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import read_folder, write_folder
 
 CONFIG = "config.json"
 POSITION = "position.json"
@@ -44,8 +46,8 @@ def write_memory(path: Path, saved: SavedMemory) -> None:
     """Write the folder `path`. Raises ValueError for a memory that `check_memory` refuses."""
     check_memory(saved)
     read = {"position": saved.position, "padding": saved.padding, "weights": saved.weights}
-    texts = {CONFIG: saved.config.to_json(), POSITION: json.dumps(read) + "\n"}
-    write_folder(path, {TENSORS: saved.tensors}, texts)
+    files = {CONFIG: saved.config.to_json().encode(), POSITION: f"{json.dumps(read)}\n".encode()}
+    write_folder(path, files | {TENSORS: tensor_file(saved.tensors)}, kind={TENSORS})
 
 
 def read_memory(path: Path) -> SavedMemory:
@@ -53,19 +55,21 @@ def read_memory(path: Path) -> SavedMemory:
 
     Raises ValueError that names the folder, and what is missing, altered or contradictory in it.
     """
-    folder = verified_folder(path, TENSORS, CONFIG, POSITION)
-    try:
-        config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(folder / TENSORS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        read = json.loads((folder / POSITION).read_text(encoding="utf-8"))
-        saved = SavedMemory(
-            config, read.get("position"), read.get("padding"), read.get("weights"), tensors
-        )
-        check_memory(saved)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"path: {folder} cannot be read ({error})") from None
-    return saved
+
+    def read(files: dict[str, Path]) -> SavedMemory:
+        config = read_json(files[CONFIG])
+        position = read_json(files[POSITION])
+        fields = (position.get(name) for name in ("position", "padding", "weights"))
+        try:
+            with safe_open(files[TENSORS], framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            saved = SavedMemory(HSAConfig.from_dict(config), *fields, tensors)
+            check_memory(saved)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"path: {path} cannot be read ({error})") from None
+        return saved
+
+    return read_folder(path, (TENSORS, CONFIG, POSITION), read)
 
 
 def check_memory(saved: SavedMemory) -> None:

@@ -16,10 +16,11 @@ def check_progress(progress: dict, *, steps: int) -> None:
     for a run of `steps` steps.
     """
     step = progress.get("step")
-    if type(step) is not int or not 0 <= step <= steps:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= steps:
         raise ValueError(f"step: got {step!r:.80}, accepted is an integer of 0 to {steps}")
     seconds = progress.get("seconds")
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds: got {seconds!r:.80}, accepted is a number of at least 0")
     settings = progress.get("settings")
     if not isinstance(settings, dict):
@@ -71,9 +72,10 @@ def _accepted(
     config: HSAConfig,
 ) -> dict[str, tuple]:
     """Shape and accepted dtypes of every tensor of the state, by name."""
-    accepted = {f"model.{name}": (value.shape, value.dtype) for name, value in weights.items()}
     generator = torch.get_rng_state()
-    accepted["rng"] = (generator.shape, generator.dtype)
+    accepted: dict[str, tuple] = {"rng": (generator.shape, generator.dtype)}
+    for name, value in weights.items():
+        accepted[f"model.{name}"] = (value.shape, value.dtype)
     if not step:
         return accepted
     parameters = (value for group in optimizer.param_groups for value in group["params"])
