@@ -59,11 +59,11 @@ def read_memory(path: Path) -> SavedMemory:
     def read(files: dict[str, Path]) -> SavedMemory:
         config = read_json(files[CONFIG])
         position = read_json(files[POSITION])
-        fields = (position.get(name) for name in ("position", "padding", "weights"))
+        fields = [position.get(name) for name in ("position", "padding", "weights")]
         try:
             with safe_open(files[TENSORS], framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            saved = SavedMemory(HSAConfig.from_dict(config), *fields, tensors)
+            saved = SavedMemory(HSAConfig.from_dict(config), *fields, tensors=tensors)
             check_memory(saved)
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"path: {path} cannot be read ({error})") from None
@@ -81,7 +81,10 @@ def check_memory(saved: SavedMemory) -> None:
         if not fits:
             raise ValueError(f"memory: got {name} {got:.80}, accepted {accepted}")
 
-    position, padding, weights = saved.position, saved.padding, saved.weights
+    position = saved.position
+    padding = saved.padding
+    weights = saved.weights
+    tensors = saved.tensors
     whole = type(position) is int and 0 < position <= MAX_TOKENS
     require(whole, "position", repr(position), f"is an integer of 1 to {MAX_TOKENS}")
     whole = type(padding) is list and all(type(shorter) is int for shorter in padding)
@@ -89,7 +92,6 @@ def check_memory(saved: SavedMemory) -> None:
     require(whole, "padding", repr(padding), "is [], or 0 and larger numbers below the position")
     whole = weights is None or (type(weights) is str and re.fullmatch("[0-9a-f]{64}", weights))
     require(whole, "weights", repr(weights), "are 64 hexadecimal digits")
-    tensors = saved.tensors
     k = torch.atleast_1d(tensors.get("k", torch.empty(0)))
     shapes = _shapes(saved.config, len(padding) or len(k), position, equal=not padding)
     for name in sorted(tensors.keys() ^ shapes.keys()):

@@ -19,8 +19,8 @@ def check_progress(progress: dict, *, steps: int) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= steps:
         raise ValueError(f"step: got {step!r:.80}, accepted is an integer of 0 to {steps}")
     seconds = progress.get("seconds")
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not 0 <= seconds < math.inf:
+    is_number = isinstance(seconds, int | float)
+    if not is_number or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds: got {seconds!r:.80}, accepted is a number of at least 0")
     settings = progress.get("settings")
     if not isinstance(settings, dict):
