@@ -17,6 +17,7 @@ from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizer import make_optimizer
 from hsa_mini.training.recipes import Recipe
+from hsa_mini.training.state_check import check_state
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
 
 
@@ -85,8 +86,15 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor], *, step: int) -> None:
-        """Restore what `state_dict` returned after `step` steps."""
-        for name, value in _model_state(self.model).items():
+        """Restore what `state_dict` returned after `step` steps.
+
+        Raises ValueError, before anything is changed, for the state of another trainer and for
+        numbers that are not finite; see `check_state`.
+        """
+        weights = _model_state(self.model)
+        parts = {"optimizer": self.optimizer, "queue": self.queue, "config": self.model.config}
+        check_state(tensors, step=step, weights=weights, **parts)
+        for name, value in weights.items():
             value.copy_(tensors[f"model.{name}"])
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
@@ -95,8 +103,8 @@ class Trainer:
                 state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if self.queue.size:
-            self.queue.stores = tuple(tensors[f"past.{i}"].to(self.device) for i in range(3))
+        names = [f"past.{i}" for i in range(3) if f"past.{i}" in tensors]
+        self.queue.stores = tuple(tensors[name].to(self.device) for name in names) or None
         torch.set_rng_state(tensors["rng"])
         self.step = step
 
