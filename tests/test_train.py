@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from hsa_mini import PRESETS, HSAModel, provenance
 from hsa_mini.checkpoint import tensors as tensors_module
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
-from hsa_mini.cli.entry import main
+from hsa_mini.cli import main
 from hsa_mini.files.whole_file import write_file
 from hsa_mini.model.moe import MoE
 from hsa_mini.paths import data_dir
