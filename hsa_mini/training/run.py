@@ -40,6 +40,7 @@ from hsa_mini.training.batches import StagedBatches, prefetch
 from hsa_mini.training.finite import FiniteSteps
 from hsa_mini.training.log import HEADER, LOG, Log, rows_until
 from hsa_mini.training.recipes import RECIPES, recipe_settings
+from hsa_mini.training.state_check import check_progress
 from hsa_mini.training.trainer import Trainer
 
 FINAL = "final"
@@ -80,7 +81,7 @@ def train(
         trainer = Trainer(HSAModel(PRESETS[name]).to(device).train(), recipe, seed=seed)
         corpus = load_corpus("train")
         settings = {"preset": name, "seed": seed, "recipe": recipe_settings(recipe)}
-        settings["corpus"] = corpus.name
+        settings["corpus"] = corpus.identity
         if restart:
             discard_progress(run)
         text, seconds = _resume(trainer, run, settings, restart=restart)
@@ -218,6 +219,7 @@ def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tu
         clear_up(run, 0)
         return HEADER, 0.0
     tensors, progress = state
+    check_progress(progress, steps=trainer.recipe.steps)
     _check_settings(run, progress["settings"], settings)
     trainer.load_state_dict(tensors, step=progress["step"])
     text = _rows_until(run, trainer.step)
