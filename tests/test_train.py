@@ -207,9 +207,10 @@ def test_a_state_of_an_earlier_version_is_resumed_and_a_line_says_what_it_lacks(
         file.write("8,1,1,1,1,1,1,1,1,1\n10,1,")
     assert_same(run_tiny(tmp_path), want)
     assert log(tmp_path) == log(run)
-    assert caplog.messages == [
-        f"run: {tmp_path} does not say which corpus it read; it goes on with words/train"
-    ]
+    (line,) = caplog.messages
+    assert re.match(
+        r"run: .* does not say which corpus it read; it goes on with .*words/train", line
+    )
 
 
 @pytest.mark.parametrize(
@@ -462,9 +463,9 @@ for stage in range(20):
     assert_same(HSAModel.from_pretrained(tmp_path / "final"), rounded(want))
 
 
-@pytest.mark.parametrize("other", [dict(seed=1), dict(steps=13)])
+@pytest.mark.parametrize("other", [dict(seed=1), dict(steps=13), dict(steps=1)])
 def test_a_run_of_other_settings_is_refused(tmp_path, other):
-    run_tiny(tmp_path, stop_after=1)
+    run_tiny(tmp_path, stop_after=2)
     before = (tmp_path / "log.csv").read_bytes()
     with pytest.raises(
         ValueError,
@@ -570,7 +571,7 @@ def test_the_corpus_is_part_of_the_settings(tmp_path, monkeypatch):
         lambda split: dataclasses.replace(word_corpus(split), name="python-3.13/train"),
     )
     with pytest.raises(
-        ValueError, match=r"^run: .*corpus: got python-3.13/train, the run has words/"
+        ValueError, match=r"^run: .*corpus: got .*python-3.13/train.*, the run has .*words/"
     ):
         run_tiny(tmp_path)
     assert listing(tmp_path) == before

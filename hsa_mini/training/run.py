@@ -219,16 +219,17 @@ def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tu
         clear_up(run, 0)
         return HEADER, 0.0
     tensors, progress = state
+    _check_settings(run, progress.get("settings"), settings)
     check_progress(progress, steps=trainer.recipe.steps)
-    _check_settings(run, progress["settings"], settings)
     trainer.load_state_dict(tensors, step=progress["step"])
     text = _rows_until(run, trainer.step)
     clear_up(run, trainer.step)
     return text, progress["seconds"]
 
 
-def _check_settings(run: Path, found: dict, settings: dict) -> None:
-    """Raise ValueError if the settings of a state are not those of this run."""
+def _check_settings(run: Path, found: object, settings: dict) -> None:
+    """Raise ValueError if what a state holds as its settings are not those of this run."""
+    found = found if isinstance(found, dict) else {}
     for key, value in json.loads(json.dumps(settings)).items():
         if key == "corpus" and key not in found:  # a state of an earlier version
             log.warning("run: %s does not say which corpus it read; it goes on with %s", run, value)
