@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     measured = fingerprint(checkpoint_folder(arguments.checkpoint))
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **form)
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
     options = {**form, "lengths": lengths, "samples": arguments.samples, "seed": arguments.seed}
     if arguments.jobs == 1:
         rows, controls = evaluate(model, arguments.task, **options)
@@ -89,7 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
         load = partial(read_model, "checkpoint", arguments.checkpoint, device)
         rows, controls = evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
     _print_rows(rows, controls)
-    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
     write_results(path, device, **origin, rows=rows, control_rows=controls)
     print(f"written to {path}")
     return 0

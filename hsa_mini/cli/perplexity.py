@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
     measured = fingerprint(checkpoint_folder(arguments.checkpoint))
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
     rows = measure_perplexity(
         model,
         lengths=arguments.lengths or LENGTHS,
@@ -66,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         report=_print_row,
     )
-    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
     write_results(path, device, **origin, rows=rows)
     print(f"written to {path}")
     return 0

@@ -122,10 +122,11 @@ def load_text(path: str | Path, *, max_tokens: int, name: str = "path") -> Corpu
     accepted = "accepted is any UTF-8 text file"
     standard_input = str(path) == "-"
     parts = [np.zeros(0, np.uint16)]
+    tokenizer = load_tokenizer()
     try:
         with open(0 if standard_input else path, "rb", closefd=not standard_input) as file:
             for text in _blocks(file):
-                parts.append(np.array(load_tokenizer().encode_ordinary(text), dtype=np.uint16))
+                parts.append(np.array(tokenizer.encode_ordinary(text), dtype=np.uint16))
                 if sum(map(len, parts)) >= max_tokens:
                     break
     except OSError as error:
