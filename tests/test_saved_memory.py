@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,38 @@ def test_batches_without_a_byte_cannot_claim_any_size(tmp_path):
     refused(folder)
 
 
+NO_OBJECT = {
+    "nested": b"[" * 10**5 + b"]" * 10**5,
+    "nested objects": b'{"a":' * 10**5 + b"1" + b"}" * 10**5,
+    "a list": b"[]",
+    "no text": b"\xff",
+    "a number": b"1" * 5000,
+    "a long number": b'{"position": ' + b"9" * 5000 + b"}",
+    "huge": b" " * (17 << 20),
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "position.json"])
+@pytest.mark.parametrize("content", NO_OBJECT)
+def test_files_that_hold_no_small_object_are_refused(tmp_path, name, content):
+    folder = saved(tmp_path)
+    (folder / name).write_bytes(NO_OBJECT[content])
+    seal(folder)
+    with pytest.raises(ValueError, match=f"^path: {folder / name} ") as caught:
+        ChunkMemory.load(folder)
+    assert len(str(caught.value)) < len(str(folder)) + 200
+
+
+@pytest.mark.parametrize("name", ["config.json", "memory.safetensors", "manifest.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_not_a_regular_file_is_refused(tmp_path, name, make):
+    folder = saved(tmp_path)
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(ValueError, match=f"^path: .*{folder}.*{name}"):
+        ChunkMemory.load(folder)
+
+
 @pytest.mark.parametrize("change", [{"window": 9}, {"chunk_size": 8}, {"width": 33}, {"groups": 1}])
 def test_a_configuration_that_the_tensors_contradict_is_refused(tmp_path, change):
     folder = saved(tmp_path)
@@ -143,6 +176,19 @@ def test_a_configuration_that_the_tensors_contradict_is_refused(tmp_path, change
     (folder / "config.json").write_text(json.dumps(config | change))
     seal(folder)
     refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_memory_in_half_the_bits_is_read_and_so_is_one_made_under_autocast(tmp_path, dtype):
+    ids = torch.zeros(1, T, dtype=torch.int64)
+    tiny(dtype)(ids).memory.save(tmp_path / "memory")
+    assert ChunkMemory.load(tmp_path / "memory").chunks.k.dtype == dtype
+    with torch.autocast("cpu", dtype):
+        tiny()(ids).memory.save(tmp_path / "memory")
+    loaded = ChunkMemory.load(tmp_path / "memory")
+    assert loaded.tail is not None
+    assert (loaded.chunks.k.dtype, loaded.tail.dtype) == (dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,7 @@ def read_memory(path: Path) -> SavedMemory:
     def read(files: dict[str, Path]) -> SavedMemory:
         config = read_json(files[CONFIG])
         position = read_json(files[POSITION])
-        fields = [position.get(name) for name in ("position", "padding", "weights")]
+        fields: list[Any] = [position.get(name) for name in ("position", "padding", "weights")]
         try:
             with safe_open(files[TENSORS], framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -76,38 +77,37 @@ def check_memory(saved: SavedMemory) -> None:
     """Raise ValueError unless all parts of a memory have their types, are finite and fit each other
     and the configuration.
     """
-
-    def require(fits: object, name: str, got: str, accepted: str) -> None:
-        if not fits:
-            raise ValueError(f"memory: got {name} {got:.80}, accepted {accepted}")
-
     position = saved.position
+    fits = type(position) is int and 0 < position <= MAX_TOKENS
+    _require(fits, f"position {position!r}", f"is an integer of 1 to {MAX_TOKENS}")
     padding = saved.padding
+    fits = type(padding) is list and all(type(shorter) is int for shorter in padding)
+    fits = fits and (not padding or min(padding) == 0 < max(padding) < position)
+    _require(fits, f"padding {padding!r}", "is [], or 0 and larger numbers below the position")
     weights = saved.weights
+    fits = weights is None or (type(weights) is str and re.fullmatch("[0-9a-f]{64}", weights))
+    _require(fits, f"weights {weights!r}", "are 64 hexadecimal digits")
     tensors = saved.tensors
-    whole = type(position) is int and 0 < position <= MAX_TOKENS
-    require(whole, "position", repr(position), f"is an integer of 1 to {MAX_TOKENS}")
-    whole = type(padding) is list and all(type(shorter) is int for shorter in padding)
-    whole = whole and (not padding or min(padding) == 0 < max(padding) < position)
-    require(whole, "padding", repr(padding), "is [], or 0 and larger numbers below the position")
-    whole = weights is None or (type(weights) is str and re.fullmatch("[0-9a-f]{64}", weights))
-    require(whole, "weights", repr(weights), "are 64 hexadecimal digits")
     k = torch.atleast_1d(tensors.get("k", torch.empty(0)))
     shapes = _shapes(saved.config, len(padding) or len(k), position, equal=not padding)
     for name in sorted(tensors.keys() ^ shapes.keys()):
-        require(
-            False, "no" if name in shapes else "also", repr(name), "are the tensors of its config"
-        )
+        got = f"{'no' if name in shapes else 'a'} tensor {name!r}"
+        _require(False, got, "are those of its configuration")
     for name, shape in shapes.items():
         value = tensors[name]
         # Under autocast, what lies between matrix products stays in float32.
         wide = name not in ("k", "v", "landmarks") and k.dtype.itemsize == 2
-        accepted = {k.dtype, torch.float32} if wide else {k.dtype}
-        fits = value.shape == shape and value.dtype in accepted and value.dtype in DTYPES
-        got = f"{list(value.shape)} {value.dtype}"
-        require(fits, name, got, f"is {[*shape]} of one floating dtype")
-        finite = not value.numel() or all(bound.isfinite() for bound in value.aminmax())
-        require(finite, name, "with NaN or infinite numbers", "are finite ones")
+        fits = value.dtype in ({k.dtype, torch.float32} if wide else {k.dtype})
+        fits = fits and value.shape == shape and value.dtype in DTYPES
+        got = f"{name} {list(value.shape)} {value.dtype}"
+        _require(fits, got, f"is {list(shape)} of one floating dtype")
+        fits = not value.numel() or all(bound.isfinite() for bound in value.aminmax())
+        _require(fits, f"{name} with NaN or infinite numbers", "are finite ones")
+
+
+def _require(fits: object, got: str, accepted: str) -> None:
+    if not fits:
+        raise ValueError(f"memory: got {got:.100}, accepted {accepted}")
 
 
 def _shapes(c: HSAConfig, batch: int, position: int, *, equal: bool) -> dict[str, tuple[int, ...]]:
