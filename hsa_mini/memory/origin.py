@@ -21,7 +21,8 @@ def fingerprint(origin: Origin) -> str | None:
     They depend on names, shapes and values after rounding to bfloat16, so that they are the same on
     every device, and for a float32 model and its bfloat16 copy. One changed value changes them, and
     so does the order of rows, but not the order inside a row of a matrix. Every weight is read
-    once, where it lies. They guard against mistakes: whoever wants to can build other weights that have them.
+    once, where it lies. They guard against mistakes: other weights that have the same digits can be
+    built on purpose.
     """
     if not isinstance(origin, nn.Module):
         return origin
