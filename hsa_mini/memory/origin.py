@@ -20,16 +20,18 @@ def fingerprint(origin: Origin) -> str | None:
 
     They depend on names, shapes and values after rounding to bfloat16, so that they are the same on
     every device, and for a float32 model and its bfloat16 copy. One changed value changes them, and
-    so does the order of rows; the order inside a row does not. Every weight is read once, where it
-    lies. They guard against mistakes: whoever wants to can build other weights that have them.
+    so does the order of rows, but not the order inside a row of a matrix. Every weight is read
+    once, where it lies. They guard against mistakes: other weights that have the same digits can be
+    built on purpose.
     """
     if not isinstance(origin, nn.Module):
         return origin
     digest = hashlib.sha256()
     for name, value in sorted(origin.state_dict().items()):
         digest.update(f"{name} {list(value.shape)} ".encode())
-        rows = torch.hash_tensor(torch.atleast_2d(value).bfloat16(), -1)  # exact in any order
-        digest.update(rows.cpu().numpy().astype("<u8").tobytes())
+        rows = value.bfloat16() if value.dim() > 1 else value.bfloat16()[..., None]
+        hashes = torch.hash_tensor(rows, -1)  # exact, in whatever order a device reads a row
+        digest.update(hashes.cpu().numpy().astype("<u8").tobytes())
     return digest.hexdigest()
 
 
