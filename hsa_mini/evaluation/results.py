@@ -66,3 +66,22 @@ def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]
     controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
     hardware = " and ".join(sorted({result["hardware"] for result in results}))
     return rows, controls, hardware
+
+
+def check_replaceable(name: str, path: Path, checkpoint: str) -> None:
+    """Raise ValueError, which names the argument `name`, if the file `path` holds anything else
+    than results of the checkpoint with this fingerprint.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        found = json.loads(path.read_bytes())
+        # Results that are older than the key do not name their checkpoint.
+        if "rows" in found and found.get("checkpoint", checkpoint) == checkpoint:
+            return
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ValueError(
+        f"{name}: {path} holds something else than results of this checkpoint; "
+        "accepted is a new file, or one with results of this checkpoint, which is replaced"
+    )
