@@ -52,10 +52,10 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.checkpoint.folder import fingerprint
     from hsa_mini.evaluation.perplexity import LENGTHS, PerplexityRow, measure_perplexity
     from hsa_mini.evaluation.results import check_replaceable
     from hsa_mini.evaluation.unfinished import Unfinished, describe_run
+    from hsa_mini.files.whole_folder import fingerprint
     from hsa_mini.provenance import write_results
 
     path = results_path(arguments.out, arguments.checkpoint, "perplexity")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
 MAX_LINE = 450  # characters of an error or a warning
 
@@ -160,4 +160,4 @@ def write_json(target: str | None, result: dict) -> None:
     if target == "-":
         sys.stdout.write(text)
     elif target is not None:
-        write_whole(Path(target), text.encode())
+        write_file(Path(target), text.encode())

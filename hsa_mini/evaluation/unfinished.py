@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from hsa_mini.data.corpus import load_corpus
-from hsa_mini.paths import write_whole
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_file import check_writable, write_file
 from hsa_mini.provenance import record
 
 
@@ -24,14 +25,17 @@ class Unfinished:
         run: what the rows depend on. Nothing is kept for results that do not go to a regular file.
         Raises ValueError, which names the argument `name`, if the rows are those of another run.
         """
-        self.path = results.with_name(f"{results.name}.unfinished")
         self.keeps = results.is_file() or not results.exists()
+        results = results.resolve()
+        self.path = results.with_name(f"{results.name}.unfinished")
         self.run = json.loads(json.dumps(run))
         self.lengths: dict[int, dict[str, list[dict]]] = {}
+        if self.keeps:
+            check_writable(name, self.path)
         if not (self.keeps and self.path.exists()):
             return
         try:
-            kept = json.loads(self.path.read_bytes())
+            kept = read_json(self.path)
             whole = kept.pop("sha256") == _digest(kept)
             different = [key for key in self.run if kept["run"][key] != self.run[key]]
             self.lengths = {int(tokens): rows for tokens, rows in kept["lengths"].items()}
@@ -54,7 +58,7 @@ class Unfinished:
         if self.keeps:
             kept = {"run": self.run, "lengths": self.lengths}
             text = json.dumps({"sha256": _digest(kept), **kept}, indent=1)
-            write_whole(self.path, f"{text}\n".encode())
+            write_file(self.path, f"{text}\n".encode())
 
     def rows(self, name: str, kind: type) -> list:
         """The rows called `name` of all finished lengths of the run, as objects of class `kind`."""
