@@ -8,6 +8,7 @@ import json
 import logging
 import lzma
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -107,7 +108,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     ),
     (
         ["demo", "--out", "file/deeper"],
-        r"--out: got file/deeper \(Not a directory\), accepted is a folder",
+        r"--out: got file/deeper \(\S+/file is a file\), accepted is a folder",
     ),
     (["demo", "--out", "/proc/nowhere"], r"--out: got /proc/nowhere \(.*\), accepted is a folder"),
     (
@@ -207,16 +208,22 @@ CHEAP = [  # refused before a model is loaded or a text is read
     ([], "the following arguments are required: demo"),
 ]
 DEARER = [  # refused after a model or a text was opened
-    (["generate", "\x1b[2J\rx", *GENERATE[2:]], "checkpoint: got ·.2J x, accepted is"),
+    (
+        ["generate", "\x1b[2J\rx", *GENERATE[2:]],
+        "checkpoint: got ·.2J x without a manifest.json; accepted is",
+    ),
     (
         [*DEMO, "--checkpoint", "nosuch"],
-        r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini",
+        r"--checkpoint: got nosuch without a manifest.json; accepted is the folder of a checkpoint \(.*: .*mini",
     ),
     (
         [*DEMO, "--checkpoint", "dir"],
-        "--checkpoint: dir has no readable manifest.json; accepted is",
+        "--checkpoint: got dir without a manifest.json; accepted is",
     ),
-    ([*DEMO, "--checkpoint", "good.txt"], "--checkpoint: got good.txt, accepted is the folder"),
+    (
+        [*DEMO, "--checkpoint", "good.txt"],
+        "--checkpoint: got good.txt without a manifest.json; accepted is the folder",
+    ),
     (
         [*DEMO, "--checkpoint", CORRUPTED],
         f"--checkpoint: {CORRUPTED}/model.safetensors does not match its manifest",
@@ -248,7 +255,7 @@ DEARER = [  # refused after a model or a text was opened
     ),
     (
         ["generate", "nosuch", *GENERATE[2:]],
-        r"checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*mini",
+        r"checkpoint: got nosuch without a manifest.json; accepted is the folder of a checkpoint \(.*mini",
     ),
     (
         ["generate", CORRUPTED, *GENERATE[2:]],
@@ -271,10 +278,16 @@ DEARER = [  # refused after a model or a text was opened
         r"--prompt-file: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8",
     ),
     ([*GENERATE[:3], "empty.txt"], "--prompt-file: got 0 tokens of text, accepted is at least 1"),
-    (["eval", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
+    (
+        ["eval", "nosuch"],
+        "checkpoint: got nosuch without a manifest.json; accepted is the folder of a checkpoint",
+    ),
     (["eval", CORRUPTED], f"checkpoint: {CORRUPTED}/model.safetensors does not match"),
     (["eval", "model", "--lengths", "100"], "--lengths: got 100, accepted is 266 to 1073741824"),
-    (["perplexity", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
+    (
+        ["perplexity", "nosuch"],
+        "checkpoint: got nosuch without a manifest.json; accepted is the folder of a checkpoint",
+    ),
     (
         ["perplexity", "model", "--lengths", "900000"],
         r"lengths: got 900000, accepted is 512 to \d+ \(of the validation split\)",
@@ -503,6 +516,91 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
     monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))
     status, out, err = call(capfd, "eval", "own")
     assert (status, out, err.count("\n")) == (2, "", 1) and "HSA_MINI_DATA" in err
+
+
+@pytest.mark.parametrize(
+    "checkpoint, out, want",
+    [
+        ("mini", None, "DATA/results/mini_vt.json"),
+        ("./mini", None, "mini_vt.json"),
+        ("data/checkpoints/mini", None, "mini_vt.json"),
+        ("runs/a/final", None, "a_vt.json"),
+        ("runs/b/final/", None, "b_vt.json"),
+        (".", None, "here_vt.json"),
+        ("..", None, "above_vt.json"),
+        ("mini", Path("r.json"), "r.json"),
+    ],
+)
+def test_only_a_shipped_model_named_by_its_name_writes_to_the_shipped_results(
+    folder, monkeypatch, checkpoint, out, want
+):
+    Path("above/here").mkdir(parents=True)
+    monkeypatch.chdir("above/here")
+    Path("mini").mkdir()
+    path = arguments.results_path(out, checkpoint, "vt")
+    assert str(path) == want.replace("DATA", str(data_dir()))
+
+
+def test_two_runs_do_not_share_results_and_none_is_replaced_by_another(folder, capfd):
+    shutil.copytree("model", "runs/a/final")
+    tiny(tied=False).save_pretrained("else/a/final")
+    options = ("--lengths", "600", "--stretches", "1")
+    assert call(capfd, "perplexity", "runs/a/final", *options)[0] == 0
+    before = Path("a_perplexity.json").read_bytes()
+    status, out, err = call(capfd, "perplexity", "else/a/final", *options)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--out: a_perplexity.json holds something else than results of this checkpoint" in err
+    assert Path("a_perplexity.json").read_bytes() == before
+    assert call(capfd, "perplexity", "runs/a/final", *options)[0] == 0  # the same checkpoint
+
+
+def test_a_length_that_is_named_twice_counts_once(capfd):
+    status, out, _ = call(capfd, *EVALUATE, "--lengths", "300", "300")
+    rows = json.loads(Path("new/r.json").read_text())["rows"]
+    assert status == 0 and len(rows) == 10 and sum(row["samples"] for row in rows) == 10
+
+
+def test_a_seed_and_an_arm_that_are_named_twice_run_once(capfd, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "hsa_mini.lab.harness.run_missing", lambda *x, **_: seen.extend(map(list, x)) or 0
+    )
+    words = ("--arms", "hsa", "window", "hsa", "--seeds", "1", "1", "0", "--out", "lab.jsonl")
+    assert call(capfd, "lab", *words, "--steps", "1")[0] == 0
+    assert seen == [["hsa", "window"], [1, 0]]
+
+
+@pytest.mark.parametrize("name", ["eval", "perplexity"])
+def test_a_command_that_was_cut_off_goes_on_after_the_finished_lengths(capfd, monkeypatch, name):
+    words = [name, "model", "--lengths", "600", "700"]
+    words += ["--samples", "1"] if name == "eval" else ["--stretches", "2"]
+    measure = {
+        "eval": "hsa_mini.evaluation.runner._ask_all",
+        "perplexity": "hsa_mini.evaluation.perplexity._losses",
+    }[name]
+    assert call(capfd, *words, "--out", "whole.json")[0] == 0
+    original = pkgutil.resolve_name(measure.replace("._", ":_"))
+    done = []
+
+    def interrupted(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, interrupted)
+        assert call(capfd, *words, "--out", "r.json")[0] == 130
+        assert Path("r.json.unfinished").is_file() and not Path("r.json").exists()
+        assert call(capfd, *words, "--out", "r.json", "--seed", "2")[0] == 2  # another run
+        assert call(capfd, *words, "--out", "r.json")[0] == 130  # at the next length
+    rest = []
+    monkeypatch.setattr(measure, lambda *x: rest.append(x) or original(*x))
+    status, out, _ = call(capfd, *words, "--out", "r.json")
+    assert status == 0 and out.startswith("1 of 2 lengths were finished before\n")
+    assert len(rest) == 1 and not Path("r.json.unfinished").exists()
+    whole, got = (json.loads(Path(path).read_text()) for path in ("whole.json", "r.json"))
+    assert {**got, "command": ""} == {**whole, "command": ""}
 
 
 def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch):

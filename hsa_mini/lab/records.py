@@ -43,7 +43,7 @@ def append_record(path: Path, record: dict) -> None:
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        write_file(path, (path.read_bytes() if path.exists() else b"") + line)
+        write_file(path, (path.read_bytes() if path.is_file() else b"") + line)
 
 
 @contextmanager
