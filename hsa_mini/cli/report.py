@@ -76,7 +76,7 @@ class Stream(io.TextIOWrapper):
 
     def __init__(self, stream: TextIO, accepted: str) -> None:
         super().__init__(
-            stream.buffer, stream.encoding, errors="backslashreplace", write_through=True
+            stream.buffer, stream.encoding, errors="backslashreplace", line_buffering=True
         )
         self.accepted = accepted
         self.failure: OSError | None = None

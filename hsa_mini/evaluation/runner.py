@@ -135,7 +135,7 @@ def evaluate_side_by_side(
     results = {}
     with ProcessPoolExecutor(jobs, context, _begin, (context.RLock(), load)) as pool:
         try:
-            with _without_interrupts():
+            with without_interrupts():
                 waiting = {
                     pool.submit(_evaluate_length, task, options, tokens): tokens
                     for tokens in sorted(lengths, reverse=True)
@@ -157,7 +157,7 @@ def evaluate_side_by_side(
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
+def without_interrupts() -> Iterator[None]:
     """Processes that start inside the `with` block never see Ctrl-C: their parent ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
