@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from material import small_archives
+from material import small_corpus
 
 from hsa_mini.inference.cuda_graph import WARM_UP
 from hsa_mini.lab import claims as judging
@@ -239,7 +239,7 @@ def test_records_of_other_settings_are_left_out_and_younger_options_do_not_matte
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    small_archives(folder / "cache" / "archives")
+    small_corpus(folder / "cache")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

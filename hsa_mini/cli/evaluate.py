@@ -69,6 +69,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from hsa_mini.data.corpus import load_corpus
     from hsa_mini.evaluation.results import LENGTHS, ControlRow, RetrievalRow, check_replaceable
     from hsa_mini.evaluation.runner import evaluate, evaluate_side_by_side
     from hsa_mini.evaluation.unfinished import Unfinished, describe_run
@@ -84,8 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_replaceable("--out", path, measured)
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **form)
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
     options = {**form, "samples": arguments.samples, "seed": arguments.seed}
-    known = {"checkpoint": measured, "task": arguments.task, "lengths": lengths, **options}
+    known = {**origin, "task": arguments.task, "lengths": lengths, **options}
     unfinished = Unfinished("--out", path, describe_run(device, **known))
     if unfinished.lengths:
         print(f"{len(unfinished.lengths)} of {len(lengths)} lengths were finished before")
@@ -101,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
     rows = unfinished.rows("rows", RetrievalRow)
     controls = unfinished.rows("control_rows", ControlRow)
-    write_results(path, device, checkpoint=measured, rows=rows, control_rows=controls)
+    write_results(path, device, **origin, rows=rows, control_rows=controls)
     unfinished.remove()
     _print_rows(rows, controls)
     print(f"written to {path}")

@@ -52,6 +52,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from hsa_mini.data.corpus import load_corpus
     from hsa_mini.evaluation.perplexity import LENGTHS, PerplexityRow, measure_perplexity
     from hsa_mini.evaluation.results import check_replaceable
     from hsa_mini.evaluation.unfinished import Unfinished, describe_run
@@ -65,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_replaceable("--out", path, measured)
     lengths = sorted(set(arguments.lengths or LENGTHS))
     options = {"lengths": lengths, "stretches": arguments.stretches, "seed": arguments.seed}
-    known = {"checkpoint": measured, **options}
-    unfinished = Unfinished("--out", path, describe_run(device, **known))
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
+    unfinished = Unfinished("--out", path, describe_run(device, **origin, **options))
     if unfinished.lengths:
         print(f"{len(unfinished.lengths)} of {len(lengths)} lengths were finished before")
     finished = unfinished.rows("rows", PerplexityRow)
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     for row in finished:
         _print_row(row)
     rows = measure_perplexity(model, finished=finished, report=keep, **options)
-    write_results(path, device, checkpoint=measured, rows=rows)
+    write_results(path, device, **origin, rows=rows)
     unfinished.remove()
     print(f"written to {path}")
     return 0

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from hsa_mini.data.corpus import load_corpus
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_file import check_writable, write_file
 from hsa_mini.provenance import record
@@ -76,10 +75,9 @@ class Unfinished:
 
 
 def describe_run(device: torch.device, **options) -> dict:
-    """All that the rows of a run depend on: its options, the text, hardware, versions, commit."""
-    text = load_corpus("validation")
+    """All that the rows of a run depend on: its options, and hardware, versions and commit."""
     source = {key: value for key, value in record(device).items() if key != "command"}
-    return {**options, "text": f"{text.name}, {len(text):,} tokens", **source}
+    return {**options, **source}
 
 
 def _digest(kept: dict) -> str:
