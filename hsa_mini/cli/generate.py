@@ -1,13 +1,12 @@
 """`generate`: continue a text, and print the new text while the model makes it."""
 
 import argparse
-import sys
 from itertools import takewhile
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, add_device, choose_device, integer, number
 from hsa_mini.cli.models import read_model
-from hsa_mini.cli.report import printable
+from hsa_mini.cli.report import write_text
 
 MAX_PROMPT_TOKENS = 1 << 27  # the longest text that was tried; an endless one is refused
 
@@ -90,6 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     made = takewhile(lambda token: token != end, (int(token) for token in tokens))
     for text in decode_stream(tokenizer, made):
-        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+        write_text(text)
     print()
     return 0

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from hsa_mini.files.reading import read_json
+
 # Tokens; the lengths of the paper's Figure 4.
 LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)
 # Accuracy of the paper's 8B model at these lengths, as (lowest, highest) percent, read from Figure
@@ -66,3 +68,22 @@ def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]
     controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
     hardware = " and ".join(sorted({result["hardware"] for result in results}))
     return rows, controls, hardware
+
+
+def check_replaceable(name: str, path: Path, checkpoint: str) -> None:
+    """Raise ValueError, which names the argument `name`, if the file `path` holds anything else
+    than results of the checkpoint with this fingerprint.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        found = read_json(path)
+    except ValueError:
+        found = {}
+    # Results that are older than the key do not name their checkpoint.
+    if "rows" in found and found.get("checkpoint", checkpoint) == checkpoint:
+        return
+    raise ValueError(
+        f"{name}: {path} holds something else than results of this checkpoint; "
+        "accepted is a new file, or one with results of this checkpoint, which is replaced"
+    )
