@@ -32,9 +32,8 @@ def retrieve(
     newest chunk to the oldest).
     gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
     exclude_window: chunks that lie wholly inside this many last tokens are not visible.
-    query_block: this many tokens share the choice and the weights of the first of them. Ties go to
-    the newest chunk. A NaN score counts as the largest, so NaN weights show it; a score of -inf is
-    never kept. Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    query_block: this many tokens share the choice and the weights of the first. Ties go to the
+    newest chunk; NaN is the largest score. ValueError: wrong shapes, dtypes, devices or ranges.
 
     NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0,
     would show a token the chunk that holds its own future. Here chunk i is visible from token
