@@ -112,7 +112,8 @@ def _read(
                 f"accepted is {list(wanted.shape)} of a floating dtype)"
             )
         value = value.to(wanted.dtype)
-        if not value.isfinite().all():
+        # minimum and maximum, because `isfinite` would make a copy of the weight
+        if not torch.stack(value.aminmax()).isfinite().all():
             raise ValueError(
                 f"path: {name} in {files[file_of[name]]} holds NaN or infinite numbers "
                 f"in {wanted.dtype}; accepted are finite numbers"
@@ -148,9 +149,11 @@ def _files_by_name(files: dict[str, Path]) -> dict[str, str]:
         indexed = dict.fromkeys(found, WEIGHTS)
     for name in sorted(found.keys() | indexed.keys()):
         if indexed.get(name) != found.get(name):
-            by_index, by_files = (quoted(x.get(name, "no file")) for x in (indexed, found))
+            by_index, by_file = (
+                quoted(x[name]) if name in x else "no file" for x in (indexed, found)
+            )
             raise ValueError(
                 f"path: {folder}: {quoted(name)} is in {by_index} by the index, "
-                f"in {by_files} by the files themselves; accepted is a whole checkpoint"
+                f"in {by_file} by the files themselves; accepted is a whole checkpoint"
             )
     return found
