@@ -1,6 +1,7 @@
 """Checks of plain values, and quotes of them in errors. Imports no torch."""
 
 import reprlib
+from typing import Any
 
 MAX_QUOTED = 80  # characters of a value in an error
 
@@ -18,7 +19,7 @@ def quoted(value: object) -> str:
     return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "..."
 
 
-def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+def check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     """Raise ValueError unless `value` is an integer within the bounds; a bool is none."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if not is_integer or value < minimum or (maximum is not None and value > maximum):
@@ -26,7 +27,7 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
         raise ValueError(f"{name}: got {quoted(value)}, accepted is an integer {bounds}")
 
 
-def check_number(name: str, value: object, minimum: float, maximum: float) -> None:
+def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
     """Raise ValueError unless `value` is a number within the bounds; a bool or NaN is none."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not minimum <= value <= maximum:

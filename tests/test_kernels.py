@@ -757,7 +757,8 @@ def many(x: torch.Tensor) -> torch.Tensor:
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
         ("decode", dict.fromkeys(("landmarks", "k", "v"), many) | {"top_k": lambda _: 2500},
         "top_k: got K=2500"),
-        ("grouped_experts", {}, "down: got H=5 and C=16 with 9 tokens, accepted are multiples of 4"),
+        ("grouped_experts", {},
+        "down: got H=5 and C=16 with 9 tokens, accepted are multiples of 4"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_take(operation, changes, message):

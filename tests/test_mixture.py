@@ -327,9 +327,7 @@ def test_plain_text_may_be_exactly_one_sequence():
     ],
 )  # fmt: skip
 def test_batches_that_cannot_be_drawn_are_refused_by_name(name, changes):
-    right = dict(
-        mixture=Mixture(), batch=1, tokens=256, steps=1, seed=0, text=word_tokens()[:1000]
-    )
+    right = dict(mixture=Mixture(), batch=1, tokens=256, steps=1, seed=0, text=word_tokens()[:1000])
     with pytest.raises(ValueError, match=f"^{name}: got .*, accepted (is|are) "):
         TrainingBatches(**right | changes)
 

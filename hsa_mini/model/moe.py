@@ -42,8 +42,9 @@ class MoE(nn.Module):
 
     bias float32 [E] affects only which experts are chosen, never their gates. `update_bias` changes
     it to balance the load. It stays float32 whatever the dtype of the weights, because bfloat16
-    would round its small steps away. tokens_per_expert int64 [E]: tokens that each expert has received in training
-    since the last `update_bias`; None as long as `count_tokens` was not called.
+    would round its small steps away.
+    tokens_per_expert int64 [E]: tokens that each expert has received in training since the last
+    `update_bias`; None as long as `count_tokens` was not called.
     """
 
     bias: torch.Tensor

@@ -232,7 +232,9 @@ def grouped_experts(
 
 
 def _grouped_product(rows, matrices, ends):
-    """rows [n, C], sorted by expert, @ matrices [E, C, X] -> [n, X]; expert e's rows end at ends[e].
+    """rows [n, C], sorted by expert, @ matrices [E, C, X] -> [n, X].
+
+    ends int32 [E]: where each expert's rows end.
 
     `grouped_mm` takes no float64, and only rows of whole 16 bytes. For other sizes every expert
     multiplies all rows, because to read `ends` would wait for the GPU, which no CUDA graph allows.

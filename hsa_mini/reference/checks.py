@@ -81,7 +81,9 @@ def check_retrieve(
     else:
         check_integer("offset", offset, 0)
     if weighting not in ("softmax", "stick_breaking"):
-        raise ValueError(f"weighting: got {quoted(weighting)}, accepted are softmax and stick_breaking")
+        raise ValueError(
+            f"weighting: got {quoted(weighting)}, accepted are softmax and stick_breaking"
+        )
     if isinstance(gumbel_seed, torch.Tensor):
         check_tensor("gumbel_seed", gumbel_seed, "", sizes, (torch.int64,))
         check_same("gumbel_seed", gumbel_seed, "retrieval_q", retrieval_q, dtype=False)
