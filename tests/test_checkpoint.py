@@ -62,6 +62,7 @@ def test_what_is_read_is_what_was_written(tmp_path, changes, dtype):
     got = HSAModel.from_pretrained(tmp_path / "model")
     assert got.config == model.config
     want = {name: x.to(dtype or x.dtype).float() for name, x in model.state_dict().items()}
+    want |= dict(model.named_buffers())  # they are never rounded
     assert got.state_dict().keys() == want.keys()
     for name, value in got.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, want[name]), name
@@ -215,7 +216,8 @@ def test_every_preset_that_fits_comes_back_bit_by_bit_from_one_file_and_from_man
         want = model.state_dict()
         assert got.keys() == want.keys()
         assert all(
-            value.dtype == dtype and torch.equal(value, want[name]) for name, value in got.items()
+            value.dtype == want[name].dtype and torch.equal(value, want[name])
+            for name, value in got.items()
         )
 
 
@@ -259,6 +261,74 @@ def test_shards_hold_each_weight_once_and_the_index_says_where(tmp_path, tied, s
         assert torch.equal(got[name], value.to(dtype or value.dtype).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@torch.no_grad()
+def test_the_router_s_bias_is_float32_in_memory_and_on_disk(tmp_path, dtype):
+    """bfloat16 would round away the steps of 1e-3 from 0.6 on."""
+    model = tiny(experts=4, experts_active=2, expert_width=16)
+    wanted = {name: 0.6 + buffer.normal_() / 9 for name, buffer in model.named_buffers()}
+    assert wanted
+    for name, buffer in model.named_buffers():
+        buffer.copy_(wanted[name])
+
+    def check(buffers) -> None:
+        got = dict(buffers)
+        for name, value in wanted.items():
+            assert got[name].dtype == torch.float32 and torch.equal(got[name], value), name
+
+    model.save_pretrained(tmp_path / "model", dtype=dtype)
+    stored = load_file(tmp_path / "model" / WEIGHTS)
+    check(stored.items())
+    assert stored["norm.weight"].dtype == dtype
+    check(HSAModel.from_pretrained(tmp_path / "model", dtype=dtype).named_buffers())
+    check(model.to(dtype).named_buffers())
+    model.save_pretrained(tmp_path / "model")
+    check(HSAModel.from_pretrained(tmp_path / "model").named_buffers())
+    check(model.float().named_buffers())
+
+
+def test_a_checkpoint_whose_bias_was_rounded_can_be_loaded():
+    folder = data_dir() / "checkpoints" / "mini_moe"
+    stored = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    model = HSAModel.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        (value,) = (tensors[name] for tensors in stored if name in tensors)
+        assert value.dtype == torch.bfloat16 and buffer.dtype == torch.float32
+        assert torch.equal(buffer, value.float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_refused_by_name(folder, value):
+    weights = load_file(folder / WEIGHTS)
+    for name in ("norm.weight", "lower.0.mlp.down.weight"):
+        spoiled = weights[name].clone()
+        spoiled.view(-1)[-1] = value
+        save_file(weights | {name: spoiled}, folder / WEIGHTS)
+        seal(folder)
+        with pytest.raises(ValueError, match=f"^path: {name} in .* holds NaN or infinite numbers"):
+            HSAModel.from_pretrained(folder)
+
+
+def test_a_weight_that_the_dtype_does_not_hold_is_refused_by_name(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["norm.weight"][0] = 1e30
+    save_file(weights, folder / WEIGHTS)
+    seal(folder)
+    HSAModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match="^path: norm.weight in .* in torch.float16; accepted"):
+        HSAModel.from_pretrained(folder, dtype=torch.float16)
+
+
+def test_an_error_about_hostile_names_is_short_and_one_line(folder):
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {"\x1b[31m\n" * 10_000: torch.zeros(1)}, folder / WEIGHTS)
+    seal(folder)
+    with pytest.raises(ValueError, match="too many") as caught:
+        HSAModel.from_pretrained(folder)
+    text = str(caught.value).replace(str(folder), "")
+    assert text.isprintable() and len(text) < 250
+
+
 @pytest.mark.parametrize("shard_bytes", [0, -1, 2.5])
 def test_a_wrong_shard_size_is_refused(tmp_path, shard_bytes):
     with pytest.raises(
@@ -293,32 +363,32 @@ LAST = "norm.weight"  # the last weight in the files below
 MISFITS = {
     "a shard is missing": (
         lambda folder: (folder / index_of(folder)["weight_map"][LAST]).unlink(),
-        r"norm.weight is in model-\d+-of-\d+.safetensors by the index, in no file by the files",
+        r"'norm.weight' is in 'model-\d+-of-\d+.safetensors' by the index, in no file by the files",
     ),
     "a shard that the index does not name": (
         lambda folder: save_file(
             {"extra": torch.zeros(3)}, folder / "model-00099-of-00099.safetensors"
         ),
-        "extra is in no file by the index, in model-00099-of-00099.safetensors by the files",
+        "'extra' is in no file by the index, in 'model-00099-of-00099.safetensors' by the files",
     ),
     "a tensor that the index does not name": (
         lambda folder: edit_index(folder, lambda places: places.pop(LAST)),
-        r"norm.weight is in no file by the index, in model-\d+-of-\d+.safetensors by the files",
+        r"'norm.weight' is in no file by the index, in 'model-\d+-of-\d+.safetensors' by the files",
     ),
     "a tensor that no shard holds": (
         lambda folder: edit_index(folder, lambda places: places.update(extra=places[LAST])),
-        r"extra is in model-\d+-of-\d+.safetensors by the index, in no file by the files",
+        r"'extra' is in 'model-\d+-of-\d+.safetensors' by the index, in no file by the files",
     ),
     "a tensor elsewhere": (
         lambda folder: edit_index(
             folder, lambda places: places.update({LAST: places["embedding.weight"]})
         ),
-        r"norm.weight is in model-00001-of-\d+.safetensors by the index, "
-        r"in model-\d+-of-\d+.safetensors by the files",
+        r"'norm.weight' is in 'model-00001-of-\d+.safetensors' by the index, "
+        r"in 'model-\d+-of-\d+.safetensors' by the files",
     ),
     "a shard outside the folder": (
         lambda folder: edit_index(folder, lambda places: places.update({LAST: "../weights"})),
-        "norm.weight is in ../weights by the index",
+        "'norm.weight' is in '../weights' by the index",
     ),
     "no index": (
         lambda folder: (folder / INDEX).unlink(),
@@ -363,9 +433,9 @@ def test_files_that_do_not_fit_the_index_are_refused_even_if_the_manifest_fits(s
             torch.zeros(8, 64),
             r"embedding.weight: got \[8, 64\] torch.float32, accepted is \[64, 8\]",
         ),
-        ("norm.weight", None, "norm.weight is missing"),
-        ("extra", torch.zeros(8), "extra is too many"),
-        ("head.weight", torch.zeros(64, 8), "head.weight is too many"),
+        ("norm.weight", None, "'norm.weight' is missing"),
+        ("extra", torch.zeros(8), "'extra' is too many"),
+        ("head.weight", torch.zeros(64, 8), "'head.weight' is too many"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(folder, name, value, message):

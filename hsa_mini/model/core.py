@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hsa_mini.checks import quoted
 from hsa_mini.config import HSAConfig
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.memory.chunk_source import ChunkSource
@@ -154,7 +155,7 @@ class HSACore(nn.Module):
         """
         if len(set(memory.lengths)) > 1:
             raise ValueError(
-                f"memory: got sequences of {list(memory.lengths)} tokens, "
+                f"memory: got sequences of {quoted(memory.lengths)} tokens, "
                 "accepted are equal lengths; `prefill` takes any"
             )
         position = memory.position

@@ -6,6 +6,8 @@ checked. Values of tensors are never read.
 
 import torch
 
+from hsa_mini.checks import check_integer, quoted
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,11 +52,6 @@ def check_same(
         )
 
 
-def check_integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {minimum}")
-
-
 def check_retrieve(
     retrieval_q,
     landmarks,
@@ -84,7 +81,9 @@ def check_retrieve(
     else:
         check_integer("offset", offset, 0)
     if weighting not in ("softmax", "stick_breaking"):
-        raise ValueError(f"weighting: got {weighting!r}, accepted are softmax and stick_breaking")
+        raise ValueError(
+            f"weighting: got {quoted(weighting)}, accepted are softmax and stick_breaking"
+        )
     if isinstance(gumbel_seed, torch.Tensor):
         check_tensor("gumbel_seed", gumbel_seed, "", sizes, (torch.int64,))
         check_same("gumbel_seed", gumbel_seed, "retrieval_q", retrieval_q, dtype=False)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hsa_mini.training.mixture import TrainingBatches
+from hsa_mini.training.mixture import TrainingBatches, check_step
 from hsa_mini.training.recipes import Recipe
 
 AHEAD = 8  # batches that are drawn before they are needed
@@ -32,7 +32,11 @@ class StagedBatches(Dataset):
             for stage in dict.fromkeys(recipe.stages)
         }
 
+    def __len__(self) -> int:
+        return self.recipe.steps
+
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        check_step(step, self.recipe.steps)
         return self.batches[self.recipe.stage(step)][step]
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from hsa_mini.checks import check_integer, check_number
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
-from hsa_mini.tasks.chains import draw_chains
+from hsa_mini.tasks.chains import Chain, draw_chains
 from hsa_mini.tasks.needles import Needle, ask, draw_needles
-from hsa_mini.tasks.sentences import TRAINING, Question, encode, is_held_out
+from hsa_mini.tasks.sentences import MAX_KEYS, TRAINING, Question, encode, is_held_out
 
 NONE, TEXT, COPY, ANSWER = range(4)
 PARTS = ("none", "text", "copy", "answer")
@@ -45,6 +46,18 @@ class Mixture:
     max_questions: int = 4
     min_copy: int = 256  # tokens; longer than the window, or the window alone could copy
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for shares outside 0 to 1, or together above 1, and limits below 1."""
+        for name in ("self_copy", "needles", "chains", "two_codes", "made_up"):
+            check_number(name, getattr(self, name), 0, 1)
+        for name in ("max_needles", "max_chains", "max_questions", "min_copy"):
+            check_integer(name, getattr(self, name), 1)
+        check_number("self_copy + needles + chains", self._share_of_tasks, 0, 1 + 1e-9)
+
+    @property
+    def _share_of_tasks(self) -> float:
+        return self.self_copy + self.needles + self.chains
+
 
 class TrainingBatches(Dataset):
     """Item `step` is a batch: ids int64 [B, T+1] and parts int8 [B, T+1]."""
@@ -59,13 +72,28 @@ class TrainingBatches(Dataset):
         seed: int,
         text: np.ndarray | None = None,
     ) -> None:
-        """text: tokens that real text is drawn from; None: the training corpus."""
+        """text: tokens that real text is drawn from; None: the training corpus.
+
+        Raises ValueError for sizes below 1, for sequences too short for the questions of the
+        mixture, and for a text shorter than a sequence.
+        """
+        sizes = (("batch", batch, 1), ("tokens", tokens, 1), ("steps", steps, 0), ("seed", seed, 0))
+        for name, value, minimum in sizes:
+            check_integer(name, value, minimum)
+        if tokens < (fewest := min_tokens(mixture)):
+            raise ValueError(
+                f"tokens: got {tokens}, accepted are at least {fewest} for the mixture's questions"
+            )
         self.mixture = mixture
         self.batch = batch
         self.tokens = tokens
         self.steps = steps
         self.seed = seed
         self.text = load_corpus("train").tokens if text is None else text
+        if len(self.text) <= tokens:
+            raise ValueError(
+                f"text: got {len(self.text)} tokens, accepted are at least {tokens + 1}"
+            )
         self.ordinary = load_tokenizer().n_vocab - len(SPECIAL_TOKENS)
         self.needle_tokens = len(encode(Needle("BBBB", "000000").sentence))  # the same for any key
 
@@ -73,6 +101,7 @@ class TrainingBatches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        check_step(step, self.steps)
         rng = np.random.default_rng((TRAINING, self.seed, step))
         rows = [self.sequence(rng) for _ in range(self.batch)]
         ids, parts = (np.stack(column) for column in zip(*rows))
@@ -116,9 +145,12 @@ class TrainingBatches(Dataset):
             needles = self.with_similar_keys(rng, needles)
         wanted = int(rng.integers(1, mixture.max_questions + 1))
         questions = []
+        beside_needles = self.tokens + 1 - count * self.needle_tokens
         left = [needles[i] for i in rng.permutation(len(needles))]
         while left and len(questions) < wanted:
             codes = 2 if len(left) > 1 and rng.random() < mixture.two_codes else 1
+            if question_tokens(ask(left[:codes])) > beside_needles:
+                codes = 1
             questions.append(ask(left[:codes]))
             left = left[codes:]
         return self.hide(rng, [needle.sentence for needle in needles], questions)
@@ -202,7 +234,7 @@ class TrainingBatches(Dataset):
 
     def real_text(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
         """A random stretch of the corpus."""
-        first = int(rng.integers(0, len(self.text) - tokens))
+        first = int(rng.integers(0, max(len(self.text) - tokens, 1)))
         return np.asarray(self.text[first : first + tokens])
 
     def made_up(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
@@ -213,9 +245,10 @@ class TrainingBatches(Dataset):
         if kind == 1:
             return self.few_symbols(rng, tokens)
         if kind == 4:
-            needles = draw_needles(rng, tokens // self.needle_tokens + 1, held_out=False)
-            return np.concatenate([encode(needle.sentence) for needle in needles])[:tokens]
-        length = int(np.exp(rng.uniform(0, np.log(200))))
+            count = min(tokens // self.needle_tokens + 1, MAX_KEYS[False])
+            needles = draw_needles(rng, count, held_out=False)
+            return np.resize([encode(needle.sentence) for needle in needles], tokens)
+        length = min(int(np.exp(rng.uniform(0, np.log(200)))), len(self.text))
         passage = self.real_text(rng, length) if kind == 2 else self.few_symbols(rng, length)
         return np.resize(passage, tokens)
 
@@ -231,6 +264,25 @@ def pieces_of(item: str | Question) -> list[tuple[np.ndarray, int]]:
     if isinstance(item, str):
         return [(encode(item), NONE)]
     return [(encode(item.text), NONE), (encode(item.answer), ANSWER)]
+
+
+def min_tokens(mixture: Mixture) -> int:
+    """The fewest tokens of a sequence that holds one needle, or one chain, and the question."""
+    needle = Needle("BBBB", "000000")  # any other is as long
+    chain = Chain("00000000", ("BBBB", "CCCC", "DDDD"))
+    fewest = 1
+    if mixture.needles:
+        fewest = len(encode(needle.sentence)) + question_tokens(ask([needle])) - 1
+    if mixture.chains:
+        sentences = sum(len(encode(sentence)) for sentence in chain.sentences)
+        fewest = max(fewest, sentences + question_tokens(chain.question) - 1)
+    return fewest
+
+
+def check_step(step: int, steps: int) -> None:
+    """Raise IndexError, which ends a loop over batches, for a step that is not among `steps`."""
+    if not 0 <= step < steps:
+        raise IndexError(f"step: got {step}, accepted is 0 to {steps - 1}")
 
 
 def question_tokens(question: Question) -> int:

@@ -15,7 +15,7 @@ candidates per token, ROWS rows cleaned up at once.
 import triton
 import triton.language as tl
 
-from hsa_kernels.common.selection import NOTHING, keyed
+from hsa_kernels.common.selection import LOWEST, keyed
 from hsa_kernels.retrieval.candidates import choose, put
 
 
@@ -78,9 +78,10 @@ def retrieve_fwd_kernel(
     program = (i_b * tl.num_programs(1) + i_j) * tl.num_programs(0) + i_t
     buffer = buffers + program.to(tl.int64) * ((3 if NOISE else 2) * BT * CAP + 2 * BT)
     o_own = tl.arange(0, BT)
-    # [BT]: candidates of every token so far, and the key that later ones have to exceed
+    # [BT]: candidates of every token so far, and the key that later ones have to exceed. A score of
+    # -inf never does.
     b_count = tl.zeros([BT], tl.int32)
-    b_floor = tl.full([BT], NOTHING, tl.uint32)
+    b_floor = tl.full([BT], LOWEST, tl.uint32)
     tl.store(buffer + BT + o_own, b_floor)
 
     # 3. Score the chunks that are complete for the tile's last token, the newest first.
