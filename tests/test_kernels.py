@@ -417,15 +417,16 @@ def test_landmarks_that_are_not_visible_are_not_kept_whatever_they_hold():
     )
 
 
-@grid
+@settings(max_examples=4)
 @given(
-    N=st.sampled_from([3, 9, 70]), top_k=st.integers(1, 9), seed=st.integers(0, 99),
+    N=st.sampled_from([3, 9, 40]), top_k=st.integers(1, 9), seed=st.integers(0, 99),
     weighting=st.sampled_from(["softmax", "stick_breaking"]), query_block=st.sampled_from([1, 4]),
     gumbel_seed=st.sampled_from([None, 5]),
 )  # fmt: skip
-@example(N=600, top_k=3, seed=0, weighting="softmax", query_block=1, gumbel_seed=None)
+@example(N=3, top_k=8, seed=3, weighting="softmax", query_block=1, gumbel_seed=None)
+@example(N=400, top_k=3, seed=0, weighting="softmax", query_block=4, gumbel_seed=None)
 def test_retrieve_shows_nan_and_infinite_scores(N, seed, **options):
-    q, landmarks, _ = with_special_scores(2, 12, 2, 16, N, seed=seed, dtype=torch.float32)
+    q, landmarks, _ = with_special_scores(1, 12, 2, 16, N, seed=seed, dtype=torch.float32)
     inputs = there(dict(retrieval_q=q, landmarks=landmarks))
     options |= dict(chunk_size=1, offset=N - 5 if N > 5 else 0)
     (got, weights), (want, exact_weights) = (f(**inputs, **options) for f in RETRIEVE)
@@ -433,7 +434,7 @@ def test_retrieve_shows_nan_and_infinite_scores(N, seed, **options):
     torch.testing.assert_close(weights, exact_weights, equal_nan=True)
 
 
-@grid
+@settings(max_examples=6)
 @given(
     N=st.sampled_from([3, 9, 70]), top_k=st.integers(1, 9), seed=st.integers(0, 99),
     value=st.sampled_from([float("nan"), -float("nan"), float("inf"), -float("inf")]),

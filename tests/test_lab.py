@@ -177,7 +177,8 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
     short = TINY.stage.tokens // 4
     step = recipe.steps - 1
     ids, parts = PackedBatches(recipe, 3, 4)[step]
-    source = TrainingBatches(TINY.stage.mixture, batch=8, tokens=short, steps=1, seed=3)
+    options = dict(steps=recipe.steps, seed=3)
+    source = TrainingBatches(TINY.stage.mixture, batch=8, tokens=short, **options)
     alone, its_parts = source[step]
     assert ids.shape == parts.shape == (2, TINY.stage.tokens + 1)
     for row in range(2):
@@ -192,7 +193,7 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
     plain = PackedBatches(recipe, 3, 1)
     assert torch.equal(
         plain[step][0],
-        TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[step][0],
+        TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, **options)[step][0],
     )
     first = PackedBatches(recipe, 3, 4)[0]  # this stage is short already
     assert first[0].shape == (4, short + 1) and torch.equal(
