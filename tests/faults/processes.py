@@ -27,14 +27,15 @@ class Outcome:
     """How a child ended.
 
     kind: "returned" (value), "raised" (value is the exception), "exited" (value is the status),
-    "killed" (value is the signal) or "hung". interrupted: it was, at the end of its time.
+    "killed" (value is the signal) or "hung". signalled: it was running when the signal was sent
+    that the caller wanted, or when its time was over.
     """
 
     kind: str
     value: Any
     output: str
     errors: str
-    interrupted: bool = False
+    signalled: bool = False
 
     def __str__(self) -> str:
         value = f"{type(self.value).__name__}: {self.value}" if self.kind == "raised" else self.value
@@ -52,7 +53,7 @@ def in_child(
     """Call `work` in a forked child, which is killed after `seconds`.
 
     interrupt: it gets SIGINT first, and `GRACE` seconds. kill_after: send the signal `kill_with`
-    after this many seconds if it is still running.
+    this many seconds after the call began, if it is still running.
     """
     reader, writer = os.pipe()
     output, errors = (os.memfd_create(name) for name in ("output", "errors"))
@@ -64,10 +65,13 @@ def in_child(
         os.setpgid(child, child)  # whichever of the two comes first
     os.close(writer)
     try:
-        if kill_after is not None and not _wait(reader, kill_after):
+        os.read(reader, 1)  # the call begins
+        signalled = kill_after is not None and not _wait(reader, kill_after)
+        if signalled:
             os.kill(child, kill_with)
-        interrupted = hung = not _wait(reader, seconds)
+        hung = not _wait(reader, seconds)
         if hung and interrupt:
+            signalled = True
             os.kill(child, signal.SIGINT)
             hung = not _wait(reader, GRACE)
         if hung:
@@ -77,7 +81,7 @@ def in_child(
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child, signal.SIGKILL)  # what it started must not go on
         texts = (_content(handle) for handle in (output, errors))
-        return Outcome(*_kind(said, status, hung), *texts, interrupted)
+        return Outcome(*_kind(said, status, hung), *texts, signalled)
     finally:
         for handle in (reader, output, errors):
             os.close(handle)
@@ -112,7 +116,7 @@ def _be_child(work: Callable[[], Any], writer: int, output: int, errors: int) ->
         with contextlib.suppress(OSError, ValueError):
             used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        said = _call(work)
+        said = _call(work, writer)
         sys.stdout.flush()
         with open(writer, "wb") as pipe:
             pipe.write(said)
@@ -121,10 +125,13 @@ def _be_child(work: Callable[[], Any], writer: int, output: int, errors: int) ->
         os._exit(status)
 
 
-def _call(work: Callable[[], Any]) -> bytes:
+def _call(work: Callable[[], Any], writer: int) -> bytes:
     """What the call returned or raised, pickled."""
     try:
-        return pickle.dumps(("returned", work()))
+        os.write(writer, b".")
+        value = work()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return pickle.dumps(("returned", value))
     except SystemExit as error:
         return pickle.dumps(("exited", error.code))
     except BaseException as error:
