@@ -49,18 +49,19 @@ def in_child(
     interrupt: bool = False,
     kill_after: float | None = None,
     kill_with: int = signal.SIGKILL,
+    limited: bool = True,
 ) -> Outcome:
     """Call `work` in a forked child, which is killed after `seconds`.
 
     interrupt: it gets SIGINT first, and `GRACE` seconds. kill_after: send the signal `kill_with`
-    this many seconds after the call began, if it is still running.
+    this many seconds after the call began, if it is still running. limited: it may take `MEMORY` bytes.
     """
     reader, writer = os.pipe()
     output, errors = (os.memfd_create(name) for name in ("output", "errors"))
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        _be_child(work, writer, output, errors)
+        _be_child(work, writer, output, errors, limited)
     with contextlib.suppress(OSError):
         os.setpgid(child, child)  # whichever of the two comes first
     os.close(writer)
@@ -102,7 +103,9 @@ class Counter:
         self._bytes[:8] = number.to_bytes(8, "little")
 
 
-def _be_child(work: Callable[[], Any], writer: int, output: int, errors: int) -> None:
+def _be_child(
+    work: Callable[[], Any], writer: int, output: int, errors: int, limited: bool
+) -> None:
     """Run `work`, say how it went and end the process."""
     status = 1
     try:
@@ -113,7 +116,7 @@ def _be_child(work: Callable[[], Any], writer: int, output: int, errors: int) ->
         sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-        with contextlib.suppress(OSError, ValueError):
+        if limited:
             used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         said = _call(work, writer)

@@ -15,6 +15,7 @@ READ_ONLY, NO_SETUID, NO_DEVICES, NO_PROGRAMS = 1, 2, 4, 8
 REMOUNT, BIND, RECURSIVE, PRIVATE = 0x20, 0x1000, 0x4000, 0x40000
 OPTIONS = {"nosuid": NO_SETUID, "nodev": NO_DEVICES, "noexec": NO_PROGRAMS}
 NODES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}  # minor numbers of major 1
+LINKS = {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 
 
 def unavailable() -> str | None:
@@ -55,21 +56,50 @@ def enter(scratch: Path) -> None:
             continue  # a mount that another one hides; what is seen is checked below
     _mount("tmpfs", str(scratch), "tmpfs", 0, "size=2g,mode=755")
     _mount("tmpfs", "/dev", "tmpfs", 0, "size=16m,mode=755")
+    _check(scratch)
+    os.mkdir("/dev/shm")
+    make_devices()
+
+
+def make_devices() -> None:
+    """Fill the /dev of the sandbox, after what it held was removed, except folders."""
+    for entry in os.scandir("/dev"):
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.path)
     for name, minor in NODES.items():
         os.mknod(f"/dev/{name}", stat.S_IFCHR | 0o666, os.makedev(1, minor))
-    os.mkdir("/dev/shm")
-    for name, target in {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}.items():
+    for name, target in LINKS.items():
         os.symlink(f"/proc/self/{target}", f"/dev/{name}")
-    _check(scratch)
 
 
-def devices() -> list[tuple[str, int, int]]:
-    """Name, type and number of everything in /dev, to see whether it was changed."""
-    found = []
-    for entry in sorted(os.scandir("/dev"), key=lambda entry: entry.name):
-        status = entry.stat(follow_symlinks=False)
-        found.append((entry.name, stat.S_IFMT(status.st_mode), status.st_rdev))
-    return found
+def mount(source: Path, target: Path) -> None:
+    """Mount a file or a folder of the sandbox at a second place in it."""
+    _mount(str(source), str(target), None, BIND)
+
+
+def mount_memory(target: Path, size: str, files: dict[str, str] | None = None) -> None:
+    """Mount a folder in memory of this size; with `files` it holds them and is read-only."""
+    _mount("tmpfs", str(target), "tmpfs", 0, f"size={size}")
+    for name, text in (files or {}).items():
+        (target / name).write_text(text)
+    if files:
+        _mount(None, str(target), None, REMOUNT | BIND | READ_ONLY)
+
+
+def changed_devices() -> list[str]:
+    """The names of devices and links in /dev that are gone, or no longer what they were."""
+    changed = []
+    for name in (*NODES, *LINKS):
+        try:
+            status = os.lstat(f"/dev/{name}")
+        except FileNotFoundError:
+            changed.append(name)
+            continue
+        device = stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, NODES.get(name, 0))
+        link = stat.S_ISLNK(status.st_mode)
+        if not (device if name in NODES else link):
+            changed.append(name)
+    return changed
 
 
 def _check(scratch: Path) -> None:
