@@ -143,14 +143,13 @@ class HSAConfig:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "HSAConfig":
-        """The inverse of `to_json`.
+    def from_dict(cls, values: dict) -> "HSAConfig":
+        """The configuration with these fields, as `to_json` writes them.
 
         Raises ValueError that names the key if one is unknown or missing.
         """
-        values = json.loads(text)
         if not isinstance(values, dict):
-            raise ValueError(f"config: got a JSON {type(values).__name__}, accepted is an object")
+            raise ValueError(f"config: got a {type(values).__name__}, accepted is a dict")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in values.keys() - known.keys():
             raise ValueError(f"config: got unknown key {name!r}, accepted are {', '.join(known)}")

@@ -1,14 +1,14 @@
 """The model for users: what `hsa_mini.model.core` computes, with generation, saving and loading."""
 
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from hsa_mini.checkpoint.folder import CONFIG, verified_folder
-from hsa_mini.checkpoint.weights import SHARD_BYTES, load_weights, save_weights
+from hsa_mini.checkpoint.weights import CONFIG, SHARD_BYTES, load_weights, save_weights
 from hsa_mini.config import HSAConfig
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import read_folder
 from hsa_mini.inference.generate import Generation, generate
 from hsa_mini.model.core import HSACore
 
@@ -57,17 +57,16 @@ class HSAModel(HSACore):
         """
         device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        folder = verified_folder(Path(path), CONFIG)
-        try:
-            config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"path: {folder} cannot be read ({error})") from None
-        model = cls(config, device="meta")
-        weights = load_weights(folder, model._stored_weights(), device=device, dtype=dtype)
-        model.load_state_dict(weights, strict=False, assign=True)
-        if config.tied:
-            model.head.weight = model.embedding.weight
-        return model.eval().requires_grad_(False)
+
+        def read(files: dict[str, Path]) -> Self:
+            model = cls(HSAConfig.from_dict(read_json(files[CONFIG])), device="meta")
+            weights = load_weights(files, model._stored_weights(), device=device, dtype=dtype)
+            model.load_state_dict(weights, strict=False, assign=True)
+            if model.config.tied:
+                model.head.weight = model.embedding.weight
+            return model.eval().requires_grad_(False)
+
+        return read_folder(Path(path), (CONFIG,), read)
 
     def _stored_weights(self) -> dict[str, torch.Tensor]:
         """The weights to store, by name. A tied head is left out because it is the embedding."""

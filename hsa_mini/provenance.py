@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
 
 def hardware(device: torch.device) -> str:
@@ -85,7 +85,7 @@ def write_results(path: Path, device: torch.device, **values) -> None:
 
     Values may be lists of dataclasses. The file appears with all of its content or not at all.
     """
-    write_whole(path, (json.dumps(record(device) | values, indent=1, default=vars) + "\n").encode())
+    write_file(path, (json.dumps(record(device) | values, indent=1, default=vars) + "\n").encode())
 
 
 def _read(path: str) -> str:

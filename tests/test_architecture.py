@@ -18,23 +18,24 @@ MAX_MODULES_IN_PACKAGE = 12
 MAX_PUBLIC_METHODS = 12
 
 # What each part of the package may import from the others: the arrows of README, one way.
-BASE = {"config", "paths", "provenance"}
+BASE = {"config", "files", "paths", "provenance"}
 MODEL = {"config", "reference", "ops", "memory", "model"}
 LIBRARY = BASE | MODEL | {"hsa_kernels", "checkpoint", "data", "tasks", "inference", "hsa_model"}
 MAY_IMPORT = {
     "config": set(),
+    "files": set(),
     "paths": set(),
-    "provenance": {"paths"},
+    "provenance": {"files", "paths"},
     "reference": set(),
     "hsa_kernels": {"reference"},
-    "data": {"paths"},
+    "data": {"files", "paths"},
     "tasks": {"data"},
-    "checkpoint": {"config", "paths", "provenance"},
+    "checkpoint": {"config", "files", "provenance"},
     "ops": {"reference", "hsa_kernels"},
-    "memory": {"config", "checkpoint", "ops", "paths", "reference"},
+    "memory": {"config", "checkpoint", "files", "ops", "reference"},
     "model": MODEL,
-    "inference": {*MODEL, "checkpoint", "paths"},
-    "hsa_model": {*MODEL, "checkpoint", "inference", "paths"},
+    "inference": {*MODEL, "checkpoint", "files"},
+    "hsa_model": {*MODEL, "checkpoint", "files", "inference"},
     "training": LIBRARY,
     "evaluation": LIBRARY,
     "lab": LIBRARY | {"training", "evaluation"},

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hsa_mini import PRESETS, HSAModel
-from hsa_mini.checkpoint.folder import CONFIG, MANIFEST, write_folder
+from hsa_mini.checkpoint.tensors import tensor_file
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
-from hsa_mini.checkpoint.weights import INDEX, SHARD_BYTES, WEIGHTS
+from hsa_mini.checkpoint.weights import CONFIG, INDEX, SHARD_BYTES, WEIGHTS
+from hsa_mini.files.whole_folder import MANIFEST, write_folder
 from hsa_mini.paths import data_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,15 +326,15 @@ MISFITS = {
     ),
     "an empty index": (
         lambda folder: (folder / INDEX).write_text("{}"),
-        f"has no readable {INDEX}",
+        f"{INDEX} has no weight_map",
     ),
     "an index that is a list": (
         lambda folder: (folder / INDEX).write_text("[]"),
-        f"has no readable {INDEX}",
+        f"{INDEX} is not readable",
     ),
     "an index that is no JSON": (
         lambda folder: (folder / INDEX).write_bytes(b"\xff"),
-        f"has no readable {INDEX}",
+        f"{INDEX} is not readable",
     ),
 }
 
@@ -421,7 +422,7 @@ def test_never_are_two_copies_of_all_weights_held(tmp_path, monkeypatch, new_obj
             alive.append(living_bytes() - before)
             return value
 
-    monkeypatch.setattr("hsa_mini.checkpoint.folder.save_file", watched_save)
+    monkeypatch.setattr("hsa_mini.checkpoint.tensors.save_file", watched_save)
     monkeypatch.setattr("hsa_mini.checkpoint.weights.safe_open", Watched)
     model.save_pretrained(tmp_path / "model", dtype=torch.bfloat16, shard_bytes=shard_bytes)
     assert len(alive) > 3 and 0 < max(alive) <= held < sum(sizes) // 4
@@ -518,9 +519,7 @@ def test_files_that_are_no_checkpoint_are_never_replaced(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("text")
     for name in ("mine", "file"):
-        with pytest.raises(
-            ValueError, match=f"^path: got .*{name}, accepted is a new or empty folder"
-        ):
+        with pytest.raises(ValueError, match=f"^path: got .*{name}, which .* accepted is a new"):
             tiny(**SMALL).save_pretrained(tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
@@ -529,7 +528,7 @@ def test_files_that_are_no_checkpoint_are_never_replaced(tmp_path):
 def test_a_write_that_fails_leaves_what_stood_there(folder, monkeypatch):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     monkeypatch.setattr(
-        "hsa_mini.checkpoint.folder._sync",
+        "hsa_mini.files.whole_folder.sync",
         lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(OSError, match="No space left"):
@@ -559,13 +558,14 @@ import os, random, signal, sys
 from pathlib import Path
 import torch
 from hsa_mini import HSAConfig, HSAModel
-from hsa_mini.checkpoint import folder as files
+from hsa_mini.checkpoint import tensors
+from hsa_mini.files import whole_folder as files
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 random.seed(0)
-STEPS = [(os, name) for name in ("rename", "fsync", "unlink", "rmdir", "chmod")]
-STEPS += [(files, "save_file")]
+STEPS = [(os, name) for name in ("rename", "fsync", "unlink", "rmdir", "chmod", "mkdir")]
+STEPS += [(tensors, "save_file"), (files, "exchange")]
 
 def before_every_step(action):
     def watched(function):
@@ -744,8 +744,9 @@ def test_shipped_checkpoints_are_whole_and_say_how_they_were_trained(path):
 
 
 def test_folders_hold_what_they_are_given(tmp_path):
+    tensors = tensor_file({"t": torch.arange(6).view(2, 3).T})
     write_folder(
-        tmp_path / "x", {"a.safetensors": {"t": torch.arange(6).view(2, 3).T}}, {"b.txt": "é\n"}
+        tmp_path / "x", {"a.safetensors": tensors, "b.txt": "é\n".encode()}, kind={"b.txt"}
     )
     assert torch.equal(
         load_file(tmp_path / "x" / "a.safetensors")["t"], torch.arange(6).view(2, 3).T

@@ -20,13 +20,13 @@ from helpers import call
 from material import KEYS, TINY, tiny, word_corpus, words
 
 from hsa_mini import HSAModel
-from hsa_mini.checkpoint.folder import fingerprint
 from hsa_mini.cli import arguments, entry
 from hsa_mini.cli.report import printable
 from hsa_mini.data import archives
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.evaluation.demo import MIN_HAYSTACK, MIN_TOKENS
 from hsa_mini.evaluation.perplexity import TARGETS
+from hsa_mini.files.whole_folder import fingerprint
 from hsa_mini.paths import data_dir
 from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS
 

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hsa_mini.checkpoint.folder import verified_folder
+from hsa_mini.files.whole_folder import read_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
@@ -240,4 +240,4 @@ def test_a_clone_with_autocrlf_keeps_every_byte_and_loads_its_checkpoints(tmp_pa
     checkpoints = sorted((clone / "data" / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["mini", "mini_moe"]
     for checkpoint in checkpoints:
-        verified_folder(checkpoint, "config.json")
+        read_folder(checkpoint, ["config.json"], dict)

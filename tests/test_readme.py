@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hsa_mini.checkpoint.folder import fingerprint
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, PUBLISHED, read_results
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
+from hsa_mini.files.whole_folder import fingerprint
 from hsa_mini.viz.plots import length_name
 from hsa_mini.viz.results import TITLES
 

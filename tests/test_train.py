@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, HSAModel, provenance
 from hsa_mini.checkpoint.training_state import load_progress
+from hsa_mini.files.whole_file import write_file
 from hsa_mini.model.moe import MoE
-from hsa_mini.paths import data_dir, write_whole
+from hsa_mini.paths import data_dir
 from hsa_mini.training import step as module
 from hsa_mini.training.batches import AHEAD, prefetch
 from hsa_mini.training.cross_batch import ChunkQueue
@@ -456,7 +457,7 @@ if __name__ == "__main__":
         "columns": COLUMNS[1:5],
         "losses": None,
     }
-    write_whole(
+    write_file(
         GOLDEN,
         json.dumps(header, indent=1)
         .replace('"losses": null', f'"losses": [\n  {rows}\n ]')

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hsa_mini.checkpoint.folder import verified_folder, write_folder
+from hsa_mini.checkpoint.tensors import tensor_file
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import read_folder, write_folder
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
@@ -22,7 +24,8 @@ def save_progress(run: Path, step: int, tensors: dict[str, torch.Tensor], progre
     progress: values that JSON can hold. Two states are kept because the newest one may be
     incomplete.
     """
-    write_folder(run / f"step-{step}", {STATE: tensors}, {PROGRESS: json.dumps(progress)})
+    files = {STATE: tensor_file(tensors), PROGRESS: json.dumps(progress).encode()}
+    write_folder(run / f"step-{step}", files, kind={STATE})
     for old in _steps(run)[:-2]:
         shutil.rmtree(old)
 
@@ -31,10 +34,13 @@ def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
     """The newest complete state of a run, as (tensors, progress), or None if there is none."""
     for folder in reversed(_steps(run)):
         try:
-            folder = verified_folder(folder, STATE, PROGRESS)
+            return read_folder(
+                folder,
+                (STATE, PROGRESS),
+                lambda files: (load_file(files[STATE]), read_json(files[PROGRESS])),
+            )
         except ValueError:
             continue
-        return load_file(folder / STATE), json.loads((folder / PROGRESS).read_text())
     return None
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hsa_mini.checkpoint.folder import CONFIG, MANIFEST, read_entries, write_folder
+from hsa_mini.checkpoint.tensors import tensor_file
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import MANIFEST, write_folder
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -50,26 +53,28 @@ def save_weights(
             "weight_map": {name: file for file, shard in files.items() for name in shard},
         }
         texts = {**texts, INDEX: json.dumps(index, indent=1) + "\n"}
-    write_folder(path, files, texts, dtype=dtype)
+    contents = {name: tensor_file(shard, dtype) for name, shard in files.items()}
+    contents |= {name: text.encode() for name, text in texts.items()}
+    write_folder(path, contents, kind={WEIGHTS, INDEX})
 
 
 def load_weights(
-    folder: Path,
+    files: dict[str, Path],
     expected: dict[str, torch.Tensor],
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """The weights of a folder that `verified_folder` returned, by name, on `device` and in `dtype`.
+    """The weights in the verified files of a folder, by name, on `device` and in `dtype`.
 
-    expected: tensors with the names and shapes to find; they may be on the meta device. Raises
-    ValueError if files, index and manifest disagree, or if a name or a shape is not the expected
-    one.
+    files: see `read_folder`. expected: tensors with the names and shapes to find; they may be on
+    the meta device. Raises ValueError if the files and the index disagree, or if a name or a shape
+    is not the expected one.
     """
     try:
-        return dict(_read(folder, expected, device, dtype))
+        return dict(_read(files, expected, device, dtype))
     except SafetensorError as error:
-        raise ValueError(f"path: {folder} cannot be read ({error})") from None
+        raise ValueError(f"path: {files[CONFIG].parent} cannot be read ({error})") from None
 
 
 def _stored_bytes(value: torch.Tensor, dtype: torch.dtype | None) -> int:
@@ -94,12 +99,15 @@ def _split(
 
 
 def _read(
-    folder: Path, expected: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    files: dict[str, Path],
+    expected: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a folder one by one, as (name, tensor), file by file."""
-    misfit = f"path: the weights in {folder} do not fit its {CONFIG}"
-    files = _files_by_name(folder)
-    if different := sorted(files.keys() ^ expected.keys()):
+    misfit = f"path: the weights in {files[CONFIG].parent} do not fit its {CONFIG}"
+    file_of = _files_by_name(files)
+    if different := sorted(file_of.keys() ^ expected.keys()):
         raise ValueError(
             f"{misfit} ({different[0]} is {'missing' if different[0] in expected else 'too many'})"
         )
@@ -113,29 +121,31 @@ def _read(
             )
         return value.to(dtype)
 
-    for file in sorted(set(files.values())):
-        with safe_open(folder / file, framework="pt", device=str(device)) as shard:
+    for file in sorted(set(file_of.values())):
+        with safe_open(files[file], framework="pt", device=str(device)) as shard:
             for name in shard.keys():  # `safe_open` is not a mapping
                 yield name, fitting(name, shard.get_tensor(name))
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
+def _files_by_name(files: dict[str, Path]) -> dict[str, str]:
     """The file that holds each tensor, by the tensor's name.
 
-    Raises ValueError unless manifest, index and files agree.
+    Raises ValueError unless index and files agree.
     """
-    in_manifest = read_entries(folder, MANIFEST)
-    if WEIGHTS not in in_manifest and INDEX not in in_manifest:
+    folder = files[CONFIG].parent
+    if WEIGHTS not in files and INDEX not in files:
         raise ValueError(
             f"path: {folder / MANIFEST} does not name {WEIGHTS} or {INDEX}; "
             "accepted is a whole checkpoint"
         )
     found: dict[str, str] = {}
-    for file in sorted(name for name in in_manifest if name.endswith(".safetensors")):
-        with safe_open(folder / file, framework="pt") as shard:
+    for file in sorted(name for name in files if name.endswith(".safetensors")):
+        with safe_open(files[file], framework="pt") as shard:
             found |= dict.fromkeys(shard.keys(), file)
-    if INDEX in in_manifest:
-        indexed = read_entries(folder, INDEX, "weight_map")
+    if INDEX in files:
+        indexed = read_json(files[INDEX]).get("weight_map")
+        if not isinstance(indexed, dict):
+            raise ValueError(f"path: {files[INDEX]} has no weight_map; accepted is an index")
     else:
         indexed = dict.fromkeys(found, WEIGHTS)
     for name in sorted(found.keys() | indexed.keys()):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from hsa_mini.paths import check_writable, data_dir
+from hsa_mini.files.whole_file import check_writable
+from hsa_mini.paths import data_dir
 
 # Limits of other packages. The parser cannot import those, because they load torch; a test checks
 # that the numbers are the same.

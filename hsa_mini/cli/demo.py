@@ -18,7 +18,7 @@ from hsa_mini.cli.arguments import (
 from hsa_mini.cli.models import check_length, read_model
 from hsa_mini.cli.report import printable, report, write_json
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import check_writable
+from hsa_mini.files.whole_file import check_writable
 
 
 def add_parser(commands) -> argparse.ArgumentParser:

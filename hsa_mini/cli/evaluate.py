@@ -67,9 +67,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.checkpoint.folder import fingerprint
     from hsa_mini.evaluation.results import LENGTHS
     from hsa_mini.evaluation.runner import evaluate, evaluate_side_by_side
+    from hsa_mini.files.whole_folder import fingerprint
     from hsa_mini.provenance import write_results
 
     lengths = arguments.lengths or LENGTHS

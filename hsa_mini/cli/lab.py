@@ -12,7 +12,8 @@ from hsa_mini.cli.arguments import (
     choose_device,
     integer,
 )
-from hsa_mini.paths import check_writable, data_dir
+from hsa_mini.files.whole_file import check_writable
+from hsa_mini.paths import data_dir
 
 
 def add_parser(commands) -> argparse.ArgumentParser:

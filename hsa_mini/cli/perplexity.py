@@ -50,8 +50,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.checkpoint.folder import fingerprint
     from hsa_mini.evaluation.perplexity import LENGTHS, measure_perplexity
+    from hsa_mini.files.whole_folder import fingerprint
     from hsa_mini.provenance import write_results
 
     path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")

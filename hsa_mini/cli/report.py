@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
 
 def report(finding) -> str:
@@ -50,4 +50,4 @@ def write_json(target: str | None, result: dict) -> None:
     if target == "-":
         sys.stdout.write(text)
     elif target is not None:
-        write_whole(Path(target), text.encode())
+        write_file(Path(target), text.encode())

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, MAX_STEPS, add_device, choose_device, integer
-from hsa_mini.paths import check_writable
+from hsa_mini.files.whole_file import check_writable
 
 
 def add_parser(commands) -> argparse.ArgumentParser:

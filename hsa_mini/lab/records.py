@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hsa_mini.files.whole_file import write_file
 from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.scales import SCALES
-from hsa_mini.paths import write_whole
 
 RunKey = tuple[str, int]  # name of the arm, seed
 
@@ -42,7 +42,7 @@ def append_record(path: Path, record: dict) -> None:
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        write_whole(path, (path.read_bytes() if path.exists() else b"") + line)
+        write_file(path, (path.read_bytes() if path.exists() else b"") + line)
 
 
 @contextmanager

@@ -23,8 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.functional import pad
 
-from hsa_mini.checkpoint.folder import verified_folder, write_folder
+from hsa_mini.checkpoint.tensors import tensor_file
 from hsa_mini.config import HSAConfig
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import read_folder, write_folder
 from hsa_mini.memory.chunk_store import ChunkStore
 from hsa_mini.memory.rolling_cache import RollingKVCache
 
@@ -231,9 +233,8 @@ class ChunkMemory:
             tensors |= {name: query for name, query in queries.items() if query is not None}
         padding = [] if equal else [position - length for length in self.lengths]
         read = json.dumps({"position": position, "padding": padding}) + "\n"
-        write_folder(
-            Path(path), {TENSORS: tensors}, {CONFIG: self.config.to_json(), POSITION: read}
-        )
+        files = {CONFIG: self.config.to_json().encode(), POSITION: read.encode()}
+        write_folder(Path(path), files | {TENSORS: tensor_file(tensors)}, kind={TENSORS})
 
     @classmethod
     def load(
@@ -245,21 +246,23 @@ class ChunkMemory:
         On the CPU its chunks are mapped from the file, and read when they are needed. Raises
         ValueError for a folder that is missing, incomplete or altered.
         """
-        folder = verified_folder(Path(path), TENSORS, CONFIG, POSITION)
-        try:
-            config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-            memory = cls(config, offload=offload)
-            kv_place = "cpu" if offload else device
-            with safe_open(folder / TENSORS, framework="pt") as file:
+        kv_place = "cpu" if offload else device
+
+        def read(files: dict[str, Path]) -> ChunkMemory:
+            memory = cls(HSAConfig.from_dict(read_json(files[CONFIG])), offload=offload)
+            with safe_open(files[TENSORS], framework="pt") as file:
                 tensors = {
                     name: file.get_tensor(name).to(kv_place if name in ("k", "v") else device)
                     for name in file.keys()  # noqa: SIM118 (a file is no dictionary)
                 }
-            read = json.loads((folder / POSITION).read_text(encoding="utf-8"))
-            memory._fill(tensors, int(read["position"]), tuple(read["padding"]))
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"path: {folder} cannot be read ({error})") from None
-        return memory
+            lengths = read_json(files[POSITION])
+            memory._fill(tensors, int(lengths["position"]), tuple(lengths["padding"]))
+            return memory
+
+        try:
+            return read_folder(Path(path), (TENSORS, CONFIG, POSITION), read)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"path: {path} cannot be read ({error})") from None
 
     def _fill(
         self, tensors: dict[str, torch.Tensor], position: int, padding: tuple[int, ...]

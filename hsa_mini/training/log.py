@@ -5,7 +5,7 @@ import io
 import math
 from pathlib import Path
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
 # The columns of the file for the fields of `StepFigures`, in order. `imbalance` is
 # `max_over_mean_load`.
@@ -25,7 +25,7 @@ class Log:
         kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[0]) <= start]
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *kept])
-        write_whole(path, text.getvalue().encode())
+        write_file(path, text.getvalue().encode())
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
 
