@@ -37,10 +37,14 @@ class Picture:
 
 @dataclass
 class Change:
-    """Names that change in one step: to a file or a folder, or to nothing."""
+    """Names that change in one step, to a file or a folder or to nothing.
+
+    A rename from one folder to another is one step, so that it is durable as soon as one of the two
+    folders was synced.
+    """
 
     names: dict[Name, Inode | None]
-    unsynced: set[Inode]  # folders
+    synced: bool = False
 
 
 @dataclass
@@ -97,19 +101,19 @@ class Recorder:
         if inode in self._versions:
             del self._versions[inode][:-1]
         for change in self._pending:
-            change.unsynced.discard(inode)
+            change.synced |= any(folder == inode for folder, _ in change.names)
         self._settle()
         self._keep("sync")
 
     def _settle(self) -> None:
-        """Changes whose folders were all synced, and that nothing uncertain precedes, are certain."""
+        """A synced change is certain if nothing uncertain precedes it."""
         waiting: list[Change] = []
         for change in self._pending:
             names = {name for earlier in waiting for name in earlier.names}
-            if change.unsynced or names & change.names.keys():
-                waiting.append(change)
-            else:
+            if change.synced and not names & change.names.keys():
                 _apply(self._durable, change)
+            else:
+                waiting.append(change)
         self._pending = waiting
 
     def _note(self, call: str, done: bool) -> None:
@@ -129,7 +133,7 @@ class Recorder:
         one_step = call in RENAMES and done
         groups = [changed] if one_step else [{name: inode} for name, inode in changed.items()]
         for names in filter(None, groups):
-            self._pending.append(Change(names, {folder for folder, _ in names}))
+            self._pending.append(Change(names))
         self._last = now
         self._keep(f"{call}{'' if done else ' is called'}")
 
@@ -137,7 +141,7 @@ class Recorder:
         contents = {inode: _may_hold(versions) for inode, versions in self._versions.items()}
         for link in self._last.links:
             contents[link] = contents[link][-1:]
-        pending = [Change(dict(c.names), set(c.unsynced)) for c in self._pending]
+        pending = [Change(dict(c.names), c.synced) for c in self._pending]
         durable = {inode: dict(names) for inode, names in self._durable.items()}
         moment = Moment(call, durable, pending, contents, set(self._last.links))
         if not self.moments or moment.differs(self.moments[-1]):

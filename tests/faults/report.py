@@ -26,12 +26,12 @@ class Report:
         """Note a case that did not hold."""
         self.faults.append((subject, " ".join(what.split())[:400]))
 
-    def row(self) -> str:
+    def row(self, seconds: float) -> str:
         """One line of the table of all attacks."""
+        numbers = f"{self.tried:>8,}{len(self.faults):>8,}{seconds:>9.0f}"
         if self.skipped:
-            return f"{self.name:<14}{'-':>8}{'-':>8}  skipped: {self.skipped}"
-        verdict = "held" if not self.faults else "DID NOT HOLD"
-        return f"{self.name:<14}{self.tried:>8,}{len(self.faults):>8,}  {verdict}"
+            return f"{self.name:<14}{numbers}  skipped: {self.skipped}"
+        return f"{self.name:<14}{numbers}  {'DID NOT HOLD' if self.faults else 'held'}"
 
     def examples(self) -> list[str]:
         """A few faults of every subject, and how many there are."""

@@ -23,6 +23,8 @@ from hsa_mini.checkpoint.training_state import load_progress, save_progress
 from hsa_mini.cli.report import write_json
 from hsa_mini.data import archives, tokenizer
 from hsa_mini.data.corpus import SPLITS, load_corpus
+from hsa_mini.files import whole_folder
+from hsa_mini.files.whole_folder import MANIFEST, read_folder, write_folder
 from hsa_mini.lab.records import append_record, read_records
 from hsa_mini.provenance import write_results
 from hsa_mini.training.mixture import Mixture
@@ -117,6 +119,33 @@ def _read_state(folder: Path) -> int | None:
     tensors, progress = found
     assert (tensors["x"] == progress["step"]).all(), "mixed"
     return progress["step"]
+
+
+FILES = ("a.bin", "b.txt")
+
+
+def _save_folder(folder: Path, version: int) -> None:
+    """Two files, and one that only this version has."""
+    files = {name: f"{version}".encode() * 300 for name in (*FILES, f"{version}.txt")}
+    write_folder(folder / "any", files, kind={FILES[0]})
+
+
+def _save_folder_in_place(folder: Path, version: int) -> None:
+    """As on a mount point, whose name cannot be exchanged."""
+    with mock.patch.object(whole_folder, "may_rename", lambda path: False):
+        _save_folder(folder, version)
+
+
+def _read_folder(folder: Path) -> int | None:
+    if not (folder / "any" / MANIFEST).exists():
+        return None
+
+    def read(files: dict[str, Path]) -> int:
+        (version,) = {file.read_text()[0] for file in files.values()}
+        assert files.keys() == {*FILES, f"{version}.txt"}, "mixed"
+        return int(version)
+
+    return read_folder(folder / "any", FILES, read)
 
 
 def _read_json(path: Path, key: str = "version") -> int | None:
@@ -244,6 +273,8 @@ def tiny_preset() -> Iterator[None]:
 
 
 WRITERS = [
+    Writer("folder", _save_folder, _read_folder),
+    Writer("folder in place", _save_folder_in_place, _read_folder),
     Writer("weights", _save_model, _read_model),
     Writer("weights in shards", functools.partial(_save_model, shard_bytes=SHARD_BYTES), _read_model),
     Writer("memory", _save_memory, _read_memory),
