@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from hsa_mini.cli.arguments import MAX_SEED, Parser, check_choices, integer
+from hsa_mini.cli.arguments import MAX_SEED, Parser, check_choices, integer  # noqa: E402
 
 # Cases of the long and of the quick form: states of every writer, calls of every writer, and the
 # number of kills, corruptions and fuzzed calls.
 COUNTS = {
-    "power_loss": (2000, 40),
-    "crash_points": (1000, 3),
+    "power_loss": (2000, 20),
+    "crash_points": (1000, 2),
     "kills": (1000, 12),
     "corruption": (2000, 60),
     "fuzz": (10_000, 60),

@@ -1,7 +1,6 @@
 """Random command lines and calls of the package, from a grammar of nasty values."""
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +24,9 @@ GOOD_PERCENT = 80  # of the values
 INTEGERS = (-(1 << 70), -1, 0, 1, 2, 3, 63, 64, 65, 4096, 10**6, 10**9, (1 << 32), 10**30)
 NUMBERS = (-1.0, -0.0, 0.0, 1e-300, 0.5, 1.0, 1.0000001, 1e300, float("inf"), float("nan"))
 WORDS = (
-    "", " ", "-", "--", "-1", "0", "1", "x", "nan", "inf", "-inf", "1e9", "0x10", "1_000", "9" * 5000,
-    "٣", "\N{GRINNING FACE}", "\x1b[31mred", "\x1b]0;title\x07", "a\nb", "\u202e", "x" * 300, "%s",
-    "auto", "cpu", "cuda", "cuda:99", "meta", "../..", "~", "~nobody/x", "\udcff",
+    "", " ", "-", "--", "-1", "0", "1", "x", "nan", "inf", "-inf", "1e9", "0x10", "1_000",
+    "9" * 5000, "٣", "\N{GRINNING FACE}", "\x1b[31mred", "\x1b]0;title\x07", "a\nb", "\u202e",
+    "x" * 300, "%s", "auto", "cpu", "cuda", "cuda:99", "meta", "../..", "~", "~nobody/x", "\udcff",
 )  # fmt: skip
 PATHS = (
     "new.json", "new/deep/x.json", "out.json", "good.txt", "short.txt", "empty.txt", "latin.txt",
@@ -173,7 +172,7 @@ def _api(rng: random.Random) -> Call:
     number = rng.choice(NUMBERS)
     field = rng.choice(dataclasses.fields(HSAConfig)).name
     value = rng.choice([integer, number, True, None, "x", [], {}, [1]])
-    text = json.dumps(dataclasses.asdict(PRESETS["debug"]) | {field: value})
+    fields = dataclasses.asdict(PRESETS["debug"]) | {field: value}
     task = rng.choice(list(TASKS))
     option = rng.choice(("max_new_tokens", "temperature", "top_k", "top_p", "seed", "segment"))
     setting = number if option in ("temperature", "top_p") else integer
@@ -184,7 +183,7 @@ def _api(rng: random.Random) -> Call:
     border = rng.random() < 0.5
     shard = _integer(rng)
     calls: dict[str, tuple[tuple, Callable[[], object]]] = {
-        "HSAConfig.from_json": ((field, value), lambda: _config(text)),
+        "HSAConfig.from_dict": ((field, value), lambda: _config(fields)),
         "from_pretrained": ((path,), lambda: HSAModel.from_pretrained(path) and None),
         "save_pretrained": (
             (path, shard),
@@ -198,7 +197,7 @@ def _api(rng: random.Random) -> Call:
         "append_record": ((path,), lambda: append_record(Path(path), {"arm": "a"})),
         "read_results": ((path,), lambda: read_results(Path(path)) and None),
         "write_results": ((path,), lambda: write_results(Path(path), torch.device("cpu"), x=1)),
-        "load_text": ((path,), lambda: load_text(path) and None),
+        "load_text": ((path,), lambda: load_text(path, max_tokens=1000) and None),
         "load_ranks": ((path,), lambda: tokenizer.load_ranks.__wrapped__(Path(path)) and None),
         "save_ranks": ((path,), lambda: tokenizer.save_ranks({b"a": 0}, Path(path))),
         "estimate_cost": ((integer,), lambda: estimate_cost("nano", integer) and None),
@@ -208,18 +207,14 @@ def _api(rng: random.Random) -> Call:
     name = rng.choice(list(calls))
     words, work = calls[name]
     reads_pipe = path in ENDLESS and name == "load_text"
-    long = reads_pipe or (name in ("generate", "place") and _large(*settings.values(), *sizes.values()))
+    numbers = {"generate": settings, "place": sizes}.get(name, {}).values()
+    long = reads_pipe or any(value > 5000 for value in numbers)
     return Call(name, words, work, (path,), long=long)
 
 
-def _large(*values: float) -> bool:
-    return any(value > 5000 for value in values)
-
-
-def _config(text: str) -> None:
-    """Read a configuration and count its model, which is not made."""
-    config = HSAConfig.from_json(text)
-    estimate_cost(config, 100)
+def _config(fields: dict) -> None:
+    """Check a configuration and count its model, which is not made."""
+    estimate_cost(HSAConfig.from_dict(fields), 100)
 
 
 def _generate(options: dict) -> None:

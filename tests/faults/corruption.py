@@ -45,6 +45,9 @@ NASTY = (
     None, True, False, "x", "", "false", -1, 0, 1, 2, 3, 10**9, 10**30, 1.5, 1e-300, float("nan"),
     float("inf"), [], [1], {}, {"x": 1}, "\x1b[2J", "../x", "x" * 5000,
 )  # fmt: skip
+TEXTS = (
+    "", "text", "[]", "{}", "null", "3", "\0" * 99, "\ufeff{}", "[" * 100_000, '{"a":' * 50_000,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +178,9 @@ def attack(count: int, seed: int, progress: Progress, only: Sequence[str] = ()) 
     with tiny_preset():
         for i, subject in enumerate(chosen):
             share = count // len(chosen) + (i < count % len(chosen))
-            _corrupt_often(subject, share, random.Random(f"{seed} {subject.name}"), report, progress)
+            _corrupt_often(
+                subject, share, random.Random(f"{seed} {subject.name}"), report, progress
+            )
     return report
 
 
@@ -218,7 +223,9 @@ def _verdict(outcome: Outcome, want: object, damage: Damage, unchecked) -> str |
         said = "the standard library of this Python serves" in outcome.errors
         untold = damage.resealed or said or set(damage.files) <= set(unchecked)
         return None if untold or outcome.value == want else "read as if nothing were wrong"
-    if outcome.kind != "raised" or not isinstance(outcome.value, ValueError | OSError | MemoryError):
+    if outcome.kind != "raised" or not isinstance(
+        outcome.value, ValueError | OSError | MemoryError
+    ):
         return str(outcome)
     message = str(outcome.value)
     if len(message) > 1000 or "\x1b" in message:
@@ -277,8 +284,7 @@ def _delete(path: Path, rng: random.Random) -> Damage:
 
 
 def _other_text(path: Path, rng: random.Random) -> Damage:
-    texts = ("", "text", "[]", "{}", "null", "3", "[" * 100_000, '{"a":' * 50_000, "\ufeff{}", "\0" * 99)
-    text = rng.choice(texts)
+    text = rng.choice(TEXTS)
     path.write_text(text)
     return Damage(f"the text {text[:9]!r}", (path.name,))
 

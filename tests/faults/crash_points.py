@@ -21,13 +21,19 @@ ENDS = ("end", "ENOSPC", "EIO")  # of the process, or the error with which the c
 DEAD = 9  # exit status of a process that ends at a call
 
 
-def attack(count: int, seed: int, progress: Progress, writers: Sequence[Writer] = WRITERS) -> Report:
-    """At most `count` calls of every writer, new and replaced, with each of the three ends."""
+def attack(
+    count: int,
+    seed: int,
+    progress: Progress,
+    writers: Sequence[Writer] = WRITERS,
+    ends: Sequence[str] = ENDS,
+) -> Report:
+    """At most `count` calls of every writer, new and replaced, with each of the ends."""
     report = Report("crash_points")
     with tiny_preset():
         for writer in writers:
             for old in (None, 1) if writer.replaces else (None,):
-                for end in ENDS:
+                for end in ends:
                     _crash(writer, old, end, count, seed, report)
                     progress(1)
     return report

@@ -263,7 +263,10 @@ def _drawn(before: list[list[int]], rng: random.Random) -> tuple[bool, ...]:
     return tuple(kept)
 
 
-def _tree(top: Inode, prefix: str, folders, held, links) -> Iterator[tuple[str, bytes | str | None]]:
+def _tree(
+    top: Inode, prefix: str, folders, held, links
+) -> Iterator[tuple[str, bytes | str | None]]:
+    """Path and content of everything below a folder."""
     for name, inode in sorted(folders.get(top, {}).items()):
         if inode in folders:
             yield prefix + name, None

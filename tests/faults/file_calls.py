@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 # Functions of the operating system, methods of files and arrays, and the writer of safetensors.
 SYSTEM = set(
-    "open write writev pwrite fsync fdatasync rename replace unlink remove mkdir rmdir chmod fchmod "
-    "chown fchown lchown link symlink truncate ftruncate posix_fallocate sendfile copy_file_range "
-    "utime setxattr".split()
+    "open write writev pwrite fsync fdatasync rename replace unlink remove mkdir rmdir chmod "
+    "fchmod chown fchown lchown link symlink truncate ftruncate posix_fallocate sendfile "
+    "copy_file_range utime setxattr".split()
 )
 OF_FILES = {"write", "writelines", "flush", "truncate", "close"}
 ELSEWHERE = {"serialize_file", "tofile", "writerow", "writerows"}
@@ -33,7 +33,9 @@ def watched(watcher: Watcher) -> Iterator[None]:
         if event in ("c_call", "c_return", "c_exception"):
             if _changes_files(subject):
                 watcher(subject.__name__, event != "c_call")
-        elif frame.f_code.co_name in OURS and frame.f_globals.get("__package__") == "hsa_mini.files":
+        elif (
+            frame.f_code.co_name in OURS and frame.f_globals.get("__package__") == "hsa_mini.files"
+        ):
             watcher(frame.f_code.co_name, event == "return")
 
     sys.setprofile(profile)

@@ -80,7 +80,7 @@ def _misbehaves(call: Call, world: World) -> str | None:
     if changed := sandbox.changed_devices():
         sandbox.make_devices()
         return f"a device was changed: {', '.join(changed)}"
-    given = {os.path.realpath(path) for path in call.paths}
+    given = {os.path.realpath(path) for path in call.paths if "\0" not in path}
     for name in world.changed():
         if what := world.wrong(name, given):
             return what

@@ -36,7 +36,7 @@ from hsa_mini import cli
 from hsa_mini.checkpoint.training_state import load_progress
 from hsa_mini.data.corpus import SPLITS
 from hsa_mini.evaluation import runner
-from hsa_mini.training import trainer
+from hsa_mini.training import run, trainer
 
 SECONDS = 120  # for a run that nobody disturbs
 MAX_KILLS = 4  # of one run, before it may finish
@@ -161,8 +161,8 @@ class Training:
 
     def run(self, folder: Path) -> int:
         step = trainer.Trainer.train_step
-        save = trainer.save_progress
-        own = trainer.train
+        save = run.save_progress
+        own = run.train
         first = [True]
 
         def counted_step(self_, *arguments):
@@ -172,15 +172,15 @@ class Training:
             self.started.value = self_.step + 1
             return step(self_, *arguments)
 
-        def counted_save(run, number, *arguments, **options):
-            save(run, number, *arguments, **options)
+        def counted_save(folder, number, *arguments, **options):
+            save(folder, number, *arguments, **options)
             self.saved.value = number
 
         options = {"checkpoint_seconds": 0.0, "log_every": 1}
         with (
             mock.patch.object(trainer.Trainer, "train_step", counted_step),
-            mock.patch.object(trainer, "save_progress", counted_save),
-            mock.patch.object(trainer, "train", functools.partial(own, **options)),
+            mock.patch.object(run, "save_progress", counted_save),
+            mock.patch.object(run, "train", functools.partial(own, **options)),
         ):
             words = ["train", "tiny", "--run", str(folder / "run"), "--steps", str(STEPS)]
             return cli.main([*words, "--device", "cpu"])
@@ -288,4 +288,3 @@ class Rewriting:
             return f"version {self.written.value} was written, {found} is found"
         self.written.value = found
         return None
-

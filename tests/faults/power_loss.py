@@ -13,7 +13,9 @@ from faults.writers import WRITERS, Writer, tiny_preset
 SECONDS = 900  # for all states of one writer
 
 
-def attack(count: int, seed: int, progress: Progress, writers: Sequence[Writer] = WRITERS) -> Report:
+def attack(
+    count: int, seed: int, progress: Progress, writers: Sequence[Writer] = WRITERS
+) -> Report:
     """At most `count` states of every writer, new and replaced."""
     report = Report("power_loss")
     with tiny_preset():

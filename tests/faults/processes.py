@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 GRACE = 10.0  # seconds in which an interrupted child has to end
@@ -38,7 +39,9 @@ class Outcome:
     signalled: bool = False
 
     def __str__(self) -> str:
-        value = f"{type(self.value).__name__}: {self.value}" if self.kind == "raised" else self.value
+        value = (
+            f"{type(self.value).__name__}: {self.value}" if self.kind == "raised" else self.value
+        )
         return f"{self.kind} {value} {self.errors.strip()[-300:]}"
 
 
@@ -54,7 +57,8 @@ def in_child(
     """Call `work` in a forked child, which is killed after `seconds`.
 
     interrupt: it gets SIGINT first, and `GRACE` seconds. kill_after: send the signal `kill_with`
-    this many seconds after the call began, if it is still running. limited: it may take `MEMORY` bytes.
+    this many seconds after the call began, if it is still running. limited: it may take `MEMORY`
+    bytes more than this process.
     """
     reader, writer = os.pipe()
     output, errors = (os.memfd_create(name) for name in ("output", "errors"))
@@ -113,11 +117,13 @@ def _be_child(
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else 0)
         os.dup2(output, 1)
         os.dup2(errors, 2)
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)
+        sys.stdout, sys.stderr = (
+            os.fdopen(handle, "w", encoding="utf-8", errors="replace", closefd=False, buffering=1)
+            for handle in (1, 2)
+        )
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         if limited:
-            used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         said = _call(work, writer)
         sys.stdout.flush()

@@ -95,7 +95,9 @@ def changed_devices() -> list[str]:
         except FileNotFoundError:
             changed.append(name)
             continue
-        device = stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, NODES.get(name, 0))
+        device = stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(
+            1, NODES.get(name, 0)
+        )
         link = stat.S_ISLNK(status.st_mode)
         if not (device if name in NODES else link):
             changed.append(name)

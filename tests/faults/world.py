@@ -119,7 +119,9 @@ class World:
         """The paths that are new, gone or other than before."""
         now = self.look()
         return sorted(
-            name for name in self.before.keys() | now.keys() if self.before.get(name) != now.get(name)
+            name
+            for name in self.before.keys() | now.keys()
+            if self.before.get(name) != now.get(name)
         )
 
     def wrong(self, name: str, given: set[str]) -> str | None:

@@ -6,7 +6,6 @@ it finds, or None if there is none. What it raises, and what is no version, is a
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -16,19 +15,20 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-from material import TINY, small_archives, tiny, word_corpus
+from material import TINY, pinned, small_archives, tiny, word_corpus
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
 from hsa_mini.cli.report import write_json
-from hsa_mini.data import archives, tokenizer
+from hsa_mini.data import tokenizer
 from hsa_mini.data.corpus import SPLITS, load_corpus
 from hsa_mini.files import whole_folder
-from hsa_mini.files.whole_folder import MANIFEST, read_folder, write_folder
+from hsa_mini.files.whole_folder import MANIFEST, fingerprint, read_folder, write_folder
 from hsa_mini.lab.records import append_record, read_records
 from hsa_mini.provenance import write_results
 from hsa_mini.training.mixture import Mixture
 from hsa_mini.training.recipes import RECIPES, Recipe, Stage
+from hsa_mini.training.run import train
 
 SMALL = dict(vocab_size=64, width=8, mlp_width=8, head_dim=4, hsa_head_dim=4, retrieval_dim=4)
 STEPS = 6  # of the run that is trained
@@ -75,10 +75,15 @@ def _save_model(folder: Path, version: int, **options) -> None:
     _model(version).save_pretrained(folder / "model", **options)
 
 
+def _save_shards(folder: Path, version: int) -> None:
+    _save_model(folder, version, shard_bytes=SHARD_BYTES)
+
+
 def _read_model(folder: Path) -> int | None:
     if not (folder / "model").exists():
         return None
     model = HSAModel.from_pretrained(folder / "model")
+    assert len(fingerprint(folder / "model")) == 64
     version = int(model.embedding.weight[0, 0])
     want = _model(version).state_dict()
     assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items()), "mixed"
@@ -189,12 +194,16 @@ def _read_ranks(folder: Path) -> int | None:
     return len(tokenizer.load_ranks.__wrapped__(folder / "ranks.tiktoken")) - 256
 
 
-def train_until(folder: Path, version: int, **options) -> HSAModel:
+def train_until(folder: Path, version: int) -> HSAModel:
     """Train the run in `folder` until `version` steps are done and saved."""
-    from hsa_mini.training.trainer import train
-
-    options = {"log_every": 1, "steps": STEPS, "stop_after": version} | options
-    return train("tiny", run=folder / "run", device=CPU, **options)
+    return train(
+        "tiny",
+        run=folder / "run",
+        device=CPU,
+        steps=STEPS,
+        log_every=1,
+        stop=lambda step: step == version,
+    )
 
 
 def read_run(folder: Path) -> int | None:
@@ -203,8 +212,8 @@ def read_run(folder: Path) -> int | None:
     if found is None:
         return None
     step = found[1]["step"]
-    rows = (folder / "run" / "log.csv").read_text().split("\n")[1:]
-    logged = [int(row.split(",")[0]) for row in rows if row]
+    rows = (folder / "run" / "log.csv").read_text().split("\n")[1:-1]
+    logged = [int(row.split(",")[0]) for row in rows]
     assert logged[:step] == list(range(1, step + 1)), f"log of {logged} for a state of {step}"
     return step
 
@@ -247,16 +256,17 @@ def archives_in(folder: Path) -> Iterator[None]:
     """The small archives in the cache `folder` pass for the real ones."""
     if not (folder / "archives").exists():
         put_archives(folder)
-    pinned = tuple(
-        (name, file, hashlib.sha256(_archives()[file]).hexdigest())
-        for name, file, _ in archives.ARCHIVES
-    )
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, HSA_MINI_CACHE=str(folder)))
-        stack.enter_context(mock.patch.object(archives, "ARCHIVES", pinned))
+        for module in ("hsa_mini.data.archives", "hsa_mini.data.documents"):
+            stack.enter_context(mock.patch(f"{module}.ARCHIVES", pinned(_archives().values())))
         yield
 
 
+READ_CORPUS = (
+    "data.corpus", "evaluation.perplexity", "evaluation.runner", "evaluation.unfinished",
+    "lab.measure", "lab.run", "training.mixture", "training.run",
+)  # fmt: skip
 TRAINED = Recipe((Stage(steps=STEPS, batch=1, tokens=64, mixture=Mixture(min_copy=8)),))
 
 
@@ -266,7 +276,7 @@ def tiny_preset() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(PRESETS, tiny=TINY))
         stack.enter_context(mock.patch.dict(RECIPES, tiny=TRAINED))
-        for module in ("training.mixture", "data.corpus", "evaluation.runner"):
+        for module in READ_CORPUS:
             name = f"hsa_mini.{module}.load_corpus"
             stack.enter_context(mock.patch(name, functools.cache(word_corpus)))
         yield
@@ -276,7 +286,7 @@ WRITERS = [
     Writer("folder", _save_folder, _read_folder),
     Writer("folder in place", _save_folder_in_place, _read_folder),
     Writer("weights", _save_model, _read_model),
-    Writer("weights in shards", functools.partial(_save_model, shard_bytes=SHARD_BYTES), _read_model),
+    Writer("weights in shards", _save_shards, _read_model),
     Writer("memory", _save_memory, _read_memory),
     Writer("training state", _save_state, _read_state),
     Writer(
