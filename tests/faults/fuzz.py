@@ -101,9 +101,9 @@ def _with_input(work: Callable[[], object]) -> Callable[[], object]:
 
 
 def _ended_badly(outcome: Outcome, call: Call) -> str | None:
-    if "\x1b" in outcome.errors:
-        return f"an escape sequence: {outcome.errors[-200:]!r}"
     if call.command:
+        if "\x1b" in outcome.errors:
+            return f"an escape sequence: {outcome.errors[-200:]!r}"
         if outcome.kind not in ("returned", "exited") or outcome.value not in (0, 2, 130):
             return str(outcome)
         last = (outcome.errors.splitlines() or [""])[-1]

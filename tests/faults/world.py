@@ -166,13 +166,16 @@ def _half_written(path: Path) -> str | None:
         return None
     if content.startswith(b"\x89PNG"):
         return None if content.endswith(b"IEND\xaeB`\x82") else f"{path} is half a picture"
-    if content.startswith(b"{"):
-        try:
-            for line in content.splitlines() if path.suffix == ".jsonl" else [content]:
-                json.loads(line)
-        except ValueError:
-            return f"{path} is half a JSON file"
+    if content.startswith(b"{") and not (_is_json([content]) or _is_json(content.splitlines())):
+        return f"{path} is half a JSON file"
     return None if content or path.name == ".lock" else f"{path} is empty"
+
+
+def _is_json(texts: list[bytes]) -> bool:
+    try:
+        return all(isinstance(json.loads(text), dict) for text in texts)
+    except ValueError:
+        return False
 
 
 _RANKS = data_dir() / RANKS_FILE
