@@ -15,6 +15,7 @@ from pathlib import Path
 import tiktoken
 
 from hsa_mini.files.reading import read_bytes
+from hsa_mini.files.whole_file import write_file
 from hsa_mini.paths import RANKS_FILE, data_dir
 
 PATTERN = (
@@ -52,7 +53,7 @@ def save_ranks(ranks: dict[bytes, int], path: Path) -> None:
         f"{base64.b64encode(token).decode()} {rank}\n"
         for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])
     )
-    path.write_text("".join(lines), encoding="ascii")
+    write_file(path, "".join(lines).encode("ascii"))
 
 
 @functools.cache

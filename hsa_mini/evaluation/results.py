@@ -2,7 +2,6 @@
 published numbers.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,15 +57,22 @@ def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]
     """Rows, control rows and the hardware, from a file that `python -m hsa_mini eval` wrote.
 
     If NAME_far.json lies beside `path` (NAME.json), its rows, for further lengths, are added.
+    Raises ValueError, which names the file, for a file that holds no results.
     """
     paths = [path]
     far = path.with_name(f"{path.stem}_far.json")
     if far.is_file():
         paths.append(far)
-    results = [json.loads(p.read_text()) for p in paths]
-    rows = [RetrievalRow(**row) for result in results for row in result["rows"]]
-    controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
-    hardware = " and ".join(sorted({result["hardware"] for result in results}))
+    results = [read_json(p) for p in paths]
+    try:
+        rows = [RetrievalRow(**row) for result in results for row in result["rows"]]
+        controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
+        hardware = " and ".join(sorted({result["hardware"] for result in results}))
+    except (KeyError, TypeError):
+        names = " or ".join(map(str, paths))
+        raise ValueError(
+            f"path: {names} holds other rows, accepted is a file that `eval` wrote"
+        ) from None
     return rows, controls, hardware
 
 

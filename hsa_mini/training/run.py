@@ -220,8 +220,13 @@ def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tu
         return HEADER, 0.0
     tensors, progress = state
     _check_settings(run, progress.get("settings"), settings)
-    check_progress(progress, steps=trainer.recipe.steps)
-    trainer.load_state_dict(tensors, step=progress["step"])
+    try:
+        check_progress(progress, steps=trainer.recipe.steps)
+        trainer.load_state_dict(tensors, step=progress["step"])
+    except ValueError as error:
+        raise ValueError(
+            f"run: the newest state in {run} does not fit ({error}); accepted is --restart"
+        ) from None
     text = _rows_until(run, trainer.step)
     clear_up(run, trainer.step)
     return text, progress["seconds"]

@@ -264,8 +264,8 @@ def archives_in(folder: Path) -> Iterator[None]:
 
 
 READ_CORPUS = (
-    "data.corpus", "evaluation.perplexity", "evaluation.runner", "evaluation.unfinished",
-    "lab.measure", "lab.run", "training.mixture", "training.run",
+    "data.corpus", "evaluation.perplexity", "evaluation.runner", "lab.measure",
+    "lab.run", "training.mixture", "training.run",
 )  # fmt: skip
 TRAINED = Recipe((Stage(steps=STEPS, batch=1, tokens=64, mixture=Mixture(min_copy=8)),))
 
