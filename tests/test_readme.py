@@ -351,7 +351,10 @@ def test_the_python_of_readme_runs(capsys, monkeypatch, tmp_path):
         exec(compile(code, "README.md", "exec"), names)
 
 
-@pytest.mark.parametrize("path", [README, KERNELS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+
+
+@pytest.mark.parametrize("path", [README, KERNELS, *map(ROOT.joinpath, DOCUMENTS)])
 def test_links_lead_to_files(path):
     targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     files = [target for target in targets if "://" not in target]
