@@ -407,7 +407,7 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
             f"distractors: got {MAX_DISTRACTORS + 1}, accepted is 0",
         ),
         (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
-        (dict(depths=(2.0,)), "depth: got 2.0, accepted is 0 to 1"),
+        (dict(depths=(2.0,)), "depth: got 2.0, accepted is a number from 0 to 1"),
     ],
 )
 def test_wrong_arguments(short, options, message):
