@@ -44,13 +44,20 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit of this checkout, with "+changes" if files were edited since.
 
-    The environment variable `HSA_MINI_COMMIT` overrides it. It is "unknown" without git.
+    The environment variable `HSA_MINI_COMMIT` overrides it. It is "unknown" without git, and if
+    this package does not lie at the top of a repository: one further up belongs to another project.
     """
     root = Path(__file__).resolve().parent.parent
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+            ["git", f"--git-dir={root / '.git'}", *words],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:

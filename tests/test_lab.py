@@ -16,6 +16,7 @@ from helpers import assert_close, error, random, random_choice, results
 from material import word_corpus, word_tokens
 
 from hsa_mini import ChunkMemory, HSAModel, reference
+from hsa_mini.data.corpus import SPLITS
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import measure as measuring
 from hsa_mini.lab import variants
@@ -552,6 +553,7 @@ def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
 def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.lab.run.load_corpus", word_corpus)
     scale = dataclasses.replace(TINY, multiples=(1,), questions=1)
     done = []
     one, two, other = (
@@ -562,5 +564,6 @@ def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     assert sum(stage["steps"] for stage in one["settings"]["recipe"]["stages"]) == 3
     for record in (one, two, other):
         assert record.pop("seconds").keys() == {"training", "evaluation"}
+    assert one["corpora"] == [word_corpus(split).identity for split in SPLITS]
     assert one == two and one["curve"] != other["curve"]
     assert one["parameters"] == sum(p.numel() for p in made(ARMS["hsa"], scale=TINY).parameters())

@@ -180,6 +180,7 @@ def _replace_in_place(path: Path, files: Mapping[str, Content]) -> None:
         os.rename(fresh, path / NEW)
         sync(path)
         os.rename(path / NEW / MANIFEST, path / MANIFEST)  # from here on the folder is the new one
+        sync(path / NEW)
         sync(path)
     finally:
         remove(fresh)

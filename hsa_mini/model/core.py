@@ -16,6 +16,7 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.memory.chunk_source import ChunkSource
 from hsa_mini.memory.chunk_store import ChunkStore
+from hsa_mini.memory.origin import check_origin
 from hsa_mini.model.block import Block
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_mini.model.hsa import HSA, Retrieval
@@ -180,6 +181,7 @@ class HSACore(nn.Module):
             encoded = self.encoder(hidden[:, : complete * S].unflatten(1, (complete, S)))
             memory.chunks.append(encoded.k, encoded.v, encoded.landmarks)
         memory.resume(hidden[:, complete * S :], position)
+        memory.origin = self
         return encoded
 
     def upper_decoder(
@@ -263,6 +265,7 @@ class HSACore(nn.Module):
             raise ValueError(
                 "memory: got one of another configuration, accepted is one that this model made"
             )
+        check_origin(memory.origin, self)
         if memory.batch is None:
             return
         if memory.batch != ids.shape[0]:

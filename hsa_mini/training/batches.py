@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -16,11 +17,17 @@ AHEAD = 8  # batches that are drawn before they are needed
 class StagedBatches(Dataset):
     """The batches of a whole recipe: item `step` is drawn by the `TrainingBatches` of its stage."""
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
+    def __init__(self, recipe: Recipe, seed: int, text: np.ndarray | None = None) -> None:
+        """text: see `TrainingBatches`."""
         self.recipe = recipe
         self.batches = {
             stage: TrainingBatches(
-                stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=recipe.steps, seed=seed
+                stage.mixture,
+                batch=stage.batch,
+                tokens=stage.tokens,
+                steps=recipe.steps,
+                seed=seed,
+                text=text,
             )
             for stage in dict.fromkeys(recipe.stages)
         }
