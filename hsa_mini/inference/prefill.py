@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hsa_mini.checks import quoted
+from hsa_mini.checks import check_integer, quoted
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, HSACore, Output
 from hsa_mini.model.hsa import Retrieval
@@ -83,8 +83,7 @@ def _checked_segment(segment: int | None, ids: torch.Tensor) -> int:
     """Tokens to read at once."""
     if segment is None:
         return max(SEGMENT, GPU_TOKENS // len(ids)) if ids.is_cuda else SEGMENT
-    if not isinstance(segment, int) or segment < 1:
-        raise ValueError(f"segment: got {quoted(segment)}, accepted is an integer of at least 1")
+    check_integer("segment", segment, 1)
     return segment
 
 

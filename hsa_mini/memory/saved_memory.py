@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hsa_mini.checkpoint.tensors import tensor_file
+from hsa_mini.checkpoint.tensors import is_finite, tensor_file
 from hsa_mini.checks import quoted
 from hsa_mini.config import MAX_TOKENS, HSAConfig
 from hsa_mini.files.reading import read_json
@@ -104,8 +104,7 @@ def check_memory(saved: SavedMemory) -> None:
         fits = fits and value.shape == shape and value.dtype in DTYPES
         got = f"{name} {list(value.shape)} {value.dtype}"
         _require(fits, got, f"is {list(shape)} of one floating dtype")
-        fits = not value.numel() or all(bound.isfinite() for bound in value.aminmax())
-        _require(fits, f"{name} with NaN or infinite numbers", "are finite ones")
+        _require(is_finite(value), f"{name} with NaN or infinite numbers", "are finite ones")
 
 
 def _require(fits: object, got: str, accepted: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from hsa_mini.checkpoint.tensors import is_finite
 from hsa_mini.checks import quoted
 from hsa_mini.config import HSAConfig
 from hsa_mini.training.cross_batch import ChunkQueue
@@ -48,7 +49,7 @@ def check_state(
                 f"state: got {name} {list(value.shape)} {value.dtype}, "
                 f"accepted is {list(shape)} {dtypes[0]}"
             )
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not is_finite(value):
             raise ValueError(f"state: got {name} with NaN or infinity, accepted are finite numbers")
         if name.endswith(".exp_avg_sq") and (value < 0).any():
             raise ValueError(f"state: got {name} below 0, accepted are means of squares")
