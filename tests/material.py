@@ -79,6 +79,17 @@ def in_segments(model: HSAModel, ids: torch.Tensor, size: int, **options) -> tor
     return torch.cat(logits, dim=1)
 
 
+def document_starts(*rows: list[int], tokens: int) -> torch.Tensor:
+    """int32 [B, T]: where each token's document begins, from the first tokens of every row's
+    documents.
+    """
+    starts = torch.zeros(len(rows), tokens, dtype=torch.int32)
+    for row, firsts in zip(starts, rows):
+        for first in firsts:
+            row[first:] = first
+    return starts
+
+
 def words(count: int, seed: str = "text") -> str:
     """A text of `count` made-up words in sentences, drawn from a vocabulary of 400.
 

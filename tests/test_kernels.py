@@ -13,6 +13,7 @@ import torch
 from helpers import assert_close, error, random, random_choice, results, with_special_scores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from material import document_starts
 from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -386,6 +387,22 @@ def test_sequences_may_stand_at_different_positions():
     )
 
 
+@pytest.mark.parametrize(
+    "offset, dtype, options",
+    [
+        (0, torch.int64, {}),
+        (200, torch.int32, dict(gumbel_seed=5, exclude_window=8)),
+        (200, torch.int64, dict(query_block=4)),
+    ],
+)
+def test_retrieve_keeps_to_the_document(offset, dtype, options):
+    """Documents begin in front of the tokens, among them, inside a chunk, and one after another."""
+    starts = document_starts([3, 8, 160, 208, 212], [16, 206], tokens=offset + 35)[:, offset:]
+    options |= dict(chunk_size=4, top_k=3, offset=offset)
+    options["document_starts"] = starts.to(DEVICE, dtype)
+    assert_as_exact(*RETRIEVE, retrieval_inputs(T=35, J=1, N=56), torch.float32, **options)
+
+
 @grid
 @given(N=st.integers(1, 90), top_k=st.sampled_from([1, 3, 8]), seed=st.integers(0, 99))
 def test_of_equal_scores_the_newest_chunk_is_kept(N, top_k, seed):
@@ -694,7 +711,7 @@ def test_custom_operators_keep_their_promises():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.hsa_kernels.retrieve.default,
-        (*leaves, None, 0, 1, 4, 2, 0, None),
+        (*leaves, None, 0, 1, 4, 2, 0, None, None),
         test_utils=checks,
     )
 

@@ -6,6 +6,7 @@ Dimensions: T tokens, P cached keys, W window.
 import pytest
 import torch
 from helpers import assert_close, random, random_choice, results
+from material import document_starts
 
 from hsa_mini import ops, reference
 from hsa_mini.ops import choice, flex_window
@@ -96,6 +97,31 @@ def test_the_mask_of_blocks_is_the_window(T, P, W):
     parts = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_window.flex_attention(*parts, block_mask=mask, enable_gqa=True).transpose(1, 2)
     assert_close({"out": out}, {"out": reference.sliding_window_attention(q, k, v, window=W)}, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("P", "W"), [(0, 128), (300, 200), (37, 1000)])
+def test_the_mask_of_blocks_keeps_to_the_document(P, W):
+    T = 700
+    starts = document_starts([P + 128, P + 500, P + 512], [50, P + 301], tokens=P + T)[:, P:]
+    mask = flex_window.block_mask(T, P, W, torch.device("cpu"), starts)
+    rows, columns = (-(-x // flex_window.BLOCK) for x in (T, P + T))
+    i, j = torch.arange(T)[:, None], torch.arange(columns * flex_window.BLOCK)
+    seen = (j <= i + P) & (j > i + P - W) & (j < P + T) & (j >= starts[..., None])
+    late = rows * flex_window.BLOCK - T
+    some = torch.nn.functional.pad(seen, (0, 0, 0, late))
+    some = some.view(2, rows, flex_window.BLOCK, columns, flex_window.BLOCK)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), some.any(4).any(2))
+    every = torch.nn.functional.pad(seen, (0, 0, 0, late), value=True).view(some.shape)
+    for b in range(2):
+        for row in range(rows):
+            full = mask.full_kv_indices[b, 0, row, : mask.full_kv_num_blocks[b, 0, row]].long()
+            assert every[b, row][:, full].all()
+    q, k, v = random(2, T, 2, 16), random(2, P + T, 1, 16, seed=1), random(2, P + T, 1, 16, seed=2)
+    parts = (x.float().transpose(1, 2) for x in (q, k, v))
+    out = flex_window.flex_attention(*parts, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    want = reference.sliding_window_attention(q, k, v, window=W, document_starts=starts)
+    assert_close(out.double(), want, 1e-5)
 
 
 def window_inputs() -> dict[str, torch.Tensor]:

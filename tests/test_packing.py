@@ -3,9 +3,10 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 
-from hsa_mini.data.packing import pack_documents, padding_share
+from hsa_mini.data.packing import fill_row, pack_documents, padding_share
 
 
 def places(row, chunk_size: int) -> list[int]:
@@ -69,3 +70,11 @@ def test_no_row_is_opened_for_a_piece_that_another_row_could_hold():
 def test_a_wrong_argument_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         pack_documents(*arguments)
+
+
+def test_a_filled_row_by_hand():
+    documents = [np.arange(10, 15), np.arange(20, 40)]
+    ids, predicted, starts = fill_row([(1, 12, 2), (0, 0, 5), (1, 14, 1)], documents, 13, 4, 0)
+    assert ids.tolist() == [32, 33, 0, 0, 10, 11, 12, 13, 14, 0, 0, 0, 34]
+    assert predicted.nonzero()[0].tolist() == [1, 5, 6, 7, 8]
+    assert starts.tolist() == [0] * 4 + [4] * 8 + [12]

@@ -9,6 +9,8 @@ between documents are padding.
 from bisect import bisect_right, insort
 from collections.abc import Sequence
 
+import numpy as np
+
 from hsa_mini.checks import check_integer
 
 Piece = tuple[int, int, int]  # document, first token in the document, number of tokens
@@ -59,3 +61,29 @@ def padding_share(rows: Sequence[Sequence[Piece]], row_length: int) -> float:
     """The share of the rows' tokens that is padding: 0.0 if every row is full or there is none."""
     tokens = sum(piece[2] for row in rows for piece in row)
     return 1 - tokens / (len(rows) * row_length) if rows else 0.0
+
+
+def fill_row(
+    row: Sequence[Piece],
+    documents: Sequence[np.ndarray],
+    row_length: int,
+    chunk_size: int,
+    padding: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One row of `pack_documents` as arrays [row_length]: ids int64; predicted, a bool; and
+    document_starts int32, the place where each token's piece begins.
+
+    documents: the ids of each document. padding: the id behind a piece. Neither padding nor the
+    first token of a piece is predicted, because what stands in front of it is another document.
+    Padding belongs to the piece before it, of which no token sees it.
+    """
+    ids = np.full(row_length, padding, np.int64)
+    predicted = np.zeros(row_length, bool)
+    document_starts = np.zeros(row_length, np.int32)
+    place = 0
+    for document, start, length in row:
+        ids[place : place + length] = documents[document][start : start + length]
+        predicted[place + 1 : place + length] = True
+        document_starts[place:] = place
+        place += -(-length // chunk_size) * chunk_size
+    return ids, predicted, document_starts

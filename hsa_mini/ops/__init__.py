@@ -66,6 +66,7 @@ def retrieve(
     gumbel_seed=None,
     exclude_window=0,
     query_block=1,
+    document_starts=None,
 ):
     """`reference.retrieve`: same arguments, same numbers."""
     check_retrieve(
@@ -78,6 +79,7 @@ def retrieve(
         gumbel_seed,
         exclude_window,
         query_block,
+        document_starts,
     )
     options: dict[str, Any] = dict(
         chunk_size=chunk_size,
@@ -87,6 +89,7 @@ def retrieve(
         gumbel_seed=gumbel_seed,
         exclude_window=exclude_window,
         query_block=query_block,
+        document_starts=document_starts,
     )
     tokens = retrieval_q.shape[:-1].numel() // query_block
     if use_kernels(retrieval_q, tokens >= MIN_RETRIEVE_TOKENS and top_k <= MAX_KEPT):
@@ -173,9 +176,9 @@ def window_decode_attention(q, k, v, positions):
     return torch_backend.window_decode_attention(q, k, v, positions)
 
 
-def sliding_window_attention(q, k, v, *, window):
+def sliding_window_attention(q, k, v, *, window, document_starts=None):
     """`reference.sliding_window_attention`: same arguments, same numbers."""
-    check_sliding_window(q, k, v, window)
+    check_sliding_window(q, k, v, window, document_starts)
     flexible = (
         q.is_cuda
         and choice.current() == "auto"
@@ -183,7 +186,7 @@ def sliding_window_attention(q, k, v, *, window):
         and q.shape[3] in (16, 32, 64, 128)
     )
     if flexible and q.dtype in (torch.float16, torch.bfloat16):
-        if q.shape[1] == k.shape[1] <= window:  # plain causal attention
+        if document_starts is None and q.shape[1] == k.shape[1] <= window:  # plain causal attention
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
@@ -191,5 +194,7 @@ def sliding_window_attention(q, k, v, *, window):
         # imported late, because FlexAttention loads PyTorch's compiler
         from hsa_mini.ops.flex_window import sliding_window_attention
 
-        return sliding_window_attention(q, k, v, window=window)
-    return torch_backend.sliding_window_attention(q, k, v, window=window)
+        return sliding_window_attention(q, k, v, window=window, document_starts=document_starts)
+    return torch_backend.sliding_window_attention(
+        q, k, v, window=window, document_starts=document_starts
+    )

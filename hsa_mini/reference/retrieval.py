@@ -20,20 +20,22 @@ def retrieve(
     gumbel_seed: int | torch.Tensor | None = None,
     exclude_window: int = 0,
     query_block: int = 1,
+    document_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
 
     retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot)
-    and weights [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry
-    the gradient).
+    and weights [B, T, J, K] (0 where empty; float64 for float64, else float32; with a gradient).
 
     offset: position of token 0, an int or an int tensor [B].
     weighting: "softmax" over the kept scores, or "stick_breaking" (slots are then ordered from the
     newest chunk to the oldest).
     gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
     exclude_window: chunks that lie wholly inside this many last tokens are not visible.
-    query_block: this many tokens share the choice and the weights of the first. Ties go to the
-    newest chunk; NaN is the largest score. ValueError: wrong shapes, dtypes, devices or ranges.
+    query_block: this many tokens share the choice and the weights of the first.
+    document_starts: int [B, T], the position where each token's document begins; chunks that begin
+    before it are not visible. Ties go to the newest chunk; NaN is the largest score. ValueError:
+    wrong shapes, dtypes, devices or ranges.
 
     NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0,
     would show a token the chunk that holds its own future. Here chunk i is visible from token
@@ -41,7 +43,7 @@ def retrieve(
     """
     check_retrieve(
         retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window,
-        query_block,
+        query_block, document_starts,
     )  # fmt: skip
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
@@ -50,13 +52,14 @@ def retrieve(
     positions = shifted(steps, offset).expand(B, -1)
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
-    scores = scores.masked_fill(
-        ~visible_chunks(positions, N, chunk_size, exclude_window)[:, :, None], float("-inf")
-    )
+    visible = visible_chunks(positions, N, chunk_size, exclude_window)
+    if document_starts is not None:
+        first = torch.arange(N, device=scores.device) * chunk_size
+        visible &= first >= document_starts[:, ::query_block, None]
+    scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     with torch.no_grad():
-        choice = (
-            scores if gumbel_seed is None else scores + gumbel_noise(gumbel_seed, positions, J, N)
-        )
+        noise = None if gumbel_seed is None else gumbel_noise(gumbel_seed, positions, J, N)
+        choice = scores if noise is None else scores + noise
         indices = newest_top_k(choice, min(top_k, N))
         if weighting == "stick_breaking":
             indices = indices.sort(dim=-1, descending=True).values

@@ -46,16 +46,24 @@ def train_step(
     parts: torch.Tensor,
     rate: torch.Tensor,
     noise: torch.Tensor,
+    document_starts: torch.Tensor | None = None,
 ) -> StepFigures:
     """Train `model` on one batch of `stage`; returns the figures of the step, still on the device.
 
-    ids int64 and parts int8 are [B, T+1]. The learning rate `rate` and the noise seed `noise` are
-    tensors [].
+    ids int64, parts int8 and document_starts, if rows hold several documents, are [B, T+1]. The
+    part of a document's first token is NONE: no other document predicts it. The learning rate
+    `rate` and the noise seed `noise` are tensors [].
     """
     for group in optimizer.param_groups:
         group["lr"].copy_(rate)
     output = forward_with_queue(
-        model, stage, queue, ids[:, :-1], gumbel_noise=stage.gumbel_noise, gumbel_seed=noise
+        model,
+        stage,
+        queue,
+        ids[:, :-1],
+        None if document_starts is None else document_starts[:, :-1],
+        gumbel_noise=stage.gumbel_noise,
+        gumbel_seed=noise,
     )
     loss, (text, copy, answer), accuracy = mixture_loss(
         output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight
@@ -71,7 +79,12 @@ def train_step(
 
 
 def forward_with_queue(
-    model: HSAModel, stage: Stage, queue: ChunkQueue, ids: torch.Tensor, **options
+    model: HSAModel,
+    stage: Stage,
+    queue: ChunkQueue,
+    ids: torch.Tensor,
+    document_starts: torch.Tensor | None = None,
+    **options,
 ) -> Output:
     """Forward pass over ids [B, T], with the queue if the stage uses one; bfloat16 on a GPU."""
     source = None
@@ -80,7 +93,7 @@ def forward_with_queue(
             CrossBatchChunks, encoder=model.encoder, queue=queue, isolated=stage.isolated
         )
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
-        return model(ids, chunk_source=source, **options)
+        return model(ids, document_starts=document_starts, chunk_source=source, **options)
 
 
 def fill_queue(queue: ChunkQueue, output: Output, parts: torch.Tensor) -> None:
@@ -108,14 +121,17 @@ def balance_experts(model: HSAModel, rate: float, device: torch.device) -> torch
 
 @torch.no_grad()
 def max_over_mean_loads(
-    model: HSAModel, stage: Stage, queue: ChunkQueue, batches: Iterable[torch.Tensor]
+    model: HSAModel, stage: Stage, queue: ChunkQueue, batches: Iterable[tuple[torch.Tensor, ...]]
 ) -> list[float]:
-    """The max-over-mean load of every MoE layer over all batches [B, T+1], without training.
+    """The max-over-mean load of every MoE layer over all batches (ids, parts) or (ids, parts,
+    document_starts), without training.
 
     `model` must be fresh: it has counted no tokens yet.
     """
-    for ids in batches:
-        forward_with_queue(model, stage, queue, ids[:, :-1], gumbel_noise=False)
+    for ids, _, *starts in batches:
+        forward_with_queue(
+            model, stage, queue, ids[:, :-1], *(x[:, :-1] for x in starts), gumbel_noise=False
+        )
     return [
         round(layer.statistics().max_over_mean_load.item(), 3)
         for layer in model.modules()

@@ -52,17 +52,19 @@ class Trainer:
         return next(self.model.parameters()).device
 
     def train_step(self, batch: tuple[torch.Tensor, ...]) -> StepFigures:
-        """Train on the batch (ids, parts) of the current step, then advance by one step.
+        """Train on the batch of the current step, then advance by one step.
+
+        batch: (ids, parts) or (ids, parts, document_starts); see `hsa_mini.training.step`.
 
         The figures stay on the device. Read them before the next step, which overwrites them on a
         GPU.
         """
         # A blocking copy would wait for the GPU, which would then be idle at the start of every
         # step.
-        ids, parts = (part.to(self.device, non_blocking=True) for part in batch)
+        ids, parts, *starts = (part.to(self.device, non_blocking=True) for part in batch)
         rate = torch.full((), self.recipe.rate(self.step), device=self.device)
         noise = torch.full((), noise_seed(self.seed, self.step), device=self.device)
-        figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise)
+        figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise, *starts)
         self.step += 1
         return StepFigures(*figures)
 
@@ -70,8 +72,8 @@ class Trainer:
         """The max-over-mean load of every MoE layer over batches of the last stage; no training."""
         stage = self.recipe.stages[-1]
         counting = with_shared_parameters(self.model, stage.config(self.model.config))
-        ids = (batch[0].to(self.device) for batch in batches)
-        return max_over_mean_loads(counting, stage, self.queue, ids)
+        there = (tuple(part.to(self.device) for part in batch) for batch in batches)
+        return max_over_mean_loads(counting, stage, self.queue, there)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All state in one flat dictionary: model, optimizer, chunk queue, torch's generator."""
