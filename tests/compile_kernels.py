@@ -90,8 +90,8 @@ for case, sizes in {  # noqa: B007 (`compile_only` reads `case`)
     )
     weights.sum().backward()
     hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
-    for starts in (torch.zeros(1, T).int(), torch.zeros(1, T).long()):
-        hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, document_starts=starts)
+    starts = torch.zeros(1, T, dtype=torch.int32)
+    hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, document_starts=starts)
     weights = torch.randn(1, T, J, K, requires_grad=True)
     hsa_kernels.chunk_attention(q, k, v, indices, weights).backward(torch.ones_like(q))
     with torch.no_grad():

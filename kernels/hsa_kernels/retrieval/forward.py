@@ -32,7 +32,7 @@ def _gumbel(seed, chunk, position, head, batch):
 
 @triton.jit
 def retrieve_fwd_kernel(
-    retrieval_q, landmarks, offsets, seeds, document_starts, indices, scores, buffers, stride_l,
+    retrieval_q, landmarks, offsets, seeds, first_chunks, indices, scores, buffers, stride_l,
     offset, step, first, T, N, chunk_size,
     exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr,
     KP: tl.constexpr,
@@ -52,7 +52,8 @@ def retrieve_fwd_kernel(
     - Outputs: indices int32 and scores fp32 [B, T, J, K].
     - Scratch: buffers, one candidate buffer per program (see `candidates.py`).
     - The launch: first, its first token.
-    - Visibility: chunk_size, exclude_window; document_starts [B, T], if DOCUMENTS.
+    - Visibility: chunk_size, exclude_window; first_chunks int32 [B, T], the first chunk of
+      every token's document, if DOCUMENTS.
     - Scale: scale, R^-0.5.
     - Sizes: T, N and the constants that the module's docstring explains.
     """
@@ -90,11 +91,9 @@ def retrieve_fwd_kernel(
     ).to(tl.int32)
     stop = -1
     if DOCUMENTS:
-        # [BT]: where the document of each token begins; tokens beyond T see no chunk
-        b_first = tl.load(
-            document_starts + i_b.to(tl.int64) * T + o_t, mask=o_t < T, other=0x7FFFFFFF
-        )
-        stop = (tl.min(b_first, 0) // (chunk_size * BN) * BN - 1).to(tl.int32)
+        # [BT]; tokens beyond T see no chunk
+        b_first = tl.load(first_chunks + i_b.to(tl.int64) * T + o_t, mask=o_t < T, other=N)
+        stop = tl.min(b_first, 0) // BN * BN - 1
     for start in range((tl.cdiv(complete, BN) - 1) * BN, stop, -BN):
         # 3a. Compute the scores of a tile.
         o_n = start + BN - 1 - tl.arange(0, BN)  # [BN], the newest chunk first
@@ -116,7 +115,7 @@ def retrieve_fwd_kernel(
         visible = (o_first + chunk_size)[None, :] <= position[:, None]
         visible &= (o_first[None, :] <= position[:, None] - exclude_window) & (o_n < N)[None, :]
         if DOCUMENTS:
-            visible &= o_first[None, :] >= b_first[:, None]
+            visible &= o_n[None, :] >= b_first[:, None]
         better = visible & (b_key > b_floor[:, None])
         b_new = better.to(tl.int32)
         put(buffer, o_own, b_count[:, None] + tl.cumsum(b_new, 1) - 1, better, b_key,

@@ -27,7 +27,7 @@ def _retrieve_scores(
     retrieval_q: torch.Tensor, landmarks: torch.Tensor, offsets: torch.Tensor | None, offset: int,
     step: int, chunk_size: int,
     top_k: int, exclude_window: int, seed: torch.Tensor | None,
-    document_starts: torch.Tensor | None,
+    first_chunks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty
     slots.
@@ -49,12 +49,12 @@ def _retrieve_scores(
     )
     for first in range(0, T, together):
         retrieve_fwd_kernel[triton.cdiv(min(together, T - first), BT), J, B](
-            retrieval_q, landmarks, offsets, seed, document_starts, indices, scores, buffers,
+            retrieval_q, landmarks, offsets, seed, first_chunks, indices, scores, buffers,
             landmarks.stride(0), offset, step, first, T, N,
             chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT,
             BN=BN, CAP=CAP,
             OFFSETS=offsets is not None, NOISE=seed is not None,
-            DOCUMENTS=document_starts is not None,
+            DOCUMENTS=first_chunks is not None,
             PRECISION=precision(retrieval_q.dtype),
             **_options(retrieval_q, noise=seed is not None),
         )  # fmt: skip
@@ -162,8 +162,9 @@ def retrieve(
         raise ValueError(f"top_k: got K={kept}, accepted are up to {MAX_KEYS // 4}")
     T = retrieval_q.shape[1]
     chooser = retrieval_q if query_block == 1 else retrieval_q[:, ::query_block].contiguous()
-    if document_starts is not None:
-        document_starts = document_starts[:, ::query_block].contiguous()
+    first_chunks = None
+    if document_starts is not None:  # rounded up
+        first_chunks = (-(-document_starts[:, ::query_block] // chunk_size)).int().contiguous()
     offsets, first = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)
     if isinstance(gumbel_seed, int):
         signed = (gumbel_seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the low 64 bits
@@ -178,7 +179,7 @@ def retrieve(
         top_k,
         exclude_window,
         gumbel_seed,
-        document_starts,
+        first_chunks,
     )
     weights = weigh(scores, indices < 0, weighting)
     if query_block > 1:
