@@ -52,10 +52,8 @@ def retrieve(
     positions = shifted(steps, offset).expand(B, -1)
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
-    visible = visible_chunks(positions, N, chunk_size, exclude_window)
-    if document_starts is not None:
-        first = torch.arange(N, device=scores.device) * chunk_size
-        visible &= first >= document_starts[:, ::query_block, None]
+    starts = None if document_starts is None else document_starts[:, ::query_block]
+    visible = visible_chunks(positions, N, chunk_size, exclude_window, starts)
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     with torch.no_grad():
         noise = None if gumbel_seed is None else gumbel_noise(gumbel_seed, positions, J, N)
@@ -64,7 +62,6 @@ def retrieve(
         if weighting == "stick_breaking":
             indices = indices.sort(dim=-1, descending=True).values
     weights = weigh(scores.gather(-1, indices.clamp(min=0)), indices < 0, weighting)
-
     indices = torch.nn.functional.pad(indices, (0, top_k - indices.shape[-1]), value=-1).int()
     weights = torch.nn.functional.pad(weights, (0, top_k - weights.shape[-1]))
     if query_block > 1:
@@ -82,12 +79,14 @@ def shifted(steps: torch.Tensor, offset: int | torch.Tensor) -> torch.Tensor:
 
 
 def visible_chunks(
-    positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0
-) -> torch.Tensor:
-    """positions [..., T] -> bool [..., T, N]: complete, and not wholly in the excluded window."""
+    positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0,
+    document_starts: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """positions [..., T] -> bool [..., T, N]: complete, outside of the window, in the document."""
     start = torch.arange(chunks, device=positions.device) * chunk_size
     complete = start + chunk_size <= positions[..., None]
-    return complete & (start <= positions[..., None] - exclude_window)
+    seen = complete & (start <= positions[..., None] - exclude_window)
+    return seen if document_starts is None else seen & (start >= document_starts[..., None])
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -145,17 +145,9 @@ def retrieve(
     for wrong shapes, dtypes, devices, layouts or ranges.
     """
     check_retrieve(
-        retrieval_q,
-        landmarks,
-        chunk_size,
-        top_k,
-        offset,
-        weighting,
-        gumbel_seed,
-        exclude_window,
-        query_block,
-        document_starts,
-    )
+        retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window,
+        query_block, document_starts,
+    )  # fmt: skip
     check_kernel(retrieval_q=retrieval_q, landmarks=landmarks)
     # A candidate buffer holds four times as many chunks as are kept.
     if (kept := min(top_k, landmarks.shape[1])) > MAX_KEYS // 4:
