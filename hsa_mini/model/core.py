@@ -127,12 +127,12 @@ class HSACore(nn.Module):
         document_starts: int [B, T], for rows of several documents: the position where each token's
         document begins, a multiple of the chunk size counted from the memory's first token. No
         token attends to or retrieves anything in front of it, so every document is read as if it
-        stood alone. RoPE needs no new start, because only distances matter to it. chunk_source: a
-        function from the memory's chunks to the source that the HSA layers read (default: these
-        chunks). gumbel_noise: add Gumbel noise to the choice, in training mode only. gumbel_seed:
-        the seed of the noise, an int or an int64 tensor []; drawn from torch's generator if None.
-        Raises ValueError for a wrong shape, dtype, ids outside the vocabulary, wrong document
-        starts or a memory of another batch or model.
+        stood alone. RoPE needs no new start, because only distances matter to it. Later segments
+        need document_starts too. chunk_source: a function from the memory's chunks to the source
+        that the HSA layers read (default: these chunks). gumbel_noise: add Gumbel noise to the
+        choice, in training mode only. gumbel_seed: the seed of the noise, an int or an int64 tensor
+        []; drawn from torch's generator if None. Raises ValueError for a wrong shape, dtype, ids
+        outside the vocabulary, wrong document starts or a memory of another batch or model.
         """
         self.check_ids(ids, memory, wait=False)
         if document_starts is not None:
