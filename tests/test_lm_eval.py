@@ -6,6 +6,7 @@ The tasks come without a download: RULER's texts are lm-eval's own, and a folder
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,27 +167,27 @@ def test_shared_beginnings_are_those_that_a_comparison_finds(given_texts):
 GENERATION = """
 task: recall
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+dataset_kwargs: {data_files: {test: tasks/documents.jsonl}, cache_dir: cache}
 test_split: test
 output_type: generate_until
-doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["."], max_gen_toks: 6}}
-metric_list: [{{metric: exact_match}}]
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
 """
 CHOICE = """
 task: choice
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+dataset_kwargs: {data_files: {test: tasks/documents.jsonl}, cache_dir: cache}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
+doc_to_text: "{{text}}"
 doc_to_choice: ["yes", "no"]
 doc_to_target: label
 """
 
 
-def write_tasks(folder: Path, model) -> list[dict]:
+def write_tasks(folder: Path, model) -> None:
     """Two tasks over one file of five texts. The right answers are those of the model, but for one
     text.
     """
@@ -200,11 +201,10 @@ def write_tasks(folder: Path, model) -> list[dict]:
         documents.append({"text": text, "answer": answer, "label": label})
     documents[3] |= {"answer": "something else", "label": 1 - documents[3]["label"]}
     folder.mkdir()
-    file = folder / "documents.jsonl"
-    file.write_text("".join(f"{json.dumps(document)}\n" for document in documents))
+    lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+    (folder / "documents.jsonl").write_text(lines)
     for name, yaml in (("recall", GENERATION), ("choice", CHOICE)):
-        (folder / f"{name}.yaml").write_text(yaml.format(file=file, cache=folder / "cache"))
-    return documents
+        (folder / f"{name}.yaml").write_text(yaml)
 
 
 def endings(text: str) -> list[list[int]]:
@@ -212,16 +212,31 @@ def endings(text: str) -> list[list[int]]:
     return [TOKENIZER.encode_ordinary(f"{text} {word}")[before:] for word in ("yes", "no")]
 
 
-def test_simple_evaluate_runs_own_tasks_from_a_local_file(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model and the two tasks."""
+    path = tmp_path_factory.mktemp("made")
     model = tiny()
-    model.save_pretrained(tmp_path / "model")
-    write_tasks(tmp_path / "tasks", model)
-    manager = lm_eval.tasks.TaskManager(
-        include_defaults=False, include_path=str(tmp_path / "tasks")
-    )
+    model.save_pretrained(path / "model")
+    write_tasks(path / "tasks", model)
+    return path
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch) -> Path:
+    """The current folder, with a model and the two tasks; the environment stays as it is."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    return tmp_path
+
+
+def test_simple_evaluate_runs_own_tasks_from_a_local_file(folder):
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path="tasks")
     results = lm_eval.simple_evaluate(
         model="hsa",
-        model_args={"pretrained": str(tmp_path / "model")},
+        model_args={"pretrained": "model"},
         tasks=["recall", "choice"],
         device="cpu",
         task_manager=manager,
@@ -276,18 +291,6 @@ def test_texts_fit_and_hold_their_answers(ruler, monkeypatch, task, tokens):
 # The command
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a model and the two tasks; the environment stays as it is."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "0")
-    model = tiny()
-    model.save_pretrained("model")
-    write_tasks(tmp_path / "tasks", model)
-    return tmp_path
-
-
 COMMAND = ["lm-eval", "model", "--device", "cpu", "--samples", "2", "--out", "r.json"]
 OWN = ["--tasks", "recall,choice", "--include-path", "tasks"]
 ALL = ["--tasks", "ruler_fwe,recall", "--include-path", "tasks", "--lengths", "1100", "1024"]
@@ -328,13 +331,12 @@ def test_a_run_that_was_cut_off_goes_on_after_the_finished_tasks(ruler, folder, 
     assert call(capfd, *COMMAND, *ALL)[0] == 130
     assert Path("r.json.unfinished").is_file() and not Path("r.json").exists()
     assert call(capfd, *COMMAND, *ALL, "--seed", "2")[0] == 2  # another run
-    with Path("tasks/documents.jsonl").open("a") as file:
-        file.write('{"text": "one more", "answer": "", "label": 0}\n')
+    documents = Path("tasks/documents.jsonl")
+    before = documents.read_text()
+    documents.write_text(before.replace("something else", "another thing"))
     status, _, err = call(capfd, *COMMAND, *ALL)
     assert status == 2 and "(other texts)" in err
-    (folder / "tasks/documents.jsonl").write_text(
-        "".join(f"{line}\n" for line in Path("tasks/documents.jsonl").read_text().splitlines()[:-1])
-    )
+    documents.write_text(before)
     done[:] = [None]
     assert call(capfd, *COMMAND, *ALL)[0] == 0
     assert done == [None, 1024]
@@ -351,7 +353,7 @@ def test_a_failing_standard_output_does_not_stop_the_result_file(folder, capfd, 
 
 
 HUB = GENERATION.replace("dataset_path: json", "dataset_path: someone/dataset")
-URL = GENERATION.replace("test: {file}", "test: 'https://example.org/x.jsonl'")
+URL = GENERATION.replace("test: tasks/documents.jsonl", "test: 'https://example.org/x.jsonl'")
 METRIC = GENERATION.replace("exact_match", "bertscore")
 WRONG = GENERATION.replace("doc_to_text:", "doc_to_text: !function nothing.here\nother:")
 REFUSED = {
@@ -377,7 +379,6 @@ def test_wrong_input_is_refused_in_one_line_before_the_model_is_read(
     folder, capfd, monkeypatch, name
 ):
     for task, yaml in {"hub": HUB, "url": URL, "metric": METRIC, "wrong": WRONG}.items():
-        yaml = yaml.format(file=folder / "tasks/documents.jsonl", cache=folder / "cache")
         Path("tasks", f"{task}.yaml").write_text(yaml.replace("task: recall", f"task: {task}"))
     monkeypatch.setattr("hsa_mini.cli.reuse.lm_eval.read_model", None)
     given_words, message = REFUSED[name]
@@ -388,13 +389,11 @@ def test_wrong_input_is_refused_in_one_line_before_the_model_is_read(
     assert [path for path in sorted(folder.rglob("*")) if "cache" not in path.parts] == before
 
 
-@pytest.mark.parametrize("module", ["lm_eval.api.model", "wonderwords"])
+@pytest.mark.parametrize("module", ["lm_eval.api.model", "nltk"])
 def test_a_missing_package_is_named_with_the_extra_that_has_it(folder, capfd, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    ours = ("hsa_mini.integrations.lm_eval", "hsa_mini.integrations.tasks")
-    theirs = [name for name in sys.modules if name.startswith("lm_eval.tasks.ruler.prepare")]
-    for name in (*ours, "hsa_mini.integrations.ruler", *theirs):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("lm_eval", "tasks", "ruler") if module != "nltk" else ("ruler",):
+        monkeypatch.delitem(sys.modules, f"hsa_mini.integrations.{name}", raising=False)
     status, out, err = call(capfd, *COMMAND, "--tasks", "ruler_vt")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("hsa-mini lm-eval: error: lm-eval: ")

@@ -59,13 +59,14 @@ def libraries() -> dict[str, str]:
 
 
 def own_tasks(names: Iterable[str], folder: Path | None) -> dict[str, Task]:
-    """Those of the tasks `names` that are not RULER's, from the YAML files below `folder`.
+    """Tasks by name, from the YAML files below `folder`.
 
     Raises ValueError, which names the argument of the command, for a task that does not exist,
     needs a download or cannot be loaded.
     """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--include-path: got {quoted(str(folder))}, accepted is a folder")
     manager = TaskManager(include_defaults=False, include_path=folder)
-    names = [name for name in names if name not in RULER]
     for name in names:
         if name not in manager.all_subtasks:
             raise ValueError(
@@ -86,7 +87,7 @@ def own_tasks(names: Iterable[str], folder: Path | None) -> dict[str, Task]:
 def _check_needs_no_download(name: str, config: dict[str, Any]) -> None:
     """Raise ValueError if the texts or a metric of a task would be downloaded."""
     path = str(config.get("dataset_path", ""))
-    files = json.dumps(config.get("dataset_kwargs"), default=str)
+    files = json.dumps((config.get("dataset_kwargs") or {}).get("data_files"), default=str)
     here = (path in FILES and "://" not in files) or Path(path).is_dir()
     if not here and not config.get("custom_dataset"):
         got = path if "://" not in files else files

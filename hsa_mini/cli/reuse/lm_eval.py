@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, add_device, choose_device, integer, results_path
@@ -72,10 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for authors of tasks
     names = list(dict.fromkeys(arguments.tasks.split(",")))
-    own = tasks.own_tasks(names, _folder(arguments.include_path))
-    parts = _parts(names, list(own), arguments.lengths)
+    parts = _parts(names, tasks.RULER, arguments.lengths)
     path = results_path(arguments.out, arguments.checkpoint, "lm_eval")
     device = choose_device(arguments.device)
+    own = tasks.own_tasks(parts[0], arguments.include_path)
+    if len(own) < len(names):
+        import hsa_mini.integrations.ruler  # noqa: F401  # refuses if a package is missing
     model = read_model("checkpoint", arguments.checkpoint, device)
     measured = fingerprint(checkpoint_folder(arguments.checkpoint))
     check_replaceable("--out", path, measured)
@@ -106,29 +109,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parts(names: list[str], own: list[str], lengths: list[int] | None) -> dict[int, list[str]]:
-    """The names of the tasks to run at each length; those with own texts at length 0.
-
-    Raises ValueError for lengths without a task that has them, and ImportError if RULER's tasks
-    need a package that is missing.
-    """
-    parts = {0: own} if own else {}
-    if ruler := [name for name in names if name not in own]:
-        import hsa_mini.integrations.ruler  # noqa: F401
-
-        return parts | dict.fromkeys(lengths or (4096,), ruler)
-    if lengths:
+def _parts(
+    names: list[str], ruler: Collection[str], lengths: list[int] | None
+) -> dict[int, tuple[str, ...]]:
+    """The tasks to run at each length, those with texts of their own at length 0."""
+    own = tuple(name for name in names if name not in ruler)
+    if lengths and len(own) == len(names):
         raise ValueError(
             f"--lengths: got {lengths[0]}, accepted are lengths for tasks of RULER only"
         )
-    return parts
-
-
-def _folder(path: Path | None) -> Path | None:
-    """The folder --include-path. Raises ValueError if it is none."""
-    if path is not None and not path.is_dir():
-        raise ValueError(f"--include-path: got {str(path)[:80]!r}, accepted is a folder")
-    return path
+    others = tuple(name for name in names if name in ruler)
+    return {0: own} | dict.fromkeys(lengths or (4096,), others)
 
 
 def _print_rows(rows) -> None:
