@@ -6,7 +6,7 @@ configuration for a length is made here.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +58,7 @@ def libraries() -> dict[str, str]:
     return {name: version(name) for name in ("lm_eval", "wonderwords", "datasets")}
 
 
-def own_tasks(names: Iterable[str], folder: Path | None) -> dict[str, Task]:
+def own_tasks(names: Collection[str], folder: Path | None) -> dict[str, Task]:
     """Tasks by name, from the YAML files below `folder`.
 
     Raises ValueError, which names the argument of the command, for a task that does not exist,
