@@ -96,10 +96,11 @@ def _check_needs_no_download(name: str, config: dict[str, Any]) -> None:
             f"{', '.join(FILES)} with local data_files"
         )
     for metric in config.get("metric_list") or []:
-        known = config.get("process_results") or metric.get("metric") in metric_registry
-        if not known or metric.get("hf_evaluate"):
+        name_or_function = str(metric.get("metric"))  # a function is the path of its file
+        known = name_or_function in metric_registry or Path(name_or_function).is_absolute()
+        if metric.get("hf_evaluate") or not (known or config.get("process_results")):
             raise ValueError(
-                f"--tasks: {name} would download the metric {quoted(metric.get('metric'))}, "
+                f"--tasks: {name} would download the metric {quoted(name_or_function)}, "
                 "accepted are lm-eval's own metrics"
             )
 
