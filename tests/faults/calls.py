@@ -88,6 +88,15 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--out": ("new.json", "out.json", "mounted.json"),
         "--device": ("cpu", "auto"),
     },
+    "lm-eval": {
+        "": ("model", "models"),
+        "--tasks": ("ruler_fwe", "niah_single_1,ruler_fwe"),
+        "--lengths": ("1024", "1100"),
+        "--samples": ("1",),
+        "--seed": ("0", "7"),
+        "--out": ("new.json", "out.json", "mounted.json"),
+        "--device": ("cpu", "auto"),
+    },
     "lab": {
         "--scale": ("tiny",),
         "--arms": ("no_noise",),
@@ -98,8 +107,18 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "fetch": {},
 }
-ALWAYS = {"", "--tokens", "--haystack", "--prompt-file", "--max-new-tokens", "--steps", "--lengths"}
+ALWAYS = {
+    "",
+    "--tasks",
+    "--tokens",
+    "--haystack",
+    "--prompt-file",
+    "--max-new-tokens",
+    "--steps",
+    "--lengths",
+}
 ALWAYS |= {"--samples", "--stretches", "--scale", "--arms", "--seeds", "--checkpoint", "--out"}
+ALWAYS |= {"--tasks"}
 
 
 @dataclasses.dataclass(frozen=True)
