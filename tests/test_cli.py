@@ -125,6 +125,9 @@ CHEAP = [  # refused before a model is loaded or a text is read
     ),
     (["demo", "--json", "x" * 300], r"--json: got x+ \(File name too long\), accepted is a file"),
     (["demo", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (["demo", "--token", "2048"], "unrecognized arguments: --token 2048"),
+    (["eval", "model", "--dist", "3"], "unrecognized arguments: --dist 3"),
+    (["--vers"], "the following arguments are required: demo"),
     (["generate"], "the following arguments are required: --prompt-file"),
     ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens: got 0, accepted is 1 to 1000000000"),
     (
@@ -432,6 +435,17 @@ def test_the_haystack_is_held_out_text_if_none_is_given(folder, capfd):
     first = ("demo", "--tokens", "1024", "--checkpoint", "model", "--json", "a")
     second = ("--seed", "1")
     assert call(capfd, *first)[0] == call(capfd, *first, *second)[0] == 0
+
+
+def test_the_picture_needs_matplotlib_alone_and_the_answer_not_even_that(capfd, monkeypatch):
+    for module in ("anywidget", "ipywidgets", "IPython", "hsa_mini.viz.widgets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert call(capfd, *DEMO)[0] == 0 and Path("out/needle_2048_0.png").is_file()
+    shutil.rmtree("out")
+    monkeypatch.setitem(sys.modules, "hsa_mini.viz.plots", None)
+    status, out, _ = call(capfd, *DEMO)
+    assert status == 0 and "picture    none: matplotlib is not installed" in out
+    assert "answer" in out and not Path("out").exists()
 
 
 def test_a_text_that_would_upset_a_terminal_or_a_picture(folder, capfd, monkeypatch):
