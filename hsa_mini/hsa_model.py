@@ -11,6 +11,7 @@ from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_folder import read_folder
 from hsa_mini.inference.generate import Generation, generate
 from hsa_mini.model.core import HSACore
+from hsa_mini.ops.choice import check_device
 from hsa_mini.paths import checkpoint_folder
 
 
@@ -57,10 +58,11 @@ class HSAModel(HSACore):
         path: a folder, or the name of a shipped model such as "mini" (see
         `hsa_mini.paths.checkpoint_folder`). dtype: that of the parameters; None is bfloat16 on a
         GPU and float32 elsewhere. The router's bias is always float32. Raises ValueError if a file
-        is missing or was altered, if the files do not fit together, and for weights that are NaN or
-        infinite.
+        is missing or was altered, if the files do not fit together, for weights that are NaN or
+        infinite, and for a device that is neither the CPU nor what PyTorch calls cuda.
         """
         device = torch.device(device)
+        check_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
         def read(files: dict[str, Path]) -> Self:

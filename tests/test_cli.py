@@ -100,6 +100,10 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["demo", "--seed", "4294967296"], "--seed: got 4294967296, accepted is 0 to 4294967295"),
     (["demo", "--seed", "1.0"], "--seed: got '1.0', accepted is an integer"),
     (["demo", "--device", "tpu"], "--device: got 'tpu', accepted here are auto, cpu"),
+    (
+        ["demo", "--device", "mps"],
+        "--device: got 'mps', accepted here are auto, cpu.*; Apple's GPUs are not supported",
+    ),
     (["demo", "--device", "cuda:99"], "--device: got 'cuda:99', accepted here are auto, cpu"),
     (
         ["demo", "--out", "file"],

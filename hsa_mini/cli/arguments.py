@@ -5,6 +5,7 @@ names the argument, what was given and what is accepted.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
@@ -134,13 +135,27 @@ def results_path(out: Path | None, checkpoint: str, ending: str) -> Path:
 
 
 def choose_device(name: str):
-    """The torch device with this name; "auto" is a GPU if there is one, else the CPU."""
+    """The torch device with this name; "auto" is a GPU if there is one, else the CPU.
+
+    Says so in one line on standard error if the kernels are not made for the GPU. Raises ValueError
+    for a device that is not there or not supported.
+    """
     import torch
 
+    from hsa_mini.ops.choice import runs_kernels
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count()
     accepted = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if name not in accepted:
-        raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}")
-    return torch.device(name)
+        apple = "; Apple's GPUs are not supported" if name == "mps" else ""
+        raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}{apple}")
+    device = torch.device(name)
+    if name != "cpu" and not runs_kernels(device):
+        print(
+            "the Triton kernels are for NVIDIA GPUs from Ampere on; on this GPU PyTorch does "
+            "their work",
+            file=sys.stderr,
+        )
+    return device
