@@ -54,7 +54,7 @@ def checkpoint_folder(given: str | Path) -> Path:
     folder holds; a warning is logged if this holds something of the same name. Every other string,
     such as "./mini", and every `Path` is a path.
     """
-    if given != Path(given).name:
+    if isinstance(given, Path) or given != Path(given).name:
         return Path(given)
     folder = shipped_models().get(given)
     if folder and Path(given).exists():
