@@ -113,11 +113,15 @@ for case, sizes in CASES.items():
         for shape in ((1, T, J, R), (1, N, J, R))
     )
     assert checks.tile_fits(q, k), case
-    indices, weights = hsa_kernels.retrieve(
-        retrieval_q, landmarks, chunk_size=S, top_k=K, offset=N * S
-    )
-    weights.sum().backward()
-    hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
+    # The other kernels use little shared memory, so for the other GPUs one case is enough.
+    every_kernel = CAPABILITY == 90 or case == "8B"
+    if every_kernel:
+        _, weights = hsa_kernels.retrieve(
+            retrieval_q, landmarks, chunk_size=S, top_k=K, offset=N * S
+        )
+        weights.sum().backward()
+        hsa_kernels.retrieve(retrieval_q, landmarks, chunk_size=S, top_k=K, gumbel_seed=1)
+    indices = torch.zeros(1, T, J, K, dtype=torch.int32)
     weights = torch.randn(1, T, J, K, requires_grad=True)
     hsa_kernels.chunk_attention(q, k, v, indices, weights).backward(torch.ones_like(q))
     with torch.no_grad():
@@ -125,8 +129,10 @@ for case, sizes in CASES.items():
         hsa_kernels.decode(
             retrieval_q[:, :1], landmarks, q[:, :1], k, v, chunk_size=S, top_k=K, offset=N * S
         )
-        hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
         hsa_kernels.window_decode_attention(q[:, :1], k[:, 0], v[:, 0], torch.tensor([30]))
+        if not every_kernel:
+            continue
+        hsa_kernels.fetch(k[0], torch.tensor([3, 1]))
         cache_k, cache_v, gain, angles = (
             k[:, 0],
             v[:, 0],
@@ -137,8 +143,7 @@ for case, sizes in CASES.items():
         hsa_kernels.update_window_cache(
             *fresh, cache_k, cache_v, torch.tensor([3]), gain, gain, angles, eps=1e-6
         )
-        batches = ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4))
-        for M, E, A in batches if CAPABILITY == 90 else batches[1::3]:
+        for M, E, A in ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4)):
             scores = torch.randn(M, E, dtype=dtype)
             hsa_kernels.dispatch(scores, torch.zeros(E), A)
             up_and_gate, down = (

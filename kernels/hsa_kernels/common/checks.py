@@ -23,11 +23,11 @@ def check_kernel(**tensors: torch.Tensor) -> None:
     """
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
-        if capability(tensor) < MIN_CAPABILITY:
-            raise ValueError(
-                f"{name}: got a GPU of capability {capability(tensor)}, "
-                f"accepted is {MIN_CAPABILITY} or later"
-            )
+    name, tensor = next(iter(tensors.items()))  # all lie on the same GPU
+    if (got := capability(tensor)) < MIN_CAPABILITY:
+        raise ValueError(
+            f"{name}: got a GPU of capability {got}, accepted is {MIN_CAPABILITY} or later"
+        )
     if "q" in tensors and tensors["k"].dim() == 5:
         _check_chunks(tensors["q"], tensors["k"])
 
@@ -60,10 +60,10 @@ def _check_chunks(q: torch.Tensor, k: torch.Tensor) -> None:
     ):
         if not low <= got <= high:
             raise ValueError(f"{name}: got {what}={got}, accepted are {low} to {high}")
-    if k.is_cuda and not tile_fits(q, k):
+    if q.is_cuda and not tile_fits(q, k):
         raise ValueError(
             f"k: got S={S} and D={D} in {str(k.dtype).removeprefix('torch.')}, "
-            f"accepted is S*D up to {_max_tile(k, G)} for H/J={G} on this GPU"
+            f"accepted is S*D up to {_max_tile(q, G)} for H/J={G} on this GPU"
         )
 
 
@@ -72,19 +72,20 @@ def tile_fits(q: torch.Tensor, k: torch.Tensor) -> bool:
     q [B, T, H, D], in every kernel.
     """
     S, J, D = k.shape[2:]
-    return padded(S) * padded(D) <= _max_tile(k, q.shape[2] // J)
+    return padded(S) * padded(D) <= _max_tile(q, q.shape[2] // J)
 
 
-def _max_tile(k: torch.Tensor, G: int) -> int:
+def _max_tile(q: torch.Tensor, G: int) -> int:
     """The most numbers of a chunk's tile. The backward pass of chunk attention decides, because it
     keeps several tiles of this many numbers in shared memory; `tests/test_compile.py` tries it.
     """
-    shared = shared_memory(k)
+    shared = shared_memory(q)
     hopper = SHARED_MEMORY[HOPPER]
-    numbers = 1 << (15 if shared == hopper else 14 if shared == SHARED_MEMORY[8, 0] else 13)
-    if k.dtype == torch.float32:
+    a100 = SHARED_MEMORY[8, 0]
+    numbers = {hopper: 1 << 15, a100: 1 << 14}.get(shared, 1 << 13)
+    if q.dtype == torch.float32:
         return numbers // (2 if G <= 16 else 4)
-    return numbers // 2 if G > 32 and shared == SHARED_MEMORY[8, 0] else numbers
+    return numbers // 2 if G > 32 and shared == a100 else numbers
 
 
 def check_indices(indices: torch.Tensor, chunks: int) -> None:
