@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "memory": {"checks", "config", "checkpoint", "files", "ops", "reference"},
     "model": MODEL,
     "inference": {*MODEL, "checkpoint", "files"},
-    "hsa_model": {*MODEL, "checkpoint", "files", "inference"},
+    "hsa_model": {*MODEL, "checkpoint", "files", "inference", "paths"},
     "training": LIBRARY,
     "evaluation": LIBRARY,
     "integrations": LIBRARY,

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import hsa_kernels
 from hsa_kernels.attention import by_chunk, by_token_block, operator, partial_results
 from hsa_kernels.attention.merge import merge
+from hsa_kernels.common import checks, tiles
+from hsa_kernels.common.checks import tile_fits
 from hsa_kernels.common.inverted_index import cut, invert
 from hsa_kernels.retrieval import operator as retrieval
 from hsa_mini import reference
@@ -113,6 +115,54 @@ def test_both_schedules_equal_the_reference(monkeypatch, schedule):
     inputs = attention_inputs(B=2, T=11, J=2, G=3, D=24, N=5, S=24, K=3)
     got = schedule.forward(*inputs.values(), 24**-0.5)
     assert error(got, reference.chunk_attention(**exact(inputs))) < 2e-6
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
+@pytest.mark.parametrize("sizes", [dict(G=4, D=256, S=64), dict(G=2, D=16, S=16)], ids=str)
+def test_the_configuration_of_other_gpus_changes_no_result(monkeypatch, capability, sizes):
+    """Tiles of 32 rows for large chunks, no copy engine, and shorter parts of the window."""
+    monkeypatch.setattr(tiles, "capability", lambda x: capability)
+    inputs = attention_inputs(B=1, T=19, J=1, N=3, K=2, **sizes)
+    rows = tiles.Sizes.of(inputs["q"].half(), inputs["k"]).M * sizes["G"]
+    assert rows == (32 if sizes["D"] == 256 and capability < (9, 0) else 64)
+    for dtype in (torch.float16, torch.float32):
+        assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype)
+    q, k, v = (random(1, n, 2, 32, seed=n).to(DEVICE, torch.float32) for n in (1, 99, 98))
+    v = k.flip(1)
+    got = hsa_kernels.window_decode_attention(q, k, v, torch.tensor([98], device=DEVICE))
+    want = reference.sliding_window_attention(q.double(), k.double(), v.double(), window=99)
+    assert error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, G, numbers",
+    [
+        ((8, 0), torch.bfloat16, 16, 16384),
+        ((8, 0), torch.bfloat16, 64, 8192),
+        ((8, 0), torch.float32, 16, 8192),
+        ((8, 0), torch.float32, 64, 4096),
+        ((8, 6), torch.float16, 64, 8192),
+        ((8, 9), torch.float32, 16, 4096),
+        ((12, 0), torch.float32, 64, 2048),
+        ((9, 0), torch.bfloat16, 64, 32768),
+        ((10, 0), torch.float32, 16, 16384),
+    ],
+)
+def test_the_largest_chunk_depends_on_shared_memory(monkeypatch, capability, dtype, G, numbers):
+    """`test_compile` shows that these sizes fit. What is larger goes through PyTorch."""
+    monkeypatch.setattr(tiles, "capability", lambda x: capability)
+    q = torch.empty(1, 1, G, 128, dtype=dtype, device="meta")
+    for S, fits in ((numbers // 128, True), (numbers // 128 + 1, False)):
+        k = torch.empty(1, 1, S, 1, 128, dtype=dtype, device="meta")
+        assert tile_fits(q, k) == fits, S
+
+
+def test_gpus_older_than_ampere_are_refused(monkeypatch):
+    monkeypatch.setattr(checks, "capability", lambda x: (7, 5))
+    with pytest.raises(
+        ValueError, match=r"^q: got a GPU of capability \(7, 5\), accepted is \(8, 0"
+    ):
+        hsa_kernels.chunk_attention(**attention_inputs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,12 +3,16 @@
 Dimensions: T tokens, P cached keys, W window.
 """
 
+import contextlib
+import io
+
 import pytest
 import torch
 from helpers import assert_close, random, random_choice, results
 from material import document_starts
 
 from hsa_mini import ops, reference
+from hsa_mini.cli.arguments import choose_device
 from hsa_mini.ops import choice, flex_window
 
 
@@ -61,6 +65,35 @@ def test_the_override_ends_with_its_block():
         ops.backend("fast"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "capability, hip, kernels",
+    [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
+)
+def test_the_kernels_are_for_gpus_of_nvidia_from_ampere_on(monkeypatch, capability, hip, kernels):
+    """PyTorch calls AMD's GPUs cuda too, and gives them capabilities like those of NVIDIA's."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choice.runs_kernels(torch.device("cuda")) == kernels
+    assert not choice.runs_kernels(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert choose_device("cuda") == torch.device("cuda")
+    assert said.getvalue().count("\n") == (0 if kernels else 1)
+    assert kernels or "on this GPU PyTorch does their work" in said.getvalue()
+
+
+def test_a_chunk_that_is_too_large_for_the_gpu_goes_through_pytorch(monkeypatch):
+    monkeypatch.setattr(ops, "use_kernels", lambda tensor, fits: fits)
+    q = torch.empty(1, 1, 1, 256, dtype=torch.float16)
+    k = torch.empty(1, 1, 128, 1, 256, dtype=torch.float16)
+    assert ops.in_kernel(q, k)
+    monkeypatch.setattr("hsa_kernels.common.tiles.capability", lambda x: (8, 9))
+    assert not ops.in_kernel(q, k) and ops.in_kernel(q, k[:, :, :32])
+    with ops.backend("kernels"):  # refuses by itself, and says why
+        assert ops.in_kernel(q, k)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -3,23 +3,10 @@
 from pathlib import Path
 
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import data_dir
+from hsa_mini.paths import checkpoint_folder, shipped_models
 
 
-def shipped_models() -> dict[str, Path]:
-    """The folders of the models that come with the package, by name."""
-    home = data_dir() / "checkpoints"
-    if not home.is_dir():
-        return {}
-    return {path.name: path for path in sorted(home.iterdir()) if path.is_dir()}
-
-
-def checkpoint_folder(given: str) -> Path:
-    """The folder of the shipped model named `given`, or else the path `given` itself."""
-    return shipped_models().get(given, Path(given))
-
-
-def read_model(argument: str, given: str, device):
+def read_model(argument: str, given: str | Path, device):
     """The model that is shipped under the name `given`, or the one in the folder `given`.
 
     Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.

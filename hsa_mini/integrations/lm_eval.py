@@ -1,7 +1,7 @@
 """The model `hsa` of lm-eval. The part that several texts begin with is read only once.
 
 Importing this module registers it: `lm_eval.simple_evaluate(model="hsa", model_args={"pretrained":
-"data/checkpoints/mini"}, ...)`. It needs the extra `eval`.
+"mini"}, ...)`. It needs the extra `eval`.
 
 Dimensions: T tokens, V vocabulary.
 """
