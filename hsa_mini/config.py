@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from hsa_mini.checks import check_integer, check_number, quoted
 
+MODEL_TYPE = "hsa_mini"  # in config.json, where transformers looks for it
+RENAMED = {"top_k": "hsa_top_k"}  # fields that transformers would take for its own
 MAX_TOKENS = 1 << 30  # the longest text that a command or a plan accepts; more is a typing error
 MAX_LAYERS = 1024  # a model of more blocks takes seconds to make even without memory
 MAX_SIZE = 1 << 24
@@ -171,19 +173,28 @@ class HSAConfig:
         start = max(tokens - last + 1 - self.upper_tail, 0)
         return start - start % self.query_block
 
-    def to_json(self) -> str:
-        """All fields as a JSON object, one field per line."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+    def to_json(self, **others: str) -> str:
+        """All fields as a JSON object, one field per line, behind the `others`."""
+        return json.dumps(others | dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict) -> "HSAConfig":
         """The configuration with these fields, as `to_json` writes them.
 
+        With the key `model_type`, as in a config.json for transformers, other keys are skipped.
         Raises ValueError that names the key if one is unknown or missing.
         """
         if not isinstance(values, dict):
             raise ValueError(f"config: got a {type(values).__name__}, accepted is a dict")
         known = {field.name: field for field in dataclasses.fields(cls)}
+        if "model_type" in values:
+            if values["model_type"] != MODEL_TYPE:
+                got = quoted(values["model_type"])
+                raise ValueError(f"config: got model_type {got}, accepted is {MODEL_TYPE!r}")
+            spellings = {name: (name, RENAMED.get(name, name)) for name in known}
+            values = {
+                name: values[key] for name, keys in spellings.items() for key in keys if key in values
+            }
         for name in values.keys() - known.keys():
             raise ValueError(
                 f"config: got unknown key {quoted(name)}, accepted are the fields of HSAConfig"
