@@ -78,6 +78,7 @@ class HSAConfig:
     exclude_window: bool = False  # True: never retrieve a chunk that lies inside the window
     query_block: int = 1  # this many consecutive tokens share the chunks of the first one
     retrieval_norm: bool = False  # RMSNorm on retrieval queries and landmarks
+    qk_norm: bool = True  # RMSNorm on queries and keys where positions are; HSA always has it
     residual: str = "add"  # or "bypass": only the MLP reads the retrieved context
     # Mixture of experts. `experts=0` makes a dense model. The first block is always dense.
     experts: int = 0  # E
@@ -181,28 +182,29 @@ class HSAConfig:
     def from_dict(cls, values: dict) -> "HSAConfig":
         """The configuration with these fields, as `to_json` writes them.
 
-        With the key `model_type`, as in a config.json for transformers, other keys are skipped.
+        `model_type` may be there and must then be ours. With the key `transformers_version`, as in
+        a config.json that transformers wrote, other keys are skipped.
         Raises ValueError that names the key if one is unknown or missing.
         """
         if not isinstance(values, dict):
             raise ValueError(f"config: got a {type(values).__name__}, accepted is a dict")
         known = {field.name: field for field in dataclasses.fields(cls)}
-        if "model_type" in values:
-            if values["model_type"] != MODEL_TYPE:
-                got = quoted(values["model_type"])
-                raise ValueError(f"config: got model_type {got}, accepted is {MODEL_TYPE!r}")
+        model_type = values.get("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise ValueError(f"config: got model_type {quoted(model_type)}, accepted is {MODEL_TYPE}")
+        if "transformers_version" in values:
             spellings = {name: (name, RENAMED.get(name, name)) for name in known}
             values = {
                 name: values[key] for name, keys in spellings.items() for key in keys if key in values
             }
-        for name in values.keys() - known.keys():
+        for name in values.keys() - known.keys() - {"model_type"}:
             raise ValueError(
                 f"config: got unknown key {quoted(name)}, accepted are the fields of HSAConfig"
             )
         for name, field in known.items():
             if field.default is dataclasses.MISSING and name not in values:
                 raise ValueError(f"config: key {name!r} is missing")
-        return cls(**values)
+        return cls(**{name: values[name] for name in known.keys() & values.keys()})
 
 
 _MINI = HSAConfig(

@@ -27,8 +27,7 @@ class HSAPretrainedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        config = HSAConfig.from_dict({"model_type": MODEL_TYPE, **given})
-        fields = dataclasses.asdict(config)
+        fields = dataclasses.asdict(HSAConfig.from_dict({**given, "transformers_version": ""}))
         super().__post_init__(**{k: v for k, v in given.items() if k not in fields})
         for name, value in fields.items():
             setattr(self, RENAMED.get(name, name), value)
@@ -40,7 +39,7 @@ class HSAPretrainedConfig(PreTrainedConfig):
 
     def native(self) -> HSAConfig:
         """The same as the configuration of an `HSAModel`. Raises ValueError as `HSAConfig` does."""
-        return HSAConfig.from_dict({"model_type": MODEL_TYPE, **vars(self)})
+        return HSAConfig.from_dict(vars(self))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
