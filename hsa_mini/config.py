@@ -191,11 +191,16 @@ class HSAConfig:
         known = {field.name: field for field in dataclasses.fields(cls)}
         model_type = values.get("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
-            raise ValueError(f"config: got model_type {quoted(model_type)}, accepted is {MODEL_TYPE}")
+            raise ValueError(
+                f"config: got model_type {quoted(model_type)}, accepted is {MODEL_TYPE}"
+            )
         if "transformers_version" in values:
             spellings = {name: (name, RENAMED.get(name, name)) for name in known}
             values = {
-                name: values[key] for name, keys in spellings.items() for key in keys if key in values
+                name: values[key]
+                for name, keys in spellings.items()
+                for key in keys
+                if key in values
             }
         for name in values.keys() - known.keys() - {"model_type"}:
             raise ValueError(

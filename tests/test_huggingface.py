@@ -33,11 +33,13 @@ from hsa_mini import ChunkMemory, HSAModel
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hsa_mini.inference.sampling import probabilities
 from hsa_mini.integrations.huggingface import (
+    BalanceExperts,
     HSACache,
     HSAForCausalLM,
     HSAPretrainedConfig,
     fast_tokenizer,
 )
+from hsa_mini.model.moe import MoE
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("default", "query block", "no QK norm", "untied")
@@ -100,16 +102,23 @@ def test_logits_and_gradients_of_a_padded_batch_are_those_of_its_texts(side):
     logits.square().sum().backward()
     want.square().sum().backward()
     gradients = {name: p.grad for name, p in native.named_parameters() if p.grad is not None}
-    assert_close({n: p.grad for n, p in model.model.named_parameters() if n in gradients}, gradients, 1e-10)
+    assert_close(
+        {n: p.grad for n, p in model.model.named_parameters() if n in gradients}, gradients, 1e-10
+    )
 
 
-@pytest.mark.parametrize(
-    "mask", [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1], [[1, 1, 1, 1]]], ids=str
-)
+@pytest.mark.parametrize("mask", [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1], [[1, 1, 1, 1]]], ids=str)
 def test_a_mask_with_gaps_or_of_another_shape_is_refused(mask):
     _, model = twins()
     with pytest.raises(ValueError, match="attention_mask: got .* without gaps, padded in front or"):
         model(text(4)[:1], attention_mask=torch.tensor([mask]))
+
+
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "output_hidden_states"])
+def test_an_argument_that_would_be_ignored_is_refused(name):
+    _, model = twins()
+    with pytest.raises(ValueError, match=f"{name}: got a bool, accepted is None"):
+        model(text(4), **{name: True})
 
 
 def test_beam_search_with_a_memory_chooses_what_it_chooses_without():
@@ -130,7 +139,12 @@ def test_sampling_draws_from_the_native_probabilities():
     options = dict(temperature=0.7, top_k=20, top_p=0.9)
     torch.manual_seed(3)
     out = model.generate(
-        ids, **options, max_new_tokens=15, do_sample=True, output_scores=True, return_dict_in_generate=True
+        ids,
+        **options,
+        max_new_tokens=15,
+        do_sample=True,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
     torch.manual_seed(3)
     again = model.generate(ids, **options, max_new_tokens=15, do_sample=True, use_cache=False)
@@ -158,7 +172,9 @@ def test_generation_goes_on_after_a_memory_and_after_a_copy_of_its_cache():
     with pytest.raises(NotImplementedError, match="crop: a chunk memory cannot forget"):
         cache.crop(1)
     cache.reset()
-    assert torch.equal(model.generate(ids, cache=cache, max_new_tokens=10, do_sample=False)[:, 60:], want)
+    assert torch.equal(
+        model.generate(ids, cache=cache, max_new_tokens=10, do_sample=False)[:, 60:], want
+    )
 
 
 def test_a_prompt_in_segments_is_the_whole_prompt():
@@ -193,17 +209,22 @@ def test_gradient_checkpointing_changes_no_gradient(option, every):
     assert not model.is_activation_checkpointing and len(calls) == (3 if every == 1 else 2)
 
 
-def trained(folder: Path, resume: bool = False, **options) -> HSAForCausalLM:
-    """A tiny model after `Trainer` has trained it on 16 texts."""
+TEXTS = [text(24, seed=i)[0] for i in range(16)]
+
+
+def trained(
+    folder: Path, option="default", callbacks=(), resume=False, **options
+) -> HSAForCausalLM:
+    """A model after `Trainer` has trained it on TEXTS."""
     pytest.importorskip("accelerate")
     arguments = TrainingArguments(
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, seed=1, logging_steps=1,
         learning_rate=1e-2, num_train_epochs=1, **options,
     )  # fmt: skip
-    rows = [text(24, seed=i)[0] for i in range(16)]
-    data = [dict(input_ids=row, labels=row) for row in rows]
-    _, model = twins(dtype=torch.float32, exploration=options.get("save_strategy") == "steps")
-    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    data = [dict(input_ids=row, labels=row) for row in TEXTS]
+    exploration = options.get("save_strategy") == "steps"  # its noise depends on the batches
+    _, model = twins(option, torch.float32, exploration=exploration)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[*callbacks])
     trainer.train(resume_from_checkpoint=resume)
     return model
 
@@ -217,6 +238,22 @@ def test_trainer_accumulates_gradients(tmp_path):
     got = trained(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
     want = trained(tmp_path, per_device_train_batch_size=4, **options)
     assert_close(weights(got), weights(want), 1e-4)
+
+
+def test_trainer_balances_experts_as_the_native_training_does(tmp_path):
+    options = dict(save_strategy="no", max_steps=1, gradient_accumulation_steps=2)
+    callbacks = [BalanceExperts(0.25)]
+    got = trained(tmp_path, "experts", callbacks, per_device_train_batch_size=8, **options)
+    want = build("experts", torch.float32, exploration=False).train()
+    layers = [layer for layer in want.modules() if isinstance(layer, MoE)]
+    for layer in layers:
+        layer.count_tokens()
+    want(torch.stack(TEXTS))
+    for layer in layers:
+        layer.update_bias(0.25)
+    biases = dict(want.named_buffers())
+    assert_close(dict(got.model.named_buffers()), biases, 0.0)
+    assert all(bias.any() for bias in biases.values())
 
 
 def test_trainer_resumes_where_it_was_stopped(tmp_path):
@@ -259,7 +296,7 @@ def folder(tmp_path_factory) -> Path:
 def test_each_loader_reads_what_the_other_wrote(tmp_path, option, shards):
     native = build(option, torch.float32)
     with torch.no_grad():
-        for name, buffer in native.named_buffers():
+        for buffer in native.buffers():
             buffer += 0.1
     native.save_pretrained(tmp_path / "a", shard_bytes=20_000 if shards else 1 << 30)
     model = HSAForCausalLM.from_pretrained(tmp_path / "a")
@@ -320,7 +357,9 @@ def test_the_auto_classes_and_pipeline_take_the_folder(folder):
     ids = [load_tokenizer().encode_ordinary(prompt) for prompt in prompts]
     assert tokenizer(prompts)["input_ids"] == ids
     speak = pipeline("text-generation", str(folder), device="cpu")
-    options = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=4094, pad_token_id=4095)
+    options = GenerationConfig(
+        max_new_tokens=8, do_sample=False, eos_token_id=4094, pad_token_id=4095
+    )
     said = speak(prompts, generation_config=options, batch_size=2, return_full_text=False)
     for one, own in zip(said, ids):
         want = tiny().generate(torch.tensor([own]), max_new_tokens=8).ids[0]
@@ -336,8 +375,10 @@ def test_the_folder_brings_its_own_code_for_trust_remote_code(folder, tmp_path):
     )
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", program, folder, tmp_path / "x"],
         env=environment, capture_output=True, text=True, check=True,

@@ -6,8 +6,19 @@ imports no torch; a command imports what it needs when it runs.
 
 from hsa_mini.cli import demo, evaluate, fetch, generate, lab, perplexity, plan, train
 from hsa_mini.cli.arguments import Parser, Version
+from hsa_mini.cli.reuse import convert
 
-COMMANDS = (demo, generate, train, evaluate, perplexity, lab, plan, fetch)  # in the order of --help
+COMMANDS = (
+    demo,
+    generate,
+    train,
+    evaluate,
+    perplexity,
+    lab,
+    plan,
+    convert,
+    fetch,
+)  # in the order of --help
 
 
 def build_parser() -> Parser:
@@ -20,7 +31,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, help="show the versions in use and exit")
     commands = parser.add_subparsers(
-        dest="name", required=True, metavar="demo|generate|train|eval|perplexity|lab|plan|fetch"
+        dest="name",
+        required=True,
+        metavar="demo|generate|train|eval|perplexity|lab|plan|convert|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)

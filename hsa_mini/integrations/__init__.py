@@ -1,4 +1,3 @@
-"""HSA models inside other libraries, and models of other libraries as HSA models.
-
-`huggingface` needs the extra `hf`; nothing else of the package needs these modules.
+"""This package inside others, and models of others in this one. `convert` needs no extra, each
+other module needs one; importing the package needs none.
 """

@@ -17,9 +17,6 @@ class HSACache(Cache):
     the new ones. `copy.deepcopy` makes a cache that goes on by itself.
     """
 
-    is_compileable = False
-    is_croppable = False
-
     def __init__(self, memory: ChunkMemory) -> None:
         super().__init__(layers=[])
         self.memory = memory
@@ -52,23 +49,26 @@ class HSACache(Cache):
     def is_linear(self) -> list[bool]:
         return [False]  # so `generate` cuts what was read off ids
 
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
     def reset(self) -> None:
         """Forget everything."""
-        self.memory.commit(
-            ChunkMemory(self.memory.config, offload=self.memory.chunks.offload)
-        )
+        self.memory.commit(ChunkMemory(self.memory.config, offload=self.memory.chunks.offload))
         self.columns = 0
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences in this order: an integer tensor [B'], repeats allowed."""
-        self.memory.reorder(beam_idx.long())
+        self.memory.reorder(indices.long())
 
-    batch_select_indices = reorder_cache
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         rows = torch.arange(self.memory.batch or 0, device=self.memory.chunks.landmarks.device)
-        self.memory.reorder(rows.repeat_interleave(repeats))
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise NotImplementedError("crop: a chunk memory cannot forget; copy the cache beforehand")

@@ -1,6 +1,7 @@
 """The configuration of an HSA model as transformers stores it."""
 
 import dataclasses
+from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -16,7 +17,7 @@ class HSAPretrainedConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    attribute_map = {
+    attribute_map: ClassVar = {
         "hidden_size": "width",
         "intermediate_size": "mlp_width",
         "num_attention_heads": "heads",

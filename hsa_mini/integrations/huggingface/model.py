@@ -6,6 +6,7 @@ Dimensions: B batch, T tokens.
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -38,6 +39,8 @@ AUTO_MAP = {
     "AutoConfig": "modeling_hsa_mini.HSAPretrainedConfig",
     "AutoModelForCausalLM": "modeling_hsa_mini.HSAForCausalLM",
 }
+HUB_OPTIONS = {"repo_id", "commit_message", "private", "create_pr", "revision", "tags"}
+UNSUPPORTED = {"inputs_embeds", "position_ids", "output_attentions", "output_hidden_states"}
 
 
 class HSAForCausalLM(PreTrainedModel, GenerationMixin):
@@ -53,8 +56,8 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _input_embed_layer = "embedding"
     _is_stateful = True  # no assisted decoding: a memory cannot be cropped
-    _no_split_modules = ["Block", "ChunkEncoder"]
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+    _no_split_modules: ClassVar = ["Block", "ChunkEncoder"]
+    _tied_weights_keys: ClassVar = {"model.head.weight": "model.embedding.weight"}
 
     def __init__(self, config: HSAPretrainedConfig) -> None:
         super().__init__(config)
@@ -93,8 +96,12 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
 
         attention_mask [B, >= T]: 0 for padding, in front of a text or behind it. Its last T columns
         belong to input_ids. If one logit is kept, it is that of a text's last token wherever the
-        padding is. Raises ValueError for gaps in a text, and as `HSACore.forward` does.
+        padding is. kwargs: for the loss. Raises ValueError for gaps in a text, for an argument of
+        transformers that an HSA model does not have, and as `HSACore.forward` does.
         """
+        for name in UNSUPPORTED & kwargs.keys():
+            if (value := kwargs.pop(name)) is not None and value is not False:
+                raise ValueError(f"{name}: got a {type(value).__name__}, accepted is None")
         if cache is None and use_cache:
             cache = HSACache(ChunkMemory(self.model.config))
         logits = self._logits(input_ids, attention_mask, cache, logits_to_keep)
@@ -160,13 +167,17 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         folder = Path(pretrained_model_name_or_path or "")
         if (folder / CONFIG).is_file() and not (folder / GENERATION_CONFIG_NAME).is_file():
             # transformers would take `top_k` of `HSAConfig` for an option of sampling.
-            config = cls.config_class.from_pretrained(folder)
+            config = HSAPretrainedConfig.from_pretrained(folder)
             kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
-        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-        if (folder / MANIFEST).is_file():
-            model, info = read_folder(folder, (CONFIG,), lambda _: load(output_loading_info=True))
-        else:
-            model, info = load(output_loading_info=True)
+
+        def load(*_) -> Any:
+            path = pretrained_model_name_or_path
+            return super(HSAForCausalLM, cls).from_pretrained(
+                path, *args, output_loading_info=True, **kwargs
+            )
+
+        verified = (folder / MANIFEST).is_file()
+        model, info = read_folder(folder, (CONFIG,), load) if verified else load()
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"path: {folder} lacks the weight {quoted(missing[0])}; "
@@ -201,9 +212,6 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Nothing: `save_pretrained` writes the file for `trust_remote_code`."""
-
-
-HUB_OPTIONS = {"repo_id", "commit_message", "private", "create_pr", "revision", "tags"}
 
 
 def _complete(folder: Path) -> None:

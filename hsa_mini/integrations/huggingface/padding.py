@@ -39,8 +39,7 @@ class Padding(NamedTuple):
 
 
 def rolled(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """x [B, T, ...] with row b moved to the left by columns[b], around the end. columns int64 [B].
-    """
+    """x [B, T, ...], each row moved to the left around its end, by columns int64 [B]."""
     T = x.shape[1]
     places = (torch.arange(T, device=x.device) + columns[:, None]) % T  # [B, T]
     return x.take_along_dim(places.reshape(places.shape + (1,) * (x.dim() - 2)), dim=1)

@@ -81,8 +81,8 @@ def update_window_cache(
     once. No gradient.
 
     q [B, 1, H, D], k and v [B, 1, J, D], cache_k and cache_v [B, W, J, D] (written in place), slots
-    int64 [B], q_gain and k_gain [D] or None, table: cos and sin [1 or B, 1, D/2] -> q [B, 1, H, D], normed
-    and rotated. Raises ValueError for wrong shapes, dtypes, devices or layouts.
+    int64 [B], q_gain and k_gain [D] or None, table: cos and sin [1 or B, 1, D/2] -> q [B, 1, H, D],
+    normed and rotated. Raises ValueError for wrong shapes, dtypes, devices or layouts.
     """
     check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     check_kernel(q=q, k=k, v=v)
