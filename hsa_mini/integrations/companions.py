@@ -34,6 +34,8 @@ def read_companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         ids = _ids(json.loads(texts[TOKENIZER]))
         symbols = max(ids.values()) + 1
         end = json.loads(texts.get(TOKENIZER_CONFIG, "{}")).get("eos_token")
+        end = end.get("content") if isinstance(end, dict) else end
+        end_id = ids.get(end)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{folder / TOKENIZER}: accepted is a file of `tokenizers`") from None
     vocabulary = config["vocab_size"]
@@ -42,12 +44,11 @@ def read_companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             f"{folder / TOKENIZER}: got {symbols} tokens, accepted are {(vocabulary + 1) // 2} to "
             f"{vocabulary} for the vocabulary of the weights"
         )
-    end = end.get("content") if isinstance(end, dict) else end
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    if end is not None and ends != [None] and ids.get(end) not in ends:
+    if end is not None and ends != [None] and end_id not in ends:
         raise ValueError(
-            f"{folder / TOKENIZER_CONFIG}: got eos_token {quoted(end)} with id {ids.get(end)}, "
+            f"{folder / TOKENIZER_CONFIG}: got eos_token {quoted(end)} with id {end_id}, "
             f"accepted is eos_token_id of {CONFIG} ({quoted(config['eos_token_id'])})"
         )
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
