@@ -12,11 +12,11 @@ COMMANDS = (
     demo,
     generate,
     train,
+    convert,
     evaluate,
     perplexity,
     lab,
     plan,
-    convert,
     fetch,
 )  # in the order of --help
 
@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="name",
         required=True,
-        metavar="demo|generate|train|eval|perplexity|lab|plan|convert|fetch",
+        metavar="demo|generate|train|convert|eval|perplexity|lab|plan|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)
