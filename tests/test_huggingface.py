@@ -311,6 +311,16 @@ def test_each_loader_reads_what_the_other_wrote(tmp_path, option, shards):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+def test_no_weight_of_an_earlier_save_is_read(tmp_path):
+    for seed, size in enumerate(("1GB", 20_000, "1GB", 30_000)):
+        torch.manual_seed(seed)
+        model = HSAForCausalLM(HSAPretrainedConfig(**dataclasses.asdict(build().config)))
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        want = model.model.state_dict()
+        assert_close(HSAModel.from_pretrained(tmp_path).state_dict(), want, 0.0)
+        assert_close(HSAForCausalLM.from_pretrained(tmp_path).model.state_dict(), want, 0.0)
+
+
 def test_top_k_of_retrieval_is_no_option_of_sampling(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["hsa_top_k"] == 2 and "top_k" not in config
@@ -347,6 +357,10 @@ def test_both_loaders_refuse_a_damaged_checkpoint(folder, tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"tied": False}))
     with pytest.raises(ValueError, match="lacks the weight 'model.head.weight'"):
         HSAForCausalLM.from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"a pickle, which is never read")
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        HSAForCausalLM.from_pretrained(path, use_safetensors=False)
 
 
 def test_the_auto_classes_and_pipeline_take_the_folder(folder):

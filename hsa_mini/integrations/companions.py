@@ -35,7 +35,7 @@ def read_companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         symbols = max(ids.values()) + 1
         end = json.loads(texts.get(TOKENIZER_CONFIG, "{}")).get("eos_token")
         end = end.get("content") if isinstance(end, dict) else end
-        end_id = ids.get(end)
+        end_id = ids.get(str(end))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{folder / TOKENIZER}: accepted is a file of `tokenizers`") from None
     vocabulary = config["vocab_size"]

@@ -159,11 +159,13 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; the files of a folder with a manifest are verified first.
+        """As in transformers, from safetensors only; the files of a folder with a manifest are
+        verified first.
 
         Raises ValueError for a file that was altered, and if weights are missing.
         """
         report = kwargs.pop("output_loading_info", False)
+        kwargs.pop("use_safetensors", None)
         folder = Path(pretrained_model_name_or_path or "")
         if (folder / CONFIG).is_file() and not (folder / GENERATION_CONFIG_NAME).is_file():
             # transformers would take `top_k` of `HSAConfig` for an option of sampling.
@@ -173,7 +175,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         def load(*_) -> Any:
             path = pretrained_model_name_or_path
             return super(HSAForCausalLM, cls).from_pretrained(
-                path, *args, output_loading_info=True, **kwargs
+                path, *args, output_loading_info=True, use_safetensors=True, **kwargs
             )
 
         verified = (folder / MANIFEST).is_file()
@@ -202,7 +204,7 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         weights = {name.removeprefix(PREFIX): value for name, value in weights.items()}
         if self.config.tied:
             weights.pop("head.weight", None)
-        self.config.auto_map = AUTO_MAP
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
         if is_main_process:
             _complete(Path(save_directory))
@@ -217,10 +219,13 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
 def _complete(folder: Path) -> None:
     """Add what transformers does not write: the file for `trust_remote_code`, and the manifest."""
     write_file(folder / REMOTE, REMOTE_CODE)
-    names = {CONFIG, REMOTE, WEIGHTS}
-    if not (folder / WEIGHTS).is_file():
-        names = {CONFIG, REMOTE, INDEX, *read_json(folder / INDEX)["weight_map"].values()}
-    write_manifest(folder, names)
+    found = [path for path in (folder / WEIGHTS, folder / INDEX) if path.is_file()]
+    found.sort(key=lambda path: path.stat().st_mtime_ns)
+    for stale in found[:-1]:  # of an earlier save: transformers would read it
+        stale.unlink()
+    for path in found[-1:]:  # none: only an adapter or a variant was saved
+        shards = read_json(path)["weight_map"].values() if path.name == INDEX else ()
+        write_manifest(folder, {CONFIG, REMOTE, path.name, *shards})
 
 
 def _add_prefix(module: HSAForCausalLM, state_dict: dict, prefix: str, *_) -> None:
