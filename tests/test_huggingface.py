@@ -5,6 +5,7 @@ Dimensions: B batch, T tokens, S=4 chunk size, W=8 window: the `debug` preset an
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -72,6 +73,13 @@ def padded(side: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
 
 
 every_side = pytest.mark.parametrize("side", ["left", "right", "both"])
+
+
+def test_without_transformers_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "hsa_mini.integrations.huggingface")
+    with pytest.raises(ImportError, match=r"^transformers: not installed, .* 'hsa-mini\[hf\]'`$"):
+        importlib.import_module("hsa_mini.integrations.huggingface")
 
 
 @pytest.mark.parametrize("option", [*OPTIONS, "experts"])
