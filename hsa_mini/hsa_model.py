@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from hsa_mini.checkpoint.weights import CONFIG, SHARD_BYTES, load_weights, save_weights
-from hsa_mini.config import HSAConfig
+from hsa_mini.config import MODEL_TYPE, HSAConfig
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_folder import read_folder
 from hsa_mini.inference.generate import Generation, generate
@@ -41,7 +41,7 @@ class HSAModel(HSACore):
         content. shard_bytes: weights that take more bytes are split over several files. Raises
         ValueError for shard_bytes below 1, and if `path` holds something other than a checkpoint.
         """
-        texts = {CONFIG: self.config.to_json(), **(texts or {})}
+        texts = {CONFIG: self.config.to_json(model_type=MODEL_TYPE), **(texts or {})}
         weights = self._stored_weights()
         save_weights(weights, Path(path), texts=texts, dtype=dtype, shard_bytes=shard_bytes)
 

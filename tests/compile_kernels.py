@@ -142,9 +142,10 @@ for case, sizes in CASES.items():
             (torch.ones(1, 1, D // 2),) * 2,
         )
         fresh = q[:, :1], cache_k[:, :1].contiguous(), cache_v[:, :1].contiguous()
-        hsa_kernels.update_window_cache(
-            *fresh, cache_k, cache_v, torch.tensor([3]), gain, gain, angles, eps=1e-6
-        )
+        for gains in ((gain, gain), (None, None)):
+            hsa_kernels.update_window_cache(
+                *fresh, cache_k, cache_v, torch.tensor([3]), *gains, angles, eps=1e-6
+            )
         for M, E, A in ((1, 64, 1), (2, 64, 4), (3, 8, 2), (8, 8, 4), (32, 64, 4)):
             scores = torch.randn(M, E, dtype=dtype)
             hsa_kernels.dispatch(scores, torch.zeros(E), A)

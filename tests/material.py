@@ -50,6 +50,7 @@ OPTIONS = {
     "one retrieval head": dict(retrieval_heads=1),
     "two encoder layers": dict(encoder_layers=2, encoder_mlp_width=48),
     "retrieval norm": dict(retrieval_norm=True),
+    "no QK norm": dict(qk_norm=False),
     "untied": dict(tied=False),
     "experts": dict(experts=4, experts_active=2, expert_width=16),
 }

@@ -627,8 +627,9 @@ def test_window_decode_attention_equals_the_sliding_window(J, G, D, W, positions
     J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
     W=st.integers(1, 20),
     slots=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
+    normed=st.booleans(),
 )  # fmt: skip
-def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype):
+def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype, normed):
     B = len(slots)
     shapes = dict(
         q=(B, 1, J * G, D),
@@ -641,11 +642,12 @@ def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype):
         {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype
     )
     gains = {
-        name: random(D, seed=i).to(DEVICE, dtype) for i, name in enumerate(("q_gain", "k_gain"))
+        name: random(D, seed=i).to(DEVICE, dtype) if normed else None
+        for i, name in enumerate(("q_gain", "k_gain"))
     }
     table = tuple(part.to(DEVICE) for part in rope_table(torch.tensor(slots)[:, None], D, 100.0))
     options = dict(slots=torch.tensor(slots, device=DEVICE) % W, eps=1e-6)
-    twin = {name: x.double() for name, x in (inputs | gains).items()}
+    twin = {name: x if x is None else x.double() for name, x in (inputs | gains).items()}
     got = hsa_kernels.update_window_cache(**inputs, **gains, **options, table=table)
     want = torch_backend.update_window_cache(**twin, **options, table=table)
     for a, b in (

@@ -6,12 +6,13 @@ imports no torch; a command imports what it needs when it runs.
 
 from hsa_mini.cli import demo, evaluate, fetch, generate, lab, perplexity, plan, train
 from hsa_mini.cli.arguments import Parser, Version
-from hsa_mini.cli.reuse import lm_eval
+from hsa_mini.cli.reuse import convert, lm_eval
 
 COMMANDS = (
     demo,
     generate,
     train,
+    convert,
     evaluate,
     perplexity,
     lm_eval,
@@ -33,7 +34,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="name",
         required=True,
-        metavar="demo|generate|train|eval|perplexity|lm-eval|lab|plan|fetch",
+        metavar="demo|generate|train|convert|eval|perplexity|lm-eval|lab|plan|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)

@@ -12,11 +12,17 @@ def read_model(argument: str, given: str | Path, device):
     Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.
     """
     from hsa_mini.data.tokenizer import load_tokenizer
+    from hsa_mini.files.whole_folder import read_manifest
     from hsa_mini.hsa_model import HSAModel
 
     folder = checkpoint_folder(given)
     try:
         model = HSAModel.from_pretrained(folder, device=device)
+        if "tokenizer.json" in read_manifest(folder):
+            raise ValueError(
+                f"{folder} has a tokenizer of its own, accepted is a model for the one of this "
+                "project (`hsa_mini.integrations.huggingface` reads the others)"
+            )
         symbols = load_tokenizer().n_vocab
         if model.config.vocab_size < symbols:
             raise ValueError(

@@ -1,1 +1,3 @@
-"""This package inside others. Each module needs an extra; importing the package needs none."""
+"""This package inside others, and models of others in this one. `convert` needs no extra, each
+other module needs one; importing the package needs none.
+"""

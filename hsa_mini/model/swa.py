@@ -18,6 +18,7 @@ class SlidingWindowAttention(nn.Module):
     def __init__(self, config: HSAConfig) -> None:
         super().__init__()
         self.window = config.window
+        self.eps = config.norm_eps
         self.qkv = QKV(config)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
@@ -57,10 +58,10 @@ class SlidingWindowAttention(nn.Module):
         positions % W of the cache.
         """
         q, k, v = self.qkv.project(x)
-        q_norm = self.qkv.q_norm
-        k_gain = self.qkv.k_norm.weight
+        norms = (self.qkv.q_norm, self.qkv.k_norm)
+        q_gain, k_gain = (getattr(norm, "weight", None) for norm in norms)  # None without QK norm
         q = ops.update_window_cache(
-            q, k, v, cache.k, cache.v, slots, q_norm.weight, k_gain, rope, eps=q_norm.eps
+            q, k, v, cache.k, cache.v, slots, q_gain, k_gain, rope, eps=self.eps
         )
         out = ops.window_decode_attention(q, cache.k, cache.v, positions)
         return self.out(out.flatten(-2))

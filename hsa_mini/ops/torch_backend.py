@@ -193,13 +193,14 @@ def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table,
     """One new token of every sequence enters its window.
 
     q [B, 1, H, D], k and v [B, 1, J, D] are the projections of the token. q and k are normed
-    (`q_gain`, `k_gain` [D], `eps`) and rotated by the table of their positions (`ops.rope`). k and
-    v are written into slots int64 [B] of cache_k and cache_v [B, W, J, D], in place. Returns q.
+    (`q_gain`, `k_gain` [D], `eps`), unless the gain is None, and rotated by the table of their
+    positions (`ops.rope`). k and v are written into slots int64 [B] of cache_k and cache_v [B, W,
+    J, D], in place. Returns q.
     Raises ValueError for wrong shapes or dtypes.
     """
     check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     q, k = (
-        apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table)
+        apply_rope(x if gain is None else rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table)
         for x, gain in ((q, q_gain), (k, k_gain))
     )
     slot = slots[:, None, None, None].expand_as(k)
