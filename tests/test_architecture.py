@@ -288,6 +288,6 @@ def test_tests_share_helpers_and_not_each_other():
 def test_readme_names_every_part_of_the_package():
     """The map of README has one line for each package."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    packages = {name.replace("hsa_mini.", "hsa_mini/", 1) for name in PACKAGES if "." in name}
+    packages = {name.replace(".", "/") for name in PACKAGES if "." in name}
     packages = {f"{name}/" for name in packages if name.startswith("hsa_mini/")}
     assert {name for name in packages if name not in text} == set()
