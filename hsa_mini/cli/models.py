@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import data_dir
+from hsa_mini.files.reading import read_json
+from hsa_mini.paths import RANKS_FILE, data_dir
 
 
 def shipped_models() -> dict[str, Path]:
@@ -19,10 +20,20 @@ def checkpoint_folder(given: str) -> Path:
     return shipped_models().get(given, Path(given))
 
 
-def read_model(argument: str, given: str, device):
+def own_tokenizer(given: str) -> Path | None:
+    """The tokenizer's file of a model that was trained with another than the course's."""
+    folder = checkpoint_folder(given)
+    how = folder / "training.json"
+    name = read_json(how).get("tokenizer") if how.is_file() else None
+    return folder / name if name in ("tokenizer.json", RANKS_FILE) else None
+
+
+def read_model(argument: str, given: str, device, *, own_ranks: bool = False):
     """The model that is shipped under the name `given`, or the one in the folder `given`.
 
-    Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.
+    own_ranks: a model with ranks of its own (see `own_tokenizer`) is accepted. Raises ValueError,
+    which names the argument, if there is no model, if its vocabulary is too small, or if its
+    tokenizer is not accepted.
     """
     from hsa_mini.data.tokenizer import load_tokenizer
     from hsa_mini.hsa_model import HSAModel
@@ -30,7 +41,10 @@ def read_model(argument: str, given: str, device):
     folder = checkpoint_folder(given)
     try:
         model = HSAModel.from_pretrained(folder, device=device)
-        symbols = load_tokenizer().n_vocab
+        ranks = own_tokenizer(given)
+        if ranks is not None and not (own_ranks and ranks.name == RANKS_FILE):
+            raise ValueError(f"{folder} has a {ranks.name} of its own, accepted is the default one")
+        symbols = load_tokenizer(ranks and ranks.resolve()).n_vocab
         if model.config.vocab_size < symbols:
             raise ValueError(
                 f"{folder} knows {model.config.vocab_size} tokens, "
