@@ -147,7 +147,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     ([*GENERATE, "--seed", "-1"], "--seed: got -1, accepted is 0 to 4294967295"),
     ([*GENERATE, "--device", "tpu"], "--device: got 'tpu', accepted here are auto, cpu"),
     (["train", "huge"], "preset: got 'huge', accepted are nano, mini"),
-    (["train"], "the following arguments are required: preset"),
+    (["train"], "preset: got none, accepted is one preset or configuration file"),
     (["train", "nano", "--steps", "0"], "--steps: got 0, accepted is 1"),
     (["train", "nano", "--steps", "x"], "--steps: got 'x', accepted is an integer"),
     (["train", "nano", "--seed", "-1"], "--seed: got -1, accepted is 0"),
@@ -188,7 +188,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
         "preset: got 'huge', accepted are "
         "debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b",
     ),
-    (["plan"], "the following arguments are required: preset"),
+    (["plan"], "preset: got none, accepted is one preset or configuration file"),
     (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),
     (["plan", "nano", "--tokens", "-1"], "--tokens: got -1, accepted is 1 to 1073741824"),
     (

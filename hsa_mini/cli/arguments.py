@@ -87,6 +87,23 @@ def _in_range(
     return parse
 
 
+def add_model(command: argparse.ArgumentParser, presets: str) -> None:
+    """Add the name of a preset, and --config; `chosen_model` reads them."""
+    command.add_argument(
+        "preset", nargs="?", help=f"which model: {presets}, or a configuration file"
+    )
+    command.add_argument("--config", metavar="FILE.json", help="a configuration file (see README)")
+
+
+def chosen_model(arguments: argparse.Namespace) -> str:
+    """The preset or the configuration file. Raises ValueError unless there is exactly one."""
+    given = [x for x in (arguments.preset, arguments.config) if x is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise ValueError(f"preset: got {got[:80]}, accepted is one preset or configuration file")
+    return given[0]
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add --device; `choose_device` checks it."""
     command.add_argument(

@@ -3,27 +3,44 @@
 from pathlib import Path
 
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import checkpoint_folder, shipped_models
+from hsa_mini.files.whole_folder import read_manifest
+from hsa_mini.paths import RANKS_FILE, checkpoint_folder, shipped_models
 
 
-def read_model(argument: str, given: str | Path, device):
+def own_tokenizer(given: str | Path) -> Path | None:
+    """The tokenizer's file of a model that has another tokenizer than the course's.
+
+    None also for a folder without a model, which `read_model` refuses.
+    """
+    folder = checkpoint_folder(given)
+    try:
+        names = read_manifest(folder)
+    except (ValueError, OSError):
+        return None
+    own = ("tokenizer.json", RANKS_FILE)
+    return next((folder / name for name in own if name in names), None)
+
+
+def read_model(argument: str, given: str | Path, device, *, own_ranks: bool = False):
     """The model that is shipped under the name `given`, or the one in the folder `given`.
 
-    Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.
+    own_ranks: a model with ranks of its own (see `own_tokenizer`) is accepted. Raises ValueError,
+    which names the argument, if there is no model, if its vocabulary is too small, or if its
+    tokenizer is not accepted.
     """
     from hsa_mini.data.tokenizer import load_tokenizer
-    from hsa_mini.files.whole_folder import read_manifest
     from hsa_mini.hsa_model import HSAModel
 
     folder = checkpoint_folder(given)
     try:
         model = HSAModel.from_pretrained(folder, device=device)
-        if "tokenizer.json" in read_manifest(folder):
+        ranks = own_tokenizer(given)
+        if ranks is not None and not (own_ranks and ranks.name == RANKS_FILE):
             raise ValueError(
-                f"{folder} has a tokenizer of its own, accepted is a model for the one of this "
-                "project (`hsa_mini.integrations.huggingface` reads the others)"
+                f"{folder} has a {ranks.name} of its own, accepted is a model for the tokenizer of "
+                "this project (`hsa_mini.integrations.huggingface` reads the others)"
             )
-        symbols = load_tokenizer().n_vocab
+        symbols = load_tokenizer(ranks and ranks.resolve()).n_vocab
         if model.config.vocab_size < symbols:
             raise ValueError(
                 f"{folder} knows {model.config.vocab_size} tokens, "

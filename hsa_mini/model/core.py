@@ -120,6 +120,7 @@ class HSACore(nn.Module):
         chunk_source: Callable[[ChunkStore], ChunkSource] | None = None,
         gumbel_noise: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
+        with_logits: bool = True,
     ) -> Output:
         """ids int64 [B, T] -> `Output`; T of at least 1. The given memory is updated in place and
         returned. If the call fails, the memory is unchanged.
@@ -131,8 +132,10 @@ class HSACore(nn.Module):
         need document_starts too. chunk_source: a function from the memory's chunks to the source
         that the HSA layers read (default: these chunks). gumbel_noise: add Gumbel noise to the
         choice, in training mode only. gumbel_seed: the seed of the noise, an int or an int64 tensor
-        []; drawn from torch's generator if None. Raises ValueError for a wrong shape, dtype, ids
-        outside the vocabulary, wrong document starts or a memory of another batch or model.
+        []; drawn from torch's generator if None. with_logits=False: in place of the logits, the
+        output holds the hidden states [B, T, C] that `logits` takes, for a loss that makes logits
+        piece by piece. Raises ValueError for a wrong shape, dtype, ids outside the vocabulary,
+        wrong document starts or a memory of another batch or model.
         """
         self.check_ids(ids, memory, wait=False)
         if document_starts is not None:
@@ -153,7 +156,7 @@ class HSACore(nn.Module):
             gumbel_noise=gumbel_noise,
             gumbel_seed=gumbel_seed,
         )
-        logits = self.logits(hidden)
+        logits = self.logits(hidden) if with_logits else hidden
         aux = Aux(retrievals, encoded if self.training else None)
         if memory is None:
             return Output(logits, draft, aux)
