@@ -19,8 +19,9 @@ def checkpoint_folder(given: str) -> Path:
     return shipped_models().get(given, Path(given))
 
 
-def read_model(argument: str, given: str, device):
-    """The model that is shipped under the name `given`, or the one in the folder `given`.
+def read_model(argument: str, given: str, device, *, dtype=None):
+    """The model that is shipped under the name `given`, or the one in the folder `given`; for the
+    dtype see `HSAModel.from_pretrained`.
 
     Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.
     """
@@ -29,7 +30,7 @@ def read_model(argument: str, given: str, device):
 
     folder = checkpoint_folder(given)
     try:
-        model = HSAModel.from_pretrained(folder, device=device)
+        model = HSAModel.from_pretrained(folder, device=device, dtype=dtype)
         symbols = load_tokenizer().n_vocab
         if model.config.vocab_size < symbols:
             raise ValueError(
