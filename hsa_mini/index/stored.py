@@ -98,7 +98,7 @@ def read_index(folder: Path, device: torch.device) -> Index:
     except ValueError as error:
         reason = str(error).removeprefix("path: ")
         raise ValueError(
-            f"DIR: the index is damaged: {reason}; `hsa-mini index --restart` makes it anew"
+            f"DIR: the index is damaged: {reason}; remove {folder / FOLDER} and index the text anew"
         ) from None
 
 

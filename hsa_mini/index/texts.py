@@ -8,6 +8,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.files.reading import open_regular
 
 MAX_TOKENS = 1 << 27  # the longest text that was tried
-MAX_FILES = 100_000
+MAX_FILES = 20_000
 BLOCK = 1 << 20  # bytes
 
 
@@ -93,20 +94,16 @@ def find_files(path: Path, *, without: Path) -> tuple[dict[str, Path], int]:
                 kind = "is a binary file" if stat.S_ISREG(mode) else "is no regular file"
                 raise ValueError(f"TEXT: {path} {kind}; {accepted}")
             return {path.name: path.absolute()}, 0
-        found = {}
-        skipped = 0
-        for file in _walk(path.absolute(), os.path.realpath(without)):
-            if not stat.S_ISREG(file.lstat().st_mode) or is_binary(file):
-                skipped += 1
-            else:
-                found[file.relative_to(path.absolute()).as_posix()] = file
-            if len(found) + skipped > MAX_FILES:
-                raise ValueError(f"TEXT: {path} holds more than {MAX_FILES:,} files; {accepted}")
+        files = list(islice(_walk(path.absolute(), os.path.realpath(without)), MAX_FILES + 1))
+        if len(files) > MAX_FILES:
+            raise ValueError(f"TEXT: {path} holds more than {MAX_FILES:,} files; {accepted}")
+        texts = [f for f in files if stat.S_ISREG(f.lstat().st_mode) and not is_binary(f)]
     except OSError as error:
         raise ValueError(
             f"TEXT: cannot read {error.filename or path} ({error.strerror}); {accepted}"
         ) from None
-    return dict(sorted(found.items())), skipped
+    found = {file.relative_to(path.absolute()).as_posix(): file for file in texts}
+    return dict(sorted(found.items())), len(files) - len(texts)
 
 
 def ordered(found: dict[str, Path], first: Sequence[str]) -> list[tuple[str, Path]]:
