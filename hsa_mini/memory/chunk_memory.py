@@ -248,15 +248,14 @@ class ChunkMemory:
     ) -> "ChunkMemory":
         """The memory of a folder that `save` wrote (or of its verified files, by name), for the
         model that made it; `offload`: see the constructor. Its forks share its spare capacity, an
-        eighth and 64 chunks. A model of other weights refuses it. A folder from before weights had
-        a fingerprint is taken by any model of its configuration, and a line of the log says so.
+        eighth and 64 chunks. A model of other weights refuses it. An older folder without a
+        fingerprint is taken by any model of its configuration, as the log says.
 
         All is copied: what happens to the folder later changes nothing. But while `load` runs, the
-        file is mapped. If another program truncates it in these seconds, or the disk fails, the
-        system may end this process (SIGBUS). Python cannot catch that. `save` never truncates.
+        file is mapped. If another program truncates it then, or the disk fails, the system may end
+        this process (SIGBUS). `save` never truncates.
 
-        Raises ValueError for a folder that is missing, incomplete or altered, or whose parts
-        contradict each other; MemoryError if the chunks do not fit.
+        Raises ValueError for a folder that is missing, altered or contradicts itself; MemoryError.
         """
         saved = read_memory(Path(path) if isinstance(path, str) else path)
         if saved.weights is None:
