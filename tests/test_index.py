@@ -4,9 +4,9 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from hsa_mini import HSAModel
 from hsa_mini.cli.models import shipped_models
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.files.lock import locked
-from hsa_mini.index import build
+from hsa_mini.index import build, texts
 from hsa_mini.index.ask import MAX_CHARACTERS, ask, find
 from hsa_mini.index.build import build_index
 from hsa_mini.index.stored import LEFT_OUT, Index, read_index, to_read
@@ -152,8 +152,8 @@ def test_another_text_is_refused_by_file_and_line_and_restart_reads_it(tmp_path,
 
 def test_every_token_has_its_file_and_line(tmp_path):
     """Windows line ends and empty files too; the first token of a line stands at its beginning."""
-    texts = {"a.txt": "", "b.txt": "one\r\ntwo\r\n\r\nfour MARK\r\n", "sub/c.txt": "MARK\nlast"}
-    for name, text in texts.items():
+    contents = {"a.txt": "", "b.txt": "one\r\ntwo\r\n\r\nfour MARK\r\n", "sub/c.txt": "MARK\nlast"}
+    for name, text in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
     text = encode_files(ordered(find_files(tmp_path, without=tmp_path / "x")[0], []))
@@ -333,35 +333,38 @@ def test_what_cannot_be_asked_is_refused(place, capfd):
 
 
 def test_an_unfinished_index_is_refused_until_it_is_completed(place, capfd, monkeypatch):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
+    left = [2]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "BLOCK", BLOCK)
-        patch.setattr(build.tqdm, "update", stopped)
-        assert call(capfd, "index", "book.txt", "new", *INDEX)[0] == 130
+    def stopped(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return prefill(*arguments, **options)
+
+    monkeypatch.setattr(build, "BLOCK", BLOCK)
+    monkeypatch.setattr(build, "prefill", stopped)
+    status, _, err = call(capfd, "index", "book.txt", "new", *INDEX)
+    assert status == 130 and "what was read is kept: the same command goes on" in err
+    assert f"DIR: new has read {BLOCK} of " in refused(capfd, "ask", "new", "A question?")
+    assert call(capfd, "index", "book.txt", "new", *INDEX)[0] == 0
+    assert call(capfd, "ask", "new", "A question?")[0] == 0
+
+
+def test_a_text_of_too_many_tokens_or_files_is_refused(place, capfd, monkeypatch):
+    monkeypatch.setattr(texts, "MAX_TOKENS", 100)
+    assert "TEXT: got more than 100 tokens" in refused(capfd, "index", "book.txt", "new", *INDEX)
+    monkeypatch.setattr(texts, "MAX_FILES", 3)
+    assert "holds more than 3 files" in refused(capfd, "index", ".", "new", *INDEX)
     assert not (place / "new").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "BLOCK", BLOCK)
-        index = read_index(place / "index", CPU)
-        patch.setattr(build.Index, "complete", False)
-        assert "DIR: index has read " in refused(capfd, "ask", "index", "A question?")
-    assert index.complete and call(capfd, "ask", "index", "A question?")[0] == 0
 
 
 @pytest.mark.parametrize("key, status", [(b"\x04", 0), (b"\x03", 130)])
 def test_on_a_terminal_questions_are_asked_until_a_key_ends_it(place, key, status):
-    main, terminal = pty.openpty()
     environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hsa_mini", "ask", "index"],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=environment,
-        preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(0, 0x540E, 0)),
-    )
-    os.close(terminal)
+    child, main = pty.fork()
+    if child == 0:
+        words_ = [sys.executable, "-m", "hsa_mini", "ask", "index"]
+        os.execve(sys.executable, words_, environment)
     seen = b""
     deadline = time.monotonic() + 60
     for sent in (b"Who?\n", b"\n", b"x" * 40 + b"\n", key):
@@ -370,10 +373,8 @@ def test_on_a_terminal_questions_are_asked_until_a_key_ends_it(place, key, statu
             seen += os.read(main, 4096)
         os.write(main, sent)
         seen += b" "
-    try:
+    with suppress(OSError):  # the terminal is closed
         while part := os.read(main, 4096):
             seen += part
-    except OSError:  # the terminal is closed
-        pass
-    assert process.wait(timeout=60) == status, seen
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status, seen
     assert seen.count(b"\nanswer  ") == 2 and b"Traceback" not in seen
