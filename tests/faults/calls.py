@@ -161,7 +161,7 @@ def _command(rng: random.Random) -> Call:
         words.insert(rng.randrange(len(words) + 1), _nasty(rng))
     if rng.random() < 0.05:
         del words[rng.randrange(len(words))]
-    long = any(word.isdecimal() and int(word[:12]) > 5000 for word in words)
+    long = any(word.isdecimal() and int(word[:12]) > 4000 for word in words)
     long = long or any(word in ENDLESS for word in words) or not _complete(words)
     long = long or (name == "index" and any(word in FOLDERS_OF_MUCH for word in words))
     return Call(name, tuple(words), lambda: cli.main(words), tuple(words[1:]), True, long)
