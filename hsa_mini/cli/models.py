@@ -21,8 +21,9 @@ def own_tokenizer(given: str | Path) -> Path | None:
     return next((folder / name for name in own if name in names), None)
 
 
-def read_model(argument: str, given: str | Path, device, *, own_ranks: bool = False):
-    """The model that is shipped under the name `given`, or the one in the folder `given`.
+def read_model(argument: str, given: str | Path, device, *, dtype=None, own_ranks: bool = False):
+    """The model that is shipped under the name `given`, or the one in the folder `given`; for the
+    dtype see `HSAModel.from_pretrained`.
 
     own_ranks: a model with ranks of its own (see `own_tokenizer`) is accepted. Raises ValueError,
     which names the argument, if there is no model, if its vocabulary is too small, or if its
@@ -33,7 +34,7 @@ def read_model(argument: str, given: str | Path, device, *, own_ranks: bool = Fa
 
     folder = checkpoint_folder(given)
     try:
-        model = HSAModel.from_pretrained(folder, device=device)
+        model = HSAModel.from_pretrained(folder, device=device, dtype=dtype)
         ranks = own_tokenizer(given)
         if ranks is not None and not (own_ranks and ranks.name == RANKS_FILE):
             raise ValueError(

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, add_device, choose_device, integer, results_path
-from hsa_mini.cli.models import checkpoint_folder, read_model
+from hsa_mini.cli.models import read_model
+from hsa_mini.paths import checkpoint_folder
 
 MIN_TOKENS = 1024  # with fewer, some texts of RULER have no room for their sentences
 MAX_TOKENS = 1 << 22  # with more, the samples of a length do not fit into one table of strings
@@ -79,8 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     own = tasks.own_tasks(parts[0], arguments.include_path)
     if len(own) < len(names):
         import hsa_mini.integrations.ruler  # noqa: F401  # refuses if a package is missing
-    model = read_model("checkpoint", arguments.checkpoint, device)
-    measured = fingerprint(checkpoint_folder(arguments.checkpoint))
+    folder = checkpoint_folder(arguments.checkpoint)
+    model = read_model("checkpoint", folder, device)
+    measured = fingerprint(folder)
     check_replaceable("--out", path, measured)
     options = {"samples": arguments.samples, "seed": arguments.seed}
     origin = {
