@@ -1,0 +1,441 @@
+// The retrieval explorer. Python sends one picture per question; keys and mouse then move through it without the kernel.
+// Every text is set as textContent, so markup in it stays text.
+// Dimensions: T tokens, H query heads, J key/value heads, C columns of chunks, K kept chunks shown, S tokens of a chunk.
+
+const ROW = 74, LEFT = 56, RIGHT = 12, AXIS = 22; // of the score canvas, in pixels
+const WORDS = 8; // of the blend
+const BUSY_MS = 3000;
+const LAST = "The picture shows the last question.";
+const WAITING = `The kernel is busy or has stopped; the question waits for it. ${LAST}`;
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+const numbers = (view, Kind = Float32Array) => new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+const count = (n) => n.toLocaleString("en");
+const total = (values) => values.reduce((a, b) => a + b, 0);
+const sumLine = (values) => `adds up to ${total(values).toFixed(3)}`;
+
+function read(data) {
+  const [T, H, J, C, K, S] = data.shape;
+  const layers = data.layers.map((layer) => ({
+    indices: numbers(layer.indices, Int32Array),
+    ...Object.fromEntries(
+      ["scores", "weights", "others", "attention", "kept_share", "other_share"].map((name) => [name, numbers(layer[name])]),
+    ),
+  }));
+  const next = { words: data.next.words, shares: numbers(data.next.shares), others: numbers(data.next.others) };
+  return { ...data, T, H, J, C, K, S, layers, next, asked: T - data.answer_tokens };
+}
+
+// What is selected: head < J is the mean over the query heads of a key/value head, the others follow.
+const groupOf = ({ H, J }, head) => (head < J ? head : Math.floor(((head - J) * J) / H));
+function headsOf({ H, J }, head) {
+  return head >= J ? [head - J] : Array.from({ length: H / J }, (_, i) => (head * H) / J + i);
+}
+
+// The kept chunks of one token in one layer: { chunk, weight, attention [S], byHead [H/J][S] }, the heaviest first.
+function keptChunks(picture, { token, layer, head }) {
+  const { H, J, K, S } = picture;
+  const { indices, weights, attention } = picture.layers[layer];
+  const group = groupOf(picture, head);
+  const row = (h, k) => attention.subarray(((token * H + h) * K + k) * S, ((token * H + h) * K + k + 1) * S);
+  const kept = [];
+  for (let k = 0; k < K; k++) {
+    const slot = (token * J + group) * K + k;
+    if (indices[slot] < 0) continue;
+    const chosen = headsOf(picture, head).map((h) => row(h, k));
+    const mean = Array.from({ length: S }, (_, s) => total(chosen.map((shares) => shares[s])) / chosen.length);
+    const byHead = headsOf(picture, group).map((h) => row(h, k));
+    kept.push({ chunk: indices[slot], weight: weights[slot], attention: mean, byHead });
+  }
+  return kept;
+}
+
+function holdsNeedle({ needle, chunk_size: S }, chunk) {
+  return chunk * S < needle[1] && needle[0] < (chunk + 1) * S;
+}
+
+// ---- The scores of all chunks, one row per layer
+
+function drawScores(canvas, picture, { token, layer, head }, cursor) {
+  const { J, C, layers, chunks, width } = picture;
+  const style = getComputedStyle(canvas), ratio = window.devicePixelRatio || 1;
+  const [ink, soft, line, blue, red] = ["--ink", "--soft", "--line", "--kept", "--wrong"].map((name) => style.getPropertyValue(name));
+  const wide = Math.max(canvas.clientWidth, 240), high = ROW * layers.length + AXIS;
+  canvas.style.height = `${high}px`;
+  canvas.width = wide * ratio;
+  canvas.height = high * ratio;
+  const pen = canvas.getContext("2d");
+  pen.scale(ratio, ratio);
+  pen.font = "12px sans-serif";
+  const span = wide - LEFT - RIGHT, group = groupOf(picture, head);
+  const across = (column) => LEFT + ((column + 0.5) / Math.max(C, 1)) * span;
+  layers.forEach(({ scores, indices }, i) => {
+    const row = scores.subarray((token * J + group) * C, (token * J + group + 1) * C);
+    const seen = row.filter(Number.isFinite);
+    const low = seen.reduce((a, b) => Math.min(a, b), Infinity), best = seen.reduce((a, b) => Math.max(a, b), -Infinity);
+    const top = i * ROW + 12, down = (score) => top + (1 - (score - low) / (best - low || 1)) * (ROW - 26);
+    pen.strokeStyle = line;
+    pen.strokeRect(LEFT + 0.5, i * ROW + 4.5, span, ROW - 8);
+    pen.fillStyle = ink;
+    pen.textAlign = "right";
+    pen.font = `${i === layer ? "bold " : ""}12px sans-serif`;
+    pen.fillText(`${i === layer ? "▸ " : ""}layer ${i}`, LEFT - 6, top + 8);
+    pen.font = "12px sans-serif";
+    if (!seen.length) {
+      pen.textAlign = "left";
+      return pen.fillText("no chunk is complete before this token", LEFT + 8, top + 26);
+    }
+    pen.fillStyle = soft;
+    pen.fillText(best.toFixed(1), LEFT - 6, top + 26);
+    pen.fillText(low.toFixed(1), LEFT - 6, top + ROW - 22);
+    const dot = Math.max(2, Math.min(span / C - 1, 4));
+    row.forEach((score, c) => Number.isFinite(score) && pen.fillRect(across(c) - dot / 2, down(score) - dot / 2, dot, dot));
+    pen.strokeStyle = blue;
+    pen.lineWidth = 2;
+    const { K } = picture;
+    for (const chunk of indices.subarray((token * J + group) * K, (token * J + group + 1) * K)) {
+      if (chunk < 0) continue;
+      const column = Math.floor(chunk / width);
+      pen.beginPath();
+      pen.arc(across(column), down(row[column]), 5, 0, 7);
+      pen.stroke();
+    }
+    pen.lineWidth = 1;
+    pen.fillStyle = red;
+    for (let c = Math.floor(picture.needle[0] / picture.chunk_size / width); holdsNeedle(picture, c * width) || c * width * picture.chunk_size < picture.needle[1]; c++) {
+      pen.beginPath(); // a triangle at the foot: the needle stands here
+      pen.moveTo(across(c), i * ROW + ROW - 12);
+      pen.lineTo(across(c) - 5, i * ROW + ROW - 4);
+      pen.lineTo(across(c) + 5, i * ROW + ROW - 4);
+      pen.fill();
+    }
+  });
+  pen.strokeStyle = ink;
+  if (cursor !== null && C) pen.strokeRect(across(cursor) - 3, 4, 6, high - AXIS - 6);
+  pen.fillStyle = soft;
+  pen.textAlign = "left";
+  pen.fillText("chunk 0", LEFT, high - 6);
+  pen.textAlign = "right";
+  if (chunks > 1) pen.fillText(count(chunks - 1), wide - RIGHT, high - 6);
+  pen.textAlign = "center";
+  pen.fillText("○ kept   ▲ holds the needle", LEFT + span / 2, high - 6);
+}
+
+function describeColumn(picture, selected, column) {
+  const { J, C, width, chunks } = picture, group = groupOf(picture, selected.head);
+  const score = picture.layers[selected.layer].scores[(selected.token * J + group) * C + column];
+  const first = column * width, last = Math.min(first + width, chunks) - 1;
+  const name = width > 1 ? `Chunks ${count(first)} to ${count(last)}, the best one` : `Chunk ${count(first)}`;
+  const kept = keptChunks(picture, selected).filter(({ chunk }) => first <= chunk && chunk <= last);
+  const weights = kept.map(({ chunk, weight }) => `, chunk ${count(chunk)} kept with weight ${weight.toFixed(3)}`).join("");
+  return `${name}: ${Number.isFinite(score) ? `score ${score.toFixed(2)}` : "not visible"}${weights}.`;
+}
+
+// ---- A kept chunk: its weight, the attention of every head, and its words
+
+function makeChunk() {
+  const title = make("div"), bar = make("div", { class: "hsa-bar" });
+  const strip = make("canvas", { role: "img", style: "image-rendering: pixelated" });
+  const words = make("div", { class: "hsa-words", dir: "auto" });
+  const root = make("div", { class: "hsa-chunk", role: "listitem" }, make("div", {}, title, bar), make("div", {}, strip, words));
+  return { root, title, bar, strip, words, chunk: null };
+}
+
+function showChunk(card, picture, kept) {
+  const { chunk, weight, attention, byHead } = kept, { S } = picture;
+  const first = chunk * S, texts = picture.words[chunk];
+  if (card.chunk !== chunk || card.texts !== texts) {
+    card.words.replaceChildren(...texts.map((text) => make("span", {}, text)));
+    [card.chunk, card.texts] = [chunk, texts];
+  }
+  const needle = holdsNeedle(picture, chunk), best = attention.indexOf(Math.max(...attention));
+  card.root.hidden = false;
+  card.root.classList.toggle("needle", needle);
+  card.title.textContent = `chunk ${count(chunk)}: ${weight.toFixed(3)}${needle ? ", holds the needle" : ""}`;
+  card.root.title = `The attention in this chunk ${sumLine(attention)}; most on “${texts[best]}” (${attention[best].toFixed(3)}).`;
+  card.bar.style.width = `${100 * weight}%`;
+  [...card.words.children].forEach((span, s) => {
+    const share = Math.round((100 * attention[s]) / attention[best]);
+    span.style.background = share > 2 ? `color-mix(in srgb, var(--heat) calc(${share / 100} * var(--field)), transparent)` : "";
+    const marks = `${s === best ? "top" : ""} ${picture.needle[0] <= first + s && first + s < picture.needle[1] ? "is-needle" : ""}`;
+    span.className = marks.trim();
+  });
+  drawStrip(card.strip, byHead, S);
+  card.strip.setAttribute("aria-label", card.root.title);
+}
+
+function drawStrip(canvas, byHead, S) {
+  canvas.width = S;
+  canvas.height = byHead.length;
+  canvas.style.height = `${Math.min(5 * byHead.length, 64)}px`;
+  const pixels = new ImageData(S, byHead.length);
+  byHead.forEach((shares, h) => {
+    const best = Math.max(...shares) || 1;
+    for (let s = 0; s < S; s++) pixels.data.set([230, 159, 0, 20 + (235 * shares[s]) / best], 4 * (h * S + s));
+  });
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+}
+
+// Bars with names: [[name, share, class]]
+function showShares(list, rows) {
+  list.replaceChildren(
+    ...rows.flatMap(([name, share, kind = ""]) => {
+      const bar = make("div", { class: "hsa-bar", style: `margin: 0; width: ${100 * share}%` });
+      return [make("dt", { class: kind, title: name }, name), make("dd", {}, bar), make("dd", {}, share.toFixed(3))];
+    }),
+  );
+}
+
+function blendRows(picture, kept) {
+  const words = kept.flatMap(({ chunk, weight, attention }) =>
+    attention.map((share, s) => [`${picture.words[chunk][s]} (chunk ${count(chunk)})`, weight * share]),
+  );
+  words.sort((a, b) => b[1] - a[1]);
+  return [...words.slice(0, WORDS), [`${count(Math.max(words.length - WORDS, 0))} other tokens`, total(words.slice(WORDS).map((word) => word[1]))]];
+}
+
+// ---- The fields
+
+function makeForm(model, say) {
+  const haystack = make("textarea", { rows: 4 }), file = make("input", { type: "file", "aria-label": "Haystack from a text file" });
+  const needle = make("textarea", { rows: 1 }), question = make("textarea", { rows: 1 });
+  const depth = make("input", { type: "range", min: 0, max: 1, step: 0.01, "data-lm-suppress-shortcuts": "true" });
+  const button = make("button", { type: "button" }, "Ask");
+  const where = make("span");
+  const fields = [["Haystack (or a file)", haystack], ["Needle sentence", needle], ["Question", question]];
+  const [top, middle, bottom] = fields.map(([name, field]) => make("label", {}, name, field));
+  const root = make(
+    "div", {}, top, make("div", { class: "hsa-row" }, file, make("label", {}, "Where the needle stands: ", where, depth)),
+    make("div", { class: "hsa-row" }, middle, bottom, button),
+  );
+  let text = null; // a file, which the text area does not show
+  let filled, last; // the haystack as Python has it, and all that was last asked
+  const depthShown = () => (where.textContent = `${Math.round(100 * depth.value)} %`);
+  const written = () => ({ haystack: haystack.value, needle: needle.value, question: question.value, depth: depth.value, text });
+  // What was edited while a question was on its way stays.
+  const fill = () => {
+    const form = model.get("form"), now = written();
+    const same = (...names) => names.every((name) => !last || now[name] === last[name]);
+    if (same("needle")) needle.value = form.needle;
+    if (same("question")) question.value = form.question;
+    if (same("depth")) depth.value = form.depth;
+    if (same("haystack", "text")) {
+      haystack.value = form.haystack ?? "";
+      haystack.placeholder = form.haystack === null ? `${count(form.characters)} characters, too many to show. Type here to replace them.` : "";
+      [text, filled] = [null, haystack.value];
+    }
+    depthShown();
+  };
+  const refuse = (size) => say(`haystack: got ${count(size)} bytes, accepted are at most ${count(model.get("form").max_bytes)}. ${LAST}`);
+  // The haystack as bytes; null if it is still the one that Python has; undefined if it is too long.
+  const bytes = () => {
+    last = written();
+    if (text === null && haystack.value === filled) return null;
+    const encoded = new TextEncoder().encode(text ?? haystack.value);
+    return encoded.length > model.get("form").max_bytes ? refuse(encoded.length) : encoded;
+  };
+  haystack.addEventListener("input", () => (text = null));
+  depth.addEventListener("input", depthShown);
+  file.addEventListener("change", async () => {
+    const [chosen] = file.files;
+    if (!chosen) return;
+    if (chosen.size > model.get("form").max_bytes) return refuse(chosen.size);
+    try {
+      text = new TextDecoder("utf-8", { fatal: true }).decode(await chosen.arrayBuffer());
+    } catch {
+      return say(`haystack: the file is not UTF-8 text, accepted is one that is. ${LAST}`);
+    }
+    haystack.value = "";
+    haystack.placeholder = `${chosen.name}: ${count(text.length)} characters. Type here to replace them.`;
+    say("The file is read. Ask to search it.");
+  });
+  return { root, fill, button, bytes, areas: [haystack, needle, question], values: () => ({ needle: needle.value, question: question.value, depth: Number(depth.value) }) };
+}
+
+// ---- Asking: one request at a time, then the latest
+
+function makeAsking(model, form, say, picture) {
+  let sent = null, again = false, timer = null;
+  const wait = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      sent = null; // may be sent again
+      say(WAITING);
+    }, BUSY_MS);
+  };
+  const ask = () => {
+    again = sent !== null;
+    if (again) return;
+    const haystack = form.bytes();
+    if (haystack === undefined) return;
+    sent = Math.max(model.get("done"), Date.now());
+    picture.setAttribute("aria-busy", "true");
+    say("Asking.");
+    model.send({ request: sent, ...form.values() }, undefined, haystack === null ? [] : [haystack.buffer]);
+    wait();
+  };
+  const heard = () => {
+    say(model.get("status"));
+    if (sent !== null) wait();
+  };
+  const done = () => {
+    clearTimeout(timer);
+    sent = null;
+    picture.setAttribute("aria-busy", "false");
+    say(model.get("status"));
+    if (again) ask();
+  };
+  return { ask, heard, done, stop: () => clearTimeout(timer) };
+}
+
+// ---- The whole
+
+function render({ model, el }) {
+  const status = make("div", { class: "hsa-status", role: "status" });
+  const say = (line) => void (status.textContent = line);
+  const form = makeForm(model, say);
+  const tokens = make("div", { class: "hsa-tokens", role: "radiogroup", "aria-label": "Tokens of question and answer: arrow keys choose" });
+  const layerMenu = make("select"), headMenu = make("select");
+  const scores = make("canvas", { class: "hsa-scores", tabindex: 0, role: "slider", "aria-label": "Scores of all chunks", "aria-valuemin": 0 });
+  const [readout, sum1, sum2, sum4, sum5] = Array.from({ length: 5 }, () => make("small"));
+  const chunks = make("div", { role: "list", "aria-label": "Kept chunks" });
+  const [blend, next] = ["The blend", "The next token"].map((name) => make("dl", { class: "hsa-shares", "aria-label": name }));
+  const summary = make("div", { class: "hsa-summary" });
+  const title = (text, line) => make("h4", {}, `${text} `, line);
+  const picture = make(
+    "div", {},
+    title("Question and answer", make("small", {}, "click a token, or move with the arrow keys: what did the model do after reading it?")), tokens,
+    make("div", { class: "hsa-row" }, make("label", {}, "HSA layer ", layerMenu), make("label", {}, "Query head ", headMenu)),
+    title("1 · Landmark scores of all chunks.", sum1), scores, readout,
+    title("2 · The kept chunks and their weights;  3 · the attention inside each.", sum2), chunks,
+    make("div", { class: "hsa-pair" }, make("div", {}, title("4 · The blend: weight × attention.", sum4), blend),
+      make("div", {}, title("5 · The likeliest next tokens.", sum5), next)),
+    summary,
+  );
+  const root = make("div", { class: "hsa", "data-lm-suppress-shortcuts": "true" }, form.root, status, picture);
+  el.append(root);
+
+  const asking = makeAsking(model, form, say, picture);
+  const cards = [], selected = { token: 0, layer: 0, head: 0 };
+  let shown, cursor = null, buttons = [];
+
+  const redrawScores = () => shown && drawScores(scores, shown, selected, cursor);
+  const redraw = () => {
+    const { token, layer, head } = selected, { J, H } = shown, { others, kept_share, other_share } = shown.layers[layer];
+    const kept = keptChunks(shown, selected), row = token * J + groupOf(shown, head);
+    buttons.forEach((button, i) => {
+      button.setAttribute("aria-checked", i === token);
+      button.tabIndex = i === token ? 0 : -1;
+    });
+    layerMenu.value = layer;
+    headMenu.value = head;
+    redrawScores();
+    const parts = [kept_share[row], other_share[row]];
+    const nothing = "No chunk is complete before this token: there is nothing to share.";
+    sum1.textContent = kept.length ? `A softmax over all ${sumLine(parts)}: ${parts[0].toFixed(3)} kept, ${parts[1].toFixed(3)} not kept.` : nothing;
+    if (kept.length && cursor === null) readout.textContent = describeColumn(shown, selected, Math.floor(kept[0].chunk / shown.width));
+    while (cards.length < kept.length) chunks.append(cards[cards.push(makeChunk()) - 1].root);
+    cards.forEach((card, i) => (i < kept.length ? showChunk(card, shown, kept[i]) : (card.root.hidden = true)));
+    const more = others[row] > 0 ? ` (chunks not shown: ${others[row].toFixed(3)})` : "";
+    const weights = [...kept.map(({ weight }) => weight), others[row]];
+    sum2.textContent = kept.length ? `The weights ${sumLine(weights)}${more}; each attention ${sumLine(kept[0].attention)}. Strips: one row per head. Words: ${head < J ? `the mean of ${H / J} heads` : `head ${head - J + 1}`}.` : nothing;
+    const rows = kept.length ? blendRows(shown, kept) : [];
+    if (others[row] > 0) rows.push(["chunks not shown", others[row]]);
+    showShares(blend, rows);
+    sum4.textContent = kept.length ? `It ${sumLine(rows.map(([, share]) => share))}.` : "HSA adds 0.";
+    const five = shown.next.words[token].map((word, i) => [word, shown.next.shares[5 * token + i], word === shown.tokens[token + 1] ? "followed" : ""]);
+    const all = [...five, ["all others", shown.next.others[token]]];
+    showShares(next, all);
+    sum5.textContent = `They ${sumLine(all.map(([, share]) => share)).replace("adds", "add")}; underlined is what followed.`;
+    summary.textContent = shown.summaries[token][layer];
+  };
+  const select = (change, focus = false) => {
+    Object.assign(selected, change);
+    redraw();
+    if (focus) buttons[selected.token].focus();
+  };
+  const reload = () => {
+    shown = read(model.get("data"));
+    Object.assign(selected, { token: shown.asked - 1, layer: shown.layers.length - 1, head: 0 });
+    cursor = null;
+    buttons = shown.tokens.map((text, i) => {
+      const mark = i < shown.asked ? null : shown.marks[i - shown.asked];
+      const kind = mark === null ? "" : mark ? "right" : "wrong";
+      const place = i < shown.asked ? `token ${i + 1} of the question` : `token ${i - shown.asked + 1} of the answer`;
+      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${place}: ${text}${kind && `, ${kind}`}` }, text || "·");
+      button.addEventListener("click", () => select({ token: i }));
+      return button;
+    });
+    const verdict = make("strong", {}, shown.correct === null ? "" : shown.correct ? "✓ right" : "✗ wrong");
+    tokens.replaceChildren(...buttons.slice(0, shown.asked), make("span", {}, " answer → "), ...buttons.slice(shown.asked), verdict);
+    layerMenu.replaceChildren(...shown.layers.map((_, i) => make("option", { value: i }, `${i} of 0 to ${shown.layers.length - 1}`)));
+    const { H, J } = shown;
+    const means = Array.from({ length: J }, (_, j) => (J === 1 ? `mean of ${H}` : `mean of ${(j * H) / J + 1} to ${((j + 1) * H) / J}`));
+    headMenu.replaceChildren(...[...means, ...Array.from({ length: H }, (_, h) => `${h + 1}`)].map((name, i) => make("option", { value: i }, name)));
+    scores.setAttribute("aria-valuemax", Math.max(shown.C - 1, 0));
+    redraw();
+  };
+  const point = (column) => {
+    if (!shown.C) return;
+    cursor = Math.min(Math.max(column, 0), shown.C - 1);
+    readout.textContent = describeColumn(shown, selected, cursor);
+    scores.setAttribute("aria-valuenow", cursor);
+    scores.setAttribute("aria-valuetext", readout.textContent);
+    redrawScores();
+  };
+  const keys = (moves) => (event) => {
+    const move = moves[event.key];
+    if (!move) return;
+    event.preventDefault();
+    event.stopPropagation();
+    move();
+  };
+  const step = (n) => () => select({ token: Math.min(Math.max(selected.token + n, 0), shown.T - 1) }, true);
+  const turn = (n) => () => select({ layer: Math.min(Math.max(selected.layer + n, 0), shown.layers.length - 1) });
+  tokens.addEventListener("keydown", keys({
+    ArrowRight: step(1), ArrowLeft: step(-1), Home: step(-Infinity), End: step(Infinity), ArrowUp: turn(-1), ArrowDown: turn(1),
+  }));
+  const slide = (n) => () => point((cursor ?? 0) + n);
+  scores.addEventListener("keydown", keys({
+    ArrowRight: slide(1), ArrowUp: slide(1), ArrowLeft: slide(-1), ArrowDown: slide(-1), Home: slide(-Infinity), End: slide(Infinity),
+    PageUp: slide(64), PageDown: slide(-64),
+  }));
+  const place = (event) => {
+    const box = scores.getBoundingClientRect();
+    return [Math.floor(((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * shown.C), Math.floor((event.clientY - box.top) / ROW)];
+  };
+  scores.addEventListener("pointermove", (event) => point(place(event)[0]));
+  scores.addEventListener("click", (event) => select({ layer: Math.min(Math.max(place(event)[1], 0), shown.layers.length - 1) }));
+  layerMenu.addEventListener("change", () => select({ layer: Number(layerMenu.value) }));
+  headMenu.addEventListener("change", () => select({ head: Number(headMenu.value) }));
+  form.button.addEventListener("click", asking.ask);
+  for (const area of form.areas) area.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && asking.ask());
+  root.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") document.activeElement.blur();
+    event.stopPropagation();
+  });
+
+  const listeners = { "change:data": reload, "change:form": form.fill, "change:status": asking.heard, "change:done": asking.done };
+  for (const [event, listener] of Object.entries(listeners)) model.on(event, listener);
+  const themed = new MutationObserver(() => requestAnimationFrame(redrawScores));
+  themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
+  const resized = new ResizeObserver(redrawScores);
+  form.fill();
+  say(model.get("status"));
+  reload();
+  resized.observe(scores);
+  return () => {
+    for (const [event, listener] of Object.entries(listeners)) model.off(event, listener);
+    themed.disconnect();
+    resized.disconnect();
+    asking.stop();
+  };
+}
+
+export default { render };
