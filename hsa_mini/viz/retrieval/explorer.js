@@ -4,6 +4,7 @@
 
 const ROW = 74, LEFT = 56, RIGHT = 12, AXIS = 22; // of the score canvas, in pixels
 const WORDS = 8; // of the blend
+const HEAT = 10; // shades of attention
 const BUSY_MS = 3000;
 const LAST = "The picture shows the last question.";
 const WAITING = `The kernel is busy or has stopped; the question waits for it. ${LAST}`;
@@ -17,8 +18,9 @@ function make(tag, attributes = {}, ...children) {
 
 const numbers = (view, Kind = Float32Array) => new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 const count = (n) => n.toLocaleString("en");
+const visible = (word) => (word.trim() ? word : word.replaceAll(" ", "␣") || "·"); // a token of spaces, or part of a character
 const total = (values) => values.reduce((a, b) => a + b, 0);
-const sumLine = (values) => `adds up to ${total(values).toFixed(3)}`;
+const sumOf = (values) => `up to ${total(values).toFixed(3)}`;
 
 function read(data) {
   const [T, H, J, C, K, S] = data.shape;
@@ -133,7 +135,7 @@ function describeColumn(picture, selected, column) {
   const first = column * width, last = Math.min(first + width, chunks) - 1;
   const name = width > 1 ? `Chunks ${count(first)} to ${count(last)}, the best one` : `Chunk ${count(first)}`;
   const kept = keptChunks(picture, selected).filter(({ chunk }) => first <= chunk && chunk <= last);
-  const weights = kept.map(({ chunk, weight }) => `, chunk ${count(chunk)} kept with weight ${weight.toFixed(3)}`).join("");
+  const weights = kept.map(({ chunk, weight }) => `, ${width > 1 ? `chunk ${count(chunk)} ` : ""}kept with weight ${weight.toFixed(3)}`).join("");
   return `${name}: ${Number.isFinite(score) ? `score ${score.toFixed(2)}` : "not visible"}${weights}.`;
 }
 
@@ -143,28 +145,27 @@ function makeChunk() {
   const title = make("div"), bar = make("div", { class: "hsa-bar" });
   const strip = make("canvas", { role: "img", style: "image-rendering: pixelated" });
   const words = make("div", { class: "hsa-words", dir: "auto" });
-  const root = make("div", { class: "hsa-chunk", role: "listitem" }, make("div", {}, title, bar), make("div", {}, strip, words));
-  return { root, title, bar, strip, words, chunk: null };
+  const root = make("div", { class: "hsa-chunk", role: "listitem", tabindex: 0 }, make("div", {}, title, bar), make("div", {}, strip, words));
+  return { root, title, bar, strip, words, spans: [] };
 }
 
 function showChunk(card, picture, kept) {
   const { chunk, weight, attention, byHead } = kept, { S } = picture;
   const first = chunk * S, texts = picture.words[chunk];
-  if (card.chunk !== chunk || card.texts !== texts) {
-    card.words.replaceChildren(...texts.map((text) => make("span", {}, text)));
-    [card.chunk, card.texts] = [chunk, texts];
-  }
   const needle = holdsNeedle(picture, chunk), best = attention.indexOf(Math.max(...attention));
+  card.chunk = chunk;
   card.root.hidden = false;
   card.root.classList.toggle("needle", needle);
   card.title.textContent = `chunk ${count(chunk)}: ${weight.toFixed(3)}${needle ? ", holds the needle" : ""}`;
-  card.root.title = `The attention in this chunk ${sumLine(attention)}; most on “${texts[best]}” (${attention[best].toFixed(3)}).`;
+  card.root.title = `The attention in this chunk adds ${sumOf(attention)}; most is on “${visible(texts[best])}” (${attention[best].toFixed(3)}).`;
   card.bar.style.width = `${100 * weight}%`;
-  [...card.words.children].forEach((span, s) => {
-    const share = Math.round((100 * attention[s]) / attention[best]);
-    span.style.background = share > 2 ? `color-mix(in srgb, var(--heat) calc(${share / 100} * var(--field)), transparent)` : "";
-    const marks = `${s === best ? "top" : ""} ${picture.needle[0] <= first + s && first + s < picture.needle[1] ? "is-needle" : ""}`;
-    span.className = marks.trim();
+  // Only what has changed is touched, which makes a key press fast.
+  while (card.spans.length < S) card.words.append(card.spans[card.spans.push(make("span")) - 1]);
+  card.spans.forEach((span, s) => {
+    const inNeedle = picture.needle[0] <= first + s && first + s < picture.needle[1];
+    const look = `heat-${Math.round((HEAT * attention[s]) / attention[best])}${s === best ? " top" : ""}${inNeedle ? " is-needle" : ""}`;
+    if (span.textContent !== texts[s]) span.textContent = texts[s];
+    if (span.className !== look) span.className = look;
   });
   drawStrip(card.strip, byHead, S);
   card.strip.setAttribute("aria-label", card.root.title);
@@ -182,22 +183,26 @@ function drawStrip(canvas, byHead, S) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-// Bars with names: [[name, share, class]]
+// Bars with names: [{ name, share, note, followed }]
 function showShares(list, rows) {
   list.replaceChildren(
-    ...rows.flatMap(([name, share, kind = ""]) => {
-      const bar = make("div", { class: "hsa-bar", style: `margin: 0; width: ${100 * share}%` });
-      return [make("dt", { class: kind, title: name }, name), make("dd", {}, bar), make("dd", {}, share.toFixed(3))];
+    ...rows.map(({ name, share, note = "", followed = false }) => {
+      const bar = make("div", { class: "hsa-bar", style: `width: ${100 * share}%` });
+      const word = make("span", { class: followed ? "hsa-word followed" : "hsa-word" }, visible(name));
+      word.style.gridColumn = note ? "" : "span 2";
+      const names = note ? [word, make("small", {}, note)] : [word];
+      return make("div", { class: "hsa-share", role: "listitem" }, ...names, make("div", {}, bar), make("span", {}, share.toFixed(3)));
     }),
   );
 }
 
 function blendRows(picture, kept) {
   const words = kept.flatMap(({ chunk, weight, attention }) =>
-    attention.map((share, s) => [`${picture.words[chunk][s]} (chunk ${count(chunk)})`, weight * share]),
+    attention.map((share, s) => ({ name: picture.words[chunk][s], note: `chunk ${count(chunk)}`, share: weight * share })),
   );
-  words.sort((a, b) => b[1] - a[1]);
-  return [...words.slice(0, WORDS), [`${count(Math.max(words.length - WORDS, 0))} other tokens`, total(words.slice(WORDS).map((word) => word[1]))]];
+  words.sort((a, b) => b.share - a.share);
+  const rest = words.slice(WORDS);
+  return [...words.slice(0, WORDS), { name: `${count(rest.length)} other tokens`, share: total(rest.map(({ share }) => share)) }];
 }
 
 // ---- The fields
@@ -277,8 +282,12 @@ function makeAsking(model, form, say, picture) {
     sent = Math.max(model.get("done"), Date.now());
     picture.setAttribute("aria-busy", "true");
     say("Asking.");
-    model.send({ request: sent, ...form.values() }, undefined, haystack === null ? [] : [haystack.buffer]);
     wait();
+    try {
+      model.send({ request: sent, ...form.values() }, undefined, haystack === null ? [] : [haystack.buffer]);
+    } catch {
+      say(WAITING); // the kernel is gone
+    }
   };
   const heard = () => {
     say(model.get("status"));
@@ -305,13 +314,13 @@ function render({ model, el }) {
   const scores = make("canvas", { class: "hsa-scores", tabindex: 0, role: "slider", "aria-label": "Scores of all chunks", "aria-valuemin": 0 });
   const [readout, sum1, sum2, sum4, sum5] = Array.from({ length: 5 }, () => make("small"));
   const chunks = make("div", { role: "list", "aria-label": "Kept chunks" });
-  const [blend, next] = ["The blend", "The next token"].map((name) => make("dl", { class: "hsa-shares", "aria-label": name }));
+  const [blend, next] = ["The blend", "The next token"].map((name) => make("div", { role: "list", "aria-label": name }));
   const summary = make("div", { class: "hsa-summary" });
   const title = (text, line) => make("h4", {}, `${text} `, line);
   const picture = make(
     "div", {},
-    title("Question and answer", make("small", {}, "click a token, or move with the arrow keys: what did the model do after reading it?")), tokens,
-    make("div", { class: "hsa-row" }, make("label", {}, "HSA layer ", layerMenu), make("label", {}, "Query head ", headMenu)),
+    title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer.")), tokens,
+    make("div", { class: "hsa-row" }, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
     title("1 · Landmark scores of all chunks.", sum1), scores, readout,
     title("2 · The kept chunks and their weights;  3 · the attention inside each.", sum2), chunks,
     make("div", { class: "hsa-pair" }, make("div", {}, title("4 · The blend: weight × attention.", sum4), blend),
@@ -338,21 +347,28 @@ function render({ model, el }) {
     redrawScores();
     const parts = [kept_share[row], other_share[row]];
     const nothing = "No chunk is complete before this token: there is nothing to share.";
-    sum1.textContent = kept.length ? `A softmax over all ${sumLine(parts)}: ${parts[0].toFixed(3)} kept, ${parts[1].toFixed(3)} not kept.` : nothing;
-    if (kept.length && cursor === null) readout.textContent = describeColumn(shown, selected, Math.floor(kept[0].chunk / shown.width));
-    while (cards.length < kept.length) chunks.append(cards[cards.push(makeChunk()) - 1].root);
+    sum1.textContent = kept.length ? `As shares (a softmax over all chunks) they add ${sumOf(parts)}: ${parts[0].toFixed(3)} is in the kept chunks, ${parts[1].toFixed(3)} in the others.` : nothing;
+    const at = cursor ?? (kept.length ? Math.floor(kept[0].chunk / shown.width) : null);
+    readout.textContent = at === null ? "" : describeColumn(shown, selected, at);
+    while (cards.length < kept.length) {
+      const card = makeChunk();
+      for (const event of ["pointerenter", "focus"]) card.root.addEventListener(event, () => point(Math.floor(card.chunk / shown.width)));
+      chunks.append(cards[cards.push(card) - 1].root);
+    }
     cards.forEach((card, i) => (i < kept.length ? showChunk(card, shown, kept[i]) : (card.root.hidden = true)));
     const more = others[row] > 0 ? ` (chunks not shown: ${others[row].toFixed(3)})` : "";
     const weights = [...kept.map(({ weight }) => weight), others[row]];
-    sum2.textContent = kept.length ? `The weights ${sumLine(weights)}${more}; each attention ${sumLine(kept[0].attention)}. Strips: one row per head. Words: ${head < J ? `the mean of ${H / J} heads` : `head ${head - J + 1}`}.` : nothing;
+    const heads = head < J ? `the mean of ${H / J} heads` : `head ${head - J + 1}`;
+    sum2.textContent = kept.length ? `The weights add ${sumOf(weights)}${more}, and so does the attention in each chunk (${sumOf(kept[0].attention)}). Strips: a row per head, the chunk's tokens from left to right. Words: ${heads}.` : nothing;
     const rows = kept.length ? blendRows(shown, kept) : [];
-    if (others[row] > 0) rows.push(["chunks not shown", others[row]]);
+    if (others[row] > 0) rows.push({ name: "chunks not shown", share: others[row] });
     showShares(blend, rows);
-    sum4.textContent = kept.length ? `It ${sumLine(rows.map(([, share]) => share))}.` : "HSA adds 0.";
-    const five = shown.next.words[token].map((word, i) => [word, shown.next.shares[5 * token + i], word === shown.tokens[token + 1] ? "followed" : ""]);
-    const all = [...five, ["all others", shown.next.others[token]]];
-    showShares(next, all);
-    sum5.textContent = `They ${sumLine(all.map(([, share]) => share)).replace("adds", "add")}; underlined is what followed.`;
+    sum4.textContent = kept.length ? `It adds ${sumOf(rows.map(({ share }) => share))}.` : "HSA adds 0.";
+    const followed = shown.tokens[token + 1];
+    const five = shown.next.words[token].map((name, i) => ({ name, share: shown.next.shares[5 * token + i], followed: name === followed }));
+    five.push({ name: "all others", share: shown.next.others[token] });
+    showShares(next, five);
+    sum5.textContent = `They add ${sumOf(five.map(({ share }) => share))}; underlined is what followed.`;
     summary.textContent = shown.summaries[token][layer];
   };
   const select = (change, focus = false) => {
@@ -368,13 +384,13 @@ function render({ model, el }) {
       const mark = i < shown.asked ? null : shown.marks[i - shown.asked];
       const kind = mark === null ? "" : mark ? "right" : "wrong";
       const place = i < shown.asked ? `token ${i + 1} of the question` : `token ${i - shown.asked + 1} of the answer`;
-      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${place}: ${text}${kind && `, ${kind}`}` }, text || "·");
+      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${place}: ${text}${kind && `, ${kind}`}` }, visible(text));
       button.addEventListener("click", () => select({ token: i }));
       return button;
     });
     const verdict = make("strong", {}, shown.correct === null ? "" : shown.correct ? "✓ right" : "✗ wrong");
     tokens.replaceChildren(...buttons.slice(0, shown.asked), make("span", {}, " answer → "), ...buttons.slice(shown.asked), verdict);
-    layerMenu.replaceChildren(...shown.layers.map((_, i) => make("option", { value: i }, `${i} of 0 to ${shown.layers.length - 1}`)));
+    layerMenu.replaceChildren(...shown.layers.map((_, i) => make("option", { value: i }, `layer ${i}`)));
     const { H, J } = shown;
     const means = Array.from({ length: J }, (_, j) => (J === 1 ? `mean of ${H}` : `mean of ${(j * H) / J + 1} to ${((j + 1) * H) / J}`));
     headMenu.replaceChildren(...[...means, ...Array.from({ length: H }, (_, h) => `${h + 1}`)].map((name, i) => make("option", { value: i }, name)));

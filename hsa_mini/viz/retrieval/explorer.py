@@ -18,7 +18,7 @@ from hsa_mini.viz.widgets import make_figure, to_png
 HERE = Path(__file__).parent
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
-MAX_SHOWN = 20_000  # characters of a haystack that the text area receives
+MAX_SHOWN = 100_000  # characters of a haystack that the text area receives
 
 
 def explore_retrieval(
