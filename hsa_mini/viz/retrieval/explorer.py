@@ -48,7 +48,9 @@ class RetrievalExplorer(anywidget.AnyWidget):
     the last request from the browser that was dealt with.
     """
 
-    _esm = HERE / "explorer.js"
+    _esm = "".join(
+        (HERE / name).read_text(encoding="utf-8") for name in ("levels.js", "explorer.js")
+    )
     _css = HERE / "explorer.css"
     data = traitlets.Dict().tag(sync=True)
     form = traitlets.Dict().tag(sync=True)
