@@ -129,12 +129,17 @@ def read_text(
     return ReadText(haystack, needle, depth, ids, place, memory)
 
 
+def check_question(question: str) -> None:
+    """Raise ValueError for an empty or too long question."""
+    _encoded("question", question, MAX_QUESTION_TOKENS)
+
+
 def ask(model: HSAModel, text: ReadText, question: str) -> Asked:
     """The model's answer, and what led to each of its tokens.
 
-    Raises ValueError for an empty or too long question.
+    Raises ValueError as `check_question`.
     """
-    _encoded("question", question, MAX_QUESTION_TOKENS)
+    check_question(question)
     prompt = make_prompt(question)
     asked = load_tokenizer().encode_ordinary(prompt.text)
     device = model.embedding.weight.device

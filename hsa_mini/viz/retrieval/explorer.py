@@ -11,7 +11,15 @@ from tqdm import tqdm
 
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.viz.plots import needle_strip
-from hsa_mini.viz.retrieval.asking import MAX_BYTES, Asked, ReadText, ask, haystack_of, read_text
+from hsa_mini.viz.retrieval.asking import (
+    MAX_BYTES,
+    Asked,
+    ReadText,
+    ask,
+    check_question,
+    haystack_of,
+    read_text,
+)
 from hsa_mini.viz.retrieval.picture import make_picture, summary
 from hsa_mini.viz.widgets import make_figure, to_png
 
@@ -89,6 +97,7 @@ class RetrievalExplorer(anywidget.AnyWidget):
         The text is read again only if it, the needle or its depth has changed. Raises ValueError
         for what cannot be asked; the picture then stays as it is.
         """
+        check_question(question)  # before the text is read
         with self._lock:
             text = self._text
             if haystack is None and text is not None:
@@ -125,7 +134,8 @@ class RetrievalExplorer(anywidget.AnyWidget):
             self.ask(haystack, *values, progress=progress)
         except Exception as error:
             # An error in a callback would be shown nowhere.
-            self.status = f"The picture shows the last question. {error or type(error).__name__}"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.status = f"The picture shows the last question. {reason}"
         self.done = content["request"]
 
     def _repr_mimebundle_(self, **kwargs):
