@@ -5,6 +5,8 @@ import base64
 import io
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ pytest.importorskip("anywidget")
 pytest.importorskip("matplotlib")
 
 import ipywidgets
+from IPython.core.events import EventManager, available_events
 from PIL import Image
 
 from hsa_mini.evaluation.results import RetrievalRow
@@ -52,6 +55,7 @@ from hsa_mini.viz import (
     training,
     widgets,
 )
+from hsa_mini.viz.jupyter import turns
 
 PNG = b"\x89PNG\r\n"
 WORDS = ["the", "code", "is", "7", "birds", "sing", "at", "dawn", "what", "is", "the", "code"]
@@ -121,6 +125,62 @@ def test_readers_without_a_kernel_get_picture_summary_and_alt():
     assert base64.b64decode(data["image/png"]).startswith(PNG)
     assert data["text/plain"] == "token 0, softmax"
     assert metadata == {"image/png": {"alt": "A line. token 0, softmax"}}
+
+
+def overlap_explorer(**options):
+    """Its summary is the values, and how many drawings had begun and not ended: 1 in good order."""
+    running = []
+
+    def draw(figure, a, b):
+        running.append(a)
+        time.sleep(0.002)
+        figure.subplots().plot([a, b])
+        summary = f"{a} {b}, {len(running)} at once"
+        running.pop()
+        return summary
+
+    return explore(draw, alt="Two numbers.", size=(1, 1), a=(0, 9), b=(0, 9), **options)
+
+
+def move(explorer, name):
+    for value in range(1, 10):
+        explorer.controls[name].value = value
+
+
+def test_two_threads_take_turns_and_the_latest_values_win():
+    explorer = overlap_explorer()
+    summaries = []
+    explorer.summary.observe(lambda change: summaries.append(change.new), "value")
+    threads = [threading.Thread(target=move, args=(explorer, name)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert summaries[-1] == "9 9, 1 at once" == explorer.summary.value
+    assert {summary[3:] for summary in summaries} == {", 1 at once"}
+    assert len(explorer.figure.axes) == 1
+
+
+def test_no_picture_is_drawn_while_a_cell_runs(monkeypatch):
+    """What moves meanwhile says that the kernel is busy, and is drawn once when the cell ends."""
+
+    class Shell:
+        events = EventManager(None, available_events)
+
+    monkeypatch.setattr(turns, "get_ipython", lambda: Shell)
+    monkeypatch.setattr(widgets, "PATIENCE_SECONDS", 0.01)
+    explorer = overlap_explorer()
+    Shell.events.trigger("post_execute")  # the cell with the picture ends
+    move(explorer, "a")
+    assert explorer.summary.value == "9 0, 1 at once"
+    Shell.events.trigger("pre_execute")
+    thread = threading.Thread(target=move, args=(explorer, "b"))
+    thread.start()
+    thread.join(0.1)
+    assert explorer.summary.value == widgets.BUSY and thread.is_alive()
+    Shell.events.trigger("post_execute")
+    thread.join()
+    assert explorer.summary.value == "9 9, 1 at once"
 
 
 @pytest.mark.parametrize(

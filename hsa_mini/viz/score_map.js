@@ -135,7 +135,7 @@ function render({ model, el }) {
   for (const [name, value] of Object.entries({
     tabindex: "0", role: "slider", "aria-label": model.get("alt"), "aria-valuemin": "0", "data-lm-suppress-shortcuts": "true",
   })) canvas.setAttribute(name, value);
-  el.append(line, canvas);
+  el.append(canvas, line);
 
   let numbers, map, box;
   const redraw = () => {
