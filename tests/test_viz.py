@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 
 import ipywidgets
 from IPython.core.events import EventManager, available_events
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from hsa_mini.evaluation.results import RetrievalRow
@@ -123,7 +124,7 @@ def test_readers_without_a_kernel_get_picture_summary_and_alt():
     data, metadata = line_explorer()._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
     assert base64.b64decode(data["image/png"]).startswith(PNG)
-    assert data["text/plain"] == "token 0, softmax"
+    assert data["text/plain"] == "A line. token 0, softmax"
     assert metadata == {"image/png": {"alt": "A line. token 0, softmax"}}
 
 
@@ -147,7 +148,8 @@ def move(explorer, name):
         explorer.controls[name].value = value
 
 
-def test_two_threads_take_turns_and_the_latest_values_win():
+def test_two_threads_take_turns_and_the_latest_values_win(monkeypatch):
+    monkeypatch.setattr(widgets, "PATIENCE_SECONDS", 60)
     explorer = overlap_explorer()
     summaries = []
     explorer.summary.observe(lambda change: summaries.append(change.new), "value")
@@ -249,7 +251,7 @@ def test_the_maps_still_picture_follows_the_token():
     explorer = explore_map(compute, alt="A map.", token=4, K=(1, 3))
     chunk = compute(1)[1][4, 0].item()
     data, metadata = explorer._repr_mimebundle_()
-    assert data["text/plain"] == f"Token 4 keeps chunk {chunk} with 1.00."
+    assert data["text/plain"] == f"A map. Token 4 keeps chunk {chunk} with 1.00."
     assert metadata["image/png"]["alt"].startswith("A map. Token 4")
     explorer.picture.token = 0
     assert "keeps nothing" in explorer._repr_mimebundle_()[0]["text/plain"]
@@ -295,18 +297,36 @@ def test_64_colours_are_enough_for_marks_and_words():
 # ---- show, and what viz must not import
 
 
-def test_show_displays_png_and_alt(monkeypatch):
+def test_show_displays_png_and_the_words_as_alt_and_caption(monkeypatch):
     displayed = []
     monkeypatch.setattr(
         widgets, "display", lambda data, **options: displayed.append((data, options))
     )
-    show(make_figure(2, 1), "An empty figure.")
-    ((data, options),) = displayed
-    assert (
-        base64.b64decode(data["image/png"]).startswith(PNG)
-        and data["text/plain"] == "An empty figure."
-    )
-    assert options == {"metadata": {"image/png": {"alt": "An empty figure."}}, "raw": True}
+    words = " ".join(["An empty figure."] * 9)
+    show(make_figure(2, 1), words)
+    (data, options), (below, _) = displayed
+    assert base64.b64decode(data["image/png"]).startswith(PNG) and data["text/plain"] == words
+    assert options["metadata"]["image/png"]["alt"] == words and options["raw"]
+    assert list(below) == ["text/plain"]
+    assert below["text/plain"].count("\n") == 1 and " ".join(below["text/plain"].split()) == words
+
+
+def test_an_ipynb_keeps_a_picture_and_its_caption_in_place_of_a_widget():
+    data, metadata = line_explorer()._repr_mimebundle_()
+    png = {name: data[name] for name in ("image/png", "text/plain")}
+    notebook = new_notebook(metadata={"widgets": {"state": 1}})
+    notebook.cells = [
+        new_markdown_cell("words"),
+        new_code_cell(outputs=[new_output("display_data", dict(data), metadata=metadata)]),
+        new_code_cell(outputs=[new_output("display_data", {stills.VIEW: {}, "text/plain": "x"})]),
+    ]
+    for _ in range(2):  # what was kept once is kept as it is
+        stills.keep_stills(notebook)
+        picture, below = notebook.cells[1].outputs
+        assert picture.data == png and picture.metadata == metadata
+        assert below.data == {"text/plain": "A line. token 0, softmax"}
+        assert stills.VIEW in notebook.cells[2].outputs[0].data  # it has no picture
+        assert "widgets" not in notebook.metadata
 
 
 def test_pyplot_is_never_loaded():
@@ -783,17 +803,13 @@ def test_a_live_picture_is_drawn_again_in_its_place(monkeypatch):
     picture = live.LivePicture(draw, alt="A line.")
     for x in ([1], [1, 2], [1, 2, 3]):
         picture.paint(x)
-    assert [how for how, *_ in shown] == ["display", "update", "update"] and shown[0][2][
-        "display_id"
-    ] is True
-    assert [data["text/plain"] for _, data, _ in shown] == [
-        "A line. 1 seen.",
-        "A line. 2 seen.",
-        "A line. 3 seen.",
-    ]
-    assert all(
-        options["metadata"]["image/png"]["alt"] == data["text/plain"] for _, data, options in shown
-    )
-    assert len({data["image/png"] for _, data, _ in shown}) == 3 and len(
+    words = ["A line. 1 seen.", "A line. 2 seen.", "A line. 3 seen."]
+    assert [how for how, *_ in shown] == ["display"] * 2 + ["update"] * 4
+    assert all(options["display_id"] is True for *_, options in shown[:2])
+    pictures, below = shown[::2], shown[1::2]
+    assert [data["text/plain"] for _, data, _ in pictures] == words
+    assert [data for _, data, _ in below] == [{"text/plain": text} for text in words]
+    assert [options["metadata"]["image/png"]["alt"] for *_, options in pictures] == words
+    assert len({data["image/png"] for _, data, _ in pictures}) == 3 and len(
         set(map(id, figures))
     ) == 1 == len(picture.figure.axes)
