@@ -125,7 +125,8 @@ def test_readers_without_a_kernel_get_picture_summary_and_alt():
     assert "application/vnd.jupyter.widget-view+json" in data
     assert base64.b64decode(data["image/png"]).startswith(PNG)
     assert data["text/plain"] == "A line. token 0, softmax"
-    assert metadata == {"image/png": {"alt": "A line. token 0, softmax"}}
+    alt = "A line. token 0, softmax"
+    assert metadata == {"image/png": {"alt": alt}, "needs_background": "light"}
 
 
 def overlap_explorer(**options):
@@ -501,8 +502,10 @@ def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
         (1, 0): "4 of 20\n8-42%",
         (1, 1): "-",
     }
-    shares = ax.images[0].get_array()
-    assert shares[:, 0].tolist() == [1.0, 0.9] and shares[0, 1] == 0.2 and shares.mask[1, 1]
+    proven = ax.images[0].get_array()
+    want = [wilson_interval(*counts)[0] for counts in ((10, 10), (9, 10), (4, 20))]
+    assert [proven[0, 0], proven[1, 0], proven[0, 1]] == want and proven.mask[1, 1]
+    assert ax.images[0].get_clim() == (0.0, 1)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "64K"]
     assert [patch.get_xy() for patch in ax.patches] == [(0.5, -0.5)]
     small = axes()
@@ -511,6 +514,16 @@ def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
         texts(small) == ["10/10", "4/20", "9/10", "-"]
         and len(small.figure.axes) == len(ax.figure.axes) - 1
     )
+
+
+def test_where_every_answer_is_right_the_colour_shows_how_many_were_asked():
+    ax = axes()
+    rows = [RetrievalRow(T, 0.5, n, n, n, T, 1) for T, n in ((4096, 50), (65536, 2))]
+    results.heat_map(ax, rows)
+    many, few = ax.images[0].get_array()[0]
+    assert few < 0.4 < 0.9 < many and ax.images[0].get_clim() == (0.2, 1)
+    results.heat_map(ax, rows[:1], low=0.5)
+    assert ax.images[1].get_clim() == (0.5, 1)
 
 
 def test_curves_stand_at_the_share_with_its_interval_and_beside_what_was_published():

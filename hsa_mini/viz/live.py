@@ -31,6 +31,4 @@ class LivePicture:
             for place, (data, options) in zip(self._places, shown):
                 place.update(data, **options)
         else:
-            self._places = [
-                display(data, display_id=True, **options) for data, options in shown
-            ]
+            self._places = [display(data, display_id=True, **options) for data, options in shown]

@@ -28,6 +28,7 @@ from hsa_mini.viz.plots import score_map, weight_bars
 from hsa_mini.viz.style import as_array
 
 DPI = 110
+MIN_SCALE = 0.7  # labels stay readable
 PATIENCE_SECONDS = 0.5
 BUSY = "The kernel is busy. The picture follows."
 HERE = Path(__file__).parent
@@ -85,11 +86,16 @@ def as_display(figure: Figure, alt: str, colors: int = 256) -> list[tuple[dict, 
     Most readers of notebooks drop the text of an image, so it is also a caption.
     """
     picture = base64.b64encode(to_png(figure, colors)).decode()
-    metadata = {"image/png": {"alt": alt}}
+    metadata = picture_metadata(alt)
     return [
         ({"image/png": picture, "text/plain": alt}, {"metadata": metadata, "raw": True}),
         ({"text/plain": caption(alt)}, {"raw": True}),
     ]
+
+
+def picture_metadata(alt: str) -> dict:
+    """Of a PNG in JupyterLab: what it shows, and that it is drawn on white."""
+    return {"image/png": {"alt": alt}, "needs_background": "light"}
 
 
 def caption(text: str) -> str:
@@ -136,7 +142,9 @@ class Explorer(ipywidgets.VBox):
         with TURNS.lock:
             self._painted = self.values
             self.paint(self._painted)  # an error is not caught: the first drawing must work
-        super().__init__([*self.controls.values(), picture, self.summary, Labels(alt=alt)])
+        box = ipywidgets.Box([picture], layout=ipywidgets.Layout(overflow="auto"))
+        box.add_class("hsa-picture")
+        super().__init__([*self.controls.values(), box, self.summary, Labels(alt=alt)])
         for control in self.controls.values():
             control.observe(self._repaint, "value")
 
@@ -177,7 +185,7 @@ class Explorer(ipywidgets.VBox):
         text = f"{self.alt} {summary}"
         data["text/plain"] = caption(text)
         data["image/png"] = base64.b64encode(png).decode()
-        return data, {"image/png": {"alt": text}}
+        return data, picture_metadata(text)
 
 
 class FigureExplorer(Explorer):
@@ -188,8 +196,12 @@ class FigureExplorer(Explorer):
     ) -> None:
         self.draw = draw
         self.figure = make_figure(*size)
-        layout = ipywidgets.Layout(max_width="100%", align_self="flex-start")
-        super().__init__(controls, ipywidgets.Image(format="png", layout=layout), alt)
+        width = (
+            f"{MIN_SCALE * DPI * size[0]:.0f}px"  # where there is less room, the picture scrolls
+        )
+        layout = ipywidgets.Layout(max_width="100%", min_width=width, align_self="flex-start")
+        picture = ipywidgets.Image(format="png", layout=layout)
+        super().__init__(controls, picture, alt)
 
     def paint(self, values: dict[str, Any]) -> None:
         self.figure.clear()
@@ -206,7 +218,8 @@ class MapExplorer(Explorer):
 
     def __init__(self, compute: Callable[..., tuple], alt: str, token: int, controls: dict) -> None:
         self.compute = compute
-        super().__init__(controls, ScoreMap(token=token, alt=alt), alt)
+        canvas = ScoreMap(token=token, alt=alt, layout=ipywidgets.Layout(width="100%"))
+        super().__init__(controls, canvas, alt)
 
     def paint(self, values: dict[str, Any]) -> None:
         scores, indices, weights = map(as_array, self.compute(**values))

@@ -63,6 +63,12 @@ WATCH = """line => {
 PRESS_BOTH = """sliders => sliders.forEach(slider => slider.dispatchEvent(
   new KeyboardEvent('keydown', { key: 'ArrowRight', bubbles: true, cancelable: true })
 ))"""
+# How many colours a canvas has in its last columns, and the colour of its first pixel.
+EDGE = """canvas => {
+  const pen = canvas.getContext('2d');
+  const edge = new Uint32Array(pen.getImageData(canvas.width - 3, 0, 3, canvas.height).data.buffer);
+  return [new Set(edge).size, [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3)];
+}"""
 # "none" puts every cell into the page. By default JupyterLab leaves out the cells that are not
 # visible.
 SETTINGS = {
@@ -236,8 +242,7 @@ def press_right(page, slider) -> None:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_and_answers_to_the_keyboard(open_notebook, name):
     page = open_notebook(f"notebooks/{name}")
-    stored = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))["cells"]
-    cells = [cell for cell in stored if cell["cell_type"] == "code"]
+    cells = code_cells(name)
     pictures = pictures_of(cells)
     assert pictures > 0
     expect(page.locator(".jp-OutputArea .jp-RenderedImage img")).to_have_count(
@@ -276,7 +281,7 @@ def test_what_a_reader_saves_keeps_pictures_and_kernel_name(open_notebook, lab):
     file = lab.root / "notebooks" / f"{name}.ipynb"
     before, source = json.loads(file.read_text()), file.with_suffix(".py").read_text()
     page = open_notebook(f"notebooks/{name}.ipynb")
-    run_all(page, sum(cell["cell_type"] == "code" for cell in before["cells"]))
+    run_all(page, len(code_cells(f"{name}.ipynb")))
     views = page.locator(".jp-OutputArea .widget-vbox").count()
     assert views > 0
     page.locator(".jp-CodeCell .cm-content").first.click()
@@ -296,6 +301,32 @@ def test_what_a_reader_saves_keeps_pictures_and_kernel_name(open_notebook, lab):
     images = again.locator(".jp-OutputArea .jp-RenderedImage img")
     expect(images).to_have_count(pictures_of(before["cells"]), timeout=OPEN_SECONDS * 1000)
     assert again.get_by_text("Error displaying widget").count() == 0
+
+
+def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
+    page = open_notebook("notebooks/03_retrieval.ipynb")
+    page.set_viewport_size({"width": 800, "height": 900})
+    run_all(page, len(code_cells("03_retrieval.ipynb")))
+    menu(page, "Settings", "Theme")
+    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
+    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+    canvas = page.locator(".jp-OutputArea canvas[role=slider]")
+    right_edge, corner = canvas.evaluate(EDGE)
+    assert right_edge == 1  # one colour: nothing is cut there
+    assert max(corner) < 60
+    images = page.locator(".jp-OutputArea img")
+    assert images.count() > 1
+    for image in images.all():
+        scale, look = image.evaluate(
+            "i => [i.clientWidth / i.naturalWidth, getComputedStyle(i).filter]"
+        )
+        assert "invert" in look
+        assert scale > 0.69 or image.evaluate("i => !i.closest('.hsa-picture')")
+
+
+def code_cells(name: str) -> list[dict]:
+    stored = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in stored if cell["cell_type"] == "code"]
 
 
 def pictures_of(cells: list[dict]) -> int:
