@@ -23,7 +23,7 @@ def _stills(output: NotebookNode) -> list[NotebookNode]:
     data = output.get("data", {})
     if "image/png" not in data or data.pop(VIEW, None) is None:
         return [output]
-    return [output, new_output("display_data", {"text/plain": data["text/plain"]})]
+    return [output, new_output("display_data", {"text/plain": data.pop("text/plain")})]
 
 
 class KeepStills(Preprocessor):

@@ -88,7 +88,7 @@ def as_display(figure: Figure, alt: str, colors: int = 256) -> list[tuple[dict, 
     picture = base64.b64encode(to_png(figure, colors)).decode()
     metadata = picture_metadata(alt)
     return [
-        ({"image/png": picture, "text/plain": alt}, {"metadata": metadata, "raw": True}),
+        ({"image/png": picture}, {"metadata": metadata, "raw": True}),
         ({"text/plain": caption(alt)}, {"raw": True}),
     ]
 
@@ -196,9 +196,8 @@ class FigureExplorer(Explorer):
     ) -> None:
         self.draw = draw
         self.figure = make_figure(*size)
-        width = (
-            f"{MIN_SCALE * DPI * size[0]:.0f}px"  # where there is less room, the picture scrolls
-        )
+        # Where there is less room, the picture scrolls.
+        width = f"{MIN_SCALE * DPI * size[0]:.0f}px"
         layout = ipywidgets.Layout(max_width="100%", min_width=width, align_self="flex-start")
         picture = ipywidgets.Image(format="png", layout=layout)
         super().__init__(controls, picture, alt)

@@ -261,7 +261,7 @@ def test_a_notebook_runs_and_answers_to_the_keyboard(open_notebook, name):
 
 
 def test_two_controls_move_at_once_and_the_latest_values_win(open_notebook):
-    """Also while a cell runs: its kernel has just started, and JupyterLab then draws in two threads."""
+    """Also while a cell runs, and just after the kernel's start: then it draws in two threads."""
     page = open_notebook("two_controls.ipynb")
     menu(page, "Run", "Run All Cells")
     page.wait_for_selector(f"{SLIDER}[aria-label]", timeout=OPEN_SECONDS * 1000)
@@ -317,11 +317,9 @@ def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
     images = page.locator(".jp-OutputArea img")
     assert images.count() > 1
     for image in images.all():
-        scale, look = image.evaluate(
-            "i => [i.clientWidth / i.naturalWidth, getComputedStyle(i).filter]"
-        )
-        assert "invert" in look
-        assert scale > 0.69 or image.evaluate("i => !i.closest('.hsa-picture')")
+        assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
+    for image in page.locator(".hsa-picture img").all():  # its labels stay readable
+        assert image.evaluate("image => image.clientWidth / image.naturalWidth") > 0.69
 
 
 def code_cells(name: str) -> list[dict]:
