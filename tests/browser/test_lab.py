@@ -109,13 +109,8 @@ class Lab:
 
     def shut_down_kernels(self) -> None:
         for session in json.load(urllib.request.urlopen(f"{self.address}/api/sessions")):
-            self.request(f"sessions/{session['id']}", "DELETE")
-
-    def request(self, path: str, method: str, content: object = None) -> None:
-        """Ask the server's API for something."""
-        address = f"{self.address}/api/{path}"
-        data = json.dumps(content).encode()
-        urllib.request.urlopen(urllib.request.Request(address, data, method=method)).close()
+            address = f"{self.address}/api/sessions/{session['id']}"
+            urllib.request.urlopen(urllib.request.Request(address, method="DELETE")).close()
 
 
 @pytest.fixture(scope="module")
@@ -348,31 +343,19 @@ CHOSEN = ".hsa-token[aria-checked=true]"
 
 
 @pytest.fixture
-def explorer(lab, browser):
+def explorer(lab, open_notebook):
     """The explorer in a notebook of its own, and what the browser's console has complained of."""
-    cell = {
-        "cell_type": "code",
-        "source": EXPLORER.format(text=str(ROOT / "CONTRIBUTING.md")),
-        "metadata": {},
-        "outputs": [],
-        "execution_count": None,
-    }
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    content = {"cells": [cell], "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
-    file = {"type": "notebook", "format": "json", "content": content}
-    lab.request("contents/explorer.ipynb", "PUT", file)
-    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    cell = new_code_cell(EXPLORER.format(text=str(ROOT / "CONTRIBUTING.md")))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(new_notebook(cells=[cell], metadata=kernel), lab.root / "explorer.ipynb")
+    page = open_notebook("explorer.ipynb")
     page.errors = []
     page.on("console", lambda line: line.type == "error" and page.errors.append(line.text))
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("dialog", lambda dialog: page.errors.append(dialog.message))
-    page.goto(f"{lab.address}/doc/tree/explorer.ipynb?reset")
-    page.wait_for_selector(IDLE, timeout=OPEN_SECONDS * 1000)
     run_all(page, 1)
     page.wait_for_selector(CHOSEN, timeout=RUN_SECONDS * 1000)
-    yield page
-    page.close()
-    lab.shut_down_kernels()
+    return page
 
 
 def ask(page, want: str, **fields: str) -> None:

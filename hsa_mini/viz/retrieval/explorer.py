@@ -21,7 +21,7 @@ from hsa_mini.viz.retrieval.asking import (
     read_text,
 )
 from hsa_mini.viz.retrieval.picture import make_picture, summary
-from hsa_mini.viz.widgets import make_figure, to_png
+from hsa_mini.viz.widgets import caption, make_figure, picture_metadata, to_png
 
 HERE = Path(__file__).parent
 NEEDLE = "The secret code of QXZB is 482913."
@@ -157,6 +157,7 @@ class RetrievalExplorer(anywidget.AnyWidget):
         )
         bundle = super()._repr_mimebundle_(**kwargs)
         data = dict(bundle[0] if isinstance(bundle, tuple) else bundle or {})
-        data["text/plain"] = f"{asked.verdict} {summary(asked, token, len(layers) - 1, S)}"
+        text = f"{asked.verdict} {summary(asked, token, len(layers) - 1, S)}"
+        data["text/plain"] = caption(text)
         data["image/png"] = base64.b64encode(to_png(figure)).decode()
-        return data, {"image/png": {"alt": data["text/plain"]}}
+        return data, picture_metadata(text)
