@@ -74,7 +74,7 @@ class RetrievalExplorer(anywidget.AnyWidget):
         self._text: ReadText | None = None
         # Messages arrive in a thread of their own, while a cell may call `ask`.
         self._lock = threading.Lock()
-        with tqdm(desc="reading", unit=" tokens", unit_scale=True, delay=1) as bar:
+        with tqdm(desc="reading", unit=" tokens", unit_scale=True, delay=3) as bar:
 
             def progress(read: int, total: int) -> None:
                 bar.total = total
