@@ -388,6 +388,12 @@ def test_the_auto_classes_and_pipeline_take_the_folder(folder):
         assert one[0]["generated_text"] == tokenizer.decode(want)
 
 
+def test_a_shipped_model_is_read_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    got = HSAForCausalLM.from_pretrained("mini", dtype=torch.float32).model.state_dict()
+    assert_close(got, HSAModel.from_pretrained("mini").state_dict(), 0.0)
+
+
 def test_the_folder_brings_its_own_code_for_trust_remote_code(folder, tmp_path):
     program = (
         "import sys, torch; from transformers import pipeline; "

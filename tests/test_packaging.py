@@ -224,15 +224,15 @@ def test_the_workflow_runs_the_commands_of_readme_without_secrets():
         assert pair in text
 
 
-def test_the_image_is_built_as_readme_says_and_takes_no_local_builds_in():
+def test_the_image_is_built_as_the_guide_says_and_takes_no_local_builds_in():
     text = (ROOT / "Dockerfile").read_text()
     python = re.search(r"- python=(3\.\d+)\n", (ROOT / "environment.yml").read_text())[1]
     assert f"FROM python:{python}-slim\n" in text and "RUN make setup\n" in text
     left_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().split()}
     assert set((ROOT / ".gitignore").read_text().split()) <= left_out
-    readme = (ROOT / "README.md").read_text()
-    assert "docker build --tag hsa-mini .\n" in readme
-    assert "conda env create -f environment.yml" in readme
+    guide = (ROOT / "hsa_mini" / "README.md").read_text()
+    assert "docker build --tag hsa-mini .\n" in guide
+    assert "conda env create -f environment.yml" in guide
 
 
 def git(*words: str, folder: Path = ROOT) -> str:

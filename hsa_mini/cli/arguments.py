@@ -92,7 +92,9 @@ def add_model(command: argparse.ArgumentParser, presets: str) -> None:
     command.add_argument(
         "preset", nargs="?", help=f"which model: {presets}, or a configuration file"
     )
-    command.add_argument("--config", metavar="FILE.json", help="a configuration file (see README)")
+    command.add_argument(
+        "--config", metavar="FILE.json", help="a configuration file (see hsa_mini/README.md)"
+    )
 
 
 def chosen_model(arguments: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""The course in a real JupyterLab.
+"""The course in a real JupyterLab, and the retrieval explorer.
 
 Stored pictures are visible before anything runs, all cells run, and the keyboard moves a picture.
 Two controls may move at once. What a reader saves keeps the pictures and the kernel's name.
@@ -109,11 +109,8 @@ class Lab:
 
     def shut_down_kernels(self) -> None:
         for session in json.load(urllib.request.urlopen(f"{self.address}/api/sessions")):
-            urllib.request.urlopen(
-                urllib.request.Request(
-                    f"{self.address}/api/sessions/{session['id']}", method="DELETE"
-                )
-            ).close()
+            address = f"{self.address}/api/sessions/{session['id']}"
+            urllib.request.urlopen(urllib.request.Request(address, method="DELETE")).close()
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +339,123 @@ def code_cells(name: str) -> list[dict]:
 def pictures_of(cells: list[dict]) -> int:
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+# ---- The retrieval explorer
+
+EXPLORER = """
+from pathlib import Path
+from hsa_mini import HSAModel
+from hsa_mini.viz import explore_retrieval
+explore_retrieval(HSAModel.from_pretrained("mini"), Path({text!r}))
+"""
+STATUS = ".hsa-status"
+SUMMARY = ".hsa-summary"
+CHOSEN = ".hsa-token[aria-checked=true]"
+
+
+@pytest.fixture
+def explorer(lab, open_notebook):
+    """The explorer in a notebook of its own, and what the browser's console has complained of."""
+    cell = new_code_cell(EXPLORER.format(text=str(ROOT / "CONTRIBUTING.md")))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(new_notebook(cells=[cell], metadata=kernel), lab.root / "explorer.ipynb")
+    page = open_notebook("explorer.ipynb")
+    page.errors = []
+    page.on("console", lambda line: line.type == "error" and page.errors.append(line.text))
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("dialog", lambda dialog: page.errors.append(dialog.message))
+    run_all(page, 1)
+    page.wait_for_selector(CHOSEN, timeout=RUN_SECONDS * 1000)
+    return page
+
+
+def ask(page, want: str, **fields: str) -> None:
+    """Fill in fields by their labels, ask by keyboard, and wait for a status that begins so."""
+    for name, value in fields.items():
+        page.get_by_label(name.replace("_", " ")).and_(page.locator("textarea")).fill(value)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(STATUS)).to_have_text(re.compile(want), timeout=RUN_SECONDS * 1000)
+
+
+def test_the_explorer_asks_a_typed_needle_and_follows_its_tokens_by_keyboard(explorer):
+    page = explorer
+    needle = "<img src=x onerror=alert(1)> The secret code of WQNH is 394149."
+    ask(page, "^Right", Needle_sentence=needle, Question="What is the secret code of WQNH?")
+    expect(page.locator(".hsa-token.right")).to_have_text(list("394149"))
+    assert page.locator(".hsa img, .hsa script").count() == 0  # markup stays text
+
+    # Every level says that its shares add up to 1: scores, weights, attention, blend, next token.
+    expect(page.locator(".hsa h4 small", has_text=re.compile("up to 1.000"))).to_have_count(4)
+    assert all("up to 1.000" in chunk for chunk in titles(page))
+
+    page.locator(CHOSEN).focus()
+    seen = {page.locator(SUMMARY).text_content()}
+    for digit in "394149":
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.textContent") == digit
+        seen.add(page.locator(SUMMARY).text_content())
+    page.keyboard.press("ArrowUp")
+    expect(page.locator(SUMMARY)).to_contain_text("HSA layer 0")
+    page.keyboard.press("Home")
+    expect(page.locator(SUMMARY)).to_contain_text("token 1 of the question")
+    assert len(seen) == 7
+
+    page.get_by_role("slider", name="Scores of all chunks").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    last = int(
+        page.get_by_role("slider", name="Scores of all chunks").get_attribute("aria-valuemax")
+    )
+    expect(page.get_by_text(f"Chunk {last - 1}: ", exact=False)).to_be_visible()
+    page.keyboard.press("Escape")
+    assert page.evaluate(
+        "document.activeElement === document.body || !document.activeElement.closest('.hsa')"
+    )
+    assert unnamed(page) == []
+    assert page.errors == []
+
+
+def test_the_explorer_keeps_its_picture_and_says_what_it_needs(lab, explorer):
+    page = explorer
+    before = page.locator(SUMMARY).text_content()
+    ask(page, "^The picture shows the last question. needle: got no text", Needle_sentence=" ")
+    needle = "The secret code of QXZB is 482913."
+    empty = "^The picture shows the last question. question: got no text"
+    ask(page, empty, Needle_sentence=needle, Question="")
+    page.get_by_label("Haystack (or a file)").evaluate("area => area.value = 'a'.repeat(1e7)")
+    ask(page, "^haystack: got 10,000,000 bytes", Question="Where?")
+    assert page.locator(SUMMARY).text_content() == before
+    assert page.errors == []
+
+    lab.shut_down_kernels()
+    page.get_by_label("Haystack (or a file)").fill("word " * 200)
+    ask(page, "^The kernel is busy or has stopped", Question="Where?")
+    page.locator(CHOSEN).focus()
+    page.keyboard.press("ArrowLeft")  # the picture needs no kernel
+    assert page.locator(SUMMARY).text_content() != before
+
+
+def test_the_explorer_shows_the_last_of_two_questions_and_wrong_answers_as_wrong(explorer):
+    page = explorer
+    page.get_by_label("Question", exact=True).fill("What is the secret code of QXZB? ")
+    page.keyboard.press("Control+Enter")
+    ask(page, "^Wrong", Question="What is the secret code of WQNH?")
+    expect(page.locator(".hsa-token.wrong")).to_have_count(7)
+    expect(page.locator(".hsa-tokens strong")).to_have_text("✗ wrong")
+    assert page.get_by_label("Question", exact=True).input_value().endswith("WQNH?")
+    assert page.errors == []
+
+
+def titles(page) -> list[str]:
+    """What every kept chunk says on hover and to a screen reader."""
+    found = page.locator(".hsa-chunk:not([hidden]) canvas")
+    return [canvas.get_attribute("aria-label") for canvas in found.all()]
+
+
+def unnamed(page) -> list[str]:
+    """The controls of the explorer without an accessible name."""
+    return page.evaluate("""() => [...document.querySelectorAll(
+      '.hsa :is(button, input, select, textarea, [tabindex="0"])')]
+      .filter(node => !(node.ariaLabel || node.labels?.length || node.textContent.trim()))
+      .map(node => node.outerHTML)""")

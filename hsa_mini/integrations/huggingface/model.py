@@ -26,6 +26,7 @@ from hsa_mini.integrations.huggingface.cache import HSACache
 from hsa_mini.integrations.huggingface.configuration import HSAPretrainedConfig
 from hsa_mini.integrations.huggingface.padding import Padding, rolled
 from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.paths import checkpoint_folder, shipped_models
 
 PREFIX = "model."  # of a weight's name here; files hold the names of `HSAModel`
 REMOTE = "modeling_hsa_mini.py"  # what `trust_remote_code=True` runs
@@ -160,13 +161,13 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers, from safetensors only; the files of a folder with a manifest are
-        verified first.
+        verified first. The name of a shipped model, such as "mini", means that model.
 
         Raises ValueError for a file that was altered, and if weights are missing.
         """
         report = kwargs.pop("output_loading_info", False)
         kwargs.pop("use_safetensors", None)
-        folder = Path(pretrained_model_name_or_path or "")
+        folder = checkpoint_folder(pretrained_model_name_or_path or "")
         if (folder / CONFIG).is_file() and not (folder / GENERATION_CONFIG_NAME).is_file():
             # transformers would take `top_k` of `HSAConfig` for an option of sampling.
             config = HSAPretrainedConfig.from_pretrained(folder)
@@ -174,6 +175,8 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
 
         def load(*_) -> Any:
             path = pretrained_model_name_or_path
+            if isinstance(path, str) and path in shipped_models():
+                path = folder
             return super(HSAForCausalLM, cls).from_pretrained(
                 path, *args, output_loading_info=True, use_safetensors=True, **kwargs
             )
