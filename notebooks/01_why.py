@@ -498,32 +498,67 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 # %% [markdown]
 # ## Exercises
 #
-# **1. A stack of window layers.** Feed the output of one window layer into the next. How many layers with `W = 4` does
-# it take until a change of token 3 changes the output of token 11? Predict the number from $L \cdot (W - 1)$ first.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.why import check_first_gain, check_layers_needed, check_window_attention
+
+# %% [markdown]
+# **1. A stack of window layers.** *Difficulty 1, importance 4, 5 minutes.* Feed the output of one window layer into the
+# next. How many layers with a window of $W$ does it take until information has travelled `distance` tokens?
+
+
+# %%
+def layers_needed(distance, window):
+    """The smallest number of window layers through which token t can see token t - distance."""
+    # your code
+
+
+check_layers_needed(layers_needed)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
-# The distance is 8 and one layer reaches 3 tokens back. Two layers reach 6 tokens, which is not enough. Three layers
-# reach 9.
+# One layer reaches $W - 1$ tokens back. With `W = 4` and a distance of 8, two layers reach 6 tokens, which is not
+# enough, and three layers reach 9. The experiment agrees: it changes token 3 and looks at token 11.
 #
 # ```python
+# def layers_needed(distance, window):
+#     return -(-distance // (window - 1))  # rounded up
+#
+#
 # def stack(x, layers, window=4):
 #     for _ in range(layers):
 #         x = window_layer(x, window)
 #     return x
 #
+#
+# check_layers_needed(layers_needed)
 # for layers in (1, 2, 3):
 #     print(layers, output_change(partial(stack, layers=layers), x, changed=3, seen_by=11) > 0)
 # assert output_change(partial(stack, layers=2), x, 3, 11) == 0.0
-# assert output_change(partial(stack, layers=3), x, 3, 11) > 0.0
+# assert output_change(partial(stack, layers=layers_needed(8, 4)), x, 3, 11) > 0.0
 # ```
 #
 # </details>
-#
-# **2. Where does HSA begin to pay off?** From which text length on is HSA cheaper than full attention, with the sizes
-# of the large model and $K = 64$? Solve it on paper, then check your result with `full_flop` and `hsa_flop`.
-#
+
+# %% [markdown]
+# **2. Where does HSA begin to pay off?** *Difficulty 3, importance 3, 10 minutes.* From which text length on is HSA
+# cheaper than full attention? The length is a multiple of $S$. Solve it on paper for the sizes of the large model and
+# $K = 64$. Then write the function with `full_flop` and `hsa_flop`.
+
+
+# %%
+def first_gain(S, K, H, D, R):
+    """The smallest multiple of S tokens at which `hsa_flop` is below `full_flop`."""
+    # your code
+
+
+check_first_gain(first_gain)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
@@ -532,15 +567,52 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 # whole number of chunks beyond it is $T = 4160$.
 #
 # ```python
-# def first_gain(K, S=64, H=16, D=128, R=128):
+# def first_gain(S, K, H, D, R):
 #     return next(T for T in range(S, 10**6, S) if hsa_flop(T, S, K, H, D, R) < full_flop(T, H, D))
 #
-# print(first_gain(K=64))
-# assert first_gain(K=64) == 4160
+#
+# check_first_gain(first_gain)
+# print(first_gain(S=64, K=64, H=16, D=128, R=128))
+# assert first_gain(S=64, K=64, H=16, D=128, R=128) == 4160
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **3. A window in one mask.** *Difficulty 2, importance 5, 10 minutes.* Change `full_attention` so that token $t$ reads
+# only the $W$ keys that end at its own.
+
+
+# %%
+def window_attention(q, k, v, window):
+    """Token t reads tokens t - window + 1 to t: q, k, v [T, D] -> [T, D]."""
+    # your code
+
+
+check_window_attention(window_attention)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
 #
+# The future is above the diagonal: `triu(1)`. What lies too far back is below it: `tril(-window)`. Both get a score of
+# $-\infty$ *before* the softmax, so that the other shares add up to 1.
+#
+# ```python
+# def window_attention(q, k, v, window):
+#     scores = q @ k.T / q.shape[-1] ** 0.5  # [T, T]
+#     everything = torch.ones_like(scores, dtype=torch.bool)
+#     hidden = everything.triu(1) | everything.tril(-window)
+#     return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ v
+#
+#
+# check_window_attention(window_attention)
+# assert torch.allclose(window_attention(x, x, x, 4), window_layer(x, 4))
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## What comes next
 #
 # Our landmark was the mean of a chunk. Is that a good summary? [Notebook 02, *What does a chunk say about

@@ -449,22 +449,45 @@ show(
 #   reads all tokens of the chunk.
 #
 # The paper and this project take $S = 64$. The toy text takes $S = 4$.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# **1. Is `[CLS]` needed?** The encoder gives keys. Take the *mean of the keys* as the landmark, without any `[CLS]`
-# output. Is it blind to order, like the mean of the words? Guess first, then use `shuffled`, `encoder` and
-# `count_distinct`.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.chunks import check_mean_of_keys, check_sizes_that_keep_whole, check_turn
+
+# %% [markdown]
+# **1. Is `[CLS]` needed?** *Difficulty 1, importance 3, 5 minutes.* The encoder gives keys. Take the mean of a chunk's
+# keys as its landmark, without any `[CLS]` output. Is this landmark blind to order, like the mean of the words? Guess
+# first. Then use `shuffled`, `encoder` and `count_distinct`.
+
+
+# %%
+def mean_of_keys(k):
+    """k [N, S, D] -> one landmark for each chunk [N, D]."""
+    # your code
+
+
+check_mean_of_keys(mean_of_keys)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
 # It is not blind. The positions have already changed the output of each token before the mean is taken.
 #
 # ```python
+# def mean_of_keys(k):
+#     return k.mean(dim=1)
+#
+#
+# check_mean_of_keys(mean_of_keys)
 # keys = encoder(shuffled[None]).k[0, :, :, 0]  # [24, S, D]
-# print(count_distinct(keys.mean(dim=1)))
-# assert count_distinct(keys.mean(dim=1)) == 24
+# print(count_distinct(mean_of_keys(keys)))
+# assert count_distinct(mean_of_keys(keys)) == 24
 # ```
 #
 # So why do we use `[CLS]`? A heading and a page have different jobs. The outputs of the tokens are made to be *read*.
@@ -472,25 +495,72 @@ show(
 # each token the same share.
 #
 # </details>
-#
-# **2. Which chunk sizes keep the fact whole?** For which $S$ from 1 to 6 do `code` (token 1) and `7` (token 3) lie in
-# one chunk? From which token on can that chunk be read?
-#
+
+# %% [markdown]
+# **2. Which chunk sizes keep the fact whole?** *Difficulty 1, importance 4, 5 minutes.* For which $S$ do `code` (token
+# 1) and `7` (token 3) lie in one chunk? From which token on can that chunk be read?
+
+
+# %%
+def sizes_that_keep_whole(first, last, sizes):
+    """The chunk sizes from 1 to `sizes` for which tokens `first` and `last` lie in one chunk, as a list."""
+    # your code
+
+
+check_sizes_that_keep_whole(sizes_that_keep_whole)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
 # Token $t$ lies in chunk $\lfloor t/S \rfloor$. Chunk 0 can be read from token $S$ on, when it is complete.
 #
 # ```python
-# whole = [S for S in range(1, 7) if 1 // S == 3 // S]
-# print(whole)  # [4, 5, 6], readable from token 4, 5 and 6 on
-# for S in whole:
+# def sizes_that_keep_whole(first, last, sizes):
+#     return [S for S in range(1, sizes + 1) if first // S == last // S]
+#
+#
+# check_sizes_that_keep_whole(sizes_that_keep_whole)
+# print(sizes_that_keep_whole(1, 3, 6))  # [4, 5, 6], readable from token 4, 5 and 6 on
+# for S in sizes_that_keep_whole(1, 3, 6):
 #     indices, _ = choose(hidden, mean_landmarks(split_into_chunks(hidden, S)[0]), S, top_k=1)
 #     assert int((indices[:, 0] == 0).nonzero()[0]) == S
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **3. Turn one vector.** *Difficulty 3, importance 3, 10 minutes.* Write RoPE for a single vector. Pair $p$ is made of
+# numbers $p$ and $p + D/2$. It turns by the angle $t \cdot \text{base}^{-2p/D}$, from the first axis towards the second.
+
+
+# %%
+def turn(x, position, base):
+    """x [D] at this position -> the turned vector [D]."""
+    # your code
+
+
+check_turn(turn)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
 #
+# ```python
+# def turn(x, position, base):
+#     D = len(x)
+#     angle = position * base ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)  # [D/2]
+#     first, second = x.chunk(2)
+#     return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()))
+#
+#
+# check_turn(turn)
+# assert torch.allclose(turn(q, 5, 10_000.0), turned_q[5])
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## What comes next
 #
 # Every chunk now has a heading. [Notebook 03, *Which chunks matter to this token?*](03_retrieval.ipynb) explains

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "training": LIBRARY,
     "evaluation": LIBRARY,
     "integrations": LIBRARY,
+    "exercises": {"checks"},
     "lab": LIBRARY | {"training", "evaluation"},
     "viz": LIBRARY | {"index", "training", "evaluation", "lab"},
     "cli": LIBRARY | {"index", "training", "evaluation", "integrations", "lab", "viz"},

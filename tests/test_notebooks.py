@@ -24,6 +24,7 @@ from hsa_kernels.attention.operator import _schedules
 from hsa_kernels.common import inverted_index, selection
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.evaluation.statistics import wilson_interval
+from hsa_mini.exercises.check import Check
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import claims
 from hsa_mini.model.cost_estimate import estimate_cost
@@ -771,7 +772,31 @@ def test_two_exercises_with_folded_solutions_and_a_way_on(source):
 
 
 @each_notebook
-def test_solutions_run(source, capsys):
+def test_solutions_run_and_pass_their_checks(source, capsys):
+    """As long as a function is blank, its check prints one line that says so."""
     names: dict = {"__name__": source.stem}
-    for text in (code(source), *solutions(source)):
+    exec(compile(code(source), traceable(code(source), source.stem), "exec"), names)
+    checks = [check.name for check in names.values() if isinstance(check, Check)]
+    assert [line for line in capsys.readouterr().out.splitlines() if "still blank" in line] == [
+        f"{name} is still blank. Write it and run this cell again." for name in checked(source)
+    ]
+    for text in solutions(source):
         exec(compile(text, traceable(text, source.stem), "exec"), names)
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "✓✗"]
+    assert [line.split(" is right")[0] for line in verdicts] == [f"✓ {n}" for n in checked(source)]
+    assert sorted(checks) == sorted(checked(source))
+
+
+def checked(source: Path) -> list[str]:
+    """The functions that the exercises of a notebook check, in order."""
+    return re.findall(r"^check_\w+\((\w+)\)$", code(source), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("source", SOURCES[:8], ids=lambda path: path.stem)
+def test_three_exercises_say_how_hard_how_important_and_how_long(source):
+    said = re.findall(
+        r"^\*\*\d\. .+?\*\* \*Difficulty [1-5], importance [1-5], \d+ minutes\.\*",
+        "\n".join(cells(source, "markdown")),
+        flags=re.MULTILINE,
+    )
+    assert len(said) == len(checked(source)) >= 3

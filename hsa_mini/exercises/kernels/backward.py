@@ -32,7 +32,7 @@ check_softmax_backward = Check(
             lambda p, dp: p * dp - (p * dp).sum(1, keepdim=True)
         ),
         "the factor p in front is missing.": lambda p, dp: dp - (p * dp).sum(1, keepdim=True),
-        "delta is a sum over the wrong axis. Each entry has its own softmax over S tokens: `dim=1`.": (
+        "delta is a sum over the wrong axis. Each entry has a softmax of its own: `dim=1`.": (
             partial(_through, dim=0)
         ),
         "delta is a sum over all entries. Each entry has its own.": (
@@ -89,12 +89,11 @@ check_invert = Check(
         (torch.tensor([[-1, -1, -1], [0, -1, -1], [1, 0, -1], [2, 0, 1], [4, 2, 1]]), 6),
     ),
     usual_mistakes={
-        "-1 is smaller than every chunk, so the empty slots came first. Give them the key `chunks`.": (
+        "-1 is below every chunk, so the empty slots came first. Sort them by the key `chunks`.": (
             partial(_invert, empty=-1)
         ),
         "an entry is t·K + slot. You returned the numbers of tokens.": _tokens,
-        "`starts` needs one number more: list i ends where list i + 1 starts, and the first starts at "
-        "0.": lambda indices, chunks: (
+        "`starts` needs one number more. The first list starts at 0.": lambda indices, chunks: (
             _invert(indices, chunks)[0],
             _invert(indices, chunks)[1][1:],
         ),

@@ -49,7 +49,7 @@ check_numbers_moved = Check(
     answer=_moved,
     examples=((1000, 50, 16, 128), (10, 8, 1, 4), (64, 16, 2, 8)),
     usual_mistakes={
-        "a pair loads q, stores its partial result, and the second round loads it again: three rows.": (
+        "a pair moves three rows: it loads q, stores its partial result, and loads it again.": (
             partial(_moved, times=2)
         ),
         "the second round stores one row for each token.": partial(_moved, rows=0),
@@ -87,7 +87,7 @@ check_run_norm = Check(
             lambda x: _rms(x, divide_by=1 << (x.shape[1] - 1).bit_length())
         ),
         "the root is missing: divide by the root of the mean square.": partial(_rms, root=False),
-        "divide the sum of the squares by D: this is the root of the sum, not of the mean.": partial(
+        "this is the root of the sum of squares. Divide the sum by D first.": partial(
             _rms, divide_by=1
         ),
         "beyond the row the tile must hold 0. Another number enters the sum: `other=0.0`.": partial(

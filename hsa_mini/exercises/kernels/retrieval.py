@@ -95,15 +95,19 @@ check_merge = Check(
         "a place in the tile is not yet the number of a chunk: add `first`.": partial(
             _merge, shift=False
         ),
+        "these are places in the joined list. Look up which chunk stands at each place.": (
+            lambda scores, chunks, tile, first: torch.cat((scores, tile)).topk(len(scores))
+        ),
         "the K best so far are lost. Merge them with the tile, then choose.": partial(
             _merge, keep=False
         ),
         "you kept the lowest scores.": partial(_merge, largest=False),
         "nothing of the tile came in.": lambda scores, chunks, tile, first: (scores, chunks),
-        "the scores and the numbers of the chunks no longer belong together. Permute both by the same "
-        "`indices` of topk.": lambda scores, chunks, tile, first: (
-            _merge(scores, chunks, tile, first)[0],
-            torch.cat((chunks, torch.arange(len(tile)) + first))[: len(scores)],
+        "scores and chunks no longer belong together. Use the `indices` of topk for the chunks.": (
+            lambda scores, chunks, tile, first: (
+                _merge(scores, chunks, tile, first)[0],
+                torch.cat((chunks, torch.arange(len(tile)) + first))[: len(scores)],
+            )
         ),
     },
 )

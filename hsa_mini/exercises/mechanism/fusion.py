@@ -39,7 +39,7 @@ check_blend = Check(
     usual_mistakes={
         "one softmax runs over all tokens, as if the chunks were laid end to end. Each chunk has a "
         "softmax of its own.": _end_to_end,
-        "softmax over the wrong axis. It runs over the S tokens inside a chunk, not over the chunks.": (
+        "softmax over the wrong axis. It runs over the tokens of a chunk, not over the chunks.": (
             partial(_blend, dim=0)
         ),
         "the scale is missing: multiply the scores by `scale`.": (
@@ -92,8 +92,9 @@ check_attend_with_sink = Check(
         (normal(6, seed=seed), normal(4, 6, seed=1), normal(4, 6, seed=2), 0.4) for seed in (0, 3)
     ),
     usual_mistakes={
-        "nothing changed: the shares of the four words still add up to 1. The empty token must take "
-        "part in the softmax.": partial(_with_sink, score=-torch.inf),
+        "the shares still add up to 1. The empty token belongs into the softmax.": partial(
+            _with_sink, score=-torch.inf
+        ),
         "the score of a key of zeros is 0, not 1.": partial(_with_sink, score=1.0),
         "the empty token has a value of zeros, so its share goes to no word.": partial(
             _with_sink, value=1.0

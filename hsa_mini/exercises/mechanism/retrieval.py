@@ -87,7 +87,7 @@ check_retrieval_weights = Check(
         for T, N, chunk_size, top_k in ((12, 3, 4, 2), (15, 7, 2, 3), (12, 3, 4, 1))
     ),
     usual_mistakes={
-        "future chunks are visible: a token may keep only chunks that are complete before it.": partial(
+        "future chunks are visible. Keep only chunks that are complete before the token.": partial(
             _weights, own=100
         ),
         "a token sees its own chunk, and so its future: chunk i is visible if (i + 1)·S <= t.": (
@@ -99,7 +99,7 @@ check_retrieval_weights = Check(
         "softmax over the wrong axis. The shares of one token add up to 1: `dim=1`.": partial(
             _weights, dim=0
         ),
-        "the softmax runs over all visible chunks. Only the K kept chunks share the weight.": partial(
+        "the softmax runs over all visible chunks. Only the K kept chunks count.": partial(
             _weights, early=True
         ),
         "every visible chunk is kept. Keep the K best.": (

@@ -16,7 +16,7 @@ check_layers_needed = Check(
     answer=lambda distance, window: math.ceil(distance / (window - 1)),
     examples=((8, 4), (6, 4), (1, 2), (7, 8), (1000, 128)),
     usual_mistakes={
-        "the token itself is one of the W tokens of its window. How far back does one layer reach?": (
+        "the token itself is one of its W tokens. How far back does one layer reach?": (
             lambda distance, window: math.ceil(distance / window)
         ),
         "you rounded down, so the last layer is missing. Round up.": (
@@ -48,7 +48,7 @@ check_first_gain = Check(
     answer=_first_gain,
     examples=((4, 2, 1, 8, 8), (4, 64, 1, 8, 8), (16, 4, 2, 64, 256), (64, 64, 16, 128, 128)),
     usual_mistakes={
-        "up to K·S tokens HSA reads every token. Is it cheaper there? Scores and blend cost FLOP too.": (
+        "at K·S tokens HSA reads every token, and scores and blend cost FLOP too.": (
             lambda S, K, H, D, R: K * S
         ),
         "count in whole chunks: the text grows by S tokens at a time.": partial(

@@ -19,7 +19,7 @@ def program_map(figure: Figure, record: Record, program: int) -> str:
     A tensor of more than two dimensions is drawn with its last dimension from left to right.
     """
     grids = {name: _cells(record, name, program) for name in record.arrays}
-    widths = [grid.shape[1] + 3 for grid in grids.values()]
+    widths = [max(grid.shape[1], 5) + 3 for grid in grids.values()]
     axes = figure.subplots(1, len(grids), width_ratios=widths, squeeze=False)[0]
     for ax, (name, grid) in zip(axes, grids.items()):
         line = 1.0 if grid.size <= 200 else 0.3
@@ -48,9 +48,11 @@ def _moved(record: Record, name: str, program: int) -> str:
 
 
 def _summary(record: Record, program: int) -> str:
-    own, all_of_them = ([record.bytes_moved(kind, p) for kind in KINDS] for p in (program, None))
-    masked = f"; masks keep out {record.masked[program]} numbers" if record.masked[program] else ""
-    return (
-        f"Program {program} of {record.programs} loads {own[0]:,} bytes and stores {own[1]:,}{masked}. "
-        f"All programs load {all_of_them[0]:,} and store {all_of_them[1]:,}."
+    own = [record.bytes_moved(kind, program) for kind in KINDS]
+    together = [record.bytes_moved(kind) for kind in KINDS]
+    masked = (
+        f"; masks keep out {record.masked[program]} addresses" if record.masked[program] else ""
     )
+    moved = f"loads {own[0]:,} bytes and stores {own[1]:,}{masked}"
+    everyone = f"All programs load {together[0]:,} and store {together[1]:,}."
+    return f"Program {program} of {record.programs} {moved}. {everyone}"

@@ -22,8 +22,8 @@ class Record:
 
     arrays: the tensors of the launch, by the names of the arguments. moves: for each load or store
     the number of the program, "load" or "store", the name of the tensor, and the positions [n] of
-    the numbers that were moved, counted from the tensor's first number. masked: how many numbers
-    the masks of each program kept out.
+    the numbers that were moved, counted from the tensor's first number. masked: how many
+    addresses the masks of each program kept out.
     """
 
     arrays: dict[str, torch.Tensor]
