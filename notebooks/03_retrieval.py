@@ -591,7 +591,8 @@ check_retrieval_weights(retrieval_weights)
 #
 # ```python
 # def retrieval_weights(queries, landmarks, chunk_size, top_k):
-#     T, N = len(queries), len(landmarks)
+#     T = len(queries)
+#     N = len(landmarks)
 #     scores = queries @ landmarks.T / queries.shape[1] ** 0.5
 #     visible = visible_chunks(T, N, chunk_size)
 #     scores = scores.masked_fill(~visible, float("-inf"))

@@ -650,7 +650,8 @@ check_score_at_distance(score_at_distance)
 # def score_at_distance(q, k, distance, base):
 #     D = len(q)
 #     theta = base ** (-torch.arange(0, D, 2, dtype=q.dtype) / D)  # [D/2]
-#     (q_0, q_1), (k_0, k_1) = q.chunk(2), k.chunk(2)
+#     q_0, q_1 = q.chunk(2)
+#     k_0, k_1 = k.chunk(2)
 #     along = q_0 * k_0 + q_1 * k_1  # |q| |k| cos(angle between them)
 #     across = q_0 * k_1 - q_1 * k_0
 #     return (along * (distance * theta).cos() + across * (distance * theta).sin()).sum()

@@ -271,7 +271,7 @@ show(figure, f"Program 5 loads one query and all landmarks, and stores one numbe
 
 # %% [markdown]
 # The third tile has only four landmarks, and masks keep out the addresses of the others. Each of the 12 programs loads
-# all landmarks again. The package's [kernel](../kernels/hsa_kernels/retrieval) shares a tile of landmarks among a block
+# all landmarks again. The package's [kernel](../kernels/hsa_kernels/retrieval/forward.py) shares a tile of landmarks among a block
 # of queries, with `tl.dot`, and keeps K chunks instead of one. The rest of this notebook builds that.
 #
 # ## How often is the buffer full?

@@ -9,6 +9,7 @@ import io
 import linecache
 import re
 import tokenize
+import types
 from itertools import product
 from pathlib import Path
 
@@ -785,6 +786,30 @@ def test_solutions_run_and_pass_their_checks(source, capsys):
     verdicts = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "✓✗"]
     assert [line.split(" is right")[0] for line in verdicts] == [f"✓ {n}" for n in checked(source)]
     assert sorted(checks) == sorted(checked(source))
+
+
+@pytest.mark.parametrize(
+    "right, wrong, said",
+    [
+        (", mask=o_d < D, other=0.0", "", "the load needs a mask"),
+        ("/ D), mask=o_d < D", "/ D)", "the store needs a mask"),
+        ("other=0.0", "other=1.0", "beyond the row the tile must hold 0"),
+        ("0) / D)", "0) / WIDTH)", "you divided by the width of the tile"),
+        ("x + row * D", "x", "all rows are those of program 0"),
+        ("out + row * D", "out", "every program stores to the first row"),
+        ("tl.sum", "tl.total", "stopped with InterpreterError"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="programs of a GPU have no fixed order")
+def test_a_wrong_kernel_gets_its_hint(right, wrong, said, capsys):
+    source = FOLDER / "06_forward_kernel.py"
+    (solution,) = (text for text in solutions(source) if "def norm_kernel" in text)
+    assert right in solution
+    attempt = solution.replace(right, wrong)
+    names = {**definitions.__wrapped__(source.stem), "DEVICE": "cpu"}
+    names["run_norm"] = types.FunctionType(names["run_norm"].__code__, names)
+    exec(compile(attempt, traceable(attempt, source.stem), "exec"), names)
+    assert said in capsys.readouterr().out
 
 
 def checked(source: Path) -> list[str]:

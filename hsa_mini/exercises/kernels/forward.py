@@ -76,6 +76,14 @@ def _rms(x, *, divide_by=None, root=True, other=0.0):
     return x / (mean.sqrt() if root else mean)
 
 
+def _with_the_next_row(x):
+    T, D = x.shape
+    width = 1 << (D - 1).bit_length()
+    behind = torch.cat((x.flatten(), x.new_full((width,), torch.nan)))
+    squares = behind.square().unfold(0, width, D)[:T].sum(dim=1, keepdim=True)
+    return x / (squares / D).sqrt()
+
+
 check_run_norm = Check(
     name="run_norm",
     answer=_rms,
@@ -93,9 +101,15 @@ check_run_norm = Check(
         "beyond the row the tile must hold 0. Another number enters the sum: `other=0.0`.": partial(
             _rms, other=1.0
         ),
+        "a tile is wider than a row, and reaches into the next row: the load needs a mask.": (
+            _with_the_next_row
+        ),
         "rows are copied and not divided.": lambda x: x,
         "all rows are those of program 0: the addresses must contain the number of the program.": (
             lambda x: _rms(x)[:1].expand_as(x)
+        ),
+        "every program stores to the first row: the addresses must contain its number.": (
+            lambda x: torch.cat((_rms(x)[-1:], torch.full_like(x[1:], torch.nan)))
         ),
     },
 )

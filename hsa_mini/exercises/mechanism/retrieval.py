@@ -63,7 +63,8 @@ check_deciding_token = Check(
 
 def _weights(queries, landmarks, chunk_size, top_k, *, scale=True, own=0, dim=1, early=False):
     """own: 1 to show a token its own chunk, N to show it all. early: softmax before the choice."""
-    T, N = len(queries), len(landmarks)
+    T = len(queries)
+    N = len(landmarks)
     scores = queries @ landmarks.T
     if scale:
         scores = scores / queries.shape[1] ** 0.5
