@@ -9,7 +9,11 @@ from torch.nn.functional import pad
 
 from hsa_mini import exercises, reference
 from hsa_mini.exercises.check import Check
-from hsa_mini.exercises.kernels.backward import check_invert, check_softmax_backward
+from hsa_mini.exercises.kernels.backward import (
+    check_count_programs,
+    check_invert,
+    check_softmax_backward,
+)
 from hsa_mini.exercises.kernels.forward import check_merged_chunks, check_run_norm
 from hsa_mini.exercises.kernels.retrieval import check_merge
 from hsa_mini.exercises.mechanism.chunks import check_mean_of_keys, check_turn
@@ -235,6 +239,9 @@ def test_any_attempt_gets_one_line(attempt, verdict, capsys):
 
 
 def test_the_arguments_of_one_call_are_those_of_the_next():
-    """An attempt that changes a tensor spoils neither the examples nor the next attempt."""
+    """An attempt that changes a tensor or a list spoils neither the examples nor the next attempt."""
     assert "changed" in check_mean_of_keys.verdict(_changes_its_argument)
     assert "✓" in check_mean_of_keys.verdict(lambda k: k.mean(dim=1))
+    examples = [list(lengths) for lengths, _ in check_count_programs.examples]
+    assert "changed" in check_count_programs.verdict(lambda lengths, size: lengths.sort())
+    assert [lengths for lengths, _ in check_count_programs.examples] == examples

@@ -5,6 +5,7 @@ the hint names the mistake, however the reader's code is written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +38,21 @@ class Check:
             return f"{self.name}: give the function itself, without brackets and arguments."
         got = []
         for example in self.examples:
-            own = _copy(example)
+            own = deepcopy(example)
             try:
                 got.append(attempt(*own))
             except Exception as error:
                 said = quoted(str(error))
                 return f"{self.name} stopped with {type(error).__name__}: {said} {_call(example)}"
             if not _same(own, example):
-                return f"{self.name} changed one of its arguments. Work on a copy: `x.clone()`."
+                return f"{self.name} changed one of its arguments. Work on a copy."
         if all(_is_blank(result) for result in got):
             return f"{self.name} is still blank. Write it and run this cell again."
-        want = [self.answer(*_copy(example)) for example in self.examples]
+        want = [self.answer(*deepcopy(example)) for example in self.examples]
         if all(map(_same, got, want)):
             return f"✓ {self.name} is right: {len(want)} examples agree."
         for hint, mistake in self.usual_mistakes.items():
-            if all(map(_same, got, (mistake(*_copy(example)) for example in self.examples))):
+            if all(map(_same, got, (mistake(*deepcopy(example)) for example in self.examples))):
                 return f"✗ {self.name}: {hint}"
         return f"✗ {self.name}: {self._first_difference(got, want)}"
 
@@ -77,11 +78,6 @@ class Check:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Normally distributed numbers for an example. The seed decides them."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def _copy(values: tuple) -> tuple:
-    """The same arguments, with a tensor of its own for each tensor."""
-    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in values)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -25,12 +25,9 @@ check_mean_of_keys = Check(
 )
 
 
-def _sizes(test) -> "partial[list[int]]":
-    return partial(_sizes_that, test)
-
-
-def _sizes_that(test, first: int, last: int, sizes: int) -> list[int]:
-    return [S for S in range(1, sizes + 1) if test(first, last, S)]
+def _sizes(test):
+    """A function that lists the sizes S from 1 to `sizes` that pass `test(first, last, S)`."""
+    return lambda first, last, sizes: [S for S in range(1, sizes + 1) if test(first, last, S)]
 
 
 check_sizes_that_keep_whole = Check(
