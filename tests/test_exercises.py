@@ -239,7 +239,7 @@ def test_any_attempt_gets_one_line(attempt, verdict, capsys):
 
 
 def test_the_arguments_of_one_call_are_those_of_the_next():
-    """An attempt that changes a tensor or a list spoils neither the examples nor the next attempt."""
+    """An attempt that changes its arguments spoils neither the examples nor the next attempt."""
     assert "changed" in check_mean_of_keys.verdict(_changes_its_argument)
     assert "✓" in check_mean_of_keys.verdict(lambda k: k.mean(dim=1))
     examples = [list(lengths) for lengths, _ in check_count_programs.examples]
