@@ -5,6 +5,7 @@ Dimensions: T tokens, N chunks, S chunk size, K chunks kept, H query heads, J ke
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -409,6 +410,19 @@ def test_a_question_of_the_browser_changes_the_picture_and_reads_the_text_once(
     assert explorer.data["verdict"].startswith("Wrong")
     explorer._receive(None, content | dict(request=9, depth=0.6), [])
     assert explorer.done == 9 and explorer._text is not before
+
+
+def test_a_question_waits_for_the_cell_or_the_picture_that_has_its_turn(explorer):
+    from hsa_mini.viz.jupyter.turns import TURNS
+
+    content = dict(request=10, needle=NEEDLE, question=QUESTION, depth=0.5)
+    thread = threading.Thread(target=explorer._receive, args=(None, content, []))
+    with TURNS.lock:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() and explorer.done != 10
+    thread.join()
+    assert explorer.done == 10
 
 
 def test_readers_without_a_kernel_get_a_picture_and_its_summary(explorer):

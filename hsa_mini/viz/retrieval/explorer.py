@@ -1,7 +1,6 @@
 """The retrieval explorer as a widget: type a needle and a question, and follow every token."""
 
 import base64
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import traitlets
 from tqdm import tqdm
 
 from hsa_mini.hsa_model import HSAModel
+from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import needle_strip
 from hsa_mini.viz.retrieval.asking import (
     MAX_BYTES,
@@ -72,8 +72,7 @@ class RetrievalExplorer(anywidget.AnyWidget):
         self.model = model
         self.asked: Asked
         self._text: ReadText | None = None
-        # Messages arrive in a thread of their own, while a cell may call `ask`.
-        self._lock = threading.Lock()
+        TURNS.include_cells()
         with tqdm(desc="reading", unit=" tokens", unit_scale=True, delay=3) as bar:
 
             def progress(read: int, total: int) -> None:
@@ -98,7 +97,7 @@ class RetrievalExplorer(anywidget.AnyWidget):
         for what cannot be asked; the picture then stays as it is.
         """
         check_question(question)  # before the text is read
-        with self._lock:
+        with TURNS.lock:
             text = self._text
             if haystack is None and text is not None:
                 haystack = text.haystack
