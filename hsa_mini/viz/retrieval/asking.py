@@ -53,6 +53,7 @@ class Asked:
     """
 
     text: ReadText
+    question: str
     ids: list[int]
     answer_tokens: int
     answer: str
@@ -151,7 +152,7 @@ def ask(model: HSAModel, text: ReadText, question: str) -> Asked:
     # The answer is read once more, on a second fork: now every HSA layer is recorded.
     traced = trace(model, text.memory.fork(), torch.tensor([ids], device=device))
     correct, verdict, marks = judge(question, answer, made, text)
-    return Asked(text, ids, len(made), answer, correct, verdict, marks, traced)
+    return Asked(text, question, ids, len(made), answer, correct, verdict, marks, traced)
 
 
 def judge(
