@@ -19,6 +19,7 @@ from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory.host_chunks import HostChunks
 from hsa_mini.viz.retrieval import asking, picture
 from hsa_mini.viz.retrieval.trace import trace
+from hsa_mini.viz.retrieval.what_if import Change
 
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
@@ -402,14 +403,57 @@ def test_a_question_of_the_browser_changes_the_picture_and_reads_the_text_once(
     explorer, monkeypatch
 ):
     explorer.ask(HAYSTACK, NEEDLE, QUESTION, 0.5)
-    before = explorer._text
+    before = explorer.asked[0].text
     content = dict(request=8, needle=NEEDLE, question="What is the secret code of WQNH?", depth=0.5)
     explorer._receive(None, content, [])
-    assert explorer.done == 8 and explorer._text is before
+    assert explorer.done == 8 and explorer.asked[0].text is before
     assert explorer.form["question"] == content["question"]
     assert explorer.data["verdict"].startswith("Wrong")
     explorer._receive(None, content | dict(request=9, depth=0.6), [])
-    assert explorer.done == 9 and explorer._text is not before
+    assert explorer.done == 9 and explorer.asked[0].text is not before
+
+
+def test_a_change_of_the_browser_shows_its_effect_and_a_wrong_one_keeps_the_last(explorer):
+    explorer.ask(HAYSTACK, NEEDLE, QUESTION, 0.5)
+    sent = dict(
+        layer=None, top_k=None, pin=[], drop=[], shares=[], swap=[], concatenated=False, hsa=True,
+        window=True,
+    )  # fmt: skip
+    explorer._receive(None, dict(request=11, model=0, change=sent), [])
+    assert explorer.done == 11 and explorer.effect["before"] == explorer.effect["after"]
+    assert len(explorer.effect["words"]) == explorer.asked[0].answer_tokens
+    more = dict(pin=[0], drop=[1], shares=[[2, 0.5]], swap=[[0, 3]])
+    explorer._receive(None, dict(request=12, model=0, change=sent | more), [])
+    changed = Change(pin=(0,), drop=(1,), shares={2: 0.5}, swap=((0, 3),))
+    assert explorer.effect["after"] == explorer.what_if(changed).after
+    assert f"is {np.prod(explorer.effect['after']):.3f}" in explorer.effect["line"]
+    last = explorer.effect
+    explorer._receive(None, dict(request=13, model=0, change=sent | dict(drop=[99999])), [])
+    assert explorer.done == 13 and explorer.effect["after"] == last["after"]
+    assert explorer.effect["error"].startswith("The bars show the last change. drop: got 99999")
+    explorer.ask(None, NEEDLE, QUESTION, 0.5)
+    assert explorer.effect == {}  # of another question
+
+
+def test_two_models_are_asked_the_same_and_change_by_themselves(model):
+    pytest.importorskip("anywidget")
+    from hsa_mini.viz import explore_retrieval
+
+    other = HSAModel(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(other.upper[0].hsa.out.weight)
+    explorer = explore_retrieval(model, HAYSTACK * 5, needle=NEEDLE, other=other)
+    for sent, asked, one in zip((explorer.data, explorer.second), explorer.asked, (model, other)):
+        want = asking.ask(one, asking.read_text(one, HAYSTACK * 5, NEEDLE, 0.5), QUESTION)
+        np.testing.assert_array_equal(asked.trace.logits, want.trace.logits)
+        assert sent["answer"] == want.answer
+    assert not np.array_equal(explorer.asked[0].trace.logits, explorer.asked[1].trace.logits)
+    off = Change(layer=0, hsa=False)
+    effect = explorer.what_if(off, 1)
+    assert effect.before == pytest.approx(effect.after, abs=1e-6)  # it was off
+    assert explorer.what_if(off).after != effect.after
+    with pytest.raises(ValueError, match="other: got chunks of 4 tokens, accepted are 64"):
+        explore_retrieval(model, HAYSTACK, other=tiny())
 
 
 def test_a_question_waits_for_the_cell_or_the_picture_that_has_its_turn(explorer):

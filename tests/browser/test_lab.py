@@ -23,6 +23,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from hsa_mini import HSAModel
+from hsa_mini.viz.retrieval import asking
+
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab")
 expect = sync_api.expect
@@ -445,6 +448,67 @@ def test_the_explorer_shows_the_last_of_two_questions_and_wrong_answers_as_wrong
     expect(page.locator(".hsa-tokens strong")).to_have_text("✗ wrong")
     assert page.get_by_label("Question", exact=True).input_value().endswith("WQNH?")
     assert page.errors == []
+
+
+def test_the_explorer_shows_what_a_change_does_to_the_answer(explorer):
+    page = explorer
+    said = page.locator(".hsa-what-if [role=status]")
+    page.get_by_role("button", name="Drop chunk", exact=False).first.focus()
+    page.keyboard.press("Space")
+    expect(said).to_have_text(re.compile("was 0.999 and is 0.0.*wrong"), timeout=RUN_SECONDS * 1000)
+    expect(page.get_by_role("list").locator(".before")).to_have_count(7)
+    page.get_by_role("button", name="Undo: chunk", exact=False).focus()
+    page.keyboard.press("Enter")
+    expect(said).to_have_text(re.compile("was (0.999) and is \\1.*right"))
+
+    page.get_by_label("HSA", exact=True).focus()
+    page.keyboard.press("Space")
+    expect(said).to_have_text(re.compile("is 0.000.*wrong"))
+    page.get_by_role("button", name="Undo all").press("Enter")
+    expect(said).to_have_text(re.compile("was (0.999) and is \\1.*right"))
+    weight = page.get_by_role("slider", name="Weight of chunk", exact=False).first
+    weight.focus()
+    page.keyboard.press("Home")  # two changes at once: the last one counts
+    page.keyboard.press("End")
+    chunk = weight.get_attribute("aria-label").removeprefix("Weight of ")
+    expect(page.get_by_role("button", name=f"Undo: {chunk} has weight 1.00")).to_be_visible()
+    expect(said).to_have_text(re.compile("is 0.9.*right"))
+    page.get_by_label("Chunk to pin").fill("99999")
+    page.keyboard.press("Enter")
+    expect(said).to_have_text(re.compile("^The bars show the last change. pin: got 99999"))
+    assert unnamed(page) == []
+    assert page.errors == []
+
+
+def test_the_explorer_compares_what_is_kept_with_what_is_selected(explorer):
+    page = explorer
+    said = page.locator(".hsa-compare [role=status]")
+    page.get_by_role("button", name="Keep this for comparison").press("Enter")
+    expect(said).to_contain_text("Of 8 and 8 chunks, 8 are the same. The weights overlap by 1.000")
+    page.locator(CHOSEN).focus()
+    page.keyboard.press("ArrowUp")
+    want = overlap((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    expect(said).to_contain_text(f"The weights overlap by {want:.3f}")
+    page.keyboard.press("ArrowRight")
+    expect(said).to_contain_text("Now: token 1 of the answer, HSA layer 0")
+    page.get_by_role("button", name="End the comparison").press("Enter")
+    expect(said).to_be_empty()
+    assert page.errors == []
+
+
+def overlap(text: str) -> float:
+    """Of the weights in the two HSA layers, at the last token of the question."""
+    model = HSAModel.from_pretrained("mini")
+    needle = "The secret code of QXZB is 482913."
+    asked = asking.ask(
+        model, asking.read_text(model, text, needle, 0.5), "What is the secret code of QXZB?"
+    )
+    token = len(asked.ids) - asked.answer_tokens - 1
+    first, second = (
+        dict(zip(layer.indices[token, 0].tolist(), layer.weights[token, 0].tolist()))
+        for layer in asked.trace.layers
+    )
+    return sum(min(first[chunk], second[chunk]) for chunk in first.keys() & second.keys())
 
 
 def titles(page) -> list[str]:

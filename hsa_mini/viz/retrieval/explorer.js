@@ -1,5 +1,5 @@
 // The retrieval explorer. Python sends one picture per question; keys and mouse then move through it without the kernel.
-// levels.js stands in front of this file.
+// levels.js, what_if.js and compare.js stand in front of this file, in the same module (anywidget loads one).
 
 const BUSY_MS = 3000;
 const LAST = "The picture shows the last question.";
@@ -63,44 +63,42 @@ function makeForm(model, say) {
   return { root, fill, button, bytes, areas: [haystack, needle, question], values: () => ({ needle: needle.value, question: question.value, depth: Number(depth.value) }) };
 }
 
-// ---- Asking: one request at a time, then the latest
+// ---- Requests: one at a time, then the latest. compose() returns content and buffers, or nothing if there is nothing to send.
 
-function makeAsking(model, form, say, picture) {
-  let sent = null, again = false, timer = null;
+let lastRequest = 0;
+
+function makeRequests(model, compose, say, setBusy) {
+  let sent = null, flying = false, again = false, timer = null;
   const wait = () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      sent = null; // may be sent again
+      flying = false; // may be sent again
       say(WAITING);
     }, BUSY_MS);
   };
   const ask = () => {
-    again = sent !== null;
+    again = flying;
     if (again) return;
-    const haystack = form.bytes();
-    if (haystack === undefined) return;
-    sent = Math.max(model.get("done"), Date.now());
-    picture.setAttribute("aria-busy", "true");
-    say("Asking.");
+    const message = compose();
+    if (!message) return;
+    flying = true;
+    sent = lastRequest = Math.max(lastRequest + 1, Date.now());
+    setBusy(true);
     wait();
     try {
-      model.send({ request: sent, ...form.values() }, undefined, haystack === null ? [] : [haystack.buffer]);
+      model.send({ request: sent, ...message.content }, undefined, message.buffers);
     } catch {
       say(WAITING); // the kernel is gone
     }
   };
-  const heard = () => {
-    say(model.get("status"));
-    if (sent !== null) wait();
-  };
   const done = () => {
+    if (model.get("done") !== sent) return;
     clearTimeout(timer);
-    sent = null;
-    picture.setAttribute("aria-busy", "false");
-    say(model.get("status"));
+    flying = false;
+    setBusy(false);
     if (again) ask();
   };
-  return { ask, heard, done, stop: () => clearTimeout(timer) };
+  return { ask, done, heard: () => flying && wait(), stop: () => clearTimeout(timer) };
 }
 
 // ---- The whole
@@ -110,17 +108,23 @@ function render({ model, el }) {
   const say = (line) => void (status.textContent = line);
   const form = makeForm(model, say);
   const tokens = make("div", { class: "hsa-tokens", role: "radiogroup", "aria-label": "Tokens of question and answer: arrow keys choose" });
-  const layerMenu = make("select"), headMenu = make("select");
+  const layerMenu = make("select"), headMenu = make("select"), modelMenu = make("select");
+  const modelLabel = make("label", {}, "Model ", modelMenu);
+  modelMenu.append(...["first", "second"].map((name) => make("option", { value: name }, name)));
   const scores = make("canvas", { class: "hsa-scores", tabindex: 0, role: "slider", "aria-label": "Scores of all chunks", "aria-valuemin": 0 });
   const [readout, sum1, sum2, sum4, sum5] = Array.from({ length: 5 }, () => make("small"));
   const chunks = make("div", { role: "list", "aria-label": "Kept chunks" });
   const [blend, next] = ["The blend", "The next token"].map((name) => make("div", { role: "list", "aria-label": name }));
   const summary = make("div", { class: "hsa-summary" });
   const title = (text, line) => make("h4", {}, `${text} `, line);
+  const whatIf = makeWhatIf(model, () => shown, () => modelMenu.selectedIndex, () => redraw());
+  const comparison = makeCompare(() => keep(shown, modelLabel.hidden ? "" : `${modelMenu.value} model`, selected), () => redraw());
   const picture = make(
     "div", {},
     title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer.")), tokens,
-    make("div", { class: "hsa-row" }, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
+    make("div", { class: "hsa-row" }, modelLabel, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
+    title("What if?", make("small", {}, "The model reads the question anew, with your changes.")), whatIf.root,
+    title("Compare", make("small", {}, "Keep one token, layer, head or model, then select another.")), comparison.root,
     title("1 · Landmark scores of all chunks.", sum1), scores, readout,
     title("2 · The kept chunks and their weights;  3 · the attention inside each.", sum2), chunks,
     make("div", { class: "hsa-pair" }, make("div", {}, title("4 · The blend: weight × attention.", sum4), blend),
@@ -130,11 +134,17 @@ function render({ model, el }) {
   const root = make("div", { class: "hsa", "data-lm-suppress-shortcuts": "true" }, form.root, status, picture);
   el.append(root);
 
-  const asking = makeAsking(model, form, say, picture);
+  const asked = () => {
+    const haystack = form.bytes();
+    if (haystack === undefined) return;
+    say("Asking.");
+    return { content: form.values(), buffers: haystack === null ? [] : [haystack.buffer] };
+  };
+  const asking = makeRequests(model, asked, say, (busy) => picture.setAttribute("aria-busy", busy));
   const cards = [], selected = { token: 0, layer: 0, head: 0 };
   let shown, cursor = null, buttons = [];
 
-  const redrawScores = () => shown && drawScores(scores, shown, selected, cursor);
+  const redrawScores = () => shown && drawScores(scores, shown, selected, cursor, comparison.kept());
   const redraw = () => {
     const { token, layer, head } = selected, { J, H } = shown, { others, kept_share, other_share } = shown.layers[layer];
     const kept = keptChunks(shown, selected), row = token * J + groupOf(shown, head);
@@ -152,10 +162,17 @@ function render({ model, el }) {
     readout.textContent = at === null ? "" : describeColumn(shown, selected, at);
     while (cards.length < kept.length) {
       const card = makeChunk();
+      card.controls = whatIf.controls(card);
+      card.root.firstChild.append(card.controls.root);
       for (const event of ["pointerenter", "focus"]) card.root.addEventListener(event, () => point(Math.floor(card.chunk / shown.width)));
       chunks.append(cards[cards.push(card) - 1].root);
     }
-    cards.forEach((card, i) => (i < kept.length ? showChunk(card, shown, kept[i]) : (card.root.hidden = true)));
+    cards.forEach((card, i) => {
+      card.root.hidden = i >= kept.length;
+      if (card.root.hidden) return;
+      showChunk(card, shown, kept[i]);
+      card.controls.update(kept[i]);
+    });
     const more = others[row] > 0 ? ` (chunks not shown: ${others[row].toFixed(3)})` : "";
     const weights = [...kept.map(({ weight }) => weight), others[row]];
     const heads = head < J ? `the mean of ${H / J} heads` : `head ${head - J + 1}`;
@@ -169,6 +186,7 @@ function render({ model, el }) {
     five.push({ name: "all others", share: shown.next.others[token] });
     showShares(next, five);
     sum5.textContent = `They add ${sumOf(five.map(({ share }) => share))}; underlined is what followed.`;
+    comparison.redraw();
     summary.textContent = shown.summaries[token][layer];
   };
   const select = (change, focus = false) => {
@@ -176,15 +194,21 @@ function render({ model, el }) {
     redraw();
     if (focus) buttons[selected.token].focus();
   };
+  const answered = () => {
+    comparison.end();
+    modelLabel.hidden = !model.get("second").shape;
+    modelMenu.selectedIndex = 0;
+    reload();
+  };
   const reload = () => {
-    shown = read(model.get("data"));
+    shown = read(model.get(modelMenu.selectedIndex ? "second" : "data"));
     Object.assign(selected, { token: shown.asked - 1, layer: shown.layers.length - 1, head: 0 });
     cursor = null;
+    whatIf.reload();
     buttons = shown.tokens.map((text, i) => {
       const mark = i < shown.asked ? null : shown.marks[i - shown.asked];
       const kind = mark === null ? "" : mark ? "right" : "wrong";
-      const place = i < shown.asked ? `token ${i + 1} of the question` : `token ${i - shown.asked + 1} of the answer`;
-      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${place}: ${text}${kind && `, ${kind}`}` }, visible(text));
+      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${placeOf(shown, i)}: ${text}${kind && `, ${kind}`}` }, visible(text));
       button.addEventListener("click", () => select({ token: i }));
       return button;
     });
@@ -229,6 +253,7 @@ function render({ model, el }) {
   scores.addEventListener("pointermove", (event) => point(place(event)[0]));
   scores.addEventListener("click", (event) => select({ layer: Math.min(Math.max(place(event)[1], 0), shown.layers.length - 1) }));
   layerMenu.addEventListener("change", () => select({ layer: Number(layerMenu.value) }));
+  modelMenu.addEventListener("change", reload);
   headMenu.addEventListener("change", () => select({ head: Number(headMenu.value) }));
   form.button.addEventListener("click", asking.ask);
   for (const area of form.areas) area.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && asking.ask());
@@ -237,20 +262,29 @@ function render({ model, el }) {
     event.stopPropagation();
   });
 
-  const listeners = { "change:data": reload, "change:form": form.fill, "change:status": asking.heard, "change:done": asking.done };
+  const heard = () => {
+    say(model.get("status"));
+    asking.heard();
+  };
+  const done = () => {
+    asking.done();
+    whatIf.requests.done();
+  };
+  const listeners = { "change:data": answered, "change:form": form.fill, "change:status": heard, "change:done": done, "change:effect": whatIf.effect };
   for (const [event, listener] of Object.entries(listeners)) model.on(event, listener);
   const themed = new MutationObserver(() => requestAnimationFrame(redrawScores));
   themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
   const resized = new ResizeObserver(redrawScores);
   form.fill();
   say(model.get("status"));
-  reload();
+  answered();
   resized.observe(scores);
   return () => {
     for (const [event, listener] of Object.entries(listeners)) model.off(event, listener);
     themed.disconnect();
     resized.disconnect();
     asking.stop();
+    whatIf.requests.stop();
   };
 }
 

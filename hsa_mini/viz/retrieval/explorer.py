@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import anywidget
@@ -21,6 +22,7 @@ from hsa_mini.viz.retrieval.asking import (
     read_text,
 )
 from hsa_mini.viz.retrieval.picture import make_picture, summary
+from hsa_mini.viz.retrieval.what_if import Change, Effect, what_if
 from hsa_mini.viz.widgets import caption, make_figure, picture_metadata, to_png
 
 HERE = Path(__file__).parent
@@ -36,42 +38,52 @@ def explore_retrieval(
     needle: str = NEEDLE,
     question: str = QUESTION,
     depth: float = 0.5,
+    other: HSAModel | None = None,
 ) -> "RetrievalExplorer":
     """A needle hidden in `text`, a question, and where the model looked for its answer.
 
         explore_retrieval(HSAModel.from_pretrained("mini"), Path("my.txt"))
 
     text: the haystack, or the path of a UTF-8 file, of at most 4 MiB. depth: where the needle
-    stands, from 0 (the beginning) to 1 (the end). All three can be changed in the picture. Raises
-    ValueError for what cannot be asked, and MemoryError for a text that does not fit.
+    stands, from 0 (the beginning) to 1 (the end). All three can be changed in the picture. other: a
+    second model, which is asked the same, to be compared. Raises ValueError for what cannot be
+    asked, and MemoryError for a text that does not fit.
     """
-    return RetrievalExplorer(model, haystack_of(text), needle, question, depth)
+    sizes = [one.config.chunk_size for one in (model, other) if one is not None]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"other: got chunks of {sizes[1]} tokens, accepted are {sizes[0]}")
+    models = [model] if other is None else [model, other]
+    return RetrievalExplorer(models, haystack_of(text), needle, question, depth)
 
 
 class RetrievalExplorer(anywidget.AnyWidget):
     """What `explore_retrieval` returns.
 
-    data: the picture (see `make_picture`); the browser keeps what is selected in it. form: what the
-    fields hold. status: one line on what is going on, or what the widget needs. done: the number of
-    the last request from the browser that was dealt with.
+    data: the picture (see `make_picture`); the browser keeps what is selected in it. second: that
+    of the second model, or nothing. asked: what each model has answered. form: what the
+    fields hold. effect: that of the last change (see `what_if`). status: one line on what is going
+    on, or what the widget needs. done: the number of the last request from the browser that was
+    dealt with.
     """
 
     _esm = "".join(
-        (HERE / name).read_text(encoding="utf-8") for name in ("levels.js", "explorer.js")
+        (HERE / name).read_text(encoding="utf-8")
+        for name in ("levels.js", "what_if.js", "compare.js", "explorer.js")
     )
     _css = HERE / "explorer.css"
     data = traitlets.Dict().tag(sync=True)
+    second = traitlets.Dict().tag(sync=True)
     form = traitlets.Dict().tag(sync=True)
+    effect = traitlets.Dict().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
     done = traitlets.Int(0).tag(sync=True)
 
     def __init__(
-        self, model: HSAModel, haystack: str, needle: str, question: str, depth: float
+        self, models: list[HSAModel], haystack: str, needle: str, question: str, depth: float
     ) -> None:
         super().__init__()
-        self.model = model
-        self.asked: Asked
-        self._text: ReadText | None = None
+        self.models = models
+        self.asked: list[Asked] = []
         TURNS.include_cells()
         with tqdm(desc="reading", unit=" tokens", unit_scale=True, delay=3) as bar:
 
@@ -90,57 +102,82 @@ class RetrievalExplorer(anywidget.AnyWidget):
         depth: float,
         *,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Asked:
-        """Ask, and show the answer; haystack: None is the one that is there.
+    ) -> list[Asked]:
+        """Ask, and show the answers of the models; haystack: None is the one that is there.
 
         The text is read again only if it, the needle or its depth has changed. Raises ValueError
         for what cannot be asked; the picture then stays as it is.
         """
         check_question(question)  # before the text is read
         with TURNS.lock:
-            text = self._text
-            if haystack is None and text is not None:
-                haystack = text.haystack
+            texts = [asked.text for asked in self.asked]
+            if haystack is None and texts:
+                haystack = texts[0].haystack
             wanted = (haystack, needle, depth)
-            if text is None or (text.haystack, text.needle, text.depth) != wanted:
-                text = read_text(self.model, *wanted, progress)
-            asked = ask(self.model, text, question)
-            self._text = text
-            self.asked = asked
-            with self.hold_sync():
-                self.data = make_picture(asked, self.model.config.chunk_size)
-                self.form = {
-                    "haystack": text.haystack if len(text.haystack) <= MAX_SHOWN else None,
-                    "characters": len(text.haystack),
-                    "max_bytes": MAX_BYTES,
-                    "needle": needle,
-                    "question": question,
-                    "depth": depth,
-                }
-                self.status = f"{asked.verdict} The text has {len(text.ids):,} tokens."
-        return asked
+            if not texts or (texts[0].haystack, texts[0].needle, texts[0].depth) != wanted:
+                texts = [read_text(model, *wanted, progress) for model in self.models]
+            self.asked = [ask(model, text, question) for model, text in zip(self.models, texts)]
+            self._show(texts[0], needle, question, depth)
+        return self.asked
+
+    def _show(self, text: ReadText, needle: str, question: str, depth: float) -> None:
+        """The answers in the browser."""
+        S = self.models[0].config.chunk_size
+        first, *others = (make_picture(asked, S) for asked in self.asked)
+        with self.hold_sync():
+            self.effect = {}
+            self.second = others[0] if others else {}
+            self.data = first
+            self.form = {
+                "haystack": text.haystack if len(text.haystack) <= MAX_SHOWN else None,
+                "characters": len(text.haystack),
+                "max_bytes": MAX_BYTES,
+                "needle": needle,
+                "question": question,
+                "depth": depth,
+            }
+            self.status = f"{self.asked[0].verdict} The text has {len(text.ids):,} tokens."
+
+    def what_if(self, change: Change, model: int = 0) -> Effect:
+        """Show the effect of a change on the answer of one of the models. Raises ValueError as
+        `what_if.what_if`.
+        """
+        with TURNS.lock:
+            effect = what_if(self.models[model], self.asked[model], change)
+            picture = self.second if model else self.data
+            words = picture["tokens"][-len(effect.after) :]
+            self.effect = {**asdict(effect), "line": effect.line, "words": words}
+        return effect
 
     def _receive(self, _widget, content: dict, buffers: list) -> None:
-        """A request of the browser: the haystack is in the buffers if it has changed."""
+        """A request of the browser: a change, or a question; the haystack is in the buffers if it
+        has changed.
+        """
 
         def progress(read: int, total: int) -> None:
             self.status = f"Reading the text: {read:,} of {total:,} tokens."
 
-        self.status = "Asking."
         try:
-            haystack = bytes(buffers[0]).decode() if buffers else None
-            values = (content[name] for name in ("needle", "question", "depth"))
-            self.ask(haystack, *values, progress=progress)
+            if "change" in content:
+                self.what_if(Change.of(content["change"]), content["model"])
+            else:
+                self.status = "Asking."
+                haystack = bytes(buffers[0]).decode() if buffers else None
+                values = (content[name] for name in ("needle", "question", "depth"))
+                self.ask(haystack, *values, progress=progress)
         except Exception as error:
             # An error in a callback would be shown nowhere.
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.status = f"The picture shows the last question. {reason}"
+            if "change" in content:
+                self.effect = {**self.effect, "error": f"The bars show the last change. {reason}"}
+            else:
+                self.status = f"The picture shows the last question. {reason}"
         self.done = content["request"]
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget for a live notebook; a still picture and its text for every other reader."""
-        asked = self.asked
-        S = self.model.config.chunk_size
+        asked = self.asked[0]
+        S = self.models[0].config.chunk_size
         token = len(asked.ids) - asked.answer_tokens - 1
         layers = asked.trace.layers
         needle = asked.text.needle_tokens

@@ -1,8 +1,7 @@
-// The levels of the retrieval explorer: what is drawn for the selected token, layer and head. explorer.js follows it in the
-// same module (anywidget loads one). Every text is set as textContent, so markup in it stays text.
+// The levels of the retrieval explorer: what is drawn for the selected token, layer and head. Every text is set as textContent, so markup in it stays text.
 // Dimensions: T tokens, H query heads, J key/value heads, C columns of chunks, K kept chunks shown, S tokens of a chunk.
 
-const ROW = 74, LEFT = 56, RIGHT = 12, AXIS = 22; // of the score canvas, in pixels
+const ROW = 74, LEFT = 72, RIGHT = 12, AXIS = 22; // of the score canvas, in pixels
 const WORDS = 8; // of the blend
 const HEAT = 10; // shades of attention
 
@@ -55,27 +54,38 @@ function keptChunks(picture, { token, layer, head }) {
   return kept;
 }
 
+function placeOf({ asked }, token) {
+  return token < asked ? `token ${token + 1} of the question` : `token ${token - asked + 1} of the answer`;
+}
+
 function holdsNeedle({ needle, chunk_size: S }, chunk) {
   return chunk * S < needle[1] && needle[0] < (chunk + 1) * S;
 }
 
-// ---- The scores of all chunks, one row per layer
+// ---- The scores of all chunks, one row per layer, and one for what is kept for comparison
 
-function drawScores(canvas, picture, { token, layer, head }, cursor) {
-  const { J, C, layers, chunks, width } = picture;
+// { name, scores [C], indices [K] }
+function rowOf(picture, { token, layer, head }, name) {
+  const { J, C, K } = picture, at = token * J + groupOf(picture, head);
+  return { name, scores: picture.layers[layer].scores.subarray(at * C, (at + 1) * C), indices: picture.layers[layer].indices.subarray(at * K, (at + 1) * K) };
+}
+
+function drawScores(canvas, picture, selected, cursor, compared) {
+  const { C, chunks, width } = picture;
+  const rows = picture.layers.map((_, layer) => rowOf(picture, { ...selected, layer }, `${layer === selected.layer ? "▸ " : ""}layer ${layer}`));
+  if (compared?.picture.C === C) rows.push(rowOf(compared.picture, compared, "compared"));
   const style = getComputedStyle(canvas), ratio = window.devicePixelRatio || 1;
   const [ink, soft, line, blue, red] = ["--ink", "--soft", "--line", "--kept", "--wrong"].map((name) => style.getPropertyValue(name));
-  const wide = Math.max(canvas.clientWidth, 240), high = ROW * layers.length + AXIS;
+  const wide = Math.max(canvas.clientWidth, 240), high = ROW * rows.length + AXIS;
   canvas.style.height = `${high}px`;
   canvas.width = wide * ratio;
   canvas.height = high * ratio;
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   pen.font = "12px sans-serif";
-  const span = wide - LEFT - RIGHT, group = groupOf(picture, head);
+  const span = wide - LEFT - RIGHT;
   const across = (column) => LEFT + ((column + 0.5) / Math.max(C, 1)) * span;
-  layers.forEach(({ scores, indices }, i) => {
-    const row = scores.subarray((token * J + group) * C, (token * J + group + 1) * C);
+  rows.forEach(({ name, scores: row, indices }, i) => {
     const seen = row.filter(Number.isFinite);
     const low = seen.reduce((a, b) => Math.min(a, b), Infinity), best = seen.reduce((a, b) => Math.max(a, b), -Infinity);
     const top = i * ROW + 12, down = (score) => top + (1 - (score - low) / (best - low || 1)) * (ROW - 26);
@@ -83,8 +93,8 @@ function drawScores(canvas, picture, { token, layer, head }, cursor) {
     pen.strokeRect(LEFT + 0.5, i * ROW + 4.5, span, ROW - 8);
     pen.fillStyle = ink;
     pen.textAlign = "right";
-    pen.font = `${i === layer ? "bold " : ""}12px sans-serif`;
-    pen.fillText(`${i === layer ? "▸ " : ""}layer ${i}`, LEFT - 6, top + 8);
+    pen.font = `${name.startsWith("▸") ? "bold " : ""}12px sans-serif`;
+    pen.fillText(name, LEFT - 6, top + 8);
     pen.font = "12px sans-serif";
     if (!seen.length) {
       pen.textAlign = "left";
@@ -97,8 +107,7 @@ function drawScores(canvas, picture, { token, layer, head }, cursor) {
     row.forEach((score, c) => Number.isFinite(score) && pen.fillRect(across(c) - dot / 2, down(score) - dot / 2, dot, dot));
     pen.strokeStyle = blue;
     pen.lineWidth = 2;
-    const { K } = picture;
-    for (const chunk of indices.subarray((token * J + group) * K, (token * J + group + 1) * K)) {
+    for (const chunk of indices) {
       if (chunk < 0) continue;
       const column = Math.floor(chunk / width);
       pen.beginPath();
@@ -151,7 +160,6 @@ function showChunk(card, picture, kept) {
   const first = chunk * S, texts = picture.words[chunk];
   const needle = holdsNeedle(picture, chunk), best = attention.indexOf(Math.max(...attention));
   card.chunk = chunk;
-  card.root.hidden = false;
   card.root.classList.toggle("needle", needle);
   card.title.textContent = `chunk ${count(chunk)}: ${weight.toFixed(3)}${needle ? ", holds the needle" : ""}`;
   card.root.title = `The attention in this chunk adds ${sumOf(attention)}; most is on “${visible(texts[best])}” (${attention[best].toFixed(3)}).`;
@@ -178,6 +186,15 @@ function drawStrip(canvas, byHead, S) {
     for (let s = 0; s < S; s++) pixels.data.set([230, 159, 0, 20 + (235 * shares[s]) / best], 4 * (h * S + s));
   });
   canvas.getContext("2d").putImageData(pixels, 0, 0);
+}
+
+// Two bars each: [{ name, before, after }]
+function showPairs(list, pairs) {
+  const bar = (share, kind) => make("div", { class: `hsa-bar ${kind}`, style: `width: ${100 * share}%` });
+  list.replaceChildren(...pairs.map(({ name, before, after }) => make(
+    "div", { class: "hsa-share", role: "listitem" }, make("span", { class: "hsa-word" }, visible(name)),
+    make("div", {}, bar(before, "before"), bar(after, "")), make("span", {}, `${before.toFixed(3)} → ${after.toFixed(3)}`),
+  )));
 }
 
 // Bars with names: [{ name, share, note, followed }]

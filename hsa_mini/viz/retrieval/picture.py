@@ -48,6 +48,8 @@ def make_picture(asked: Asked, chunk_size: int) -> dict:
     return {
         "chunk_size": chunk_size,
         "chunks": N,
+        "text_chunks": len(text.ids) // chunk_size,
+        "top_k": asked.trace.layers[0].indices.shape[2],
         "width": width,
         "tokens": shown_words(everything, len(text.ids), len(everything)),
         "text_tokens": len(text.ids),

@@ -7,6 +7,7 @@ Dimensions: T tokens of a question and its answer, A of the answer, N chunks, K 
 key/value heads, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.hsa import HSA, Retrieval
 from hsa_mini.reference.retrieval import newest_top_k, weigh
 from hsa_mini.viz.retrieval.asking import Asked, judge
+from hsa_mini.viz.retrieval.picture import shown
 from hsa_mini.viz.retrieval.trace import landmark_scores, trace
 
 
@@ -54,19 +56,35 @@ class Change:
     hsa: bool = True
     window: bool = True
 
+    @classmethod
+    def of(cls, sent: dict) -> "Change":
+        """The change in a message of the browser: lists for tuples, and pairs for a dict."""
+        tuples = {name: tuple(sent[name]) for name in ("pin", "drop")}
+        swap = tuple((first, second) for first, second in sent["swap"])
+        return cls(**{**sent, **tuples, "shares": dict(map(tuple, sent["shares"])), "swap": swap})
+
 
 @dataclass(frozen=True)
 class Effect:
     """Of each of the A tokens that the model has answered, its probability before and after the
-    change, behind the tokens that it has answered before it. answer, correct, verdict: what the
-    model answers after the change; see `Asked`.
+    change, behind the tokens that it has answered before it. answer, correct: what the model
+    answers after the change; see `Asked`.
     """
 
     before: list[float]
     after: list[float]
     answer: str
     correct: bool | None
-    verdict: str
+
+    @property
+    def line(self) -> str:
+        """The effect in words."""
+        before, after = (math.prod(shares) for shares in (self.before, self.after))
+        sign = {True: " (✓ right)", False: " (✗ wrong)", None: ""}[self.correct]
+        return (
+            f"The probability of the answer was {before:.3f} and is {after:.3f}. "
+            f"The model answers “{shown(self.answer)}”{sign}."
+        )
 
 
 def what_if(model: HSAModel, asked: Asked, change: Change) -> Effect:
@@ -92,9 +110,9 @@ def what_if(model: HSAModel, asked: Asked, change: Change) -> Effect:
                 made.append(int(logits[-1].argmax()))
                 logits = _read(model, memory, made[-1:])
     answer = make_prompt(asked.question).in_words(made)
-    correct, verdict, _ = judge(asked.question, answer, made, asked.text)
+    correct, _, _ = judge(asked.question, answer, made, asked.text)
     before = asked.trace.logits[len(question) - 1 : -1]
-    return Effect(_shares(before, said), _shares(after, said), answer, correct, verdict)
+    return Effect(_shares(before, said), _shares(after, said), answer, correct)
 
 
 @contextmanager
