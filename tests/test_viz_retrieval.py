@@ -3,6 +3,7 @@
 Dimensions: T tokens, N chunks, S chunk size, K chunks kept, H query heads, J key/value heads.
 """
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -14,10 +15,13 @@ from material import OPTIONS, build, text, tiny, words
 
 from hsa_mini import ChunkMemory, HSAModel
 from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.index.build import build_index
 from hsa_mini.index.prompts import make_prompt, right_answer
+from hsa_mini.index.stored import read_index
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory.host_chunks import HostChunks
 from hsa_mini.viz.retrieval import asking, picture
+from hsa_mini.viz.retrieval.stored import look_up, open_index
 from hsa_mini.viz.retrieval.trace import trace
 from hsa_mini.viz.retrieval.what_if import Change
 
@@ -199,7 +203,8 @@ def test_what_is_sent_is_the_trace_with_the_heaviest_chunk_first(asked, model):
 
 def test_more_kept_chunks_than_are_shown_lose_no_weight(monkeypatch, asked, model):
     monkeypatch.setattr(picture, "MAX_SHOWN", 3)
-    monkeypatch.setattr(picture, "MAX_COLUMNS", 10)
+    tokens, layers = len(asked.ids), len(asked.trace.layers)
+    monkeypatch.setattr(picture, "MAX_SCORES", 10 * tokens * layers)
     sent = picture.make_picture(asked, model.config.chunk_size)
     found = unpacked(sent, 0)
     np.testing.assert_allclose(found["weights"].sum(axis=-1) + found["others"], 1, atol=1e-6)
@@ -385,6 +390,89 @@ def test_any_text_can_be_asked(name):
     )
     shown = "".join(["".join(sent["tokens"]), *("".join(x) for x in sent["words"].values())])
     assert shown.isprintable() or name == "scripts"
+
+
+# ---- A text that an index holds
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """The index of a text that holds the needle once, between characters of several bytes."""
+    home = tmp_path_factory.mktemp("stored")
+    file = home / "text.txt"
+    file.write_text(f"{words(900)}漢字 ü. {NEEDLE} 漢字. {words(300)}", encoding="utf-8")
+    build_index(model, file, home / "index", checkpoint="mini")
+    return home / "index"
+
+
+def test_a_stored_text_is_asked_as_one_that_is_read(model, folder):
+    stored = open_index(model, folder)
+    memory = ChunkMemory(model.config)
+    prefill(model, torch.tensor([stored.ids]), memory)
+    assert stored.memory.position == len(stored.ids)
+    found = asking.ask(model, stored, QUESTION)
+    want = asking.ask(model, dataclasses.replace(stored, memory=memory), QUESTION)
+    assert (found.answer, found.correct) == ("482913", True) == (want.answer, want.correct)
+    np.testing.assert_allclose(found.trace.logits, want.trace.logits, atol=1e-3)
+
+
+def test_the_needle_is_looked_up_in_a_stored_text(model, folder):
+    stored = open_index(model, folder)
+    tokenizer = load_tokenizer()
+    for needle in (NEEDLE, "漢字 ü", stored.haystack[:9], stored.haystack[-9:].strip()):
+        found = look_up(stored, f" {needle}\n")
+        place = found.needle_tokens
+        around = tokenizer.decode_bytes(stored.ids[place.start : place.stop])
+        assert needle.encode() in around
+        for smaller in (place[1:], place[:-1]):
+            assert needle.encode() not in tokenizer.decode_bytes([stored.ids[i] for i in smaller])
+    for needle in ("nowhere in it", " "):
+        nowhere = look_up(stored, needle)
+        assert (nowhere.needle, len(nowhere.needle_tokens)) == ("", 0)
+        # What the text does not hold is no right answer.
+        asked = asking.ask(model, nowhere, "What is the secret code of WQNH?")
+        assert asked.correct is False and "made up" in asked.verdict
+
+
+def test_the_explorer_opens_an_index_and_reads_nothing_again(model, folder, monkeypatch):
+    pytest.importorskip("anywidget")
+    from hsa_mini.viz import explore_retrieval
+
+    explorer = explore_retrieval(model, folder, needle=NEEDLE)
+    monkeypatch.setattr("hsa_mini.viz.retrieval.explorer.read_text", None)
+    content = dict(request=1, needle="nowhere", question="Who?", depth=0.1)
+    explorer._receive(None, content, [])
+    assert explorer.data["needle"] == [0, 0] and "The needle is not in it" in explorer.status
+    explorer._receive(None, content | dict(needle=NEEDLE, question=QUESTION), [])
+    assert explorer.data["correct"] and "looked up" in explorer.status
+    ids = [*explorer.asked[0].text.ids, *explorer.asked[0].ids]
+    S = model.config.chunk_size
+    for chunk in (0, 7, len(ids) // S - 1):
+        explorer._receive(None, dict(request=chunk, chunk=chunk, model=0), [])
+        want = picture.shown_words(ids, chunk * S, (chunk + 1) * S)
+        assert explorer.opened == {"chunk": chunk, "model": 0, "words": want}
+    explorer._receive(None, dict(request=9, chunk=len(ids) // S, model=0), [])
+    assert "chunk: got" in explorer.status
+    with pytest.raises(ValueError, match="other: got a second model"):
+        explore_retrieval(model, folder, other=model)
+
+
+def test_an_index_that_cannot_be_opened_is_refused(model, folder, tmp_path):
+    with pytest.raises(ValueError, match="^text: .* holds no index"):
+        open_index(model, tmp_path)
+    with pytest.raises(ValueError, match="^text: .* other weights made"):
+        open_index(tiny(), folder)
+    index = read_index(folder, torch.device("cpu"))
+    tokens = np.concatenate([index.text.tokens, index.text.tokens])
+    unfinished = dataclasses.replace(index.text, tokens=tokens)
+    dataclasses.replace(index, text=unfinished).save(tmp_path / "unfinished")
+    with pytest.raises(ValueError, match="^text: .* is not read to its end"):
+        open_index(model, tmp_path / "unfinished")
+    file = tmp_path / "short.txt"
+    file.write_text("short")
+    build_index(model, file, tmp_path / "short", checkpoint="mini")
+    with pytest.raises(ValueError, match="^text: .* accepted is at least one chunk"):
+        open_index(model, tmp_path / "short")
 
 
 # ---- The widget

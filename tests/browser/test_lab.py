@@ -7,6 +7,7 @@ Works on a copy of the notebooks, with settings of its own. CHROMIUM names the b
 on the PATH.
 """
 
+import functools
 import json
 import os
 import re
@@ -23,8 +24,13 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from material import words
+
 from hsa_mini import HSAModel
+from hsa_mini.index.build import build_index
 from hsa_mini.viz.retrieval import asking
+from hsa_mini.viz.retrieval.picture import shown_words
+from hsa_mini.viz.retrieval.stored import look_up, open_index
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab")
@@ -358,9 +364,20 @@ CHOSEN = ".hsa-token[aria-checked=true]"
 
 
 @pytest.fixture
-def explorer(lab, open_notebook):
-    """The explorer in a notebook of its own, and what the browser's console has complained of."""
-    cell = new_code_cell(EXPLORER.format(text=str(ROOT / "CONTRIBUTING.md")))
+def open_explorer(lab, open_notebook):
+    """A function that opens the explorer of a text or an index in a notebook of its own, and keeps
+    what the browser's console complains of.
+    """
+    return functools.partial(_open_explorer, lab, open_notebook)
+
+
+@pytest.fixture
+def explorer(open_explorer):
+    return open_explorer(ROOT / "CONTRIBUTING.md")
+
+
+def _open_explorer(lab, open_notebook, text: Path):
+    cell = new_code_cell(EXPLORER.format(text=str(text)))
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     nbformat.write(new_notebook(cells=[cell], metadata=kernel), lab.root / "explorer.ipynb")
     page = open_notebook("explorer.ipynb")
@@ -493,6 +510,58 @@ def test_the_explorer_compares_what_is_kept_with_what_is_selected(explorer):
     expect(said).to_contain_text("Now: token 1 of the answer, HSA layer 0")
     page.get_by_role("button", name="End the comparison").press("Enter")
     expect(said).to_be_empty()
+    assert page.errors == []
+
+
+# The most rectangles that one drawing of a canvas has filled since then.
+RECTANGLES = """() => {
+  const most = { count: 0 }, pen = CanvasRenderingContext2D.prototype, { fillRect, scale } = pen;
+  let filled = 0;
+  pen.scale = function (...by) { filled = 0; return scale.apply(this, by); }; // a drawing begins
+  pen.fillRect = function (...box) {
+    most.count = Math.max(most.count, ++filled);
+    return fillRect.apply(this, box);
+  };
+  return most;
+}"""
+
+
+def test_the_explorer_zooms_from_a_stored_text_to_a_token(open_explorer, tmp_path):
+    model = HSAModel.from_pretrained("mini")
+    needle = "The secret code of QXZB is 482913."
+    file = tmp_path / "text.txt"
+    file.write_text(f"{words(6000)} {needle} {words(600, 'more')}", encoding="utf-8")
+    build_index(model, file, tmp_path / "index", checkpoint="mini")
+    text = look_up(open_index(model, tmp_path / "index"), needle)
+    asked = asking.ask(model, text, "What is the secret code of QXZB?")
+    scores = asked.trace.layers[1].scores[len(asked.ids) - asked.answer_tokens - 1, 0]
+    S = model.config.chunk_size
+    assert len(scores) > 128  # so that a cell is a region
+
+    page = open_explorer(tmp_path / "index")
+    drawn = page.evaluate_handle(RECTANGLES)
+    canvas = page.get_by_role("slider", name="Scores of all chunks")
+    canvas.focus()
+    page.keyboard.press("Home")
+    step = -(-len(scores) // 128)
+    want = f"Chunks 0 to {step - 1}, the best one: score {scores[:step].max():.2f}"
+    expect(canvas).to_have_attribute("aria-valuetext", re.compile(want))
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowRight")
+    want = f"^Chunk 1: score {scores[1]:.2f}"
+    expect(canvas).to_have_attribute("aria-valuetext", re.compile(want))
+    page.keyboard.press("Enter")  # into a chunk that no token needs to keep
+    page.keyboard.press("End")
+    word = shown_words(text.ids, 2 * S - 1, 2 * S)[0]
+    expect(canvas).to_have_attribute(
+        "aria-valuetext", re.compile(f"^Token {S - 1} of chunk 1 “.*{re.escape(word.strip())}”")
+    )
+    assert page.get_by_role("navigation", name="Zoom").get_by_role("button").count() == 3
+    for _ in range(2):
+        page.keyboard.press("Backspace")
+    expect(canvas).to_have_attribute("aria-valuetext", re.compile("^Chunks 0 to"))
+    assert 100 < drawn.evaluate("most => most.count") < 400
+    assert unnamed(page) == []
     assert page.errors == []
 
 

@@ -1,5 +1,5 @@
 // The retrieval explorer. Python sends one picture per question; keys and mouse then move through it without the kernel.
-// levels.js, what_if.js and compare.js stand in front of this file, in the same module (anywidget loads one).
+// The other files stand in front of this one, in the same module (anywidget loads one).
 
 const BUSY_MS = 3000;
 const LAST = "The picture shows the last question.";
@@ -111,21 +111,22 @@ function render({ model, el }) {
   const layerMenu = make("select"), headMenu = make("select"), modelMenu = make("select");
   const modelLabel = make("label", {}, "Model ", modelMenu);
   modelMenu.append(...["first", "second"].map((name) => make("option", { value: name }, name)));
-  const scores = make("canvas", { class: "hsa-scores", tabindex: 0, role: "slider", "aria-label": "Scores of all chunks", "aria-valuemin": 0 });
-  const [readout, sum1, sum2, sum4, sum5] = Array.from({ length: 5 }, () => make("small"));
+  const [sum1, sum2, sum4, sum5] = Array.from({ length: 4 }, () => make("small"));
   const chunks = make("div", { role: "list", "aria-label": "Kept chunks" });
   const [blend, next] = ["The blend", "The next token"].map((name) => make("div", { role: "list", "aria-label": name }));
   const summary = make("div", { class: "hsa-summary" });
   const title = (text, line) => make("h4", {}, `${text} `, line);
   const whatIf = makeWhatIf(model, () => shown, () => modelMenu.selectedIndex, () => redraw());
   const comparison = makeCompare(() => keep(shown, modelLabel.hidden ? "" : `${modelMenu.value} model`, selected), () => redraw());
+  const selected = { token: 0, layer: 0, head: 0 };
+  const zoom = makeZoom(model, selected, () => shown, comparison.kept, () => modelMenu.selectedIndex, (change) => select(change));
   const picture = make(
     "div", {},
     title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer.")), tokens,
     make("div", { class: "hsa-row" }, modelLabel, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
     title("What if?", make("small", {}, "The model reads the question anew, with your changes.")), whatIf.root,
     title("Compare", make("small", {}, "Keep one token, layer, head or model, then select another.")), comparison.root,
-    title("1 · Landmark scores of all chunks.", sum1), scores, readout,
+    title("1 · Landmark scores of all chunks.", sum1), ...zoom.parts,
     title("2 · The kept chunks and their weights;  3 · the attention inside each.", sum2), chunks,
     make("div", { class: "hsa-pair" }, make("div", {}, title("4 · The blend: weight × attention.", sum4), blend),
       make("div", {}, title("5 · The likeliest next tokens.", sum5), next)),
@@ -141,10 +142,9 @@ function render({ model, el }) {
     return { content: form.values(), buffers: haystack === null ? [] : [haystack.buffer] };
   };
   const asking = makeRequests(model, asked, say, (busy) => picture.setAttribute("aria-busy", busy));
-  const cards = [], selected = { token: 0, layer: 0, head: 0 };
-  let shown, cursor = null, buttons = [];
+  const cards = [];
+  let shown, buttons = [];
 
-  const redrawScores = () => shown && drawScores(scores, shown, selected, cursor, comparison.kept());
   const redraw = () => {
     const { token, layer, head } = selected, { J, H } = shown, { others, kept_share, other_share } = shown.layers[layer];
     const kept = keptChunks(shown, selected), row = token * J + groupOf(shown, head);
@@ -154,17 +154,15 @@ function render({ model, el }) {
     });
     layerMenu.value = layer;
     headMenu.value = head;
-    redrawScores();
+    zoom.redraw();
     const parts = [kept_share[row], other_share[row]];
     const nothing = "No chunk is complete before this token: there is nothing to share.";
     sum1.textContent = kept.length ? `As shares (a softmax over all chunks) they add ${sumOf(parts)}: ${parts[0].toFixed(3)} is in the kept chunks, ${parts[1].toFixed(3)} in the others.` : nothing;
-    const at = cursor ?? (kept.length ? Math.floor(kept[0].chunk / shown.width) : null);
-    readout.textContent = at === null ? "" : describeColumn(shown, selected, at);
     while (cards.length < kept.length) {
       const card = makeChunk();
       card.controls = whatIf.controls(card);
       card.root.firstChild.append(card.controls.root);
-      for (const event of ["pointerenter", "focus"]) card.root.addEventListener(event, () => point(Math.floor(card.chunk / shown.width)));
+      for (const event of ["pointerenter", "focus"]) card.root.addEventListener(event, () => zoom.point(card.chunk));
       chunks.append(cards[cards.push(card) - 1].root);
     }
     cards.forEach((card, i) => {
@@ -203,7 +201,6 @@ function render({ model, el }) {
   const reload = () => {
     shown = read(model.get(modelMenu.selectedIndex ? "second" : "data"));
     Object.assign(selected, { token: shown.asked - 1, layer: shown.layers.length - 1, head: 0 });
-    cursor = null;
     whatIf.reload();
     buttons = shown.tokens.map((text, i) => {
       const mark = i < shown.asked ? null : shown.marks[i - shown.asked];
@@ -218,40 +215,14 @@ function render({ model, el }) {
     const { H, J } = shown;
     const means = Array.from({ length: J }, (_, j) => (J === 1 ? `mean of ${H}` : `mean of ${(j * H) / J + 1} to ${((j + 1) * H) / J}`));
     headMenu.replaceChildren(...[...means, ...Array.from({ length: H }, (_, h) => `${h + 1}`)].map((name, i) => make("option", { value: i }, name)));
-    scores.setAttribute("aria-valuemax", Math.max(shown.C - 1, 0));
+    zoom.reload();
     redraw();
-  };
-  const point = (column) => {
-    if (!shown.C) return;
-    cursor = Math.min(Math.max(column, 0), shown.C - 1);
-    readout.textContent = describeColumn(shown, selected, cursor);
-    scores.setAttribute("aria-valuenow", cursor);
-    scores.setAttribute("aria-valuetext", readout.textContent);
-    redrawScores();
-  };
-  const keys = (moves) => (event) => {
-    const move = moves[event.key];
-    if (!move) return;
-    event.preventDefault();
-    event.stopPropagation();
-    move();
   };
   const step = (n) => () => select({ token: Math.min(Math.max(selected.token + n, 0), shown.T - 1) }, true);
   const turn = (n) => () => select({ layer: Math.min(Math.max(selected.layer + n, 0), shown.layers.length - 1) });
   tokens.addEventListener("keydown", keys({
     ArrowRight: step(1), ArrowLeft: step(-1), Home: step(-Infinity), End: step(Infinity), ArrowUp: turn(-1), ArrowDown: turn(1),
   }));
-  const slide = (n) => () => point((cursor ?? 0) + n);
-  scores.addEventListener("keydown", keys({
-    ArrowRight: slide(1), ArrowUp: slide(1), ArrowLeft: slide(-1), ArrowDown: slide(-1), Home: slide(-Infinity), End: slide(Infinity),
-    PageUp: slide(64), PageDown: slide(-64),
-  }));
-  const place = (event) => {
-    const box = scores.getBoundingClientRect();
-    return [Math.floor(((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * shown.C), Math.floor((event.clientY - box.top) / ROW)];
-  };
-  scores.addEventListener("pointermove", (event) => point(place(event)[0]));
-  scores.addEventListener("click", (event) => select({ layer: Math.min(Math.max(place(event)[1], 0), shown.layers.length - 1) }));
   layerMenu.addEventListener("change", () => select({ layer: Number(layerMenu.value) }));
   modelMenu.addEventListener("change", reload);
   headMenu.addEventListener("change", () => select({ head: Number(headMenu.value) }));
@@ -269,22 +240,24 @@ function render({ model, el }) {
   const done = () => {
     asking.done();
     whatIf.requests.done();
+    zoom.requests.done();
   };
-  const listeners = { "change:data": answered, "change:form": form.fill, "change:status": heard, "change:done": done, "change:effect": whatIf.effect };
+  const listeners = { "change:data": answered, "change:form": form.fill, "change:status": heard, "change:done": done, "change:effect": whatIf.effect, "change:opened": zoom.opened };
   for (const [event, listener] of Object.entries(listeners)) model.on(event, listener);
-  const themed = new MutationObserver(() => requestAnimationFrame(redrawScores));
+  const themed = new MutationObserver(() => requestAnimationFrame(zoom.draw));
   themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
-  const resized = new ResizeObserver(redrawScores);
+  const resized = new ResizeObserver(zoom.draw);
   form.fill();
   say(model.get("status"));
   answered();
-  resized.observe(scores);
+  resized.observe(zoom.canvas);
   return () => {
     for (const [event, listener] of Object.entries(listeners)) model.off(event, listener);
     themed.disconnect();
     resized.disconnect();
     asking.stop();
     whatIf.requests.stop();
+    zoom.requests.stop();
   };
 }
 

@@ -9,6 +9,7 @@ import anywidget
 import traitlets
 from tqdm import tqdm
 
+from hsa_mini.checks import check_integer
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import needle_strip
@@ -21,11 +22,13 @@ from hsa_mini.viz.retrieval.asking import (
     haystack_of,
     read_text,
 )
-from hsa_mini.viz.retrieval.picture import make_picture, summary
+from hsa_mini.viz.retrieval.picture import make_picture, shown_words, summary
+from hsa_mini.viz.retrieval.stored import look_up, open_index
 from hsa_mini.viz.retrieval.what_if import Change, Effect, what_if
 from hsa_mini.viz.widgets import caption, make_figure, picture_metadata, to_png
 
 HERE = Path(__file__).parent
+SCRIPTS = ("levels.js", "zoom.js", "what_if.js", "compare.js", "explorer.js")
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
 MAX_SHOWN = 100_000  # characters of a haystack that the text area receives
@@ -46,12 +49,20 @@ def explore_retrieval(
 
     text: the haystack, or the path of a UTF-8 file, of at most 4 MiB. depth: where the needle
     stands, from 0 (the beginning) to 1 (the end). All three can be changed in the picture. other: a
-    second model, which is asked the same, to be compared. Raises ValueError for what cannot be
-    asked, and MemoryError for a text that does not fit.
+    second model, which is asked the same, to be compared.
+
+    text may also be the folder of an index that `hsa-mini index` has made with this model, of a
+    text of any length. It is not read again: the needle is not hidden in it, but looked up.
+
+    Raises ValueError for what cannot be asked, and MemoryError for a text that does not fit.
     """
     sizes = [one.config.chunk_size for one in (model, other) if one is not None]
     if len(set(sizes)) > 1:
         raise ValueError(f"other: got chunks of {sizes[1]} tokens, accepted are {sizes[0]}")
+    if isinstance(text, Path) and text.is_dir():
+        if other is not None:
+            raise ValueError("other: got a second model, accepted is none beside an index")
+        return RetrievalExplorer([model], open_index(model, text), needle, question, depth)
     models = [model] if other is None else [model, other]
     return RetrievalExplorer(models, haystack_of(text), needle, question, depth)
 
@@ -60,26 +71,29 @@ class RetrievalExplorer(anywidget.AnyWidget):
     """What `explore_retrieval` returns.
 
     data: the picture (see `make_picture`); the browser keeps what is selected in it. second: that
-    of the second model, or nothing. asked: what each model has answered. form: what the
-    fields hold. effect: that of the last change (see `what_if`). status: one line on what is going
-    on, or what the widget needs. done: the number of the last request from the browser that was
-    dealt with.
+    of the second model, or nothing. asked: what each model has answered. form: what the fields
+    hold. effect: that of the last change (see `what_if`). opened: the words of the last chunk that
+    the browser asked for. status: one line on what is going on, or what the widget needs. done: the
+    number of the last request from the browser that was dealt with.
     """
 
-    _esm = "".join(
-        (HERE / name).read_text(encoding="utf-8")
-        for name in ("levels.js", "what_if.js", "compare.js", "explorer.js")
-    )
+    _esm = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     _css = HERE / "explorer.css"
     data = traitlets.Dict().tag(sync=True)
     second = traitlets.Dict().tag(sync=True)
     form = traitlets.Dict().tag(sync=True)
     effect = traitlets.Dict().tag(sync=True)
+    opened = traitlets.Dict().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
     done = traitlets.Int(0).tag(sync=True)
 
     def __init__(
-        self, models: list[HSAModel], haystack: str, needle: str, question: str, depth: float
+        self,
+        models: list[HSAModel],
+        text: str | ReadText,
+        needle: str,
+        question: str,
+        depth: float,
     ) -> None:
         super().__init__()
         self.models = models
@@ -91,34 +105,45 @@ class RetrievalExplorer(anywidget.AnyWidget):
                 bar.total = total
                 bar.update(read - bar.n)
 
-            self.ask(haystack, needle, question, depth, progress=progress)
+            self.ask(text, needle, question, depth, progress=progress)
         self.on_msg(self._receive)
 
     def ask(
         self,
-        haystack: str | None,
+        haystack: str | ReadText | None,
         needle: str,
         question: str,
         depth: float,
         *,
         progress: Callable[[int, int], object] | None = None,
     ) -> list[Asked]:
-        """Ask, and show the answers of the models; haystack: None is the one that is there.
+        """Ask, and show the answers of the models; haystack: None is the one that is there,
+        a `ReadText` one that an index holds.
 
         The text is read again only if it, the needle or its depth has changed. Raises ValueError
         for what cannot be asked; the picture then stays as it is.
         """
         check_question(question)  # before the text is read
         with TURNS.lock:
-            texts = [asked.text for asked in self.asked]
-            if haystack is None and texts:
-                haystack = texts[0].haystack
-            wanted = (haystack, needle, depth)
-            if not texts or (texts[0].haystack, texts[0].needle, texts[0].depth) != wanted:
-                texts = [read_text(model, *wanted, progress) for model in self.models]
+            texts = self._texts(haystack, needle, depth, progress)
             self.asked = [ask(model, text, question) for model, text in zip(self.models, texts)]
             self._show(texts[0], needle, question, depth)
         return self.asked
+
+    def _texts(self, haystack: str | ReadText | None, needle, depth, progress) -> list[ReadText]:
+        """The text as each model has read it, which `ask` describes."""
+        texts = [asked.text for asked in self.asked]
+        if isinstance(haystack, ReadText):
+            texts = [haystack]
+        elif not texts or haystack not in (None, texts[0].haystack):
+            return [read_text(model, haystack, needle, depth, progress) for model in self.models]
+        (first, *_) = texts
+        if first.stored:
+            return [look_up(first, needle)]
+        if (first.needle, first.depth) == (needle, depth):
+            return texts
+        wanted = (first.haystack, needle, depth)
+        return [read_text(model, *wanted, progress) for model in self.models]
 
     def _show(self, text: ReadText, needle: str, question: str, depth: float) -> None:
         """The answers in the browser."""
@@ -136,7 +161,10 @@ class RetrievalExplorer(anywidget.AnyWidget):
                 "question": question,
                 "depth": depth,
             }
-            self.status = f"{self.asked[0].verdict} The text has {len(text.ids):,} tokens."
+            where = ""
+            if text.stored:
+                where = f" The needle is {'looked up, not hidden' if text.needle else 'not in it'}."
+            self.status = f"{self.asked[0].verdict} The text has {len(text.ids):,} tokens.{where}"
 
     def what_if(self, change: Change, model: int = 0) -> Effect:
         """Show the effect of a change on the answer of one of the models. Raises ValueError as
@@ -149,9 +177,19 @@ class RetrievalExplorer(anywidget.AnyWidget):
             self.effect = {**asdict(effect), "line": effect.line, "words": words}
         return effect
 
+    def _open(self, chunk: int, model: int) -> None:
+        """Send the words of a chunk."""
+        S = self.models[model].config.chunk_size
+        with TURNS.lock:
+            asked = self.asked[model]
+            ids = [*asked.text.ids, *asked.ids]
+            check_integer("chunk", chunk, 0, len(ids) // S - 1)
+            words = shown_words(ids, chunk * S, (chunk + 1) * S)
+            self.opened = {"chunk": chunk, "model": model, "words": words}
+
     def _receive(self, _widget, content: dict, buffers: list) -> None:
-        """A request of the browser: a change, or a question; the haystack is in the buffers if it
-        has changed.
+        """A request of the browser: the words of a chunk, a change, or a question; the haystack is
+        in the buffers if it has changed.
         """
 
         def progress(read: int, total: int) -> None:
@@ -160,6 +198,8 @@ class RetrievalExplorer(anywidget.AnyWidget):
         try:
             if "change" in content:
                 self.what_if(Change.of(content["change"]), content["model"])
+            elif "chunk" in content:
+                self._open(content["chunk"], content["model"])
             else:
                 self.status = "Asking."
                 haystack = bytes(buffers[0]).decode() if buffers else None

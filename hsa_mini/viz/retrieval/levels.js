@@ -1,7 +1,7 @@
-// The levels of the retrieval explorer: what is drawn for the selected token, layer and head. Every text is set as textContent, so markup in it stays text.
+// The levels of the retrieval explorer: what is drawn for the selected token, layer and head. Every text is set as
+// textContent, so markup in it stays text.
 // Dimensions: T tokens, H query heads, J key/value heads, C columns of chunks, K kept chunks shown, S tokens of a chunk.
 
-const ROW = 74, LEFT = 72, RIGHT = 12, AXIS = 22; // of the score canvas, in pixels
 const WORDS = 8; // of the blend
 const HEAT = 10; // shades of attention
 
@@ -11,6 +11,14 @@ function make(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
+
+const keys = (moves) => (event) => {
+  const move = moves[event.key];
+  if (!move) return;
+  event.preventDefault();
+  event.stopPropagation();
+  move();
+};
 
 const numbers = (view, Kind = Float32Array) => new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 const count = (n) => n.toLocaleString("en");
@@ -60,89 +68,6 @@ function placeOf({ asked }, token) {
 
 function holdsNeedle({ needle, chunk_size: S }, chunk) {
   return chunk * S < needle[1] && needle[0] < (chunk + 1) * S;
-}
-
-// ---- The scores of all chunks, one row per layer, and one for what is kept for comparison
-
-// { name, scores [C], indices [K] }
-function rowOf(picture, { token, layer, head }, name) {
-  const { J, C, K } = picture, at = token * J + groupOf(picture, head);
-  return { name, scores: picture.layers[layer].scores.subarray(at * C, (at + 1) * C), indices: picture.layers[layer].indices.subarray(at * K, (at + 1) * K) };
-}
-
-function drawScores(canvas, picture, selected, cursor, compared) {
-  const { C, chunks, width } = picture;
-  const rows = picture.layers.map((_, layer) => rowOf(picture, { ...selected, layer }, `${layer === selected.layer ? "▸ " : ""}layer ${layer}`));
-  if (compared?.picture.C === C) rows.push(rowOf(compared.picture, compared, "compared"));
-  const style = getComputedStyle(canvas), ratio = window.devicePixelRatio || 1;
-  const [ink, soft, line, blue, red] = ["--ink", "--soft", "--line", "--kept", "--wrong"].map((name) => style.getPropertyValue(name));
-  const wide = Math.max(canvas.clientWidth, 240), high = ROW * rows.length + AXIS;
-  canvas.style.height = `${high}px`;
-  canvas.width = wide * ratio;
-  canvas.height = high * ratio;
-  const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  pen.font = "12px sans-serif";
-  const span = wide - LEFT - RIGHT;
-  const across = (column) => LEFT + ((column + 0.5) / Math.max(C, 1)) * span;
-  rows.forEach(({ name, scores: row, indices }, i) => {
-    const seen = row.filter(Number.isFinite);
-    const low = seen.reduce((a, b) => Math.min(a, b), Infinity), best = seen.reduce((a, b) => Math.max(a, b), -Infinity);
-    const top = i * ROW + 12, down = (score) => top + (1 - (score - low) / (best - low || 1)) * (ROW - 26);
-    pen.strokeStyle = line;
-    pen.strokeRect(LEFT + 0.5, i * ROW + 4.5, span, ROW - 8);
-    pen.fillStyle = ink;
-    pen.textAlign = "right";
-    pen.font = `${name.startsWith("▸") ? "bold " : ""}12px sans-serif`;
-    pen.fillText(name, LEFT - 6, top + 8);
-    pen.font = "12px sans-serif";
-    if (!seen.length) {
-      pen.textAlign = "left";
-      return pen.fillText("no chunk is complete before this token", LEFT + 8, top + 26);
-    }
-    pen.fillStyle = soft;
-    pen.fillText(best.toFixed(1), LEFT - 6, top + 26);
-    pen.fillText(low.toFixed(1), LEFT - 6, top + ROW - 22);
-    const dot = Math.max(2, Math.min(span / C - 1, 4));
-    row.forEach((score, c) => Number.isFinite(score) && pen.fillRect(across(c) - dot / 2, down(score) - dot / 2, dot, dot));
-    pen.strokeStyle = blue;
-    pen.lineWidth = 2;
-    for (const chunk of indices) {
-      if (chunk < 0) continue;
-      const column = Math.floor(chunk / width);
-      pen.beginPath();
-      pen.arc(across(column), down(row[column]), 5, 0, 7);
-      pen.stroke();
-    }
-    pen.lineWidth = 1;
-    pen.fillStyle = red;
-    for (let c = Math.floor(picture.needle[0] / picture.chunk_size / width); holdsNeedle(picture, c * width) || c * width * picture.chunk_size < picture.needle[1]; c++) {
-      pen.beginPath(); // a triangle at the foot: the needle stands here
-      pen.moveTo(across(c), i * ROW + ROW - 12);
-      pen.lineTo(across(c) - 5, i * ROW + ROW - 4);
-      pen.lineTo(across(c) + 5, i * ROW + ROW - 4);
-      pen.fill();
-    }
-  });
-  pen.strokeStyle = ink;
-  if (cursor !== null && C) pen.strokeRect(across(cursor) - 3, 4, 6, high - AXIS - 6);
-  pen.fillStyle = soft;
-  pen.textAlign = "left";
-  pen.fillText("chunk 0", LEFT, high - 6);
-  pen.textAlign = "right";
-  if (chunks > 1) pen.fillText(count(chunks - 1), wide - RIGHT, high - 6);
-  pen.textAlign = "center";
-  pen.fillText("○ kept   ▲ holds the needle", LEFT + span / 2, high - 6);
-}
-
-function describeColumn(picture, selected, column) {
-  const { J, C, width, chunks } = picture, group = groupOf(picture, selected.head);
-  const score = picture.layers[selected.layer].scores[(selected.token * J + group) * C + column];
-  const first = column * width, last = Math.min(first + width, chunks) - 1;
-  const name = width > 1 ? `Chunks ${count(first)} to ${count(last)}, the best one` : `Chunk ${count(first)}`;
-  const kept = keptChunks(picture, selected).filter(({ chunk }) => first <= chunk && chunk <= last);
-  const weights = kept.map(({ chunk, weight }) => `, ${width > 1 ? `chunk ${count(chunk)} ` : ""}kept with weight ${weight.toFixed(3)}`).join("");
-  return `${name}: ${Number.isFinite(score) ? `score ${score.toFixed(2)}` : "not visible"}${weights}.`;
 }
 
 // ---- A kept chunk: its weight, the attention of every head, and its words
