@@ -22,9 +22,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
-
 from material import words
+from nbformat.v4 import new_code_cell, new_notebook
 
 from hsa_mini import HSAModel
 from hsa_mini.index.build import build_index

@@ -117,8 +117,8 @@ class RetrievalExplorer(anywidget.AnyWidget):
         *,
         progress: Callable[[int, int], object] | None = None,
     ) -> list[Asked]:
-        """Ask, and show the answers of the models; haystack: None is the one that is there,
-        a `ReadText` one that an index holds.
+        """Ask, and show the answers of the models; haystack: None is the one that is there, a
+        `ReadText` one that an index holds.
 
         The text is read again only if it, the needle or its depth has changed. Raises ValueError
         for what cannot be asked; the picture then stays as it is.
@@ -131,19 +131,18 @@ class RetrievalExplorer(anywidget.AnyWidget):
         return self.asked
 
     def _texts(self, haystack: str | ReadText | None, needle, depth, progress) -> list[ReadText]:
-        """The text as each model has read it, which `ask` describes."""
-        texts = [asked.text for asked in self.asked]
+        """The text as each model has read it; see `ask`."""
         if isinstance(haystack, ReadText):
-            texts = [haystack]
-        elif not texts or haystack not in (None, texts[0].haystack):
-            return [read_text(model, haystack, needle, depth, progress) for model in self.models]
-        (first, *_) = texts
-        if first.stored:
-            return [look_up(first, needle)]
-        if (first.needle, first.depth) == (needle, depth):
-            return texts
-        wanted = (first.haystack, needle, depth)
-        return [read_text(model, *wanted, progress) for model in self.models]
+            return [look_up(haystack, needle)]
+        texts = [asked.text for asked in self.asked]
+        if haystack is None:
+            haystack = texts[0].haystack
+        if texts and texts[0].haystack == haystack:
+            if texts[0].stored:
+                return [look_up(texts[0], needle)]
+            if (texts[0].needle, texts[0].depth) == (needle, depth):
+                return texts
+        return [read_text(model, haystack, needle, depth, progress) for model in self.models]
 
     def _show(self, text: ReadText, needle: str, question: str, depth: float) -> None:
         """The answers in the browser."""
@@ -179,8 +178,8 @@ class RetrievalExplorer(anywidget.AnyWidget):
 
     def _open(self, chunk: int, model: int) -> None:
         """Send the words of a chunk."""
-        S = self.models[model].config.chunk_size
         with TURNS.lock:
+            S = self.models[model].config.chunk_size
             asked = self.asked[model]
             ids = [*asked.text.ids, *asked.ids]
             check_integer("chunk", chunk, 0, len(ids) // S - 1)

@@ -33,7 +33,10 @@ function makeWhatIf(model, picture, number, move) {
     const { pin, drop, shares } = change;
     return { content: { model: number(), change: { ...change, pin: [...pin], drop: [...drop], shares: [...shares] } }, buffers: [] };
   };
-  const requests = makeRequests(model, composed, say, (busy) => rows.setAttribute("aria-busy", busy));
+  const requests = makeRequests(model, composed, say, (busy) => {
+    rows.setAttribute("aria-busy", busy);
+    if (!busy) effect(); // also if it is the same as before
+  });
   const set = (more) => {
     Object.assign(change, more);
     show();
