@@ -167,6 +167,8 @@ def test_a_pinned_chunk_takes_the_place_of_the_worst_and_keeps_its_score():
             assert {*pinned[0][t, j].tolist()} == want
             shares = SCORES[t, j, pinned[0][t, j]].softmax(dim=0)
             torch.testing.assert_close(pinned[1][t, j], shares)
+    later = rechosen(SCORES, KEPT[0], Change(pin=(7, 99)), "softmax")  # not yet complete
+    assert torch.equal(later[0], pinned[0])
     assert 7 not in pinned[0][0]  # which cannot see it
     torch.testing.assert_close(weights_of(pinned)[0], weights_of(KEPT)[0])
 
@@ -255,6 +257,7 @@ def test_the_needle_is_what_the_answer_comes_from(model, asked):
 BAD = {
     "layer": (Change(layer=2), "layer: got 2, accepted is an integer from 0 to 1"),
     "no chunk": (Change(drop=(99999,)), "drop: got 99999, accepted is an integer from 0 to "),
+    "swap": (Change(swap=((0, 99999),)), "swap: got 99999, accepted is an integer from 0 to "),
     "K": (Change(top_k=0), "top_k: got 0"),
     "pins": (Change(pin=(1, 2), top_k=1), "pin: got 2 chunks, accepted are at most K"),
     "one place": (Change(swap=((3, 3),)), "swap: got "),

@@ -21,7 +21,7 @@ const keys = (moves) => (event) => {
 };
 
 const numbers = (view, Kind = Float32Array) => new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-const count = (n) => n.toLocaleString("en");
+const { format: count } = new Intl.NumberFormat("en"); // toLocaleString would take a hundred times as long
 const visible = (word) => (word.trim() ? word : word.replaceAll(" ", "␣") || "·"); // a token of spaces, or part of a character
 const total = (values) => values.reduce((a, b) => a + b, 0);
 const sumOf = (values) => `up to ${total(values).toFixed(3)}`;
@@ -44,8 +44,17 @@ function headsOf({ H, J }, head) {
   return head >= J ? [head - J] : Array.from({ length: H / J }, (_, i) => (head * H) / J + i);
 }
 
-// The kept chunks of one token in one layer: { chunk, weight, attention [S], byHead [H/J][S] }, the heaviest first.
+// The kept chunks of one token in one layer: { chunk, weight, attention [S], byHead [H/J][S] }, the heaviest first. The last
+// result is kept, because several parts of the page ask for it.
+let lastKept = {};
+
 function keptChunks(picture, { token, layer, head }) {
+  const same = lastKept.picture === picture && lastKept.token === token && lastKept.layer === layer && lastKept.head === head;
+  if (!same) lastKept = { picture, token, layer, head, kept: collectKept(picture, { token, layer, head }) };
+  return lastKept.kept;
+}
+
+function collectKept(picture, { token, layer, head }) {
   const { H, J, K, S } = picture;
   const { indices, weights, attention } = picture.layers[layer];
   const group = groupOf(picture, head);

@@ -113,9 +113,9 @@ function makeWhatIf(model, picture, number, move) {
       set({});
     });
     const update = (kept) => {
-      drop.setAttribute("aria-pressed", change.drop.has(card.chunk));
-      pinned.setAttribute("aria-pressed", change.pin.has(card.chunk));
-      for (const [node, name] of [[drop, "Drop"], [pinned, "Pin"], [weight, "Weight of"]]) node.setAttribute("aria-label", `${name} chunk ${count(card.chunk)}`);
+      drop.ariaPressed = change.drop.has(card.chunk);
+      pinned.ariaPressed = change.pin.has(card.chunk);
+      for (const [node, name] of [[drop, "Drop"], [pinned, "Pin"], [weight, "Weight of"]]) node.ariaLabel = `${name} chunk ${count(card.chunk)}`;
       const share = change.shares.get(card.chunk) ?? kept.weight;
       if (Number(weight.value) !== share) weight.value = share;
     };

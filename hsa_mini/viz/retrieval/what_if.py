@@ -93,7 +93,7 @@ def what_if(model: HSAModel, asked: Asked, change: Change) -> Effect:
     Raises ValueError for a layer or a chunk that is not there, for more pinned chunks than K, and
     for shares that are no shares.
     """
-    check_change(change, model, len(asked.text.ids) // model.config.chunk_size)
+    check_change(change, model, asked)
     question = asked.ids[: -asked.answer_tokens]
     said = asked.ids[len(question) :]
     with changed(model, change):
@@ -146,7 +146,9 @@ def rechosen(
     indices = indices.long()
     if change.top_k is not None or change.pin:
         choice = scores.clone()
-        choice[..., list(change.pin)] += float("inf")  # what a token cannot see becomes NaN
+        choice[..., [i for i in change.pin if i < N]] += float(
+            "inf"
+        )  # what a token cannot see becomes NaN
         choice = choice.nan_to_num(float("-inf"), posinf=float("inf"), neginf=float("-inf"))
         indices = newest_top_k(choice, min(change.top_k or indices.shape[-1], N))
         if weighting == "stick_breaking":
@@ -168,15 +170,20 @@ def rechosen(
     return indices, weights
 
 
-def check_change(change: Change, model: HSAModel, chunks: int) -> None:
-    """Raise ValueError for a change that a model cannot make with a text of so many chunks."""
+def check_change(change: Change, model: HSAModel, asked: Asked) -> None:
+    """Raise ValueError for a change that a model cannot make for this question. Chunks that the
+    question has completed cannot be swapped, because not all of its tokens may see them.
+    """
+    S = model.config.chunk_size
+    before = len(asked.text.ids) // S
+    chunks = (len(asked.text.ids) + len(asked.ids)) // S
     if change.layer is not None:
         check_integer("layer", change.layer, 0, model.config.groups - 1)
     if change.top_k is not None:
         check_integer("top_k", change.top_k, 1, chunks)
-    for name in ("pin", "drop", "shares", "swap"):
+    for name, most in (("pin", chunks), ("drop", chunks), ("shares", chunks), ("swap", before)):
         for chunk in np.ravel(list(getattr(change, name))).tolist():
-            check_integer(name, chunk, 0, chunks - 1)
+            check_integer(name, chunk, 0, most - 1)
     for pair in change.swap:
         if len(set(pair)) != 2:
             raise ValueError(f"swap: got {quoted(list(pair))}, accepted are two different chunks")
