@@ -453,6 +453,9 @@ def test_the_explorer_keeps_its_picture_and_says_what_it_needs(lab, explorer):
     page.locator(CHOSEN).focus()
     page.keyboard.press("ArrowLeft")  # the picture needs no kernel
     assert page.locator(SUMMARY).text_content() != before
+    page.get_by_role("button", name="Drop chunk").first.press("Enter")
+    said = page.locator(".hsa-what-if [role=status]")
+    expect(said).to_have_text(re.compile("^The kernel is busy or has stopped"))
 
 
 def test_the_explorer_shows_the_last_of_two_questions_and_wrong_answers_as_wrong(explorer):

@@ -70,7 +70,6 @@ function makeWhatIf(model, picture, number, move) {
     ];
     const changed = made.length || change.top_k !== null || !change.hsa || !change.window || change.concatenated;
     chips.replaceChildren(...made, ...(changed ? [button("Undo all", () => (set(UNCHANGED()), top_k.focus()))] : []));
-    return changed;
   };
   const effect = ({ line: text, error, words, before, after } = model.get("effect")) => {
     say(error ?? text ?? "Drop or pin a kept chunk, set its weight, or change K: the model reads the question anew.");
