@@ -764,13 +764,6 @@ def test_a_tempered_score_is_a_cosine_times_the_temperature():
 # Measuring
 
 
-class Answers:
-    """Stands in for a sample."""
-
-    def __init__(self, answer: torch.Tensor) -> None:
-        self.answer = answer.numpy()
-
-
 def test_an_answer_is_right_if_all_its_tokens_are_what_the_model_says():
     model = made(ARMS["hsa"], torch.float32).eval()
     ids = some_ids(30)
@@ -778,8 +771,8 @@ def test_an_answer_is_right_if_all_its_tokens_are_what_the_model_says():
     wrong = said.clone()
     wrong[1, 4] += 1
     with torch.no_grad():
-        assert measuring._count_correct(model, ids, [Answers(row) for row in said]) == 2
-        assert measuring._count_correct(model, ids, [Answers(row) for row in wrong]) == 1
+        assert measuring.right_answers(model, ids, list(said.numpy())) == [True, True]
+        assert measuring.right_answers(model, ids, list(wrong.numpy())) == [True, False]
 
 
 def test_the_same_tokens_are_scored_at_every_length_and_copies_end_as_they_begin(monkeypatch):

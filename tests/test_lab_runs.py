@@ -4,6 +4,7 @@ rule.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -112,7 +113,7 @@ def workers(monkeypatch):
 
 def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     path = tmp_path / "new" / "lab.jsonl"
-    assert run_missing(["hsa", "window"], [0, 1], path=path, device=CPU, jobs=3) == 4
+    assert run_missing(["hsa", "window"], [0, 1], path=path, device=CPU, jobs=3) == (4, 0)
     assert Worker.most == 3 and Worker.alive == 0
     lines = path.read_text().splitlines()
     assert sorted((r["arm"], r["seed"]) for r in map(json.loads, lines)) == [
@@ -121,13 +122,13 @@ def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     assert {"hardware", "versions", "commit", "command"} <= json.loads(lines[0]).keys()
     before = path.read_bytes()
     assert (
-        run_missing(["hsa", "window"], [0, 1], path=path, device=CPU) == 0
+        run_missing(["hsa", "window"], [0, 1], path=path, device=CPU) == (0, 0)
         and path.read_bytes() == before
     )
-    assert run_missing(["window", "no_noise"], [1, 2], path=path, device=CPU) == 3
+    assert run_missing(["window", "no_noise"], [1, 2], path=path, device=CPU) == (3, 0)
     assert path.read_bytes().startswith(before) and len(read_records(path)) == 7
     # Other settings make another run.
-    assert run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1
+    assert run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == (1, 0)
 
 
 def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp_path, capfd):
@@ -149,7 +150,7 @@ def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp
     ]
 
 
-def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
+def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("CUDA error:\n\nout of\nhope")
 
@@ -157,7 +158,7 @@ def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
     link, other = Pipe()
     link.send(("hsa", 0))
     threads = torch.get_num_threads()
-    harness._work(other, SCALES["tiny"], None, CPU, 1)
+    harness._work(other, "tiny", None, CPU, 1, tmp_path / "lab.jsonl", math.inf)
     torch.set_num_threads(threads)
     assert link.recv() == "RuntimeError: CUDA error: out of hope"
 

@@ -70,7 +70,9 @@ class Arm:
             "recipe": recipe_settings(self.recipe(scale, steps)),
             "evaluation": {
                 name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")
-            },
+            }
+            | ({"points": scale.points} if scale.points else {})
+            | ({"crowds": dataclasses.asdict(scale.crowds)} if scale.crowds else {}),
         }
 
 

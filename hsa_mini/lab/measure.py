@@ -15,7 +15,7 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab.scales import Scale
 from hsa_mini.tasks.forms import TASKS
-from hsa_mini.tasks.placement import Sample, place, tile
+from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
 TOKENS_AT_ONCE = 1 << 19  # tokens of all texts in a batch together
@@ -58,29 +58,30 @@ def task_row(
             window=scale.config.window,  # not the arm's, so that all arms get the same questions
         )
         samples.append((sample.apply(text), sample))
-    correct = 0
-    for batch in _batches(samples, tokens):
+    right: list[bool] = []
+    for batch in batches(samples, tokens):
         ids = torch.from_numpy(np.stack([ids for ids, _ in batch]))
         ids = ids.to(model.norm.weight.device)
-        correct += _count_correct(model, ids, [sample for _, sample in batch])
+        right += right_answers(model, ids, [sample.answer for _, sample in batch])
+    correct = sum(right)
     return {
         "tokens": tokens,
         "samples": len(samples),
         "correct": correct,
         "accuracy": correct / len(samples),
+        "right": list(map(int, right)),  # every question has a text of its own
     }
 
 
-def _count_correct(model: HSAModel, ids: torch.Tensor, samples: list[Sample]) -> int:
-    """How many of the greedy answers to the prompts ids [B, T] are correct."""
-    answers = np.stack([sample.answer.astype(np.int64) for sample in samples])
-    wanted = torch.from_numpy(answers).to(ids.device)
+def right_answers(model: HSAModel, ids: torch.Tensor, answers: list[np.ndarray]) -> list[bool]:
+    """Whether the greedy answer to each of the prompts ids [B, T] is right."""
+    wanted = torch.from_numpy(np.stack(answers).astype(np.int64)).to(ids.device)
     output = prefill(model, ids)
     made = []
     for _ in range(wanted.shape[1]):
         made.append(output.logits[:, -1:].argmax(dim=-1))
         output = model(made[-1], output.memory)
-    return int((torch.cat(made, dim=1) == wanted).all(dim=1).sum())
+    return (torch.cat(made, dim=1) == wanted).all(dim=1).tolist()
 
 
 def perplexity_row(
@@ -105,6 +106,8 @@ def perplexity_row(
         "tokens": tokens,
         "scored": losses.numel(),
         "perplexity": losses.double().mean().exp().item(),
+        # of every text, in nats per token; the texts end alike at every length
+        "losses": [round(loss, 5) for loss in losses.double().mean(dim=1).tolist()],
     }
 
 
@@ -131,12 +134,12 @@ def _tails(
     model: HSAModel, scale: Scale, texts: list[np.ndarray]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits float32 [B, tail, vocabulary] and targets [B, tail] of the ends of the texts."""
-    for batch in _batches(texts, len(texts[0])):
+    for batch in batches(texts, len(texts[0])):
         ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(model.norm.weight.device)
         yield prefill(model, ids[:, :-1], last=scale.tail).logits.float(), ids[:, -scale.tail :]
 
 
-def _batches(texts: list, tokens: int) -> Iterator[list]:
+def batches(texts: list, tokens: int) -> Iterator[list]:
     """The texts in lists of at most `TOKENS_AT_ONCE` tokens, or of a single text."""
     size = max(TOKENS_AT_ONCE // tokens, 1)
     return (texts[i : i + size] for i in range(0, len(texts), size))
