@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         missing = missing_runs(arms, seeds, **runs)
         jobs = arguments.jobs or JOBS_ON_GPU
         calls = {"jobs": jobs, "minutes": arguments.minutes or CALL_MINUTES}
-        print(format_schedule(read_records(path), missing, arguments.scale, arguments.steps, **calls))
+        known_runs = [*read_records(results_dir() / "lab.jsonl"), *read_records(path)]
+        print(format_schedule(known_runs, missing, arguments.scale, arguments.steps, **calls))
         return 0
     device = choose_device(arguments.device)
     jobs = arguments.jobs or (JOBS_ON_GPU if device.type == "cuda" else 1)
@@ -120,13 +121,14 @@ def _findings(scale: str, records: list[dict]) -> str:
     """What the records of a scale show, for a terminal."""
     from hsa_mini.lab.capacity.law import format_law
     from hsa_mini.lab.claims import format_findings, judge
-    from hsa_mini.lab.settled.claims import SETTLED_CLAIMS
+    from hsa_mini.lab.settled.claims import MORE_SEEDS, SETTLED_CLAIMS, touching
     from hsa_mini.lab.settled.curves import format_curves
 
     if scale == "lab":
         return format_findings(judge(records)) + "\n"
     if scale == "settled":
-        found = judge(records, claims=SETTLED_CLAIMS, scale=scale)
-        return f"{format_findings(found)}\n\n{format_curves(records)}\n"
+        found = judge(records, SETTLED_CLAIMS, scale)
+        more = ", ".join(touching(found)) or "none"
+        seeds = f"arms that need {MORE_SEEDS} seeds, because they overlap: {more}"
+        return f"{format_findings(found)}\n\n{seeds}\n\n{format_curves(records)}\n"
     return format_law(records) + "\n" if scale == "capacity" else ""
-

@@ -71,7 +71,7 @@ class Arm:
             "evaluation": {
                 name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")
             }
-            | ({"points": scale.points} if scale.points else {})
+            | {name: x for name in ("points", "distractors") if (x := getattr(scale, name))}
             | ({"crowds": dataclasses.asdict(scale.crowds)} if scale.crowds else {}),
         }
 

@@ -162,7 +162,9 @@ def _start(
     """Start a worker process and return the link to it."""
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     link, other = context.Pipe()
-    process = context.Process(target=_work, args=(other, scale, steps, device, jobs, path, deadline))
+    process = context.Process(
+        target=_work, args=(other, scale, steps, device, jobs, path, deadline)
+    )
     with without_interrupts():
         process.start()
     other.close()  # only the worker holds this end now, so the link ends when the worker does
@@ -195,9 +197,7 @@ def _work(
             arm, seed = link.recv()
             states = states_of(arm, seed, path, scale, steps)
             with locked(states.folder, "run"):
-                record = run_arm(
-                    arms_of(scale)[arm], SCALES[scale], seed, states=states, **options
-                )
+                record = run_arm(arms_of(scale)[arm], SCALES[scale], seed, states=states, **options)
             link.send(record)
             gc.collect()  # frees the recorded CUDA graphs with their memory
             if device.type == "cuda":

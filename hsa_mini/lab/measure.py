@@ -23,7 +23,8 @@ TOKENS_AT_ONCE = 1 << 19  # tokens of all texts in a batch together
 
 @torch.no_grad()
 def measure_arm(model: HSAModel, scale: Scale, *, seed: int = 1) -> dict[str, list[dict]]:
-    """A row per length for every task, for "perplexity" and for "copy".
+    """A row per length for every task, for "perplexity" and for "copy", and for "crowded" if the
+    scale has distractors.
 
     Text and keys are held out, and the same for every model.
     """
@@ -35,11 +36,24 @@ def measure_arm(model: HSAModel, scale: Scale, *, seed: int = 1) -> dict[str, li
     }
     found["perplexity"] = [perplexity_row(model, scale, tokens, corpus, seed) for tokens in lengths]
     found["copy"] = [copy_row(model, scale, tokens, corpus, seed) for tokens in lengths]
+    if scale.distractors:
+        crowded = [multiple * scale.stage.tokens for multiple in scale.crowded_multiples]
+        options = {"distractors": scale.distractors}
+        found["crowded"] = [
+            task_row(model, scale, "s_niah", tokens, corpus, seed, **options) for tokens in crowded
+        ]
     return found
 
 
 def task_row(
-    model: HSAModel, scale: Scale, task: str, tokens: int, corpus: np.ndarray, seed: int
+    model: HSAModel,
+    scale: Scale,
+    task: str,
+    tokens: int,
+    corpus: np.ndarray,
+    seed: int,
+    *,
+    distractors: int = 0,
 ) -> dict:
     """Questions of one task over texts of one length, at depths from 0 to 1.
 
@@ -51,7 +65,7 @@ def task_row(
         text = tile(corpus, tokens, int(rng.integers(len(corpus))))
         sample = place(
             rng,
-            TASKS[task](rng),
+            TASKS[task](rng, distractors=distractors),
             tokens=tokens,
             depth=float(depth),
             chunk_size=model.config.chunk_size,

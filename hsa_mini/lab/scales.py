@@ -22,6 +22,8 @@ class Scale:
     tail: tokens scored at the end of each text.
     points: how many times in the last stage the held-out loss is measured, at the lengths of
     `curve_multiples`.
+    distractors: further needles in the texts of the measure "crowded", which is S-NIAH at the lengths
+    of `crowded_multiples`; 0: it is not measured.
     crowds: for the scale "capacity", which is measured in texts crowded with needles only.
     """
 
@@ -37,6 +39,8 @@ class Scale:
     tail: int = 256
     points: int = 0
     curve_multiples: tuple[int, ...] = (1, 4)
+    distractors: int = 0
+    crowded_multiples: tuple[int, ...] = (16, 64)
     crowds: Crowds | None = None
 
     @property
@@ -113,6 +117,7 @@ SETTLED = dataclasses.replace(
     questions=64,
     texts=32,
     points=12,
+    distractors=192,
 )
 # As LAB, for models that are asked in texts crowded with needles.
 CAPACITY = dataclasses.replace(LAB, name="capacity", crowds=Crowds())
