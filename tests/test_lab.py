@@ -27,6 +27,7 @@ from hsa_mini.lab.reading import concatenated, grouped_gates
 from hsa_mini.lab.run import PackedBatches, run_arm
 from hsa_mini.lab.scales import SCALES, Scale
 from hsa_mini.lab.settled.arms import SETTLED_ARMS
+from hsa_mini.lab.states import RunStates
 from hsa_mini.ops.rope import apply_rope, rope_table
 from hsa_mini.training.mixture import ANSWER, NONE, TrainingBatches
 from hsa_mini.training.recipes import Stage
@@ -850,3 +851,78 @@ def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     assert one["corpora"] == [word_corpus(split).identity for split in SPLITS]
     assert one == two and one["curve"] != other["curve"]
     assert one["parameters"] == sum(p.numel() for p in made(ARMS["hsa"], scale=TINY).parameters())
+
+
+def made_up_corpora(monkeypatch) -> None:
+    for module in ("training.mixture", "lab.measure", "lab.run", "lab.capacity.measure"):
+        monkeypatch.setattr(f"hsa_mini.{module}.load_corpus", word_corpus)
+
+
+def without_seconds(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def test_a_run_that_is_cut_off_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path):
+    made_up_corpora(monkeypatch)
+    scale = dataclasses.replace(TINY, multiples=(1,), questions=1, points=2, curve_multiples=(1,))
+    arm = ARMS["hsa"]
+    options = {"device": CPU, "steps": 6}
+    whole = run_arm(arm, scale, 5, **options)
+    states = RunStates(tmp_path / "lab.jsonl", arm, scale, 5, 6)
+
+    class Late:
+        """The time after three steps is after the deadline."""
+
+        steps = 0
+
+        def monotonic(self) -> float:
+            return float(self.steps > 3)
+
+        def count(self, steps: int) -> None:
+            self.steps += steps
+
+    late = Late()
+    monkeypatch.setattr("hsa_mini.lab.run.time", late)
+    late_options = {"states": states, "deadline": 0.5, "progress": late.count}
+    assert run_arm(arm, scale, 5, **late_options, **options) is None
+    monkeypatch.undo()
+    made_up_corpora(monkeypatch)
+    (saved,) = states.folder.iterdir()
+    assert saved.name == "step-4"
+    done = []
+    again = run_arm(arm, scale, 5, states=states, progress=done.append, **options)
+    assert done == [4, 1, 1]
+    assert without_seconds(again) == without_seconds(whole)
+    assert RunStates(tmp_path / "lab.jsonl", arm, scale, 5, 7).folder != states.folder
+    states.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_state_is_left_out_with_a_warning(monkeypatch, tmp_path, caplog):
+    made_up_corpora(monkeypatch)
+    scale = dataclasses.replace(TINY, multiples=(1,), questions=1)
+    states = RunStates(tmp_path / "lab.jsonl", ARMS["hsa"], scale, 5, 2)
+    first = run_arm(ARMS["hsa"], scale, 5, device=CPU, steps=2, states=states)
+    (state,) = states.folder.glob("step-2/state.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    again = run_arm(ARMS["hsa"], scale, 5, device=CPU, steps=2, states=states)
+    assert "the run begins anew" in caplog.text and without_seconds(again) == without_seconds(first)
+
+
+def test_the_curve_holds_the_loss_of_every_text_and_ends_as_perplexity_is_measured(monkeypatch):
+    made_up_corpora(monkeypatch)
+    scale = dataclasses.replace(
+        TINY, multiples=(1,), questions=1, points=2, curve_multiples=(1, 2), distractors=2,
+        crowded_multiples=(1,),
+    )  # fmt: skip
+    record = run_arm(ARMS["text_full_rope"], scale, 5, device=CPU, steps=4)
+    recipe = ARMS["text_full_rope"].recipe(scale, 4)
+    assert [point["step"] for point in record["learning"]] == [3, 4]  # the last stage is 3 and 4
+    every = [stage.steps * stage.batch * stage.tokens for stage in recipe.stages]
+    assert record["learning"][1]["seen"] == sum(every)
+    row, longer = record["learning"][1]["rows"]
+    assert row == record["found"]["perplexity"][0] and longer["tokens"] == 2 * row["tokens"]
+    assert len(row["losses"]) == scale.texts
+    assert np.exp(np.mean(row["losses"])) == pytest.approx(row["perplexity"], rel=1e-4)
+    (crowded,) = record["found"]["crowded"]
+    assert sum(crowded["right"]) == crowded["correct"] and len(crowded["right"]) == 1

@@ -162,9 +162,8 @@ def _start(
     """Start a worker process and return the link to it."""
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     link, other = context.Pipe()
-    process = context.Process(
-        target=_work, args=(other, scale, steps, device, jobs, path, deadline)
-    )
+    work = (other, scale, steps, device, jobs, path, deadline)
+    process = context.Process(target=_work, args=work)
     with without_interrupts():
         process.start()
     other.close()  # only the worker holds this end now, so the link ends when the worker does

@@ -22,8 +22,8 @@ class Scale:
     tail: tokens scored at the end of each text.
     points: how many times in the last stage the held-out loss is measured, at the lengths of
     `curve_multiples`.
-    distractors: further needles in the texts of the measure "crowded", which is S-NIAH at the lengths
-    of `crowded_multiples`; 0: it is not measured.
+    distractors: further needles in the texts of the measure "crowded", which is S-NIAH at the
+    lengths of `crowded_multiples`; 0: it is not measured.
     crowds: for the scale "capacity", which is measured in texts crowded with needles only.
     """
 

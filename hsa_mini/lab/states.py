@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from hsa_mini.checkpoint.training_state import (
@@ -60,3 +61,5 @@ class RunStates:
     def remove(self) -> None:
         """Remove the folder, when the record of the run is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # other runs have folders here, or there is none
+            self.folder.parent.rmdir()

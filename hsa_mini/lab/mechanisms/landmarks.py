@@ -62,7 +62,8 @@ class BestLandmark(HSA):
             indices = best_chunks(scores, config.top_k, position, gumbel_seed)
             weights = weigh(kept(scores, indices), indices < 0, "softmax")
             heads = (-1, -1, config.hsa_kv_heads, -1)
-            indices, weights = indices.int().expand(heads), weights.expand(heads)
+            indices = indices.int().expand(heads)
+            weights = weights.expand(heads)
             out = source.attend(self.q_norm(q), indices, weights)
         return self.out(out.flatten(-2)), Retrieval(queries, indices, weights), None
 
