@@ -762,6 +762,27 @@ def test_a_tempered_score_is_a_cosine_times_the_temperature():
     assert_close(weights, best.values.softmax(-1), 1e-5)  # eps of the norm
 
 
+@pytest.mark.parametrize(
+    "arm",
+    {arm.model: arm for arm in SETTLED_ARMS.values() if arm.model is not HSAModel}.values(),
+    ids=lambda arm: arm.name,
+)
+def test_other_mechanisms_run_in_16_bits_as_on_a_gpu(arm):
+    ids = some_ids(48)
+    exact = made(arm, torch.float32).train()
+    want = exact(ids, gumbel_noise=False).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = exact(ids, gumbel_noise=False).logits
+    got.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in exact.parameters())
+    half = exact.bfloat16().eval()
+    with torch.no_grad():
+        memory = ChunkMemory(half.config)
+        parts = [half(part, memory).logits for part in ids.split(20, dim=1)]
+    for found in (got, torch.cat(parts, dim=1)):
+        assert error(found, want) < 0.1  # a chunk may be chosen otherwise
+
+
 # Measuring
 
 

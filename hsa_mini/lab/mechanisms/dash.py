@@ -58,7 +58,7 @@ class SummaryEncoder(WithoutCLS):
 class DashLayer(JointAttention):
     """Keeps every chunk with an entmax weight above 0."""
 
-    def choose(self, x, q, source, *, position, gumbel_seed):
+    def choose(self, q, calibration, source, *, position, gumbel_seed):
         weights = self.weights(q, source.landmarks, position)
         indices = best_chunks(
             weights.masked_fill(weights == 0, HIDDEN), MAX_CHOSEN, position, gumbel_seed=None

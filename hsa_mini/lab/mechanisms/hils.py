@@ -90,8 +90,10 @@ class HiLSAttention(JointAttention):
         self.narrow = nn.Linear(config.width, rank, bias=False)
         self.widen = nn.Linear(rank, config.hsa_heads * config.hsa_head_dim, bias=False)
 
-    def choose(self, x, q, source, *, position, gumbel_seed):
-        calibration = self.widen(self.narrow(x)).to(q.dtype).unflatten(-1, (-1, q.shape[-1]))
+    def calibrate(self, x: torch.Tensor) -> torch.Tensor:
+        return self.widen(self.narrow(x)).unflatten(-1, (-1, self.config.hsa_head_dim))
+
+    def choose(self, q, calibration, source, *, position, gumbel_seed):
         masses = estimated_masses(q + calibration, source.landmarks)
         seen = visible(masses, position, self.config.chunk_size)
         masses = masses.masked_fill(~seen, HIDDEN)

@@ -84,6 +84,7 @@ class JointAttention(HSA):
         """near: keys and values [B, P+T, J, D] of the window, those of x last."""
         assert document_starts is None, "the laboratory reads one document a row"
         q = self.q(x).unflatten(-1, (-1, self.config.hsa_head_dim))
+        calibration = self.calibrate(x)
         with torch.autocast(x.device.type, enabled=False):
             q = self.q_norm(q)
             exact = torch.promote_types(q.dtype, torch.float32)
@@ -92,7 +93,7 @@ class JointAttention(HSA):
                 *(part.to(exact) for part in (rotated, *near)), window=self.config.window
             )
             indices, far_masses = self.choose(
-                x, q.to(exact), source, position=position, gumbel_seed=gumbel_seed
+                q.to(exact), calibration, source, position=position, gumbel_seed=gumbel_seed
             )
             shares = torch.cat((near_mass[..., None], far_masses), dim=-1).softmax(-1)
             out = (shares[..., :1] * inside).to(q.dtype)
@@ -100,10 +101,14 @@ class JointAttention(HSA):
         groups = shares[..., 1:].unflatten(2, (indices.shape[2], -1)).mean(3)  # [B, T, J, K]
         return self.out(out.flatten(-2)), Retrieval(q, indices.int(), groups), None
 
+    def calibrate(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What `choose` adds to its queries, [B, T, H, D]; None: nothing."""
+        return None
+
     def choose(
         self,
-        x: torch.Tensor,
         q: torch.Tensor,
+        calibration: torch.Tensor | None,
         source: DeviceChunks,
         *,
         position: int,
