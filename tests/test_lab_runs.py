@@ -286,6 +286,31 @@ def test_two_arms_from_the_command_line(tmp_path):
     assert process.returncode == 0 and (tmp_path / "lab.jsonl").read_bytes() == before
 
 
+def test_runs_that_are_out_of_time_go_on_with_the_same_command(tmp_path):
+    words = ("--arms", "hsa", "hils", "--seeds", "3", "--steps", "3")
+    process = start(tmp_path, *words, "--minutes", "0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == (
+        "2 runs were missing, 0 are now in lab.jsonl; the same command goes on with the other 2\n"
+    )
+    (states,) = (tmp_path / "lab.runs").iterdir()
+    assert states.name.startswith("hsa-3-") and (states / "step-1").is_dir()
+    process = start(tmp_path, *words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == "2 runs were missing and are now in lab.jsonl\n"
+    assert not (tmp_path / "lab.runs").exists()
+    records = {record["arm"]: record for record in read_records(tmp_path / "lab.jsonl")}
+    assert records["hsa"]["curve"]["step"] == [1, 2, 3] and "hils" in records
+    process = start(tmp_path, "--arms", "hsa", "dash_attention", "--seeds", "4", "--plan")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    hsa, dash, total = out.splitlines()
+    assert re.fullmatch(r"  hsa +1 x [\d.]+ min", hsa) and dash.endswith("(as other arms)")
+    assert re.fullmatch(r"2 runs are missing, 3 at once: \d+ min, \d+ calls of 9 min", total)
+
+
 def descendants(pid: int) -> set[int]:
     listed = subprocess.run(
         ["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True

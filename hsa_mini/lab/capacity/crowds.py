@@ -13,13 +13,12 @@ from hsa_mini.tasks.sentences import encode
 class Crowds:
     """What a model of the grid is asked.
 
-    tokens: of a text. needles: the numbers of needles in a text; 17 tokens are a needle, so 240
-    would fill it. top_k: the numbers of chunks kept. questions: for each pair of both, each in a
-    text of its own.
+    tokens: of a text. needles: the numbers of needles in a text, which 214 of them would fill.
+    top_k: the numbers of chunks kept. questions: for each pair of both, each in a text of its own.
     """
 
     tokens: int = 4096
-    needles: tuple[int, ...] = (8, 32, 64, 128, 224)
+    needles: tuple[int, ...] = (8, 32, 64, 128, 192)
     top_k: tuple[int, ...] = (4, 8, 16, 32)
     questions: int = 64
 

@@ -94,6 +94,7 @@ class HiLSAttention(JointAttention):
         return self.widen(self.narrow(x)).unflatten(-1, (-1, self.config.hsa_head_dim))
 
     def choose(self, q, calibration, source, *, position, gumbel_seed):
+        assert calibration is not None
         masses = estimated_masses(q + calibration, source.landmarks)
         seen = visible(masses, position, self.config.chunk_size)
         masses = masses.masked_fill(~seen, HIDDEN)

@@ -141,7 +141,7 @@ class TemperedHSA(HSA):
 
     def __init__(self, config: HSAConfig) -> None:
         super().__init__(config)
-        self.retrieval_norm = Unit()
+        self.register_module("retrieval_norm", Unit())
         self.temperature = nn.Parameter(torch.ones(config.retrieval_heads))
 
     def _queries(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +153,7 @@ class Tempered(Variant):
     """HSA whose scores are cosines times a learned temperature."""
 
     def change(self) -> None:
-        self.encoder.landmark_norm = Unit()
+        self.encoder.register_module("landmark_norm", Unit())
         for block in self.upper:
             if block.hsa is not None:
                 block.hsa = TemperedHSA(self.config)
