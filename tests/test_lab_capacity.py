@@ -132,3 +132,23 @@ def test_the_law_of_records_is_printed():
     assert fit(measured).capacity(32, 64, 8, 1, 0.5) == pytest.approx(0.5, rel=0.1)
     assert "S 32  R 64   K 8   M 2" in text and "10 points" in text
     assert format_law([]) == "no run of the grid yet"
+
+
+def test_the_picture_shows_measured_shares_and_the_law():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from hsa_mini.viz.training import capacity
+
+    measured = [Point(n, 32, 64, 8, M, round(60 / (1 + n)), 60) for M in (1, 2) for n in (0.1, 1.0)]
+    law = fit(measured)
+    ax = Figure().subplots()
+    capacity(ax, measured, law)
+    marks, line, *_ = ax.lines
+    assert marks.get_xdata().tolist() == [0.1, 1.0]
+    assert marks.get_ydata().tolist() == [round(60 / 1.1) / 60, 0.5]
+    assert line.get_ydata()[-1] == pytest.approx(law.accuracy(1.0, 32, 64, 8, 1))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "S 32, R 64, K 8, M 1",
+        "S 32, R 64, K 8, M 2",
+    ]

@@ -147,3 +147,20 @@ def test_arms_that_overlap_get_more_seeds():
     assert touching(judged(0.41, seeds=5)) == []
     # Records of the settled scale are none of the first.
     assert {f.verdict for f in judge([record("hsa", 0)])} == {NOT_RUN}
+
+
+def test_the_picture_of_a_ratio_has_its_points_and_its_band():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from hsa_mini.viz.training import ratio_curves
+
+    points = [
+        curves.Ratio(2_000_000, 512, 1.1, 1.0, 1.2),
+        curves.Ratio(4_000_000, 512, 0.9, 0.8, 1),
+    ]
+    ax = Figure().subplots()
+    ratio_curves(ax, {"HSA / full attention": points})
+    assert ax.lines[0].get_xydata().tolist() == [[2.0, 1.1], [4.0, 0.9]]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 0.8 and band[:, 1].max() == 1.2

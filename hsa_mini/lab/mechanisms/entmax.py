@@ -9,7 +9,7 @@ import torch
 
 def entmax15(scores: torch.Tensor) -> torch.Tensor:
     """Weights along the last axis, [..., N] -> [..., N]; -inf gets 0, a row of only -inf gets 0."""
-    weights: torch.Tensor = _Entmax15.apply(scores)  # type: ignore[assignment]
+    weights: torch.Tensor = _Entmax15.apply(scores)
     return weights
 
 
@@ -37,7 +37,7 @@ class _Entmax15(torch.autograd.Function):
         return root.square()
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
+    def backward(ctx, gradient):
         (root,) = ctx.saved_tensors  # the square root of the weights
         product = gradient * root
         total = root.sum(-1, keepdim=True).clamp(min=torch.finfo(root.dtype).tiny)

@@ -18,6 +18,7 @@ dimension, N chunks, S chunk size, K chunks kept.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ class JointAttention(HSA):
         )
         return apply_rope(self.near_norm(k), self._table(x, position)), v
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: torch.Tensor,
         source: DeviceChunks,
@@ -159,8 +160,8 @@ class JointBlock(Block):
         end = position + k.shape[1]
         if cache is not None:
             k, v = cache.in_front_of(k, v, position)
-        attention = partial(self.hsa, near=(k, v))
-        x = x + attend_chunks(attention, normed)  # type: ignore[arg-type]
+        attention: Any = partial(self.hsa, near=(k, v))
+        x = x + attend_chunks(attention, normed)
         return x + self.mlp(self.mlp_norm(x)), RollingKVCache.from_order(k, v, end, window)
 
 

@@ -105,10 +105,9 @@ def touching(findings: Iterable[ClaimFinding]) -> list[str]:
     for finding in findings:
         for comparison in finding.claim.comparisons:
             both = (comparison.better, comparison.worse)
-            spreads = [finding.numbers[comparison.by].get(arm) for arm in both]
-            if None not in spreads and _overlap(*spreads):  # type: ignore[arg-type]
-                few = (arm for arm, x in zip(both, spreads) if len(x.values) < MORE_SEEDS)  # type: ignore[union-attr]
-                arms |= dict.fromkeys(few)
+            found = finding.numbers[comparison.by]
+            if all(arm in found for arm in both) and _overlap(*(found[arm] for arm in both)):
+                arms |= dict.fromkeys(arm for arm in both if len(found[arm].values) < MORE_SEEDS)
     return list(arms)
 
 
