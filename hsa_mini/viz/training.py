@@ -139,7 +139,7 @@ def ratio_curves(ax: Axes, curves: Mapping[str, Sequence[Ratio]]) -> None:
 
 def capacity(ax: Axes, points: Sequence[Point], law: Law) -> None:
     """The share of right answers against the needles in a chunk: marks are measured, lines are the
-    law. One colour for each group of equal S, R, K and M.
+    law. One colour for each group of equal S, R, K and M, for the first five of them.
     """
     groups: dict[tuple[int, ...], list[Point]] = {}
     for point in points:
