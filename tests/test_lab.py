@@ -83,7 +83,7 @@ def filled(config, chunks: int) -> ChunkMemory:
 # What makes arms comparable
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("scale", [SCALES["lab"], TINY], ids=["lab", "tiny"])
 def test_arms_have_equal_parameters_and_see_equally_many_tokens(scale):
     base = ARMS["hsa"]
     for arm in EVERY_ARM.values():
@@ -92,7 +92,6 @@ def test_arms_have_equal_parameters_and_see_equally_many_tokens(scale):
         else:
             mine = arm.parameters(scale)[arm.counted]
             others = arm.share * base.parameters(scale)[arm.counted]
-            # One step of the widths is a third of a per cent of the small scale's parameters.
             assert abs(mine / others - 1) < 0.01, (arm.name, mine, others)
         stages, usual = (
             [(s.steps, s.batch, s.tokens, s.text_weight) for s in a.recipe(scale).stages]
