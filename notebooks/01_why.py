@@ -21,6 +21,8 @@
 #
 # **Time:** 15 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is. You know that
 # softmax turns numbers into shares that add up to 1. You need no GPU and no trained model.
+#
+# [← 00 start](00_start.ipynb) · [02 chunks →](02_chunks.ipynb)
 
 # %%
 from functools import partial

@@ -24,6 +24,8 @@
 # **Time:** 20 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 01](01_why.ipynb), or its last
 # idea: a token chooses a few chunks by their landmarks and reads only the tokens of those chunks. You should have seen
 # an attention layer before.
+#
+# [← 01 why](01_why.ipynb) · [map of the course](00_start.ipynb) · [03 retrieval →](03_retrieval.ipynb)
 
 # %%
 import dataclasses

@@ -23,6 +23,8 @@
 # **Time:** 25 minutes to read, half a minute to run on two CPU cores. **Needs:** notebooks [03](03_retrieval.ipynb) and
 # [04](04_fusion.ipynb), or at least this: retrieval gives every token K chunks with weights. The last part uses the
 # trained model that comes with the repository.
+#
+# [← 04 fusion](04_fusion.ipynb) · [map of the course](00_start.ipynb) · [06 forward kernel →](06_forward_kernel.ipynb)
 
 # %%
 import json

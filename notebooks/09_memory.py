@@ -24,6 +24,8 @@
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
 # least windows, chunks and retrieval. You need no GPU. The last part uses the trained model that comes with the
 # repository.
+#
+# [← 08 retrieval and decode kernels](08_retrieval_and_decode_kernels.ipynb) · [map of the course](00_start.ipynb) · [10 model and experts →](10_model_and_experts.ipynb)
 
 # %%
 import dataclasses

@@ -23,6 +23,8 @@
 #
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
 # least what a block of a transformer is. No GPU.
+#
+# [← 09 memory](09_memory.ipynb) · [map of the course](00_start.ipynb) · [11 training →](11_training.ipynb)
 
 # %%
 import dataclasses

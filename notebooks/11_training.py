@@ -26,6 +26,8 @@
 #
 # **Time:** 35 minutes to read, one minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
 # least windows, chunks and retrieval. No GPU.
+#
+# [← 10 model and experts](10_model_and_experts.ipynb) · [map of the course](00_start.ipynb) · [12 sixteen million →](12_sixteen_million.ipynb)
 
 # %%
 import csv

@@ -24,6 +24,8 @@
 # **Time:** 25 minutes to read, a minute to run on two CPU cores. **Needs:** [notebook 09](09_memory.ipynb), or at least
 # chunks, landmarks and early exit. No GPU. This notebook asks trained models that come with the repository. Longer
 # evaluations ran earlier on a GPU, and the notebook reads their results from files.
+#
+# [← 11 training](11_training.ipynb) · [map of the course](00_start.ipynb) · [13 laboratory →](13_laboratory.ipynb)
 
 # %%
 import dataclasses

@@ -24,6 +24,8 @@
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb) for the
 # mechanism and [notebook 11](11_training.ipynb) for the training, or at least what windows, chunks and retrieval are.
 # No GPU: the long runs were made earlier, and this notebook reads them from a file.
+#
+# [← 12 sixteen million](12_sixteen_million.ipynb) · [map of the course](00_start.ipynb)
 
 # %%
 import json
