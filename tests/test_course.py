@@ -135,12 +135,14 @@ def test_a_header_without_a_part_is_refused(tmp_path):
 def drawing_share(code: str) -> float:
     """The share of the lines of statements that draw.
 
-    A statement draws if it uses a name imported from `hsa_mini.viz`, or a figure or axes. Of a
-    function that takes these, the whole body draws; of a loop, only the statements that do.
+    A statement draws if it uses a figure or axes, or a name imported from `hsa_mini.viz` (but the
+    names of numbers and colours in `style`). A function that does draws as a whole; of a loop, only
+    the statements that do.
     """
     tree = ast.parse(code)
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    viz = [node for node in nodes if (node.module or "").startswith("hsa_mini.viz")]
+    viz = [node for node in nodes if str(node.module).startswith("hsa_mini.viz")]
+    viz = [node for node in viz if node.module != "hsa_mini.viz.style"]
     names = DRAWN_ON | {alias.asname or alias.name for node in viz for alias in node.names}
 
     def draws(node: ast.AST) -> bool:
