@@ -18,7 +18,8 @@
 # * choose your way through the course, and find the notebook, the code and the test behind every equation,
 # * say which of the paper's claims hold here, which differ, and which nobody tried.
 #
-# **Time:** 10 minutes to read, two minutes to run on two CPU cores. **Needs:** Nothing. You need no GPU.
+# **Time:** 10 minutes to read, two minutes to run on two CPU cores, and from the second time on a few
+# seconds. **Needs:** Nothing. You need no GPU.
 #
 # [01 why →](01_why.ipynb)
 
@@ -44,12 +45,14 @@ TOKENS = int(os.environ.get("HSA_MINI_TOKENS", 1_048_576))  # at least 1,024
 # ## Find it
 #
 # The next cell reads 1,048,576 tokens of plays, program code and documentation, which the model never saw in training.
-# It reads them **once**, in about READTIME on two CPU cores, and stores what the model remembers: 16,384 chunks, 0.6 GB, in
-# `~/.cache/hsa-mini/start` (delete the folder when you like). From the second time on it takes a second or two.
+# It reads them **once**. We measured two minutes of one processor core for this, so it takes about a minute on two.
+# The cell stores what the model remembers, 16,384 chunks in 0.6 GB, in the folder `~/.cache/hsa-mini/start`, which you
+# may delete. From the second time on, the cell only loads it.
 #
 # Then it hides six sentences such as *The secret code of QXZB is 482913.* in the text and asks for one of them. The
-# model reads again only the tokens near the sentences, which gives exactly the same numbers as reading everything. **You should see** the six digits, the word
-# *right*, and a high score for the chunk with the needle.
+# model reads again only the tokens near these sentences. This gives the same numbers as reading everything, in 1.5
+# seconds of one core. **You should see** the six digits, the word *right*, and a high score for the chunk with the
+# needle.
 #
 # Move the lens over the chunks with the mouse or the arrow keys. `PageUp` and `PageDown` go to the next chunk that a
 # layer kept, and below you can read it. Change the depth (0 is the beginning of the text, 1 its end) or the seed, which
@@ -74,8 +77,8 @@ print("a layer read the chunk with the needle:", found.retrieved)
 #
 # ## The map of the course
 #
-# Start with 01 and go on in order. Or begin where you like: lines in the picture lead from what a notebook needs to the notebook. Each part
-# can be read alone.
+# Start with 01 and go on in order. Or begin where you like: each part can be read alone. An arrow in the picture leads
+# from a notebook to one that builds on it.
 
 # %%
 headers = course.read_headers(Path.cwd())
@@ -112,9 +115,10 @@ Markdown(course.paper_table())
 #
 # The paper's claims, and what became of them here. *Reproduced*: our numbers show the same. *Different in small*: our
 # small models show the opposite. *Not reproduced*: we see no clear difference. *Not attempted*: nobody tried it here.
-# The notebook computes verdicts from the result files. For the three needle tasks the rule is: among 16 million
-# tokens `mini` answers at least as large a share of the questions as the paper's 8B. (Its questions have the form of its
-# training, so this says nothing about language.) For the ten claims about parts of the model, [notebook 13](13_laboratory.ipynb) explains the rule.
+# Most verdicts are computed from the result files. For the three needle tasks the rule is: among 16 million tokens
+# `mini` answers at least as large a share of the questions as the paper's 8B. (Its questions have the form of its
+# training, so this says nothing about language.) For the ten claims about parts of the model,
+# [notebook 13](13_laboratory.ipynb) explains the rule.
 
 # %%
 Markdown(course.claim_table())

@@ -90,8 +90,7 @@ def summary(finding: NeedleFinding) -> str:
     ]
     read = f"read by layer {' and '.join(layers)}" if layers else "read by no layer"
     chunks = " and ".join(f"{chunk:,}" for chunk in finding.needle_chunks)
-    seconds = finding.prefill_seconds + finding.decode_seconds
     return (
-        f"{finding.question} {finding.answer} ({verdict}, {seconds:.1f} s). The needle stands in "
+        f"{finding.question} {finding.answer.rstrip('.')} ({verdict}). The needle stands in "
         f"chunk {chunks} of {finding.scores.shape[1]:,}, {read}."
     )
