@@ -21,6 +21,8 @@
 #
 # **Time:** 15 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is. You know that
 # softmax turns numbers into shares that add up to 1. You need no GPU and no trained model.
+#
+# [← 00 start](00_start.ipynb) · [02 chunks →](02_chunks.ipynb)
 
 # %%
 from functools import partial
@@ -30,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_mini import PRESETS
 from hsa_mini.reference import chunk_attention, decode, retrieve, sliding_window_attention
-from hsa_mini.viz import Control, explore, make_figure, plots, show
+from hsa_mini.viz import Control, explore, plots, show
+from hsa_mini.viz.course import side_by_side
+from hsa_mini.viz.style import length_name
 
 # %% [markdown]
 # ## Twelve tokens
@@ -318,13 +322,11 @@ def sees(layer, x):
 
 
 # %%
-figure = make_figure(11, 4.4)
 window_of_4 = partial(window_layer, window=4)
 layers_to_compare = {"full attention": full_layer, "window of 4": window_of_4, "HSA, K = 1": hsa_layer}
-for ax, (name, layer) in zip(figure.subplots(1, 3), layers_to_compare.items()):
-    plots.reach_map(ax, sees(layer, x), tokens=WORDS, token=11, title=name)
+maps = {name: sees(layer, x) for name, layer in layers_to_compare.items()}
 show(
-    figure,
+    side_by_side.reach_maps(maps, tokens=WORDS, token=11),
     "Three triangular maps show which token sees which. Full attention fills the whole triangle. The window of 4 fills "
     "a band along the diagonal. HSA fills whole chunks that are complete, including far ones, and it leaves the newest "
     "tokens empty.",
@@ -352,17 +354,23 @@ def layer_named(method, window, K):
     return {"full": full_layer, "window": near, "HSA": far, "window + HSA": both}[method]
 
 
-def draw_reach(figure, method, window, K, token):
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    changed = sees(layer_named(method, window, K), x)
-    plots.reach_map(left, changed, tokens=WORDS, token=token, title=method)
+def weights_by_chunk(token, K):
+    """What retrieval gives to each of the three chunks."""
     indices, weights = choose_chunks(x, 4, K)
-    per_chunk = [weights[token][indices[token] == i].sum().item() for i in range(3)]
-    plots.chunk_grid(right, WORDS, 4, token=token, weights=per_chunk)
-    right.set_title(f"what retrieval gives to token {token}", fontsize=11)
+    return [weights[token][indices[token] == i].sum().item() for i in range(3)]
+
+
+def count_seen(method, token, changed):
+    """What a token sees, in words."""
     count = changed[token].sum().item()
     seven = "yes" if changed[token, 3] else "no"
     return f"{method}: token {token} ({WORDS[token]}) sees {count} of {token + 1} tokens. Does it see the 7? {seven}."
+
+
+def draw_reach(figure, method, window, K, token):
+    changed = sees(layer_named(method, window, K), x)
+    side_by_side.reach_and_chunks(figure, changed, weights_by_chunk(token, K), WORDS, 4, token=token, title=method)
+    return count_seen(method, token, changed)
 
 
 # %%
@@ -437,24 +445,33 @@ print("formula :", hsa_flop(tokens, S, K, H, D, R))
 LENGTHS = [2**n for n in range(12, 25)]
 
 
-def draw_costs(figure, length, K):
+def costs_of(K):
+    """FLOP of one token in one layer, by method, at all LENGTHS."""
     H, D = big.hsa_heads, big.hsa_head_dim
-    costs = {
+    return {
         "full attention": [full_flop(T, H, D) for T in LENGTHS],
         "HSA": [hsa_flop(T, big.chunk_size, K, H, D, big.retrieval_dim) for T in LENGTHS],
         f"window of {big.window}": [window_flop(T, big.window, H, D) for T in LENGTHS],
     }
-    plots.cost_curves(figure.subplots(), LENGTHS, costs, at=length, ylabel="FLOP, one token, one layer")
-    full, hsa, window = (costs[name][LENGTHS.index(length)] for name in costs)
+
+
+def compare_costs(length, K):
+    """The costs at one length, in words."""
+    full, hsa, window = (flop[LENGTHS.index(length)] for flop in costs_of(K).values())
     flop = f"full {full:.1e} FLOP, HSA {hsa:.1e}, window {window:.1e}"
-    return f"At {plots.length_name(length)} tokens, K={K}: {flop}; full / HSA = {full / hsa:.1f}."
+    return f"At {length_name(length)} tokens, K={K}: {flop}; full / HSA = {full / hsa:.1f}."
+
+
+def draw_costs(figure, length, K):
+    plots.cost_curves(figure.subplots(), LENGTHS, costs_of(K), at=length, ylabel="FLOP, one token, one layer")
+    return compare_costs(length, K)
 
 
 explore(
     draw_costs,
     alt="FLOP of one new token against context length, on logarithmic axes: the curve of full attention rises, the "
     "curves of window and HSA hardly rise.",
-    length=Control([(plots.length_name(n), n) for n in LENGTHS], start=million_16, label="context length"),
+    length=Control([(length_name(n), n) for n in LENGTHS], start=million_16, label="context length"),
     K=Control([1, 4, 16, 64, 256], start=64, label="chunks kept K"),
 )
 

@@ -24,6 +24,8 @@
 # **Time:** 20 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 01](01_why.ipynb), or its last
 # idea: a token chooses a few chunks by their landmarks and reads only the tokens of those chunks. You should have seen
 # an attention layer before.
+#
+# [← 01 why](01_why.ipynb) · [map of the course](00_start.ipynb) · [03 retrieval →](03_retrieval.ipynb)
 
 # %%
 import dataclasses
@@ -33,7 +35,8 @@ from torch.nn.functional import cosine_similarity
 
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.reference import retrieve, sliding_window_attention
-from hsa_mini.viz import Control, explore, make_figure, plots, show
+from hsa_mini.viz import Control, explore, plots, show
+from hsa_mini.viz.course import side_by_side
 
 # %% [markdown]
 # ## Twelve tokens, three chunks
@@ -138,17 +141,27 @@ print("token 11 chooses chunk", indices[11].item(), "=", " ".join(WORDS[indices[
 
 
 # %%
-def draw_chunks(figure, S, token, K):
+def weights_by_chunk(S, token, K):
+    """What a token gives to each chunk of S words."""
     chunks, _ = split_into_chunks(hidden, S)
     indices, weights = choose(hidden, mean_landmarks(chunks), S, K)
-    per_chunk = [weights[token][indices[token] == i].sum().item() for i in range(len(chunks))]
-    plots.chunk_grid(figure.subplots(), WORDS, S, token=token, weights=per_chunk)
+    return [weights[token][indices[token] == i].sum().item() for i in range(len(chunks))]
+
+
+def name_best(S, token, weights):
+    """The chunk with the largest weight, in words."""
     this_token = f"Token {token} ({WORDS[token]}) with S={S}"
-    if indices[token, 0] < 0:
+    if not any(weights):
         return f"{this_token}: no chunk is complete before it, so it retrieves nothing."
-    best = max(range(len(chunks)), key=per_chunk.__getitem__)
+    best = max(range(len(weights)), key=weights.__getitem__)
     words = " ".join(WORDS[best * S : best * S + S])
-    return f"{this_token}: chunk {best} has the largest weight ({per_chunk[best]:.2f}): {words}."
+    return f"{this_token}: chunk {best} has the largest weight ({weights[best]:.2f}): {words}."
+
+
+def draw_chunks(figure, S, token, K):
+    weights = weights_by_chunk(S, token, K)
+    plots.chunk_grid(figure.subplots(), WORDS, S, token=token, weights=weights)
+    return name_best(S, token, weights)
 
 
 explore(
@@ -381,16 +394,24 @@ SUMMARIES = {
 }
 
 
-def draw_orders(figure, order, chunk):
+def angles_of(order, chunk):
+    """Degrees between the summaries of a chunk before and after reordering."""
     original = chunks[chunk : chunk + 1]
     reordered = original[:, list(ORDERS[order])]
-    angles = [angle_between(summary(original), summary(reordered)) for summary in SUMMARIES.values()]
-    ax = figure.subplots()
-    plots.weight_bars(ax, angles, list(SUMMARIES), limit=60, digits=0)
-    ax.set_xlabel("angle between the summaries before and after, in degrees")
+    return [angle_between(summary(original), summary(reordered)) for summary in SUMMARIES.values()]
+
+
+def name_angles(order, chunk, angles):
+    """The order and the angles, in words."""
     words = " ".join(WORDS[chunk * 4 + i] for i in ORDERS[order])
     named = (f"{name} {angle:.0f}°" for name, angle in zip(SUMMARIES, angles))
     return f"Order: {words}. Angles: {', '.join(named)}."
+
+
+def draw_orders(figure, order, chunk):
+    angles = angles_of(order, chunk)
+    side_by_side.angle_bars(figure.subplots(), angles, list(SUMMARIES))
+    return name_angles(order, chunk, angles)
 
 
 explore(
@@ -425,14 +446,13 @@ for name, source in sources.items():
     print(f"{name}: similarity of chunk 1 to `code`: {similarity:.2f}")
 
 # %%
-figure = make_figure(9, 3.2)
 labels = [" ".join(WORDS[i * 3 : i * 3 + 3]) for i in range(4)]
-for ax, (name, source) in zip(figure.subplots(1, 2), sources.items()):
+similarities = {}
+for name, source in sources.items():
     means = mean_landmarks(split_into_chunks(source, 3)[0])
-    plots.weight_bars(ax, cosine_similarity(hidden[11][None], means), labels, limit=0.7)
-    ax.set(title=name, xlabel="similarity to `code`")
+    similarities[name] = cosine_similarity(hidden[11][None], means)
 show(
-    figure,
+    side_by_side.bars(similarities, labels, limit=0.7, xlabel="similarity to `code`"),
     "Two bar charts show how similar each of four chunks of three words is to the query code. With bare words, the "
     "similarity of 7 birds sing is zero. After a window layer, it is not.",
 )

@@ -21,6 +21,8 @@
 #
 # **Time:** 25 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 02](02_chunks.ipynb), or just
 # this: a chunk is $S$ tokens, and a landmark is one vector that stands for a chunk.
+#
+# [← 02 chunks](02_chunks.ipynb) · [map of the course](00_start.ipynb) · [04 fusion →](04_fusion.ipynb)
 
 # %%
 import torch

@@ -19,7 +19,9 @@
 # * show why this blend teaches the model *which chunks to retrieve*, and why the most natural alternative does not.
 #
 # **Time:** 25 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is and what
-# softmax does. Notebook 03 helps. This notebook repeats the parts of it that it needs.
+# softmax does. [Notebook 03](03_retrieval.ipynb) helps; this notebook repeats the parts of it that it needs.
+#
+# [← 03 retrieval](03_retrieval.ipynb) · [map of the course](00_start.ipynb) · [05 layer →](05_layer.ipynb)
 
 # %%
 from dataclasses import dataclass

@@ -23,6 +23,8 @@
 # **Time:** 25 minutes to read, half a minute to run on two CPU cores. **Needs:** notebooks [03](03_retrieval.ipynb) and
 # [04](04_fusion.ipynb), or at least this: retrieval gives every token K chunks with weights. The last part uses the
 # trained model that comes with the repository.
+#
+# [← 04 fusion](04_fusion.ipynb) · [map of the course](00_start.ipynb) · [06 forward kernel →](06_forward_kernel.ipynb)
 
 # %%
 import json
@@ -283,14 +285,18 @@ def share_by_distance(base=None):
     return nearby[:, 15], shares[:, 0], shares[:, 15], shares[:, -1]
 
 
+def name_worst(base, trained, beyond):
+    """The lowest share beyond what training shows, in words."""
+    rope_line = f"RoPE, base {base:,.0f}: the share of `7` falls to {beyond.min():.2f} beyond distance {trained}"
+    return f"{rope_line}; without positions: 1.00."
+
+
 def draw_distances(figure, base, trained=1024):
     """Share of `7` against distance, with RoPE of this base and without positions."""
     distances, *with_rope = share_by_distance(base)
     no_positions = share_by_distance()[2]
     mechanism.distance_curves(figure, distances, with_rope, no_positions, base=base, trained=trained)
-    worst = with_rope[0][distances > trained].min().item()
-    rope_line = f"RoPE, base {base:,.0f}: the share of `7` falls to {worst:.2f} beyond distance {trained}"
-    return f"{rope_line}; without positions: 1.00."
+    return name_worst(base, trained, with_rope[0][distances > trained])
 
 
 # %% [markdown]
@@ -349,14 +355,19 @@ def look_both_ways(distance, window, keep=2):
     return per_chunk, *(share_of("7", out[0, 0, 0]) for out in (near, far))
 
 
-def draw_reach(figure, window, distance):
-    """The tokens that the last token sees; below, how much of `7` each of the two ways finds."""
-    per_chunk, near, far = look_both_ways(distance, window)
-    words = " ".join(text_with_needle(distance)).split()
-    mechanism.window_and_retrieval(figure, words, per_chunk, [near, far], chunk_size=S, window=window)
+def name_shares(window, distance, near, far):
+    """Where the needle is, and what each way finds, in words."""
     where = "inside" if distance < window else "outside"
     shares = f"Share of `7`: {near:.2f} from the window, {far:.2f} from retrieval."
     return f"Needle {distance} tokens back, {where} the window of {window}. {shares}"
+
+
+def draw_reach(figure, window, distance):
+    """The tokens that the last token sees; below, how much of `7` each of the two ways finds."""
+    per_chunk, *shares = look_both_ways(distance, window)
+    words = " ".join(text_with_needle(distance)).split()
+    mechanism.window_and_retrieval(figure, words, per_chunk, shares, chunk_size=S, window=window)
+    return name_shares(window, distance, *shares)
 
 
 # %% [markdown]
@@ -523,17 +534,22 @@ for number, kept in enumerate(finding.retrieved_chunks):
 
 
 # %%
+def name_chunk(rank, number, chunk):
+    """A chunk that an HSA layer kept, in words."""
+    kept = best_first(number)
+    score = finding.scores[number, chunk]
+    what = "it holds the needle" if chunk in finding.needle_chunks else "the needle is not in it"
+    return f"HSA layer {number}: chunk {chunk} is number {rank} of {len(kept)} by score ({score:.1f}); {what}."
+
+
 def draw_reading(figure, rank, number):
     """The scores of one HSA layer, and the text of one of the chunks that it kept."""
     kept = best_first(number)
-    scores = finding.scores[number]
     chunk = kept[rank - 1]
-    needle = finding.needle_chunks
     text = textwrap.fill(" ".join(finding.chunk_text(chunk).split()), 92)
-    name = f"HSA layer {number}"
-    mechanism.scores_and_text(figure, scores, kept, needle, title=name, shown=chunk, text=text)
-    what = "it holds the needle" if chunk in needle else "the needle is not in it"
-    return f"{name}: chunk {chunk} is number {rank} of {len(kept)} by score ({scores[chunk]:.1f}); {what}."
+    look = dict(title=f"HSA layer {number}", shown=chunk, text=text)
+    mechanism.scores_and_text(figure, finding.scores[number], kept, finding.needle_chunks, **look)
+    return name_chunk(rank, number, chunk)
 
 
 explore(

@@ -23,6 +23,8 @@
 # **Time:** 40 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 04](04_fusion.ipynb). You
 # need no GPU: without one, Triton's interpreter runs the kernels, slowly and correctly. With an NVIDIA GPU the kernels
 # run on the GPU, and the last part measures them.
+#
+# [← 05 layer](05_layer.ipynb) · [map of the course](00_start.ipynb) · [07 backward kernel →](07_backward_kernel.ipynb)
 
 # %%
 import json

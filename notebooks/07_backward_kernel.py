@@ -23,6 +23,8 @@
 #
 # **Time:** 35 minutes to read, half a minute to run on two CPU cores. **Needs:** notebooks [04](04_fusion.ipynb) and
 # [06](06_forward_kernel.ipynb), and knowing what a derivative is. You need no GPU.
+#
+# [← 06 forward kernel](06_forward_kernel.ipynb) · [map of the course](00_start.ipynb) · [08 retrieval and decode kernels →](08_retrieval_and_decode_kernels.ipynb)
 
 # %%
 import json

@@ -26,6 +26,8 @@
 # Triton, which is installed with the rest on Linux. You need no GPU: without one, Triton's interpreter runs the same
 # kernels on the processor, slowly. [Notebook 06](06_forward_kernel.ipynb) explains more about kernels, but nothing here
 # depends on it.
+#
+# [← 07 backward kernel](07_backward_kernel.ipynb) · [map of the course](00_start.ipynb) · [09 memory →](09_memory.ipynb)
 
 # %%
 import json

@@ -708,7 +708,7 @@ def test_below_every_figure_stand_its_words(source):
 @each_notebook
 def test_something_is_checked_and_something_moves(source):
     assert any(text.startswith("# NBVAL_CHECK_OUTPUT") for text in cells(source, "code"))
-    assert re.search(r"\bexplore(_map)?\(|\bipywidgets\.", code(source))
+    assert re.search(r"\bexplore(_map|_needle)?\(|\bipywidgets\.", code(source))
 
 
 @each_notebook
@@ -773,8 +773,10 @@ def test_two_exercises_with_folded_solutions_and_a_way_on(source):
 
 
 @each_notebook
-def test_solutions_run_and_pass_their_checks(source, capsys):
+def test_solutions_run_and_pass_their_checks(source, capsys, monkeypatch):
     """As long as a function is blank, its check prints one line that says so."""
+    monkeypatch.setenv("HSA_MINI_TOKENS", "16384")  # of 00, which otherwise reads a million
+    monkeypatch.chdir(FOLDER)
     names: dict = {"__name__": source.stem}
     exec(compile(code(source), traceable(code(source), source.stem), "exec"), names)
     checks = [check.name for check in names.values() if isinstance(check, Check)]
@@ -817,7 +819,7 @@ def checked(source: Path) -> list[str]:
     return re.findall(r"^check_\w+\((\w+)\)$", code(source), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("source", SOURCES[:8], ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES[1:9], ids=lambda path: path.stem)
 def test_three_exercises_say_how_hard_how_important_and_how_long(source):
     said = re.findall(
         r"^\*\*\d\. .+?\*\* \*Difficulty [1-5], importance [1-5], \d+ minutes\.\*",

@@ -16,7 +16,7 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import continue_from
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.tasks.forms import s_niah
-from hsa_mini.tasks.placement import place, tile
+from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import DEMO
 
 MIN_TOKENS = 1024
@@ -77,7 +77,7 @@ class NeedleFinding:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """The model's answer to a prompt, what it retrieved, and the time and memory it took."""
 
     answer: list[int]  # token ids
@@ -109,25 +109,41 @@ def find_needle(
     of range.
     """
     _check_arguments(haystack, tokens, seed)
-    config = model.config
-    tokenizer = load_tokenizer()
     text = tile(haystack, tokens, first)
-    rng = np.random.default_rng((DEMO, seed))
-    problem = s_niah(rng, absent_from=tokenizer.decode(text[: len(haystack)].tolist()))
-    sample = place(
-        rng, problem, tokens=tokens, depth=depth, chunk_size=config.chunk_size, window=config.window
-    )
+    words = load_tokenizer().decode(text[: len(haystack)].tolist())
+    sample = draw_sample(model, words, tokens=tokens, depth=depth, seed=seed)
     ids = sample.apply(text)
     reading = _read(model, torch.from_numpy(ids), len(sample.answer), progress)
+    return report_finding(model, sample, ids, reading, seed=seed)
+
+
+def draw_sample(model: HSAModel, words: str, *, tokens: int, depth: float, seed: int) -> Sample:
+    """One needle to ask for and its five distractors, placed in a text of `tokens` tokens.
+
+    words: a text in which none of the keys occurs. depth and seed: as in `find_needle`.
+    """
+    rng = np.random.default_rng((DEMO, seed))
+    problem = s_niah(rng, absent_from=words)
+    config = model.config
+    return place(
+        rng, problem, tokens=tokens, depth=depth, chunk_size=config.chunk_size, window=config.window
+    )
+
+
+def report_finding(
+    model: HSAModel, sample: Sample, ids: np.ndarray, reading: Reading, *, seed: int
+) -> NeedleFinding:
+    """What the model made of a sample; ids: int64 [tokens], the text with the sample in it."""
+    config = model.config
     needle_chunks = sample.first_chunks(config.chunk_size)
     return NeedleFinding(
-        tokens=tokens,
-        depth=depth,
+        tokens=sample.tokens,
+        depth=sample.depth,
         seed=seed,
         device=str(next(model.parameters()).device),
-        question=problem.question.text.split("\n")[1],
-        expected=problem.question.answer,
-        answer=tokenizer.decode(reading.answer),
+        question=sample.problem.question.text.split("\n")[1],
+        expected=sample.problem.question.answer,
+        answer=load_tokenizer().decode(reading.answer),
         correct=reading.answer == sample.answer.tolist(),
         needle_chunks=needle_chunks,
         retrieved_chunks=reading.retrieved_chunks,
@@ -137,7 +153,7 @@ def find_needle(
         peak_memory_bytes=reading.peak_memory_bytes,
         scores=reading.scores,
         ids=ids,
-        needle_text=problem.sentences[0],
+        needle_text=sample.problem.sentences[0],
         chunk_size=config.chunk_size,
     )
 
@@ -159,7 +175,7 @@ def _read(
     ids: torch.Tensor,
     answer_tokens: int,
     progress: Callable[[int], object] | None,
-) -> _Reading:
+) -> Reading:
     """Read the prompt ids int64 [tokens] and answer it greedily, measuring time and memory."""
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -171,7 +187,7 @@ def _read(
     generation = continue_from(model, output, max_new_tokens=answer_tokens)
     answer = generation.ids[0].tolist()
     decoded = time.perf_counter()
-    return _Reading(
+    return Reading(
         answer=answer,
         retrieved_chunks=[sorted(chunks) for chunks in chunks_retrieved(generation.first)],
         scores=scores,

@@ -22,14 +22,23 @@ from hsa_mini.tasks.placement import Sample
 class Haystack:
     """A text that is encoded once and then answers many questions.
 
-    text: int64 [T] on the model's device.
+    text: int64 [T] on the model's device. progress: called with the number of tokens, as they are
+    read. memory: one that has read this text already; it is then not read again.
     """
 
     def __init__(
-        self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], object] | None = None
+        self,
+        model: HSAModel,
+        text: torch.Tensor,
+        progress: Callable[[int], object] | None = None,
+        *,
+        memory: ChunkMemory | None = None,
     ) -> None:
         self.model = model
         self.text = text
+        if memory is not None:
+            self.memory = memory
+            return
         self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + SEGMENT)
         with torch.no_grad():
             for part in text[None].split(SEGMENT, dim=1):
@@ -48,10 +57,18 @@ class Haystack:
         `sample`, the model then reads only what stands in the last tokens. Afterwards text and
         memory are as they were before, even if an exception or Ctrl-C ends the question.
         """
+        with self.read(sample, remembered=remembered) as output:
+            return continue_from(self.model, output, max_new_tokens=answer_tokens)
+
+    @contextmanager
+    def read(self, sample: Sample, *, remembered: Sample | None = None) -> Iterator[Output]:
+        """Inside the `with` block, which must not record gradients, the model has read the text
+        with the sample in it. Arguments and afterwards: as in `ask`.
+        """
         with self._remembered(remembered or sample):
             with self._written(sample):
                 output = self._read_tail()
-            return continue_from(self.model, output, max_new_tokens=answer_tokens)
+            yield output
 
     @contextmanager
     def _written(self, sample: Sample) -> Iterator[None]:

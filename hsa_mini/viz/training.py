@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hsa_mini.lab.capacity.law import Law, Point
 from hsa_mini.lab.claims import NOT_RUN
@@ -92,6 +93,28 @@ def step_curves(
     ax.set(xlabel="step", xlim=(first, last))
     ax.legend(frameon=False, fontsize=10)
     hide_frame(ax)
+
+
+def loss_and_share(
+    figure: Figure,
+    steps,
+    losses: dict,
+    shares: dict,
+    *,
+    ends: Sequence[int],
+    within: tuple[int, int],
+    share: str = "share",
+    top: float = 1.0,
+) -> None:
+    """Left, losses over the steps; right, shares named `share`, from 0 to `top` or to the largest.
+    The rest is as in `step_curves`.
+    """
+    left, right = figure.subplots(1, 2)
+    step_curves(left, steps, losses, ends=ends, within=within)
+    step_curves(right, steps, shares, ends=ends, within=within)
+    measured = [value for values in shares.values() for value in values if np.isfinite(value)]
+    left.set(ylabel="loss of a batch", ylim=(0, None))
+    right.set(ylabel=share, ylim=(0, 1.02 * max(top, *measured)))
 
 
 def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> None:

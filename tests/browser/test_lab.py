@@ -174,6 +174,7 @@ def _environment(home: Path) -> dict:
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTER_CONFIG_PATH": str(ROOT / "notebooks" / ".jupyter"),
         "PYTHONPATH": path,
+        "HSA_MINI_TOKENS": "16384",  # of 00, which otherwise reads a million
     }
 
 
@@ -337,6 +338,17 @@ def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
         assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
     for image in page.locator(".hsa-picture img").all():  # its labels stay readable
         assert image.evaluate("image => image.clientWidth / image.naturalWidth") > 0.69
+
+
+def test_stored_pictures_are_dark_in_the_dark_theme_before_anything_runs(open_notebook):
+    page = open_notebook("notebooks/03_retrieval.ipynb")
+    menu(page, "Settings", "Theme")
+    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
+    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+    images = page.locator(".jp-OutputArea img")
+    assert images.count() == pictures_of(code_cells("03_retrieval.ipynb"))
+    for image in images.all():
+        assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
 
 
 def code_cells(name: str) -> list[dict]:
