@@ -138,7 +138,7 @@ def test_the_command_makes_a_folder_for_both_loaders(tmp_path, capfd, checkpoint
     capfd.readouterr()
     # The commands of this project read texts with its own tokenizer.
     status, _, said = call(capfd, "perplexity", str(out), "--device", "cpu")
-    assert status == 2 and "has a tokenizer.json of its own" in said and said.count("\n") == 1
+    assert status == 2 and "has a tokenizer of its own" in said and said.count("\n") == 1
     assert call(capfd, "convert", str(checkpoint), str(out), *WORDS)[0] == 0  # it replaces its own
 
 
