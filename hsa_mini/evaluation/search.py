@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.data.encoder import load_encoder
 from hsa_mini.evaluation.demo import (
     NeedleFinding,
     Reading,
@@ -59,14 +59,16 @@ class NeedleSearch:
             if len(text) >= MIN_STORED_TOKENS:
                 memory.save(folder, files={TEXT: content})
         self.haystack = Haystack(model, ids, memory=memory)
-        self._words = load_tokenizer().decode(text.tolist())
+        self._encoder = load_encoder()
+        self._words = self._encoder.decode(text.tolist())
 
     @torch.no_grad()
     def find(self, *, depth: float = 0.5, seed: int = 0) -> NeedleFinding:
         """Hide needles and ask for one of them; depth and seed: as in `find_needle`."""
         model = self.haystack.model
         ids = self.haystack.text
-        sample = draw_sample(model, self._words, tokens=len(ids), depth=depth, seed=seed)
+        options = {"tokens": len(ids), "depth": depth, "seed": seed, "encoder": self._encoder}
+        sample = draw_sample(model, self._words, **options)
         began = time.perf_counter()
         with self.haystack.read(sample) as output:
             scores = retrieval_scores(model, output)
@@ -80,7 +82,8 @@ class NeedleSearch:
             decode_seconds=round(time.perf_counter() - read, 3),
             peak_memory_bytes=peak_memory_bytes(ids.device),
         )
-        return report_finding(model, sample, sample.apply(ids.numpy()), reading, seed=seed)
+        placed = sample.apply(ids.numpy())
+        return report_finding(model, sample, placed, reading, seed=seed, encoder=self._encoder)
 
 
 def _stored(model: HSAModel, content: bytes, folder: Path) -> ChunkMemory | None:
