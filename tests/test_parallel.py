@@ -1,0 +1,165 @@
+"""Training on several processes equals training on one. The processes use gloo, on the CPU."""
+
+import dataclasses
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from material import DEBUG, OPTIONS, build, document_starts, text
+from processes import Processes
+
+from hsa_mini import HSAModel
+from hsa_mini.training.parallel.context import part_bounds, split_sequences
+from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
+from hsa_mini.training.recipes import Recipe, Stage
+
+CPU = torch.device("cpu")
+MOE = dataclasses.replace(DEBUG, experts=4, experts_active=2, expert_width=16)
+STAGE = Stage(steps=20, batch=4, tokens=32, gumbel_noise=False)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    started = Processes(4, tmp_path_factory.mktemp("processes"))
+    yield started
+    started.close()
+
+
+# ---- the mesh
+
+
+def test_a_mesh_is_read_from_text():
+    assert MeshSizes.parse("dp=2,cp=4") == MeshSizes(dp=2, cp=4, ep=1)
+    assert MeshSizes.parse(str(MeshSizes(2, 3, 4))) == MeshSizes(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "dp", "dp=", "dp=x", "dp=-1", "tp=2", "dp=2,dp=2", "dp=2;cp=2"]
+)
+def test_text_that_is_no_mesh_is_refused(wrong):
+    with pytest.raises(ValueError, match="^mesh: got .*, accepted are sizes of dp, cp and ep"):
+        MeshSizes.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    "sizes, config, changes, message",
+    [
+        ("ep=2", DEBUG, {}, "ep=2, accepted for this model are 1"),
+        ("ep=3", MOE, {}, "ep=3, accepted for this model are divisors of the 4 experts"),
+        ("dp=3", MOE, {"batch": 3}, "dp=3 and cp=1, .* divides the width 32"),
+        ("dp=3", DEBUG, {}, "dp=3 and ep=1 for batches of 4 rows"),
+        ("dp=2,ep=4", MOE, {}, "dp=2 and ep=4 for batches of 4 rows"),
+        ("cp=9", DEBUG, {}, "cp=9 for rows of 32 tokens, accepted are at most 8"),
+        ("cp=2", DEBUG, {"queue_chunks": 0}, "with queue_chunks=0 in a stage"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, config, changes, message):
+    recipe = Recipe((dataclasses.replace(STAGE, **changes),))
+    with pytest.raises(ValueError, match=f"^mesh: got .*{message}"):
+        MeshSizes.parse(sizes).check(config, recipe)
+
+
+def other_number() -> str:
+    with pytest.raises(ValueError) as caught:
+        Mesh(MeshSizes(dp=3), CPU)
+    return str(caught.value)
+
+
+def places() -> tuple:
+    mesh = Mesh(MeshSizes(cp=2, ep=2), CPU)
+    ranks = dist.get_process_group_ranks
+    columns = ranks(mesh.expert_mesh.get_group("replicas"))
+    return mesh.data_rank, mesh.cp, ranks(mesh.context), ranks(mesh.experts), columns
+
+
+def test_every_process_has_its_place(processes):
+    message = "mesh: got dp=3,cp=1,ep=1, which is 3 processes, accepted .* the 2 started"
+    assert all(re.match(message, answer) for answer in processes.run(2, other_number))
+    assert processes.run(4, places) == [
+        (0, 0, [0, 2], [0, 1], [0, 2]),
+        (1, 0, [1, 3], [0, 1], [1, 3]),
+        (0, 1, [0, 2], [2, 3], [0, 2]),
+        (1, 1, [1, 3], [2, 3], [1, 3]),
+    ]
+
+
+# ---- context parallelism
+
+CASES = {
+    # tokens, window, other changes of the forward pass
+    "equal parts": (32, 8, {}),
+    "unfinished chunk": (35, 8, {}),
+    "unequal parts": (45, 8, {}),
+    "no window in front": (32, 1, {}),
+    "window over all": (37, 64, {}),
+    "window over several parts": (50, 21, {}),
+    "noise": (35, 8, {"gumbel_seed": 7}),
+    "documents": (46, 14, {"document_starts": document_starts([0, 12, 20], [0, 4, 40], tokens=46)}),
+}
+
+
+def gradients(model: HSAModel) -> dict[str, torch.Tensor]:
+    """The gradients by name, added over all processes if there are several."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+    return found
+
+
+def split_and_whole(option: str, case: str, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest difference of a logit of this process's part, and that of a gradient."""
+    tokens, window, options = CASES[case]
+    ids = text(tokens)
+    factors = torch.randn(2, tokens, DEBUG.vocab_size, generator=torch.manual_seed(1)).to(dtype)
+    whole = build(option, dtype, window=window).train()
+    want = whole(ids, gumbel_noise="gumbel_seed" in options, **options).logits
+    ((want * factors).mean() / dist.get_world_size()).backward()
+    part = build(option, dtype, window=window).train()
+    bounds = part_bounds(tokens, DEBUG.chunk_size, dist.get_world_size())
+    own = slice(*bounds[dist.get_rank() :][:2])
+    options = {name: x[:, own] if name == "document_starts" else x for name, x in options.items()}
+    split_sequences(part, dist.group.WORLD, tokens)
+    got = part(ids[:, own], gumbel_noise="gumbel_seed" in options, **options).logits
+    ((got * factors[:, own]).sum() / want.numel()).backward()
+    found = gradients(part)
+    wanted = gradients(whole)
+    assert found.keys() == wanted.keys()
+    differences = [float((found[name] - x).abs().max()) for name, x in wanted.items()]
+    return float((got - want[:, own]).abs().max().detach()), max(differences)
+
+
+def all_splits(names: list[tuple[str, str]], dtype: torch.dtype) -> dict:
+    return {name: split_and_whole(*name, dtype) for name in names}
+
+
+def test_parts_of_a_sequence_have_the_logits_and_gradients_of_the_whole(processes):
+    names = [("default", case) for case in CASES]
+    names += [(option, "unequal parts") for option in OPTIONS]
+    for differences in processes.run(2, all_splits, names, torch.float32):
+        logits, gradient = zip(*differences.values())
+        assert max(logits) < 2e-6 and max(gradient) < 1e-6, differences
+        # Elsewhere the window's blocks, or the matrices of the experts, are others: that rounds
+        # differently.
+        same = ("equal parts", "unfinished chunk", "no window in front", "noise")
+        assert all(differences["default", case][0] == 0 for case in same), differences
+
+
+def test_a_window_may_reach_over_several_processes(processes):
+    names = [("default", "window over several parts"), ("query block", "unequal parts")]
+    for differences in processes.run(4, all_splits, names, torch.float64):
+        assert max(max(pair) for pair in differences.values()) < 1e-14, differences
+
+
+@pytest.mark.parametrize("tokens, parts", [(32, 4), (35, 4), (37, 9), (4, 1)])
+def test_parts_are_whole_chunks_of_nearly_equal_number(tokens, parts):
+    bounds = part_bounds(tokens, 4, parts)
+    chunks = [(right - left) // 4 for left, right in pairwise(bounds)]
+    assert bounds[0] == 0 and bounds[-1] == tokens and not any(b % 4 for b in bounds[:-1])
+    assert max(chunks) - min(chunks) <= 1
+
+
+def test_a_sequence_with_fewer_chunks_than_processes_is_refused():
+    with pytest.raises(ValueError, match="^tokens: got 11 for 3 processes, accepted .* 12"):
+        part_bounds(11, 4, 3)
