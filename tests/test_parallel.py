@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from material import DEBUG, OPTIONS, build, document_starts, text
 from processes import Processes
+from torch.distributed.tensor import DTensor
 
 from hsa_mini import HSAModel
 from hsa_mini.training.parallel.context import part_bounds, split_sequences
+from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
 from hsa_mini.training.recipes import Recipe, Stage
 
@@ -120,7 +122,7 @@ def split_and_whole(option: str, case: str, dtype: torch.dtype) -> tuple[float, 
     bounds = part_bounds(tokens, DEBUG.chunk_size, dist.get_world_size())
     own = slice(*bounds[dist.get_rank() :][:2])
     options = {name: x[:, own] if name == "document_starts" else x for name, x in options.items()}
-    split_sequences(part, dist.group.WORLD, tokens)
+    split_sequences(part, Mesh(MeshSizes(cp=dist.get_world_size()), CPU).context, tokens)
     got = part(ids[:, own], gumbel_noise="gumbel_seed" in options, **options).logits
     ((got * factors[:, own]).sum() / want.numel()).backward()
     found = gradients(part)
@@ -163,3 +165,51 @@ def test_parts_are_whole_chunks_of_nearly_equal_number(tokens, parts):
 def test_a_sequence_with_fewer_chunks_than_processes_is_refused():
     with pytest.raises(ValueError, match="^tokens: got 11 for 3 processes, accepted .* 12"):
         part_bounds(11, 4, 3)
+
+
+# ---- expert parallelism
+
+
+def shared_and_whole(dtype: torch.dtype, crowded: bool) -> tuple[float, float, bool]:
+    """One step of the MoE model on rows of its own in every process: the largest differences of a
+    logit and of a gradient, and whether the counts are equal. crowded: every token chooses the
+    experts 0 and 1, so that other processes may receive no row.
+    """
+    world = dist.get_world_size()
+    rank = dist.get_rank()
+    whole = build("experts", dtype).train()
+    shared = build("experts", dtype).train()
+    mesh = Mesh(MeshSizes(ep=world), CPU)
+    share_experts(shared, mesh)
+    for model in (whole, shared):
+        for layer in moe_layers(model):
+            layer.count_tokens()
+            layer.bias[:2] += 100.0 * crowded
+    ids = torch.cat([text(37, seed) for seed in range(world)])
+    rows = slice(2 * rank, 2 * rank + 2)
+    factors = torch.randn(2 * world, 37, DEBUG.vocab_size, generator=torch.manual_seed(1)).to(dtype)
+    want = whole(ids, gumbel_noise=False).logits
+    (want * factors).mean().backward()
+    got = shared(ids[rows], gumbel_noise=False).logits
+    ((got * factors[rows]).sum() / want.numel()).backward()
+    differences = []
+    equal = True
+    for (name, p), q in zip(whole.named_parameters(), shared.parameters()):
+        wanted = p.grad
+        if isinstance(q, DTensor):
+            grad = q.grad.full_tensor()
+        else:
+            grad = q.grad
+            dist.all_reduce(grad)
+        differences.append(float((grad - wanted).abs().max()))
+    for layer, other in zip(moe_layers(whole), moe_layers(shared)):
+        dist.all_reduce(other.tokens_per_expert)
+        equal &= torch.equal(layer.tokens_per_expert, other.tokens_per_expert)
+    return float((got - want[rows]).abs().max().detach()), max(differences), equal
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_shared_experts_equal_whole_ones(processes, world, crowded):
+    for logits, gradient, counts in processes.run(world, shared_and_whole, torch.float32, crowded):
+        assert logits < 2e-6 and gradient < 1e-6 and counts, (logits, gradient, counts)

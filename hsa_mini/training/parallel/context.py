@@ -82,7 +82,8 @@ class _Halo:
         sent = [both[part.start - position : part.stop - position] for part in self.stretches]
         sizes = [len(part) for part in self.stretches]
         front = all_to_all(torch.cat(sent), sizes, self.received, self.group)
-        return torch.cat((front, both)).transpose(0, 1).split((k.shape[-1], v.shape[-1]), dim=-1)
+        k, v = torch.cat((front, both)).transpose(0, 1).chunk(2, dim=-1)
+        return k, v
 
 
 def _forward(
