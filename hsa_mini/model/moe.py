@@ -80,9 +80,9 @@ class MoE(nn.Module):
         return shared + self.run_experts(tokens.to(shared.dtype), *choice).reshape(x.shape)
 
     def run_experts(self, tokens: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
-        """tokens [M, C] through the experts of `choice`, the results of `ops.dispatch` -> [M, C]."""
-        dtype = tokens.dtype
-        return ops.grouped_experts(tokens, *choice, self.up_and_gate.to(dtype), self.down.to(dtype))
+        """tokens [M, C] through the experts; choice: the results of `ops.dispatch` -> [M, C]."""
+        weights = (self.up_and_gate.to(tokens.dtype), self.down.to(tokens.dtype))
+        return ops.grouped_experts(tokens, *choice, *weights)
 
     def count_tokens(self) -> None:
         """Start to count the tokens of every expert, from 0."""

@@ -17,6 +17,7 @@ from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizer import MasterWeights, make_optimizer
+from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
 from hsa_mini.training.recipes import Recipe
 from hsa_mini.training.state_check import check_state
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
@@ -26,8 +27,11 @@ class Trainer:
     """A model in training: its optimizer, chunk queue, and one recorded step for each stage.
 
     model: trained in place. models: stage -> a model with the window and K of that stage; all of
-    them share the parameters of `model`. step: how many steps have been taken.
+    them share the parameters of `model`. step: how many steps have been taken. ranks: the
+    processes that train together.
     """
+
+    ranks: OneProcess = ONE_PROCESS
 
     def __init__(self, model: HSAModel, recipe: Recipe, *, seed: int = 0) -> None:
         """model: in training mode, on its final device. seed: that of the Gumbel noise."""
@@ -71,7 +75,9 @@ class Trainer:
         # step.
         ids, parts, *starts = (part.to(self.device, non_blocking=True) for part in batch)
         rate = torch.full((), self.recipe.rate(self.step), device=self.device)
-        first = self.step * self.recipe.accumulate  # every part of a step has noise of its own
+        # Every part of a step has noise of its own.
+        share = self.step * self.ranks.data_ranks + self.ranks.data_rank
+        first = share * self.recipe.accumulate
         noise = torch.full((), noise_seed(self.seed, first), device=self.device)
         figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise, *starts)
         self.step += 1

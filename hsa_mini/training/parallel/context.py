@@ -47,7 +47,7 @@ def split_sequences(model: HSAModel, group: dist.ProcessGroup, tokens: int) -> N
     ValueError for sequences too short.
     """
     bounds = part_bounds(tokens, model.config.chunk_size, dist.get_world_size(group))
-    model.forward = partial(_forward, model, bounds, group)
+    model.forward = partial(_forward, model, bounds, group)  # pyright: ignore
 
 
 class _Halo:

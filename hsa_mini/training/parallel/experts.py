@@ -39,7 +39,7 @@ def share_experts(model: HSAModel, mesh: Mesh) -> None:
             own = getattr(layer, name).detach().chunk(mesh.sizes.ep)[mesh.ep].clone()
             shared = DTensor.from_local(own, mesh.expert_mesh["experts"], [Shard(0)])
             setattr(layer, name, nn.Parameter(shared))
-        layer.run_experts = partial(_run_experts, layer, mesh.experts)
+        layer.run_experts = partial(_run_experts, layer, mesh.experts)  # pyright: ignore
 
 
 def _run_experts(

@@ -9,6 +9,7 @@ experts.
 Process `rank` stands at (dp, cp, ep), and ep varies fastest: its messages are the most frequent.
 """
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hsa_mini.checks import check_integer, quoted
 from hsa_mini.config import HSAConfig
+from hsa_mini.training.parallel.ranks import OneProcess
 from hsa_mini.training.recipes import Recipe
 
 MAX_PROCESSES = 1 << 16
@@ -89,13 +91,12 @@ class MeshSizes:
                 )
 
 
-class Mesh:
+class Mesh(OneProcess):
     """The process groups of a mesh, as this process sees them.
 
-    dp, cp, ep: the place of this process. data_rank: which share of the rows it reads. everyone:
-    all processes; context and experts: the groups of this process that share a sequence and the
-    experts. device_mesh: one dimension, all processes. expert_mesh: ("replicas", "experts"), where
-    the processes of a column hold the same experts.
+    dp, cp, ep: the place of this process. context and experts: the groups of this process that
+    share a sequence and the experts. device_mesh: one dimension, all processes. expert_mesh:
+    ("replicas", "experts"), where the processes of a column hold the same experts.
     """
 
     def __init__(self, sizes: MeshSizes, device: torch.device) -> None:
@@ -118,7 +119,19 @@ class Mesh:
             kind, (replicas, sizes.ep), mesh_dim_names=("replicas", "experts")
         )
         self.dp, self.cp, self.ep = (whole.get_local_rank(name) for name in ("dp", "cp", "ep"))
+        self.data_ranks = sizes.data_ranks
         self.data_rank = self.dp * sizes.ep + self.ep
-        self.everyone = self.device_mesh.get_group()
         self.context = whole.get_group("cp")
         self.experts = whole.get_group("ep")
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def clip_gradients(self, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+        """No number of a gradient lies on two processes, so the norm is that of all shares."""
+        shares = [p.grad.to_local() for p in parameters if p.grad is not None]  # pyright: ignore
+        norm = self.total(torch.nn.utils.get_total_norm(shares).square()).sqrt()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(shares, factor)  # pyright: ignore
+        return norm
