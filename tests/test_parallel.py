@@ -351,3 +351,44 @@ def test_weights_stay_float32_and_bfloat16_computes(processes, sizes):
         assert float((weight - weights[name]).abs().mean()) < 6e-4, name
     matrix = found_weights["upper.0.swa.out.weight"]
     assert not torch.equal(matrix, matrix.bfloat16().float())
+
+
+# ---- the state of a run
+
+
+def resumed(sizes: str, state: dict, step: int, option: str, recipe: Recipe) -> tuple:
+    """What a trainer on a mesh that takes over a state saves again, and the weights and loads
+    after the rest of the recipe.
+    """
+    mesh = Mesh(MeshSizes.parse(sizes), CPU)
+    trainer = MeshTrainer(build(option, torch.float64).train(), recipe, mesh, seed=3)
+    # A copy, because the processes share the memory of tensors that they send each other.
+    trainer.load_state_dict({name: x.clone() for name, x in state.items()}, step=step)
+    again = {name: x.clone() for name, x in trainer.state_dict().items()}
+    batches = MeshBatches(Batches(recipe), DEBUG.chunk_size, mesh)
+    for later in range(step, recipe.steps):
+        trainer.train_step(batches[later])
+    loads = trainer.max_over_mean_loads(batches[later] for later in range(2))
+    return again, trainer.state_dict(), loads
+
+
+def test_a_state_goes_on_on_any_mesh(processes):
+    recipe = Recipe((dataclasses.replace(STAGE, steps=4),), warmup=1)
+    alone = Trainer(build("experts", torch.float64).train(), recipe, seed=3)
+    batches = Batches(recipe)
+    for step in range(2):
+        alone.train_step(batches[step])
+    state = {name: x.detach().clone() for name, x in alone.state_dict().items()}
+    for step in range(2, 4):
+        alone.train_step(batches[step])
+    wanted = alone.state_dict()
+    loads = alone.max_over_mean_loads(batches[step] for step in range(2))
+    for sizes in ("dp=2", "ep=2", "cp=2"):
+        again, found, found_loads = processes.run(2, resumed, sizes, state, 2, "experts", recipe)[0]
+        assert again.keys() == state.keys()
+        other = [n for n, x in state.items() if n != "rng" and not torch.equal(again[n], x)]
+        assert other == [], sizes
+        differ = {n: float((found[n] - x).abs().max()) for n, x in wanted.items() if n != "rng"}
+        assert max(differ.values()) < 1e-12, differ
+        assert found_loads == loads
+        state = again  # as the run on this mesh would save it

@@ -79,10 +79,24 @@ class MoE(nn.Module):
         # Autocast casts linear maps, but not grouped ones.
         return shared + self.run_experts(tokens.to(shared.dtype), *choice).reshape(x.shape)
 
-    def run_experts(self, tokens: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
-        """tokens [M, C] through the experts; choice: the results of `ops.dispatch` -> [M, C]."""
-        weights = (self.up_and_gate.to(tokens.dtype), self.down.to(tokens.dtype))
-        return ops.grouped_experts(tokens, *choice, *weights)
+    def run_experts(
+        self,
+        tokens: torch.Tensor,
+        expert_offsets: torch.Tensor,
+        token_indices: torch.Tensor,
+        inverse_order: torch.Tensor,
+        topk_scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """tokens [M, C] and the results of `ops.dispatch` for them -> [M, C]."""
+        return ops.grouped_experts(
+            tokens,
+            expert_offsets,
+            token_indices,
+            inverse_order,
+            topk_scores,
+            self.up_and_gate.to(tokens.dtype),
+            self.down.to(tokens.dtype),
+        )
 
     def count_tokens(self) -> None:
         """Start to count the tokens of every expert, from 0."""

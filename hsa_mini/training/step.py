@@ -161,17 +161,18 @@ def balance_experts(
     """Update all router biases by the tokens of all processes; returns the largest max-over-mean
     load [] (1 without MoE).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
-    for layer in layers:
-        if layer.tokens_per_expert is not None:
-            ranks.total(layer.tokens_per_expert)
+    layers = _counted_layers(model, ranks)
     loads = [layer.update_bias(rate).max_over_mean_load for layer in layers]
     return torch.stack(loads).max() if loads else torch.ones((), device=device)
 
 
 @torch.no_grad()
 def max_over_mean_loads(
-    model: HSAModel, stage: Stage, queue: ChunkQueue, batches: Iterable[tuple[torch.Tensor, ...]]
+    model: HSAModel,
+    stage: Stage,
+    queue: ChunkQueue,
+    batches: Iterable[tuple[torch.Tensor, ...]],
+    ranks: OneProcess = ONE_PROCESS,
 ) -> list[float]:
     """The max-over-mean load of every MoE layer over all batches (ids, parts) or (ids, parts,
     document_starts), without training.
@@ -183,9 +184,17 @@ def max_over_mean_loads(
         forward_with_queue(model, stage, queue, ids[:, :-1], gumbel_noise=False, **options)
     return [
         round(layer.statistics().max_over_mean_load.item(), 3)
-        for layer in model.modules()
-        if isinstance(layer, MoE)
+        for layer in _counted_layers(model, ranks)
     ]
+
+
+def _counted_layers(model: HSAModel, ranks: OneProcess) -> list[MoE]:
+    """All MoE layers. They have now counted the tokens of all processes."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    for layer in layers:
+        if layer.tokens_per_expert is not None:
+            ranks.total(layer.tokens_per_expert)
+    return layers
 
 
 def noise_seed(seed: int, step: int) -> int:

@@ -111,6 +111,7 @@ class Trainer:
         weights = _model_state(self.model)
         parts = {"optimizer": self.optimizer, "queue": self.queue, "config": self.model.config}
         check_state(tensors, step=step, weights=weights, **parts)
+        tensors = self._placed(tensors)
         for name, value in weights.items():
             value.copy_(tensors[f"model.{name}"])
         if self.master is not None:
@@ -126,6 +127,10 @@ class Trainer:
         self.queue.stores = tuple(tensors[name].to(self.device) for name in names) or None
         torch.set_rng_state(tensors["rng"])
         self.step = step
+
+    def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this process keeps of a state."""
+        return tensors
 
 
 def with_shared_parameters(model: HSAModel, config: HSAConfig) -> HSAModel:

@@ -1,8 +1,10 @@
 """The trainer of one process of a mesh, and the batches that it reads."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 
 from hsa_mini.config import HSAConfig
@@ -16,8 +18,8 @@ from hsa_mini.training.parallel.context import part_bounds, split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh
 from hsa_mini.training.parallel.shard import shard_weights
-from hsa_mini.training.recipes import Recipe
-from hsa_mini.training.step import StepFigures, train_step
+from hsa_mini.training.recipes import Recipe, Stage
+from hsa_mini.training.step import StepFigures, max_over_mean_loads, train_step
 from hsa_mini.training.trainer import Trainer, checkpoint_blocks
 
 
@@ -64,11 +66,48 @@ class MeshTrainer(Trainer):
 
     def train_step(self, batch: tuple[torch.Tensor, ...]) -> StepFigures:
         """`Trainer.train_step` on this process's part of the batch (see `MeshBatches`)."""
-        stage = self.recipe.stage(self.step)
+        self._begin(self.recipe.stage(self.step))
+        return super().train_step(batch)
+
+    def max_over_mean_loads(self, batches: Iterable[tuple[torch.Tensor, ...]]) -> list[float]:
+        """`Trainer.max_over_mean_loads`, each process with its part of the batches."""
+        stage = self.recipe.stages[-1]
+        self._begin(stage)
+        there = (tuple(part.to(self.device) for part in batch) for batch in batches)
+        loads = max_over_mean_loads(self.model, stage, self.queue, there, self.ranks)
+        for layer in moe_layers(self.model):
+            layer.count_tokens()
+        return loads
+
+    def _begin(self, stage: Stage) -> None:
+        """Give the model the window, K and length of a stage."""
         set_config(self.model, self.configs[stage])
         if self.mesh.sizes.cp > 1:
             split_sequences(self.model, self.mesh.context, stage.tokens)
-        return super().train_step(batch)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """`Trainer.state_dict` with whole tensors, in host memory: the state of any mesh, and of a
+        run of one process. Every process must call it.
+        """
+        return {
+            name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+            for name, x in super().state_dict().items()
+        }
+
+    def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        numbered = enumerate(p for group in self.optimizer.param_groups for p in group["params"])
+        weights |= {f"optimizer.{i}": p for i, p in numbered}
+
+        def placed(name: str, x: torch.Tensor) -> torch.Tensor:
+            of_optimizer = name.startswith("optimizer.")
+            like = weights.get(name.rpartition(".")[0] if of_optimizer else name)
+            if not isinstance(like, DTensor) or not x.dim():
+                return x
+            here = x.to(self.device)
+            return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
+
+        return {name: placed(name, x) for name, x in tensors.items()}
 
 
 def set_config(model: HSAModel, config: HSAConfig) -> None:
