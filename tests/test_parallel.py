@@ -50,6 +50,13 @@ def test_text_that_is_no_mesh_is_refused(wrong):
         MeshSizes.parse(wrong)
 
 
+@pytest.mark.parametrize("name, value", [("muon", 0.2), ("compile_blocks", True)])
+def test_an_option_of_one_process_is_refused_on_a_mesh(name, value):
+    recipe = Recipe((STAGE,), **{name: value})
+    with pytest.raises(ValueError, match=f"^mesh: got dp=2,.* with {name}={value}, accepted is "):
+        MeshSizes(dp=2).check(DEBUG, recipe)
+
+
 @pytest.mark.parametrize(
     "sizes, config, changes, message",
     [

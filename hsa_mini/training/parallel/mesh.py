@@ -65,6 +65,10 @@ class MeshSizes:
 
     def check(self, config: HSAConfig, recipe: Recipe) -> None:
         """Raise ValueError if this model or recipe cannot be trained on the mesh."""
+        for name in ("muon", "compile_blocks"):
+            if value := getattr(recipe, name):
+                off = type(value)(0)
+                raise ValueError(f"mesh: got {self} with {name}={value}, accepted is {off}")
         if config.experts % self.ep or (self.ep > 1 and not config.experts):
             accepted = f"divisors of the {config.experts} experts" if config.experts else "1"
             raise ValueError(f"mesh: got ep={self.ep}, accepted for this model are {accepted}")

@@ -13,7 +13,7 @@ from hsa_mini.model.hsa import HSA
 from hsa_mini.model.swa import SlidingWindowAttention
 from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.cross_batch import ChunkQueue
-from hsa_mini.training.optimizer import make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.parallel.context import part_bounds, split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh
