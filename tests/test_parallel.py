@@ -248,7 +248,9 @@ BFLOAT16 = Recipe((dataclasses.replace(STAGE, steps=3),), warmup=1, dtype="bfloa
 
 
 class Batches(StagedBatches):
-    """Random batches of a recipe, in which a quarter of the tokens is of each part of the loss."""
+    """Random batches of a recipe, in which a quarter of the tokens is of each part of the loss.
+    Accumulated batches have rows of several documents.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -258,7 +260,9 @@ class Batches(StagedBatches):
         generator = torch.Generator().manual_seed(step)
         shape = (stage.batch * self.recipe.accumulate, stage.tokens + 1)
         ids = torch.randint(DEBUG.vocab_size, shape, generator=generator)
-        return ids, torch.randint(4, shape, generator=generator, dtype=torch.int8)
+        parts = torch.randint(4, shape, generator=generator, dtype=torch.int8)
+        starts = (torch.arange(shape[1]) // 12 * 12).int().expand(shape)
+        return (ids, parts, starts) if self.recipe.accumulate > 1 else (ids, parts)
 
 
 Trained = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
