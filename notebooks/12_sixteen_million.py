@@ -52,7 +52,7 @@ from hsa_mini.paths import data_dir
 from hsa_mini.tasks.forms import TASKS
 from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import encode
-from hsa_mini.viz import Control, explore, make_figure, show
+from hsa_mini.viz import Control, explore, explore_retrieval, make_figure, show
 from hsa_mini.viz.course import side_by_side
 from hsa_mini.viz.plots import needle_strip
 from hsa_mini.viz.results import TITLES, context_curve, count_marks, heat_map, percent_interval
@@ -311,6 +311,20 @@ explore(
 )
 
 # %% [markdown]
+# ### Your own needle
+#
+# The strip shows one token, the last one of the question. The next picture shows all of them. Move through question and
+# answer with the arrow keys, and follow each token: the scores of all chunks, the chunks that a layer keeps and their
+# weights, what each head reads inside them, the blend, and the likeliest next tokens. Then type a needle and a question
+# of your own. Ask also for a code that you have not hidden: what does the model answer?
+
+# %%
+explore_retrieval(model, tokenizer.decode(stretch(4096).tolist()))
+
+# %% [markdown]
+# **You should see** that the digits of a hidden code come with a probability near 1. For a code that is nowhere the
+# probabilities are spread over several digits: the model makes an answer up, and the picture marks it as wrong.
+#
 # ## Finding or guessing
 #
 # A right answer may have other reasons. Perhaps the answer leaks from somewhere else. So every evaluation has two

@@ -43,7 +43,7 @@ pytest.importorskip("anywidget")
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
-MAX_KILOBYTES = 300
+MAX_KILOBYTES = 580
 MAX_FUNCTION_LINES = 15
 
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
