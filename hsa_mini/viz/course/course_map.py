@@ -30,7 +30,8 @@ def course_map(ax: Axes, headers: list[Header]) -> str:
             ends = dict(
                 patchA=drawn[needed].get_bbox_patch(), patchB=drawn[h.name].get_bbox_patch()
             )
-            ax.annotate("", places[h.name], places[needed], arrowprops=arrow | ends)
+            ends = arrow | ends
+            ax.annotate("", places[h.name], places[needed], arrowprops=ends, zorder=2)
     for column, part in enumerate(parts):
         ax.text(3 * column, 0.8, part, ha="center", fontsize=11, weight="bold")
     rows = max(map(len, inside.values()))
