@@ -130,8 +130,16 @@ def draw_sample(
     """
     rng = np.random.default_rng((DEMO, seed))
     problem = s_niah(rng, absent_from=words)
-    sizes = {"chunk_size": model.config.chunk_size, "window": model.config.window}
-    return place(rng, problem, tokens=tokens, depth=depth, encode=encoder.array, **sizes)
+    config = model.config
+    return place(
+        rng,
+        problem,
+        tokens=tokens,
+        depth=depth,
+        chunk_size=config.chunk_size,
+        window=config.window,
+        encode=encoder.array,
+    )
 
 
 def report_finding(
