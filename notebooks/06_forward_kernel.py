@@ -392,8 +392,8 @@ explore(
     draw_program,
     alt="The tensors of a kernel side by side as grids. Orange: loaded by the program. Dark blue: stored. Light blue: other programs.",
     size=(10, 3),
+    program=Control((0, 11), start=4),
     step=Control(list(LADDER), start="6 chunks", label="kernel"),
-    program=Control((0, 11), start=11),
 )
 
 # %% [markdown]
