@@ -12,7 +12,7 @@ import traitlets
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.demo import NeedleFinding
 from hsa_mini.viz.plots import needle_strip
-from hsa_mini.viz.widgets import Explorer, make_figure, to_png
+from hsa_mini.viz.widgets import CANVAS, Explorer, make_figure, to_png
 
 HERE = Path(__file__).parent
 ALT = "The scores of all chunks of a long text, one row per layer. Arrow keys move a lens."
@@ -57,7 +57,7 @@ class NeedleMap(anywidget.AnyWidget):
     data: what `picture_of` returns. chunk: the middle of the lens.
     """
 
-    _esm = HERE / "needle_map.js"
+    _esm = CANVAS + (HERE / "needle_map.js").read_text(encoding="utf-8")
     data = traitlets.Dict().tag(sync=True)
     chunk = traitlets.Int(0).tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)

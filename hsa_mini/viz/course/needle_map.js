@@ -5,24 +5,10 @@ const RED = "#D55E00", BLUE = "#0072B2", SKY = "#56B4E9", ORANGE = "#E69F00";
 const LEFT = 12, TOP = 20, ROW = 74, GAP = 26, LENS_ROW = 84;
 const LENS = 24; // chunks on either side of the middle of the lens
 
-// The colours of JupyterLab's theme; those after || are for pages without one.
-function theme(canvas) {
-  const style = getComputedStyle(canvas);
-  const value = (name) => style.getPropertyValue(name).trim();
-  const dark = document.body.dataset.jpThemeLight === "false";
-  return {
-    paper: value("--jp-layout-color0") || "#FFFFFF",
-    ink: value("--jp-content-font-color1") || "#222222",
-    pale: value("--jp-layout-color2") || "#EDEDED",
-    bar: dark ? SKY : BLUE,
-  };
-}
-
 function read(model) {
   const data = model.get("data");
   const [L, N] = data.shape;
-  const { buffer, byteOffset, byteLength } = data.scores;
-  const scores = new Float32Array(buffer.slice(byteOffset, byteOffset + byteLength));
+  const scores = typed(data.scores, Float32Array);
   const layers = data.kept.map((kept, layer) => {
     const row = scores.subarray(layer * N, (layer + 1) * N);
     const seen = row.filter(Number.isFinite);
@@ -55,6 +41,7 @@ function triangle(pen, x, y, size, color) {
 function draw(canvas, width, numbers, middle) {
   const { L, N, layers } = numbers;
   const ratio = window.devicePixelRatio || 1, look = theme(canvas);
+  look.bar = look.dark ? SKY : BLUE;
   const height = TOP + L * (ROW + GAP + LENS_ROW + GAP);
   canvas.style.height = `${height}px`;
   canvas.width = width * ratio;
@@ -125,17 +112,17 @@ function describe({ layers, needle, texts }, chunk) {
 }
 
 function render({ model, el }) {
-  const canvas = document.createElement("canvas"), line = document.createElement("div"), text = document.createElement("pre");
-  canvas.style.cssText = "width: 100%; max-width: 1150px; display: block; cursor: crosshair; touch-action: none";
+  const canvas = sliderCanvas(model, "touch-action: none");
+  const line = document.createElement("div"), text = document.createElement("pre");
   line.style.cssText = "padding: 4px 0; font-size: 14px";
   text.style.cssText = "margin: 0; min-height: 7em; white-space: pre-wrap; font-size: 12px";
-  for (const [name, value] of Object.entries({
-    tabindex: "0", role: "slider", "aria-label": model.get("alt"), "aria-valuemin": "0", "data-lm-suppress-shortcuts": "true",
-  })) canvas.setAttribute(name, value);
   el.append(canvas, line, text);
 
-  let numbers, box, width = 320;
-  const redraw = () => {
+  let numbers, box;
+  const load = () => {
+    numbers = read(model);
+  };
+  const redraw = (width) => {
     const chunk = Math.min(model.get("chunk"), numbers.N - 1);
     box = draw(canvas, width, numbers, chunk);
     const words = describe(numbers, chunk);
@@ -145,53 +132,20 @@ function render({ model, el }) {
     canvas.setAttribute("aria-valuenow", chunk);
     canvas.setAttribute("aria-valuetext", `${words.line} ${words.text}`);
   };
-  const reload = () => {
-    numbers = read(model);
-    redraw();
+  const last = () => numbers.N - 1;
+  // Page keys go to the next chunk that a layer kept.
+  const page = (chunk, way) => {
+    const kept = numbers.layers.flatMap((layer) => [...layer.kept]).filter((other) => way * (other - chunk) > 0);
+    return kept.length ? way * Math.min(...kept.map((other) => way * other)) : chunk;
   };
-  const move = (chunk) => {
-    model.set("chunk", Math.min(Math.max(chunk, 0), numbers.N - 1));
-    model.save_changes();
-  };
+  const { move, end } = live({ model, canvas, name: "chunk", last, page, load, redraw });
   canvas.addEventListener("pointermove", (event) => {
     const { left, top } = canvas.getBoundingClientRect();
     const y = (event.clientY - top - TOP) % (ROW + GAP + LENS_ROW + GAP);
     const share = (event.clientX - left - box.x) / box.w;
     if (y < ROW && share >= 0 && share < 1) move(Math.floor(share * numbers.N));
   });
-  // Page keys go to the next chunk that a layer kept.
-  const next = (chunk, way) => {
-    const kept = numbers.layers.flatMap((layer) => [...layer.kept]).filter((other) => way * (other - chunk) > 0);
-    return kept.length ? way * Math.min(...kept.map((other) => way * other)) : chunk;
-  };
-  canvas.addEventListener("keydown", (event) => {
-    const chunk = model.get("chunk");
-    const goal = {
-      ArrowLeft: chunk - 1, ArrowDown: chunk - 1, PageDown: next(chunk, -1), Home: 0,
-      ArrowRight: chunk + 1, ArrowUp: chunk + 1, PageUp: next(chunk, 1), End: numbers.N - 1,
-    }[event.key];
-    if (goal === undefined) return;
-    event.preventDefault();
-    event.stopPropagation();
-    move(goal);
-  });
-  model.on("change:chunk", redraw);
-  model.on("change:data", reload);
-  // The width is not read while the theme changes, because the page has no layout for a moment.
-  const resized = new ResizeObserver(([{ contentRect }]) => {
-    width = Math.max(contentRect.width, 320);
-    redraw();
-  });
-  const themed = new MutationObserver(() => requestAnimationFrame(redraw));
-  reload();
-  resized.observe(canvas);
-  themed.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
-  return () => {
-    resized.disconnect();
-    themed.disconnect();
-    model.off("change:chunk", redraw);
-    model.off("change:data", reload);
-  };
+  return end;
 }
 
 export default { render };
