@@ -49,11 +49,10 @@ def prefill(
     allocated. If prefill fails, the memory is unchanged.
     """
     model.check_ids(ids, memory)
-    segment = _checked_segment(segment, ids)
+    segment = checked_segment(segment, ids)
     texts = [row[-n:] for row, n in zip(ids, _checked_lengths(lengths, ids))]
     shortest = min(map(len, texts))
-    if not isinstance(last, int) or not 1 <= last <= shortest:
-        raise ValueError(f"last: got {quoted(last)}, accepted is an integer of 1 to {shortest}")
+    check_last(last, shortest)
     memory = ChunkMemory(model.config) if memory is None else memory
     starts = memory.lengths or (0,) * len(ids)
     total = max(start + len(text) for start, text in zip(starts, texts))
@@ -80,8 +79,14 @@ def prefill(
     return output._replace(memory=memory)
 
 
-def _checked_segment(segment: int | None, ids: torch.Tensor) -> int:
-    """Tokens to read at once."""
+def check_last(last: int, tokens: int) -> None:
+    """Raise ValueError unless `last` tokens can be the last ones of `tokens`."""
+    if not isinstance(last, int) or not 1 <= last <= tokens:
+        raise ValueError(f"last: got {quoted(last)}, accepted is an integer of 1 to {tokens}")
+
+
+def checked_segment(segment: int | None, ids: torch.Tensor) -> int:
+    """Tokens of each row of ids [B, T] to read at once. Raises ValueError for a wrong segment."""
     if segment is None:
         return max(SEGMENT, GPU_TOKENS // len(ids)) if ids.is_cuda else SEGMENT
     check_integer("segment", segment, 1)
