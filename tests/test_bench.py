@@ -187,3 +187,24 @@ def test_a_training_step_moves_the_biases_of_experts(bench):
     model = HSAModel(config).train()
     of_training.make_step(model, 40)()
     assert all(block.mlp.bias.any() for block in model.upper)
+
+
+def test_a_text_that_two_processes_read_is_timed_beside_one(bench, tmp_path, capfd):
+    import of_prefill
+
+    out = tmp_path / "scale.json"
+    out.write_text('{"other": 1}')
+    words = ["debug", "--tokens", "20000", "--device", "cpu", "--out", str(out)]
+    assert of_prefill.main(words) == 0
+    entries = json.loads(out.read_text())
+    assert entries.keys() == {"other", "prefill_debug"}
+    result = entries["prefill_debug"]
+    assert {"hardware", "versions", "commit", "command", "preset", "dtype"} < result.keys()
+    assert result["same_bits"] and result["largest_difference"] == 0
+    assert result["speedup"] == result["seconds_of_one"] / result["seconds"]
+    # Two whole segments, and one that the second process reads twice, shared evenly.
+    assert (result["tokens"], result["tokens_of_first_part"]) == (20000, 16384)
+    assert f"written to {out}" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        of_prefill.main(["big", "--device", "cpu", "--out", str(out)])
+    assert stop.value.code == 2 and capfd.readouterr().err.count("\n") == 1

@@ -1,6 +1,8 @@
 """A text that several processes read equals one that a single process reads. They use gloo."""
 
+import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from material import DEBUG, OPTIONS, build, text
 from processes import Processes
 
-from hsa_mini import ChunkMemory, HSAModel
+from hsa_mini import ChunkMemory, HSAModel, ops
 from hsa_mini.inference.generate import continue_from
 from hsa_mini.inference.parallel_prefill import part_bounds, prefill_parallel
 from hsa_mini.inference.prefill import prefill
@@ -22,7 +24,7 @@ def processes(tmp_path_factory):
     started.close()
 
 
-CASES = {
+CASES: dict[str, tuple[int, dict, dict]] = {
     # tokens, changes of the configuration, options of `prefill`
     "whole parts": (64, {}, {"segment": 4}),
     "unfinished chunk": (67, {}, {"segment": 8, "last": 5}),
@@ -68,21 +70,21 @@ def difference(got: Output, want: Output) -> float:
 
 
 def together_and_alone(names: list[tuple[str, str]], dtype: torch.dtype) -> dict[str, float]:
-    """By option and case: the largest difference, also after 9 more tokens."""
+    """By option and case: the largest difference, also after 6 more tokens."""
     found = {}
+    rank = dist.get_rank()
     for option, case in names:
         tokens, changes, options = CASES[case]
         model = build(option, dtype, **changes)
         ids = text(tokens)
-        read = []
+        read: list[int] = []
         got = prefill_parallel(model, ids, progress=read.append, **options)
         want = prefill(model, ids, **options)
-        rank = dist.get_rank()
         segment = options.get("segment", 8192)
         bounds = part_bounds(model.config, tokens, segment, dist.get_world_size())
         assert sum(read) == bounds[rank + 1] - bounds[rank]
         found[f"{option}, {case}"] = difference(got, want)
-        more = [continue_from(model, output, max_new_tokens=9) for output in (got, want)]
+        more = [continue_from(model, output, max_new_tokens=6) for output in (got, want)]
         assert torch.equal(more[0].ids, more[1].ids)
         found[f"{option}, {case}, then decoding"] = difference(got, want)
     return found
@@ -91,15 +93,44 @@ def together_and_alone(names: list[tuple[str, str]], dtype: torch.dtype) -> dict
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_that_read_parts_have_the_memory_of_one(processes, world):
     names = [("default", case) for case in CASES]
-    names += [(option, "unfinished chunk") for option in OPTIONS if option != "experts"]
+    if world == 3:
+        names += [(option, "unfinished chunk") for option in OPTIONS if option != "experts"]
     for differences in processes.run(world, together_and_alone, names, torch.float32):
         assert differences == dict.fromkeys(differences, 0.0)
 
 
 def test_experts_differ_by_rounding_alone(processes):
-    names = [("experts", case) for case in CASES]
+    names = [("experts", case) for case in ("unfinished chunk", "window longer than a part")]
     for differences in processes.run(3, together_and_alone, names, torch.float32):
         assert max(differences.values()) < 2e-6, differences
+
+
+def attended() -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """How many queries and keys window attention gets, of several processes and of one."""
+    attend = ops.sliding_window_attention
+    sizes: list[set[tuple[int, int]]] = []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, *others, **options) -> torch.Tensor:
+        sizes[-1].add((q.shape[1], k.shape[1]))
+        return attend(q, k, *others, **options)
+
+    model = build("default", torch.float32)
+    ops.sliding_window_attention = spy
+    try:
+        for read in (prefill_parallel, prefill):
+            sizes.append(set())
+            read(model, text(100), segment=16)
+    finally:
+        ops.sliding_window_attention = attend
+    return sizes[0], sizes[1]
+
+
+def test_segments_have_the_sizes_that_they_have_for_one_process(processes):
+    """FlexAttention rounds differently with other numbers of keys. No test without a GPU shows
+    that.
+    """
+    for rank, (together, alone) in enumerate(processes.run(2, attended)):
+        assert together - alone == ({(1, 1)} if rank else set())
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 64, 1000, 5003])
@@ -108,13 +139,12 @@ def test_parts_cover_the_text_and_all_processes_read_equally_much(tokens, proces
     bounds = part_bounds(DEBUG, tokens, segment, processes)
     assert len(bounds) == processes + 1 and bounds == sorted(bounds)
     assert bounds[0] == 0 and bounds[-1] == tokens
-    assert all(bound % segment == bound % DEBUG.chunk_size == 0 or bound == tokens for bound in bounds)
-    if tokens < 1000:
-        return
-    reread = -(-DEBUG.lower_reach // segment) * segment
-    read = [bounds[1], *(b - a + reread for a, b in zip(bounds[1:], bounds[2:]))]
-    unit = {8: 8, 5: 20, 4: 4}[segment]
-    assert max(read) - min(read) <= 2 * unit + (-reread % unit)
+    unit = math.lcm(segment, DEBUG.chunk_size)
+    assert all(bound % unit == 0 or bound == tokens for bound in bounds)
+    if tokens >= 1000:
+        again = -(-DEBUG.lower_reach // unit) * unit
+        read = [bounds[1], *(end - start + again for start, end in pairwise(bounds[1:]))]
+        assert max(read) - min(read) < 2 * unit
 
 
 def refusal(case: str) -> tuple[type, str]:
@@ -122,14 +152,14 @@ def refusal(case: str) -> tuple[type, str]:
     odd = dist.get_rank() == 1
     model = build("default", torch.float32)
     ids = text(40)
-    options = {"segment": 4}
+    options: dict = {"segment": 4}
     if odd and case == "text":
         ids[1, 7] ^= 1
     if odd and case == "length":
         ids = ids[:, :-1]
     if odd and case == "weights":
         with torch.no_grad():
-            model.upper[0].mlp.down.weight[0, 0] += 1
+            model.head.weight[0, 0] += 1
     if odd and case == "segment":
         options["segment"] = 8
     if odd and case == "argument":

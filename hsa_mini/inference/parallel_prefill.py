@@ -114,7 +114,7 @@ def _prepared(
         dtype = model.memory_dtype(ids.device)
         memory.reserve(T, spare=SEGMENT, batch=B, dtype=dtype, device=ids.device)
         given = {
-            "ids": (ids.shape, hashlib.sha256(ids.cpu().contiguous().numpy()).digest()),
+            "ids": (ids.shape, hashlib.sha256(ids.cpu().numpy().tobytes()).digest()),
             "last": last,
             "segment": segment,
             "model": (model.config, dtype, fingerprint(model)),
