@@ -74,7 +74,7 @@ def _process(
         dist.destroy_process_group()
         if rank > 0:
             return
-        alone, seconds_alone, peak_alone = _timed(partial(prefill, model, ids), bar)
+        alone, seconds_alone, _ = _timed(partial(prefill, model, ids), bar)
     result = {
         "tokens": tokens,
         "processes": processes,
@@ -86,7 +86,6 @@ def _process(
         "seconds_of_one": seconds_alone,
         "seconds": seconds,
         "speedup": seconds_alone / seconds,
-        "peak_bytes_of_one": peak_alone,
         "peak_bytes": peak,
         **_compared(together, alone),
     }
