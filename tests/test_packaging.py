@@ -36,6 +36,7 @@ OPTIONAL = (
     "nltk",
     "pyarrow",
     "tensorboard",
+    "torchtitan",
     "transformers",
     "wonderwords",
 )

@@ -11,7 +11,6 @@ do only to its own layers is refused: other parallelism, activation checkpointin
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -38,7 +37,6 @@ except ImportError as error:
 if version("torchtitan") != "0.3.0":  # every version has another interface
     raise ValueError(f"torchtitan: got {version('torchtitan')}, accepted is 0.3.0")
 
-BALANCE_RATE = 1e-3
 if not hasattr(dist, "set_timeout"):  # torchtitan calls it, PyTorch 2.13 does not have it yet
     dist.set_timeout = dist.distributed_c10d._set_pg_timeout
 
@@ -50,7 +48,8 @@ class TitanModel(BaseModel):
     class Config(BaseModel.Config):
         preset: str
 
-        def update_from_config(self, **_) -> None: ...
+        def update_from_config(self, **_) -> None:
+            """No setting of torchtitan changes the model."""
 
         def get_nparams_and_flops(self, model, seq_len: int) -> tuple[int, int]:
             flops_per_token = training_flops(model.hsa, seq_len) / seq_len
@@ -60,7 +59,8 @@ class TitanModel(BaseModel):
         super().__init__()
         self.hsa = HSAModel(PRESETS[config.preset], device="meta")
 
-    def verify_module_protocol(self) -> None: ...
+    def verify_module_protocol(self) -> None:
+        """Layers may be others than torchtitan's."""
 
     def init_states(self, **_) -> None:
         self.hsa.reset_parameters()
@@ -89,7 +89,7 @@ def balance_experts(optimizers, model_parts, parallel_dims) -> None:
     def update(*_) -> None:
         for layer in layers:
             dist.all_reduce(layer.tokens_per_expert)
-            layer.update_bias(BALANCE_RATE)
+            layer.update_bias(1e-3)
 
     for layer in layers:
         layer.count_tokens()
@@ -115,5 +115,5 @@ def configure(preset: str) -> Trainer.Config:
 
 def __getattr__(name: str):
     if name in PRESETS:
-        return partial(configure, name)
+        return lambda: configure(name)
     raise AttributeError(name)
