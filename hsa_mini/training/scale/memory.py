@@ -66,7 +66,7 @@ def block_numbers(config: HSAConfig, *, with_hsa: bool, with_experts: bool) -> i
     products, of attention, and of gates.
     """
     C = config.width
-    kept = 2 * C + _window_numbers(config)
+    kept = 2 * C + _window_numbers(config, config.kv_heads)
     if with_hsa:
         slots = config.hsa_kv_heads * config.top_k * 2  # index and weight, taken as 4 bytes each
         query = config.hsa_heads * config.hsa_head_dim
@@ -75,26 +75,30 @@ def block_numbers(config: HSAConfig, *, with_hsa: bool, with_experts: bool) -> i
     if not with_experts:
         return kept + 2 * C + _mlp_numbers(config.mlp_width)
     rows = 2 * C + _mlp_numbers(config.expert_width)  # before and behind an expert
-    return kept + 2 * C + _mlp_numbers(config.expert_width) + config.experts_active * rows
+    routing = config.experts + 1 + 8 * config.experts_active  # scores, gates, and orders as int64
+    shared = 2 * C + _mlp_numbers(config.expert_width)
+    return kept + shared + routing + config.experts_active * rows
 
 
 def encoder_numbers(config: HSAConfig) -> int:
     """Numbers per token that the encoder keeps, which is not recomputed. It repeats K and V for
-    every head.
+    every head, and reads [CLS] with the tokens of a chunk.
     """
     C = config.width
-    repeated = 2 * (config.heads - config.kv_heads) * config.head_dim
     mlp = _mlp_numbers(config.encoder_mlp_width or config.mlp_width)
-    block = 4 * C + _window_numbers(config) + repeated + mlp
-    keys = 3 * config.hsa_kv_heads * config.hsa_head_dim
-    rows = config.encoder_layers * block + 2 * C + keys
-    return -(-rows * (config.chunk_size + 1) // config.chunk_size)
+    block = 4 * C + _window_numbers(config, config.heads) + mlp
+    rows = config.encoder_layers * block + 2 * C
+    keys = 2 * C + config.hsa_kv_heads * config.hsa_head_dim
+    return -(-rows * (config.chunk_size + 1) // config.chunk_size) + keys
 
 
-def _window_numbers(config: HSAConfig) -> int:
-    """q and k before norm and RoPE, q, k and v behind them, and the output."""
+def _window_numbers(config: HSAConfig, heads: int) -> int:
+    """q and k before norm and RoPE, q and as many `heads` of k and v behind them, and the output.
+
+    Without QK norm, nothing before RoPE is needed.
+    """
     before = config.heads + config.kv_heads if config.qk_norm else 0
-    return (before + 2 * config.heads + 2 * config.kv_heads) * config.head_dim
+    return (before + 2 * config.heads + 2 * heads) * config.head_dim
 
 
 def _mlp_numbers(F: int) -> int:
