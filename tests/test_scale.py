@@ -4,16 +4,20 @@ import dataclasses
 import inspect
 import json
 import math
+import shlex
+from itertools import chain
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import call
 from material import DEBUG, build
 from processes import Processes
 from torch.distributed.tensor import DTensor
 
 from hsa_mini import PRESETS, ChunkMemory, ops
+from hsa_mini.cli import plan as plan_command
 from hsa_mini.model.cost_estimate import estimate_cost
 from hsa_mini.ops.rope import rope_table
 from hsa_mini.paths import data_dir
@@ -22,7 +26,7 @@ from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
 from hsa_mini.training.parallel.trainer import MeshBatches, MeshTrainer
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.scale.memory import block_numbers, encoder_numbers, memory_bytes
-from hsa_mini.training.scale.plan import meshes, plans, predict
+from hsa_mini.training.scale.plan import MAX_GPUS, meshes, plans, predict
 from hsa_mini.training.scale.seconds import (
     Links,
     Measured,
@@ -32,6 +36,7 @@ from hsa_mini.training.scale.seconds import (
     transfer_seconds,
 )
 from hsa_mini.training.scale.shares import TrainingRun
+from hsa_mini.training.scale.table import scale_table
 from hsa_mini.training.scale.traffic import Transfer, bytes_by_kind, ring_bytes, traffic
 
 CPU = torch.device("cpu")
@@ -377,3 +382,66 @@ def test_what_no_mesh_can_train_is_refused(measured, options, message):
     options = {"tokens": 1 << 14, "gpus": 8, "batch": 0, **options}
     with pytest.raises(ValueError, match=f"^{message}"):
         plans(LARGE, options["tokens"], options["gpus"], measured, batch=options["batch"])
+
+
+# ---- the command
+
+
+def test_the_command_prints_what_it_writes(tmp_path, capfd):
+    path = tmp_path / "plan.json"
+    words = ("plan", "ul_8b_a1b", "--gpus", "8", "--context", "16384", "1048576")
+    status, out, err = call(capfd, *words, "--json", str(path))
+    found = json.loads(path.read_text())
+    assert (status, out, err) == (0, scale_table(found) + "\n", "")
+    assert "prediction" in found["label"] and found["label"] in out
+    assert max(map(len, out.split("\n"))) < 130
+    for tokens, best in found["contexts"].items():
+        want = plans(LARGE, int(tokens), 8, Measured.read(data_dir() / "results"))[:3]
+        assert best == [plan.to_json() for plan in want]
+        for plan in best:
+            assert plan["mesh"] in out and f"{plan['tokens_per_second']:,.0f}" in out
+    # At 1M tokens only one mesh fits, and the others say that they do not.
+    assert [plan["fits"] for plan in found["contexts"]["1048576"]] == [True, False, False]
+    assert out.count("does not fit") == 2
+
+
+def test_the_stored_prediction_is_what_the_code_predicts(capfd):
+    """It was written before anything was measured on several GPUs. Who changes the model of costs
+    writes it again, under its command, or the notebook compares with another prediction.
+    """
+    stored = json.loads((data_dir() / "results" / "scale_prediction.json").read_text())
+    words = shlex.split(stored["command"])[3:]
+    status, out, _ = call(capfd, *words[: words.index("--json")], "--json", "-")
+    again = json.loads(out)
+    assert status == 0 and list(again["contexts"]) == ["16384", "131072", "1048576"]
+    for name in ("label", "preset", "gpus", "gpu_memory_bytes", "links", "measured"):
+        assert again[name] == stored[name]
+    for best, plan in zip(chain(*again["contexts"].values()), chain(*stored["contexts"].values())):
+        assert best.keys() == plan.keys() and best["mesh"] == plan["mesh"]
+        assert best["memory_bytes"] == plan["memory_bytes"]
+        assert best["received_bytes"] == plan["received_bytes"]
+        assert best["seconds"] == pytest.approx(plan["seconds"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["nano", "--context", "64"], "--context: got it without --gpus, accepted is both"),
+        (["nano", "--gpus", "0"], "--gpus: got 0, accepted is 1 to 1024"),
+        (["nano", "--gpus", "1025"], "--gpus: got 1025, accepted is 1 to 1024"),
+        (["nano", "--gpus", "2", "--context", "x"], "--context: got 'x', accepted is an integer"),
+        (["nano", "--gpus", "2", "--context", "3"], "tokens: got 3, accepted is"),
+        (["ul_8b_a1b", "--gpus", "9"], "mesh: got"),
+        (["huge", "--gpus", "2"], "preset: got 'huge'"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(capfd, words, message):
+    status, out, err = call(capfd, "plan", *words)
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert message in err
+
+
+def test_any_preset_and_a_limit_known_to_the_command(capfd):
+    assert plan_command.MAX_GPUS == MAX_GPUS
+    status, out, _ = call(capfd, "plan", "debug", "--gpus", "6", "--context", "100")
+    assert status == 0 and out.startswith("debug on 6 GPUs")

@@ -63,16 +63,19 @@ class Measured:
             return {row["T"]: row["ms"] / 1e3 for row in rows}
 
         shape: Any = SHAPE.items()
-        names = ("forward_backward", "forward", "retrieve")
+        attention = seconds("forward_backward")
+        forward = seconds("forward")
+        retrieval = seconds("retrieve")
         sources = {
-            f"{MEASURED}.json": f"train_16k_tokens_per_second and product_flops_per_second on "
-            f"{model['hardware']}",
-            "kernels.json": f"ms of {', '.join(names)} on {kernels['hardware']}",
+            f"{MEASURED}.json": "train_16k_tokens_per_second and product_flops_per_second on "
+            + model["hardware"],
+            "kernels.json": "ms of forward_backward, forward and retrieve on "
+            + kernels["hardware"],
         }
         tokens = model["train_tokens"]
         step = tokens / model["train_16k_tokens_per_second"]
         product = model["product_flops_per_second"]
-        return cls(tokens, step, product, *map(seconds, names), sources)
+        return cls(tokens, step, product, attention, forward, retrieval, sources)
 
 
 def at_length(seconds: dict[int, float], tokens: int) -> float:

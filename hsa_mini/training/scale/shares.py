@@ -45,9 +45,8 @@ class TrainingRun:
         check_integer("tokens", self.tokens, self.config.chunk_size, MAX_TOKENS)
         check_integer("rows", self.rows, 1, MAX_ROWS)
         stage = Stage(1, self.sizes.data_ranks, self.tokens)
-        options = (self.dtype, False, self.checkpoint_blocks, self.loss_tokens)
-        names = ("dtype", "compile_blocks", "checkpoint_blocks", "loss_tokens")
-        self.sizes.check(self.config, Recipe((stage,), **dict(zip(names, options))))
+        recipe = Recipe((stage,), dtype=self.dtype, loss_tokens=self.loss_tokens)
+        self.sizes.check(self.config, recipe)
 
     @property
     def part(self) -> int:
