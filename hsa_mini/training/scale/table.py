@@ -43,10 +43,12 @@ def scale_table(found: dict) -> str:
         lines += ["", f"training context of {int(tokens):,} tokens", _heads()]
         lines += [line for plan in best for line in _lines(plan)]
     links = found["links"]
+    nvlink, network = (scaled(links[name], "B/s") for name in ("nvlink", "network"))
+    memory = scaled(found["gpu_memory_bytes"], "B")
     lines += [
         "",
-        f"GPUs of {scaled(found['gpu_memory_bytes'], 'B')}, {links['gpus_per_host']} in a host; for "
-        f"each GPU NVLink {scaled(links['nvlink'], 'B/s')}, network {scaled(links['network'], 'B/s')}",
+        f"GPUs of {memory}, {links['gpus_per_host']} in a host; each receives {nvlink} by NVLink,"
+        f" and {network} from other hosts",
         "of full: what halo and memory are of the keys and values that full attention would move",
         "tokens/s, MFU: from no overlap to weights and gradients that travel while others compute",
         f"Computing takes, for each FLOP, what one GPU took for {MEASURED}:",
