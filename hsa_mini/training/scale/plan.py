@@ -43,6 +43,10 @@ class ScalePlan:
     limit: str
 
     @property
+    def efficiency_without_overlap(self) -> float:
+        return self.efficiency * self.tokens_per_second_without_overlap / self.tokens_per_second
+
+    @property
     def peak_bytes(self) -> int:
         return sum(self.memory_bytes.values())
 
