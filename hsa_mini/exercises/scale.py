@@ -1,6 +1,6 @@
 """The exercises of notebook 14: how many GPUs, which bytes, and how many tokens hide them.
 
-Dimensions: T tokens of a sequence, P processes that share it, W window.
+Dimensions: T tokens of a sequence, which is cut into `parts`, W window.
 """
 
 import math
@@ -44,13 +44,15 @@ check_gpus_needed = Check(
 )
 
 
-def _share_of_full(T, P, W, layers, key_bytes, memory_bytes, *, halo=1, own=0, once=False) -> float:
+def _share_of_full(
+    T, parts, W, layers, key_bytes, memory_bytes, *, halo=1, own=0, once=False
+) -> float:
     """halo: tokens that the window does not need. own: 1 counts the own part too. once: the halo is
     fetched in one block only.
     """
-    others = T * (P - 1 + own) / P
-    border = min(W - halo, T * (P - 1) / P) * key_bytes * (1 if once else layers)
-    return (border + others * memory_bytes) / (T * (P - 1) / P * key_bytes * layers)
+    others = T * (parts - 1 + own) / parts
+    border = min(W - halo, T * (parts - 1) / parts) * key_bytes * (1 if once else layers)
+    return (border + others * memory_bytes) / (T * (parts - 1) / parts * key_bytes * layers)
 
 
 check_share_of_full = Check(
@@ -73,17 +75,17 @@ check_share_of_full = Check(
             lambda *sizes: _share_of_full(*sizes, once=True)
         ),
         "each block of full attention has keys and values of its own. You counted one block.": (
-            lambda T, P, W, layers, *sizes: _share_of_full(T, P, W, layers, *sizes) * layers
+            lambda T, parts, W, layers, *sizes: _share_of_full(T, parts, W, layers, *sizes) * layers
         ),
-        "you left out the halo of the windows.": lambda T, P, W, *sizes: _share_of_full(
-            T, P, 1, *sizes
+        "you left out the halo of the windows.": lambda T, parts, W, *sizes: _share_of_full(
+            T, parts, 1, *sizes
         ),
         "you left out the memory that all HSA layers share.": lambda *sizes: _share_of_full(
             *sizes[:-1], 0
         ),
         "the first part of a short sequence has fewer than W - 1 tokens in front of the others.": (
-            lambda T, P, W, layers, key_bytes, memory_bytes: (
-                (W - 1) * layers * key_bytes / (T * (P - 1) / P * layers * key_bytes)
+            lambda T, parts, W, layers, key_bytes, memory_bytes: (
+                (W - 1) * layers * key_bytes / (T * (parts - 1) / parts * layers * key_bytes)
                 + memory_bytes / (layers * key_bytes)
             )
         ),
