@@ -46,13 +46,13 @@ from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
 from hsa_mini.training.parallel.trainer import MeshTrainer
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.scale.memory import memory_bytes
-from hsa_mini.training.scale.plan import GPU_MEMORY_BYTES, plans
+from hsa_mini.training.scale.plan import plans
 from hsa_mini.training.scale.seconds import Links, Measured
 from hsa_mini.training.scale.shares import TrainingRun
 from hsa_mini.training.scale.traffic import bytes_by_kind, ring_bytes, traffic
 from hsa_mini.training.trainer import Trainer
-from hsa_mini.viz import Control, explore
-from hsa_mini.viz.course.scale import scale_panels
+from hsa_mini.viz import Control
+from hsa_mini.viz.course.scale import explore_scale
 from hsa_mini.viz.style import length_name
 
 CONTEXTS = (1 << 14, 1 << 17, 1 << 20)
@@ -310,9 +310,9 @@ for tokens, best in stored["contexts"].items():
 #
 # ## Move it
 #
-# Choose a number of GPUs, a context, and how the batch grows. For each number, the picture shows the best mesh. Left,
-# what a GPU holds; the dashed line is what fits. Middle, what it receives in a step, on a logarithmic axis. Right,
-# the tokens per second of a GPU, as a share of those of one GPU alone. Predict first: at a fixed batch of four million
+# Choose a context, and how the batch grows. Then move over the picture with the mouse or with the arrow keys: for each
+# number of GPUs you see the best mesh. Left, what a GPU holds; the dashed line is what fits. Middle, what it receives in
+# a step, on a logarithmic axis. Right, the tokens per second of a GPU, as a share of those of one GPU alone. Predict first: at a fixed batch of four million
 # tokens, from how many GPUs on do more GPUs hardly help? Does a longer context move this point?
 
 
@@ -323,26 +323,9 @@ def best_plans(tokens, batch):
     return [plans(big, tokens, 1 << k, measured, batch=batch)[0] for k in range(11)]
 
 
-def describe(plan):
-    """One plan in words."""
-    held = f"{plan.peak_bytes / 1e9:.0f} GB" + ("" if plan.fits else ", which does not fit")
-    share = f"{plan.efficiency_without_overlap:.0%} to {plan.efficiency:.0%}"
-    per_gpu = plan.step_tokens // plan.gpus
-    rate = f"{plan.tokens_per_second:,.0f} tokens/s at best"
-    return f"{plan.gpus:,} GPUs, {plan.mesh}: {held}; {per_gpu:,} tokens a GPU and step; {rate}, efficiency {share}."
-
-
-def draw_scale(figure, gpus, tokens, batch):
-    found = best_plans(tokens, batch)
-    scale_panels(figure, found, gpus, GPU_MEMORY_BYTES)
-    return describe(next(plan for plan in found if plan.gpus == gpus))
-
-
-explore(
-    draw_scale,
-    alt="Three panels over 1 to 1,024 GPUs: memory of a GPU in stacked areas, bytes received in a step, and efficiency.",
-    size=(11, 3.4),
-    gpus=Control([(f"{1 << k:,}", 1 << k) for k in range(11)], start=256, label="GPUs"),
+explore_scale(
+    best_plans,
+    place=8,
     tokens=Control([(length_name(T), T) for T in CONTEXTS], start=CONTEXTS[0], label="training context"),
     batch=Control([("4M tokens a step", 1 << 22), ("grows with the GPUs", 0)], start=1 << 22, label="batch"),
 )

@@ -708,7 +708,7 @@ def test_below_every_figure_stand_its_words(source):
 @each_notebook
 def test_something_is_checked_and_something_moves(source):
     assert any(text.startswith("# NBVAL_CHECK_OUTPUT") for text in cells(source, "code"))
-    assert re.search(r"\bexplore(_map|_needle)?\(|\bipywidgets\.", code(source))
+    assert re.search(r"\bexplore(_map|_needle|_scale)?\(|\bipywidgets\.", code(source))
 
 
 @each_notebook

@@ -128,3 +128,22 @@ def test_the_panels_of_scale_show_the_plans():
     assert best == [plan.efficiency for plan in found] and best[0] == worst[0] == 1
     assert all(low <= high for low, high in zip(worst, best))
     assert all(2 in ax.lines[-1].get_xdata() or 2 in ax.lines[-2].get_xdata() for ax in figure.axes)
+
+
+def test_the_widget_of_scale_holds_the_plans_of_its_controls():
+    measured = Measured.read(data_dir() / "results")
+
+    def find(tokens):
+        return [plans(PRESETS["ul_8b_a1b"], tokens, gpus, measured)[0] for gpus in (1, 8)]
+
+    explorer = scale.explore_scale(find, place=1, tokens=[1 << 14, 1 << 17])
+    explorer.controls["tokens"].value = 1 << 17
+    data = explorer.picture.data
+    assert data == scale.picture_of(find(1 << 17)) and data["gpus"] == [1, 8]
+    assert [sum(column) for column in zip(*data["memory"].values())] == [
+        plan.peak_bytes for plan in explorer.plans
+    ]
+    picture, line = explorer.still()
+    assert picture.startswith(b"\x89PNG") and line == data["words"][1]
+    assert line.startswith("8 GPUs, dp=8,cp=1,ep=1: 59 GB; 131,072 tokens a GPU and step; ")
+    assert "which does not fit" in data["words"][0]

@@ -1,12 +1,18 @@
-"""The picture of training on many GPUs: memory, bytes and efficiency against the number of GPUs."""
+"""Training on many GPUs as a widget: memory, bytes and efficiency against the number of GPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import anywidget
+import ipywidgets
+import traitlets
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hsa_mini.training.scale.plan import FREE, ScalePlan
+from hsa_mini.training.scale.plan import FREE, GPU_MEMORY_BYTES, ScalePlan
 from hsa_mini.viz.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, hide_frame
+from hsa_mini.viz.widgets import CANVAS, Explorer, make_figure, to_png
 
 GB = 1e9
 MOVED = {
@@ -14,6 +20,94 @@ MOVED = {
     "experts' tokens": ("experts",),
     "halo, chunk memory": ("halo", "memory"),
 }
+
+
+HERE = Path(__file__).parent
+ALT = (
+    "Three panels over 1 to 1,024 GPUs: memory of a GPU, bytes received in a step, and efficiency. "
+    "Arrow keys move the number of GPUs."
+)
+
+
+def explore_scale(
+    find: Callable[..., Sequence[ScalePlan]], *, place: int = 0, **controls
+) -> "ScaleExplorer":
+    """`find(**values)` returns one plan for each number of GPUs, and mouse or arrow keys move the
+    number. Each further keyword names an argument of `find`; its value is a `Control`, or what one
+    offers. place: which of the plans is marked first.
+    """
+    return ScaleExplorer(find, place, controls)
+
+
+class ScaleExplorer(Explorer):
+    """What `explore_scale` returns; `plans` are those that the picture shows."""
+
+    def __init__(
+        self, find: Callable[..., Sequence[ScalePlan]], place: int, controls: dict
+    ) -> None:
+        self.find = find
+        self.plans: Sequence[ScalePlan]
+        canvas = ScaleMap(place=place, alt=ALT, layout=ipywidgets.Layout(width="100%"))
+        super().__init__(controls, canvas, ALT)
+
+    def paint(self, values: dict[str, Any]) -> None:
+        self.plans = self.find(**values)
+        self.picture.data = picture_of(self.plans)
+        self.summary.value = ""  # the canvas shows its own summary
+
+    def still(self) -> tuple[bytes, str]:
+        plan = self.plans[self.picture.place]
+        figure = make_figure(11, 3.4)
+        scale_panels(figure, self.plans, plan.gpus, GPU_MEMORY_BYTES)
+        return to_png(figure), words(plan)
+
+
+class ScaleMap(anywidget.AnyWidget):
+    """The canvas of `explore_scale`.
+
+    data: what `picture_of` returns. place: which of the plans is marked.
+    """
+
+    _esm = CANVAS + (HERE / "scale.js").read_text(encoding="utf-8")
+    data = traitlets.Dict().tag(sync=True)
+    place = traitlets.Int(0).tag(sync=True)
+    alt = traitlets.Unicode().tag(sync=True)
+
+
+def picture_of(plans: Sequence[ScalePlan]) -> dict[str, Any]:
+    """The data of the canvas: bytes by name, shares, and a line of words, for each plan."""
+    return {
+        "gpus": [plan.gpus for plan in plans],
+        "words": [words(plan) for plan in plans],
+        "capacity": GPU_MEMORY_BYTES,
+        "usable": (1 - FREE) * GPU_MEMORY_BYTES,
+        "memory": {name: [p.memory_bytes[name] for p in plans] for name in plans[0].memory_bytes},
+        "received": received(plans),
+        "efficiency": {
+            "all gathers overlap": [plan.efficiency for plan in plans],
+            "none overlaps": [plan.efficiency_without_overlap for plan in plans],
+        },
+    }
+
+
+def received(plans: Sequence[ScalePlan]) -> dict[str, list[int]]:
+    """Kind -> the bytes that a GPU receives in a step, for each plan."""
+    curves = {
+        name: [sum(plan.received_bytes[kind] for kind in kinds) for plan in plans]
+        for name, kinds in MOVED.items()
+    }
+    return curves | {"full attention's K, V": [p.full_attention_ring_bytes for p in plans]}
+
+
+def words(plan: ScalePlan) -> str:
+    """One plan in a line."""
+    held = f"{plan.peak_bytes / GB:.0f} GB" + ("" if plan.fits else ", which does not fit")
+    each = plan.step_tokens // plan.gpus
+    share = f"{plan.efficiency_without_overlap:.0%} to {plan.efficiency:.0%}"
+    return (
+        f"{plan.gpus:,} GPUs, {plan.mesh}: {held}; {each:,} tokens a GPU and step; "
+        f"{plan.tokens_per_second:,.0f} tokens/s at best, efficiency {share}."
+    )
 
 
 def scale_panels(figure: Figure, plans: Sequence[ScalePlan], gpus: int, capacity: float) -> None:
@@ -45,13 +139,8 @@ def _memory(ax: Axes, plans: Sequence[ScalePlan], gpus: list[int]) -> None:
 
 
 def _received(ax: Axes, plans: Sequence[ScalePlan], gpus: list[int]) -> None:
-    curves = {
-        name: [sum(plan.received_bytes[kind] for kind in kinds) for plan in plans]
-        for name, kinds in MOVED.items()
-    }
-    curves["full attention's K, V"] = [plan.full_attention_ring_bytes for plan in plans]
     looks = ((BLUE, "-", "o"), (ORANGE, ":", "D"), (GREEN, "-.", "^"), (RED, "--", "s"))
-    for (name, sizes), (color, line, mark) in zip(curves.items(), looks):
+    for (name, sizes), (color, line, mark) in zip(received(plans).items(), looks):
         moved = [(n, size / GB) for n, size in zip(gpus, sizes) if size]
         if moved:
             look = dict(color=color, linestyle=line, marker=mark, markersize=4)
