@@ -64,7 +64,7 @@ torch.set_num_threads(1)
 #
 # Training keeps four numbers for each parameter: the weight, its gradient, and the two running averages of Adam. Each
 # is a float32 of 4 bytes, because small changes would be lost in fewer bits. That makes 16 bytes. **You should see**
-# 127.7 GB, and that two GPUs of 80 GB are too few: something must remain for the computation itself.
+# 127.7 GB. One GPU of 80 GB cannot hold that, and two would be four fifths full before they compute anything.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -271,7 +271,10 @@ print(f"a step on {measured.tokens:,} tokens: {measured.step:.3f} s; product: {m
 print("an HSA layer, ms:", {length_name(n): round(1e3 * t, 1) for n, t in measured.attention.items() if n in CONTEXTS})
 links = Links()
 print(f"NVLink (HGX H100, H200): {links.nvlink / 1e9:.0f} GB/s received by a GPU, {links.gpus_per_host} GPUs in a host")
-print(f"InfiniBand NDR, 400 Gb/s for each GPU: {links.network / 1e9:.0f} GB/s; start {links.start * 1e6:.1f} us")
+print(f"InfiniBand NDR, 400 Gb/s for each GPU: {links.network / 1e9:.0f} GB/s")
+print(
+    f"NCCL's own constants: start {links.start * 1e6} us, a step by NVLink {links.nvlink_hop * 1e6} us, by network {links.network_hop * 1e6:.0f} us"
+)
 
 # %% [markdown]
 # The computing time of one process is that of its part: the HSA kernels as measured at the length of the whole sequence,
@@ -290,8 +293,8 @@ print("predicted peak within 5% of the measured one:", abs((half + rest) / peak 
 # %% [markdown]
 # This was one GPU. On **eight** GPUs this project has not measured anything yet. So the next table is a prediction, and it was
 # written into a file before any measurement (`python -m hsa_mini plan ul_8b_a1b --gpus 8 --context ...`). Each range goes from
-# a step in which nothing overlaps to a step in which all gathers overlap. A real step should lie between the two, if links
-# reach the rates that their makers state. It may lie below: no real link does.
+# a step in which nothing overlaps to a step in which all gathers overlap. A real step would lie between the two if links
+# reached the rates that their makers state. No real link does, so it may be slower than both.
 
 # %%
 stored = json.loads((data_dir() / "results" / "scale_prediction.json").read_text())

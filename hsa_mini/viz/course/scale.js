@@ -4,7 +4,7 @@
 const COLORS = ["#0072B2", "#56B4E9", "#8A8A8A", "#E69F00", "#009E73", "#CC79A7"];
 const CURVES = [["#E69F00", [2, 3]], ["#009E73", [8, 3, 2, 3]], ["#D55E00", [6, 4]]];
 const HIGH = 200, TOP = 26, BOTTOM = 40, LEFT = 44, RIGHT = 12, LEGEND = 17, GB = 1e9, NARROW = 760;
-const DECADES = [-3, 3.5]; // of the logarithmic axis, in GB
+const DECADES = [-3, 4]; // of the logarithmic axis, in GB
 
 // Every panel has: title, legend, labels of its axis [value 0..1, text], and draw(pen, box, at).
 function panels(data, look) {
@@ -34,10 +34,11 @@ function panels(data, look) {
       title: "received by a GPU in a step, GB",
       legend: Object.entries(received).filter(([, sizes]) => sizes.some(Boolean)).map(([name]) =>
         [name, ...curves[Object.keys(received).indexOf(name)]]),
-      labels: [-3, -2, -1, 0, 1, 2, 3].map((power) => [log(10 ** power * GB), power < 0 ? (10 ** power).toFixed(-power) : 10 ** power]),
+      labels: [-3, -2, -1, 0, 1, 2, 3, 4].map((power) => [log(10 ** power * GB), power < 0 ? (10 ** power).toFixed(-power) : 10 ** power]),
       draw: (pen, box, at) => Object.values(received).forEach((sizes, i) => {
+        // Where nothing travels, the line has a gap.
         const some = gpus.map((_, place) => place).filter((place) => sizes[place]);
-        curve(pen, box, ...curves[i], some, (place) => log(sizes[place]), at, true);
+        curve(pen, box, ...curves[i], some, (place) => log(sizes[place]), at, true, (place) => sizes[place - 1]);
       }),
     },
     {
@@ -50,13 +51,13 @@ function panels(data, look) {
   ];
 }
 
-function curve(pen, box, color, dash, places, height, at, dots = false) {
+function curve(pen, box, color, dash, places, height, at, dots = false, joined = () => true) {
   const y = (place) => box.y + (1 - height(place)) * box.h;
   pen.strokeStyle = pen.fillStyle = color;
   pen.lineWidth = 2;
   pen.setLineDash(dash);
   pen.beginPath();
-  places.forEach((place) => pen.lineTo(at(place), y(place)));
+  for (const place of places) joined(place) ? pen.lineTo(at(place), y(place)) : pen.moveTo(at(place), y(place));
   pen.stroke();
   pen.setLineDash([]);
   if (dots) for (const place of places) pen.fillRect(at(place) - 3, y(place) - 3, 6, 6);

@@ -1,6 +1,7 @@
 """Training on many GPUs as a widget: memory, bytes and efficiency against the number of GPUs."""
 
 from collections.abc import Callable, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,12 @@ def _memory(ax: Axes, plans: Sequence[ScalePlan], gpus: list[int]) -> None:
 def _received(ax: Axes, plans: Sequence[ScalePlan], gpus: list[int]) -> None:
     looks = ((BLUE, "-", "o"), (ORANGE, ":", "D"), (GREEN, "-.", "^"), (RED, "--", "s"))
     for (name, sizes), (color, line, mark) in zip(received(plans).items(), looks):
-        moved = [(n, size / GB) for n, size in zip(gpus, sizes) if size]
-        if moved:
+        if any(sizes):  # where nothing travels, the line has a gap
+            moved = [size / GB if size else nan for size in sizes]
             look = dict(color=color, linestyle=line, marker=mark, markersize=4)
-            ax.plot(*zip(*moved), label=name, **look)
+            ax.plot(gpus, moved, label=name, **look)
     ax.set_yscale("log")
-    ax.set_ylim(1e-3, 3e3)
+    ax.set_ylim(1e-3, 1e4)
     ax.set_title("received by a GPU in a step, GB", fontsize=11)
     if ax.lines:
         ax.legend(frameon=False, fontsize=9, loc="lower right")
