@@ -273,7 +273,7 @@ links = Links()
 print(f"NVLink (HGX H100, H200): {links.nvlink / 1e9:.0f} GB/s received by a GPU, {links.gpus_per_host} GPUs in a host")
 print(f"InfiniBand NDR, 400 Gb/s for each GPU: {links.network / 1e9:.0f} GB/s")
 print(
-    f"NCCL's own constants: start {links.start * 1e6} us, a step by NVLink {links.nvlink_hop * 1e6} us, by network {links.network_hop * 1e6:.0f} us"
+    f"NCCL's own constants: start {links.start * 1e6:.1f} us, a step by NVLink {links.nvlink_hop * 1e6:.1f} us, by network {links.network_hop * 1e6:.0f} us"
 )
 
 # %% [markdown]
