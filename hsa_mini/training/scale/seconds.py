@@ -84,8 +84,8 @@ def at_length(seconds: dict[int, float], tokens: int) -> float:
     """
     lengths = sorted(seconds)
     i = min(max(int(np.searchsorted(lengths, tokens)), 1), len(lengths) - 1)
-    near = lengths[i - 1 : i + 1]
-    (x0, x1), (y0, y1) = np.log(near), np.log([seconds[n] for n in near])
+    x0, x1 = np.log(lengths[i - 1 : i + 1])
+    y0, y1 = np.log([seconds[n] for n in lengths[i - 1 : i + 1]])
     return float(np.exp(y0 + (y1 - y0) * (np.log(tokens) - x0) / (x1 - x0)))
 
 
