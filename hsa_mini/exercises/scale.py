@@ -80,8 +80,10 @@ check_share_of_full = Check(
         "you left out the halo of the windows.": lambda T, parts, W, *sizes: _share_of_full(
             T, parts, 1, *sizes
         ),
-        "you left out the memory that all HSA layers share.": lambda *sizes: _share_of_full(
-            *sizes[:-1], 0
+        "you left out the memory that all HSA layers share.": (
+            lambda T, parts, W, layers, key_bytes, memory_bytes: _share_of_full(
+                T, parts, W, layers, key_bytes, 0
+            )
         ),
         "the first part of a short sequence has fewer than W - 1 tokens in front of the others.": (
             lambda T, parts, W, layers, key_bytes, memory_bytes: (
