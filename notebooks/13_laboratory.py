@@ -25,7 +25,7 @@
 # mechanism and [notebook 11](11_training.ipynb) for the training, or at least what windows, chunks and retrieval are.
 # No GPU: the long runs were made earlier, and this notebook reads them from a file.
 #
-# [← 12 sixteen million](12_sixteen_million.ipynb) · [map of the course](00_start.ipynb)
+# [← 12 sixteen million](12_sixteen_million.ipynb) · [map of the course](00_start.ipynb) · [14 scaling →](14_scaling.ipynb)
 
 # %%
 import json
@@ -796,7 +796,9 @@ for name, same in runs.items():
 # %% [markdown]
 # ## What comes next
 #
-# You have taken the mechanism apart and measured its parts. The next question is how to make it large. Notebook 14 will
-# answer it, *How would one train the 8B?* (in preparation). Until then: [notebook 10](10_model_and_experts.ipynb)
-# counts what 8 billion parameters cost, and `python -m hsa_mini lab --scale tiny --arms hsa window --seeds 0 --out
-# out/tiny.jsonl` makes two runs of the laboratory in your terminal, in seconds.
+# You have taken the mechanism apart and measured its parts. `python -m hsa_mini lab --scale tiny --arms hsa window --seeds
+# 0 --out out/tiny.jsonl` makes two runs of the laboratory in your terminal, in seconds. The next question is how to make
+# the model large.
+#
+# [Notebook 14](14_scaling.ipynb), *How would one train the 8B?*, cuts the model and its texts among 1 to 1,024 GPUs. It
+# takes about 25 minutes.

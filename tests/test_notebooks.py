@@ -708,7 +708,7 @@ def test_below_every_figure_stand_its_words(source):
 @each_notebook
 def test_something_is_checked_and_something_moves(source):
     assert any(text.startswith("# NBVAL_CHECK_OUTPUT") for text in cells(source, "code"))
-    assert re.search(r"\bexplore(_map|_needle)?\(|\bipywidgets\.", code(source))
+    assert re.search(r"\bexplore(_map|_needle|_scale)?\(|\bipywidgets\.", code(source))
 
 
 @each_notebook
@@ -819,7 +819,7 @@ def checked(source: Path) -> list[str]:
     return re.findall(r"^check_\w+\((\w+)\)$", code(source), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("source", SOURCES[1:9], ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES[1:9] + SOURCES[14:], ids=lambda path: path.stem)
 def test_three_exercises_say_how_hard_how_important_and_how_long(source):
     said = re.findall(
         r"^\*\*\d\. .+?\*\* \*Difficulty [1-5], importance [1-5], \d+ minutes\.\*",

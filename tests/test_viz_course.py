@@ -8,10 +8,14 @@ import pytest
 pytest.importorskip("anywidget")
 pytest.importorskip("matplotlib")
 
+from hsa_mini import PRESETS
 from hsa_mini.evaluation.results import RetrievalRow
 from hsa_mini.lab.claims import NEAR, Measure, Spread
+from hsa_mini.paths import data_dir
+from hsa_mini.training.scale.plan import plans
+from hsa_mini.training.scale.seconds import Measured
 from hsa_mini.viz import make_figure, training
-from hsa_mini.viz.course import side_by_side
+from hsa_mini.viz.course import scale, side_by_side
 from hsa_mini.viz.live import LivePicture
 from hsa_mini.viz.widgets import HERE
 
@@ -107,3 +111,39 @@ def test_stored_pictures_and_widgets_turn_dark_alike():
     stored = re.findall(pattern, (folder / "custom.css").read_text(encoding="utf-8"))
     assert stored == re.findall(pattern, (HERE / "labels.js").read_text(encoding="utf-8"))
     assert len(stored) == 1
+
+
+def test_the_panels_of_scale_show_the_plans():
+    measured = Measured.read(data_dir() / "results")
+    found = [plans(PRESETS["ul_8b_a1b"], 1 << 17, gpus, measured)[0] for gpus in (1, 2, 8)]
+    figure = make_figure(11, 3.4)
+    scale.scale_panels(figure, found, gpus=2, capacity=80e9)
+    memory, received, efficiency = figure.axes
+    tops = [stack.get_paths()[0].vertices[:, 1].max() for stack in memory.collections]
+    assert tops[-1] == pytest.approx(max(plan.peak_bytes for plan in found) / 1e9)
+    curves = {line.get_label(): line.get_ydata() for line in received.lines}
+    weights = [sum(plan.received_bytes[k] for k in ("weights", "gradients")) for plan in found[1:]]
+    assert curves["weights, gradients"][1:] == pytest.approx([size / 1e9 for size in weights])
+    best, worst = (list(line.get_ydata()) for line in efficiency.lines[:2])
+    assert best == [plan.efficiency for plan in found] and best[0] == worst[0] == 1
+    assert all(low <= high for low, high in zip(worst, best))
+    assert all(2 in ax.lines[-1].get_xdata() or 2 in ax.lines[-2].get_xdata() for ax in figure.axes)
+
+
+def test_the_widget_of_scale_holds_the_plans_of_its_controls():
+    measured = Measured.read(data_dir() / "results")
+
+    def find(tokens):
+        return [plans(PRESETS["ul_8b_a1b"], tokens, gpus, measured)[0] for gpus in (1, 8)]
+
+    explorer = scale.explore_scale(find, place=1, tokens=[1 << 14, 1 << 17])
+    explorer.controls["tokens"].value = 1 << 17
+    data = explorer.picture.data
+    assert data == scale.picture_of(find(1 << 17)) and data["gpus"] == [1, 8]
+    assert [sum(column) for column in zip(*data["memory"].values())] == [
+        plan.peak_bytes for plan in explorer.plans
+    ]
+    picture, line = explorer.still()
+    assert picture.startswith(b"\x89PNG") and line == data["words"][1]
+    assert line.startswith("8 GPUs, dp=8,cp=1,ep=1: 59 GB; 131,072 tokens a GPU and step; ")
+    assert "which does not fit" in data["words"][0]

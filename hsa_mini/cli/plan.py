@@ -1,4 +1,6 @@
-"""`plan`: what a model costs at a length, in parameters, bytes and FLOP, without making it."""
+"""`plan`: what a model costs at a length, in parameters, bytes and FLOP, without making it; and how
+it would be trained on a number of GPUs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from hsa_mini.cli.arguments import add_json, add_model, check_json, chosen_model
 from hsa_mini.cli.report import write_json
 from hsa_mini.config import MAX_TOKENS, PRESETS
 
+MAX_GPUS = 1024  # `training/scale/plan.py`, which loads torch; a test checks that they are the same
+
 if TYPE_CHECKING:  # imported late elsewhere, because it loads torch
+    from hsa_mini.config import HSAConfig
     from hsa_mini.model.cost_estimate import CostEstimate
 
 
@@ -26,6 +31,18 @@ def add_parser(commands) -> argparse.ArgumentParser:
         default=1_048_576,
         help="length of the text (default 1,048,576)",
     )
+    command.add_argument(
+        "--gpus",
+        type=integer(1, MAX_GPUS),
+        help="predict training on this many GPUs: the best mesh and the two that follow",
+    )
+    command.add_argument(
+        "--context",
+        type=integer(1, MAX_TOKENS),
+        nargs="+",
+        metavar="TOKENS",
+        help="with --gpus: training context, one or several (default 16,384)",
+    )
     add_json(command)
     return command
 
@@ -37,11 +54,30 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_json(arguments.json)
     given = chosen_model(arguments)
+    if arguments.context and not arguments.gpus:
+        raise ValueError("--context: got it without --gpus, accepted is both, or --tokens")
     model = load_config(given) if given.endswith(".json") else given
+    if arguments.gpus:
+        return _training(arguments, model)
     estimate = estimate_cost(model, arguments.tokens)
     if arguments.json != "-":
         print(table(estimate))
     write_json(arguments.json, estimate.to_json())
+    return 0
+
+
+def _training(arguments: argparse.Namespace, model: str | HSAConfig) -> int:
+    """Print and write the prediction of training on `--gpus` GPUs."""
+    from hsa_mini.model.cost_estimate import estimate_cost
+    from hsa_mini.training.scale.table import prediction, scale_table
+
+    estimate = estimate_cost(model, 1)  # refuses an unknown preset
+    found = prediction(
+        estimate.config, estimate.preset, arguments.context or [1 << 14], arguments.gpus
+    )
+    if arguments.json != "-":
+        print(scale_table(found))
+    write_json(arguments.json, found)
     return 0
 
 
