@@ -47,7 +47,7 @@ test-faults: $(READY) ## Attack the project: power loss, crashes, kills, corrupt
 test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -q tests/gpu
 
-test-browser: setup ## Run the tests that drive JupyterLab in Chromium (which must be installed)
+test-browser: setup ## Run the tests that need Chromium (which must be installed)
 	$(PY) -m pytest -q tests/browser
 
 # Two runs write the same files. --update keeps the ids of cells. Timings and the state and views of widgets are left out.

@@ -37,6 +37,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_search_summary = False  # browsers let no page that is opened from a file read another one
 html_use_index = False
+html_show_copyright = False
 
 
 def setup(app):

@@ -15,7 +15,7 @@ from typing import Any
 
 import anywidget
 
-from hsa_mini.files.whole_file import write_file
+from hsa_mini.files.whole_file import check_writable, write_file
 from hsa_mini.viz.jupyter.turns import TURNS
 
 HERE = Path(__file__).parent
@@ -79,9 +79,11 @@ class CanvasExplorer:
     def save_html(self, path: str | Path) -> None:
         """Write the picture into one HTML file, for readers without Python or a network.
 
-        Keys and mouse move it as they do here. The controls above it are not in the file. Raises
-        OSError.
+        Keys and mouse move it as they do here. The controls above it are not in the file.
+
+        Raises ValueError for a path that cannot be written.
         """
+        check_writable("path", Path(path))
         own = self.picture.trait_names(sync=True)
         with TURNS.lock:
             values = {
