@@ -65,8 +65,10 @@ endif
 
 # From the executed notebooks: none of them runs, and nothing is fetched. A broken link stops it.
 site: $(READY) ## Build the course as a static site in _site
+	rm -rf build/site
+	$(PY) -m sphinx -q -W -d build/site/trees -c notebooks/.site notebooks build/site/html
 	rm -rf _site
-	$(PY) -m sphinx -q -E -W -d build/site -c notebooks/.site notebooks _site
+	mv build/site/html _site
 	@echo 'open _site/index.html'
 
 bench: $(READY) ## Time the operations on this machine (on its GPU if it has one)
