@@ -10,7 +10,7 @@ ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(sort $(wildcard notebooks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test lint format test-faults test-gpu test-browser notebooks bench train lab-runs clean
+.PHONY: help setup lab demo test lint format test-faults test-gpu test-browser notebooks site bench train lab-runs clean
 
 help: ## List the targets
 	@echo 'make <target> [ARGS="..."] [PYTHON=/path/to/python3]'
@@ -47,7 +47,7 @@ test-faults: $(READY) ## Attack the project: power loss, crashes, kills, corrupt
 test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -q tests/gpu
 
-test-browser: setup ## Run the tests that drive JupyterLab in Chromium (which must be installed)
+test-browser: setup ## Run the tests that need Chromium (which must be installed)
 	$(PY) -m pytest -q tests/browser
 
 # Two runs write the same files. --update keeps the ids of cells. Timings and the state and views of widgets are left out.
@@ -63,6 +63,14 @@ else
 	@echo 'no notebooks to run'
 endif
 
+# From the executed notebooks: none of them runs, and nothing is fetched. A broken link stops it.
+site: $(READY) ## Build the course as a static site in _site
+	rm -rf build/site
+	$(PY) -m sphinx -q -W -d build/site/trees -c notebooks/.site notebooks build/site/html
+	rm -rf _site
+	mv build/site/html _site
+	@echo 'open _site/index.html'
+
 bench: $(READY) ## Time the operations on this machine (on its GPU if it has one)
 	$(PY) kernels/bench $(ARGS)
 
@@ -75,7 +83,7 @@ lab-runs: setup ## Train and measure the laboratory's variants that have no resu
 	$(PY) -m hsa_mini lab $(ARGS)
 
 clean: ## Remove .venv, out/ and everything that builds and tests wrote
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) _site out build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find hsa_mini kernels notebooks tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # Each candidate is run and not only looked up, because a pyenv shim can exist and fail, and Debian can lack ensurepip.

@@ -100,11 +100,16 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def anchor(heading: str) -> str:
+    """The name of a heading in links, as JupyterLab makes it."""
+    return heading.replace(" ", "-")
+
+
 def link(notebook: str, heading: str = "") -> str:
-    """A link to a notebook, or to a heading in it as JupyterLab names it."""
-    anchor = f"#{heading.replace(' ', '-')}" if heading else ""
-    words = f"{notebook[:2]} {heading}" if heading else short_name(notebook)
-    return f"[{words}]({notebook}.ipynb{anchor})"
+    """A link to a notebook, or to a heading in it."""
+    if not heading:
+        return f"[{short_name(notebook)}]({notebook}.ipynb)"
+    return f"[{notebook[:2]} {heading}]({notebook}.ipynb#{anchor(heading)})"
 
 
 def notebook_table(headers: Iterable[Header]) -> str:

@@ -8,6 +8,9 @@ import functools
 import hashlib
 import io
 import re
+import shlex
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +23,8 @@ from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data import archives, corpus
 from hsa_mini.data.documents import read_documents
 from hsa_mini.data.tokenizer import load_tokenizer, ranks_digest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # The smallest model that reads the tokens of our tokenizer.
 TINY = dataclasses.replace(PRESETS["debug"], vocab_size=4096)
@@ -217,3 +222,12 @@ def read(text: str, question: str) -> str:
     while names[-1] in links:
         names.append(links[names[-1]])
     return ", ".join(names) + "."
+
+
+def build_site(folder: Path) -> Path:
+    """The site as `make site` builds it, in a folder of its own."""
+    recipe = re.search(r"\$\(PY\) (-m sphinx .*)", (ROOT / "Makefile").read_text())[1]
+    words = shlex.split(recipe.replace("build/site", str(folder)))
+    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return folder / "html"

@@ -31,6 +31,10 @@ OPTIONAL = (
     "jupyter_core",
     "nbclient",
     "nbformat",
+    "furo",
+    "latex2mathml",
+    "myst_nb",
+    "sphinx",
     "accelerate",
     "lm_eval",
     "nltk",
@@ -212,6 +216,9 @@ def test_the_workflow_runs_the_commands_of_readme_without_secrets():
     text = (ROOT / ".github/workflows/ci.yml").read_text()
     assert re.findall(r"run: (make \w+)", text) == ["make setup", "make lint", "make test"]
     assert "docker build --tag hsa-mini ." in text and "secrets" not in text and "http" not in text
+    pages = (ROOT / ".github/workflows/pages.yml").read_text()
+    assert re.findall(r"run: (make \w+)", pages) == ["make site"]
+    assert "path: _site" in pages and "secrets" not in pages and "http" not in pages
     versions = [
         line.rpartition(" ")[2]
         for line in pyproject()["project"]["classifiers"]

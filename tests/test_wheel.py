@@ -97,11 +97,11 @@ def test_the_metadata_tells_a_stranger_what_this_is(metadata):
 
 def test_extras_are_named_and_none_of_them_is_needed(metadata):
     extras = metadata.get_all("Provides-Extra", [])
-    assert sorted(extras) == ["dev", "eval", "hf", "notebooks", "train"]
+    assert sorted(extras) == ["dev", "eval", "hf", "notebooks", "site", "train"]
     lines = metadata.get_all("Requires-Dist", [])
     needed = [line.partition(">")[0] for line in lines if "extra ==" not in line]
     assert needed == ["numpy", "safetensors", "tiktoken", "torch", "tqdm"]
-    assert "hsa-mini[eval,hf,notebooks,train]; extra == \"dev\"" in lines  # fmt: skip
+    assert "hsa-mini[eval,hf,notebooks,site,train]; extra == \"dev\"" in lines  # fmt: skip
 
 
 USE = """

@@ -25,6 +25,7 @@ from PIL import Image
 from hsa_mini.checks import quoted
 from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import score_map, weight_bars
+from hsa_mini.viz.saved.page import CanvasExplorer
 from hsa_mini.viz.style import as_array
 
 DPI = 110
@@ -213,7 +214,7 @@ class FigureExplorer(Explorer):
         return self.picture.value, self.summary.value
 
 
-class MapExplorer(Explorer):
+class MapExplorer(CanvasExplorer, Explorer):
     """What `explore_map` returns: a `ScoreMap` that gets new numbers when a control moves."""
 
     def __init__(self, compute: Callable[..., tuple], alt: str, token: int, controls: dict) -> None:

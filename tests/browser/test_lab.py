@@ -3,8 +3,7 @@
 Stored pictures are visible before anything runs, all cells run, and the keyboard moves a picture.
 Two controls may move at once. What a reader saves keeps the pictures and the kernel's name.
 
-Works on a copy of the notebooks, with settings of its own. CHROMIUM names the browser if it is not
-on the PATH.
+Works on a copy of the notebooks, with settings of its own.
 """
 
 import functools
@@ -37,8 +36,6 @@ expect = sync_api.expect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-FOUND = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-CHROMIUM = os.environ.get("CHROMIUM") or next(FOUND, None)
 START_SECONDS = 60
 OPEN_SECONDS = 60
 RUN_SECONDS = 300
@@ -46,9 +43,6 @@ REDRAW_SECONDS = 20
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(
-        not CHROMIUM, reason="no Chromium: set CHROMIUM to its path, or apt-get install chromium"
-    ),
     pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks"),
 ]
 
@@ -188,16 +182,8 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
     pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def open_notebook(lab, browser):
+def open_notebook(browser, lab):
     """A function that opens a notebook of the lab: path -> page. The kernels are shut down after
     the test to free their memory.
     """

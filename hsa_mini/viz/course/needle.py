@@ -12,6 +12,7 @@ import traitlets
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.demo import NeedleFinding
 from hsa_mini.viz.plots import needle_strip
+from hsa_mini.viz.saved.page import CanvasExplorer
 from hsa_mini.viz.widgets import CANVAS, Explorer, make_figure, to_png
 
 HERE = Path(__file__).parent
@@ -27,7 +28,7 @@ def explore_needle(find: Callable[..., NeedleFinding], **controls) -> "NeedleExp
     return NeedleExplorer(find, controls)
 
 
-class NeedleExplorer(Explorer):
+class NeedleExplorer(CanvasExplorer, Explorer):
     """What `explore_needle` returns; `finding` is what the picture shows."""
 
     def __init__(self, find: Callable[..., NeedleFinding], controls: dict) -> None:

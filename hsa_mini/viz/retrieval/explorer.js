@@ -16,7 +16,7 @@ function makeForm(model, say) {
   const fields = [["Haystack (or a file)", haystack], ["Needle sentence", needle], ["Question", question]];
   const [top, middle, bottom] = fields.map(([name, field]) => make("label", {}, name, field));
   const root = make(
-    "div", {}, top, make("div", { class: "hsa-row" }, file, make("label", {}, "Where the needle stands: ", where, depth)),
+    "div", { class: "hsa-asks" }, top, make("div", { class: "hsa-row" }, file, make("label", {}, "Where the needle stands: ", where, depth)),
     make("div", { class: "hsa-row" }, middle, bottom, button),
   );
   let text = null; // a file, which the text area does not show
@@ -124,7 +124,7 @@ function render({ model, el }) {
     "div", {},
     title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer.")), tokens,
     make("div", { class: "hsa-row" }, modelLabel, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
-    title("What if?", make("small", {}, "The model reads the question anew, with your changes.")), whatIf.root,
+    make("div", { class: "hsa-asks" }, title("What if?", make("small", {}, "The model reads the question anew, with your changes.")), whatIf.root),
     title("Compare", make("small", {}, "Keep one token, layer, head or model, then select another.")), comparison.root,
     title("1 · Landmark scores of all chunks.", sum1), ...zoom.parts,
     title("2 · The kept chunks and their weights;  3 · the attention inside each.", sum2), chunks,
@@ -132,7 +132,9 @@ function render({ model, el }) {
       make("div", {}, title("5 · The likeliest next tokens.", sum5), next)),
     summary,
   );
-  const root = make("div", { class: "hsa", "data-lm-suppress-shortcuts": "true" }, form.root, status, picture);
+  const saved = model.get("saved"); // in a page without a kernel: what needs the model is hidden
+  const told = make("div");
+  const root = make("div", { class: saved ? "hsa saved" : "hsa", "data-lm-suppress-shortcuts": "true" }, form.root, told, status, picture);
   el.append(root);
 
   const asked = () => {
@@ -193,6 +195,8 @@ function render({ model, el }) {
     if (focus) buttons[selected.token].focus();
   };
   const answered = () => {
+    const { needle, question } = model.get("form");
+    if (saved) told.replaceChildren(make("strong", {}, "Needle: "), needle, make("br"), make("strong", {}, "Question: "), question);
     comparison.end();
     modelLabel.hidden = !model.get("second").shape;
     modelMenu.selectedIndex = 0;

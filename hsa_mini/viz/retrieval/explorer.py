@@ -1,15 +1,17 @@
 """The retrieval explorer as a widget: type a needle and a question, and follow every token."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import traitlets
 from tqdm import tqdm
 
 from hsa_mini.checks import check_integer
+from hsa_mini.files.whole_file import check_writable
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import needle_strip
@@ -25,6 +27,7 @@ from hsa_mini.viz.retrieval.asking import (
 from hsa_mini.viz.retrieval.picture import make_picture, shown_words, summary
 from hsa_mini.viz.retrieval.stored import look_up, open_index
 from hsa_mini.viz.retrieval.what_if import Change, Effect, what_if
+from hsa_mini.viz.saved.page import SavedPicture
 from hsa_mini.viz.widgets import caption, make_figure, picture_metadata, to_png
 
 HERE = Path(__file__).parent
@@ -32,6 +35,7 @@ SCRIPTS = ("levels.js", "zoom.js", "what_if.js", "compare.js", "explorer.js")
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
 MAX_SHOWN = 100_000  # characters of a haystack that the text area receives
+MAX_SAVED_WORDS = 1 << 20  # tokens of a text, all of whose words a saved page holds
 
 
 def explore_retrieval(
@@ -127,7 +131,10 @@ class RetrievalExplorer(anywidget.AnyWidget):
         with TURNS.lock:
             texts = self._texts(haystack, needle, depth, progress)
             self.asked = [ask(model, text, question) for model, text in zip(self.models, texts)]
-            self._show(texts[0], needle, question, depth)
+            with self.hold_sync():
+                self.effect = {}
+                for name, value in self._values(self.asked, needle, depth).items():
+                    setattr(self, name, value)
         return self.asked
 
     def _texts(self, haystack: str | ReadText | None, needle, depth, progress) -> list[ReadText]:
@@ -144,26 +151,61 @@ class RetrievalExplorer(anywidget.AnyWidget):
                 return texts
         return [read_text(model, haystack, needle, depth, progress) for model in self.models]
 
-    def _show(self, text: ReadText, needle: str, question: str, depth: float) -> None:
-        """The answers in the browser."""
+    def _values(self, asked: list[Asked], needle: str, depth: float) -> dict[str, Any]:
+        """What the browser gets for a question, by trait."""
+        text = asked[0].text
         S = self.models[0].config.chunk_size
-        first, *others = (make_picture(asked, S) for asked in self.asked)
-        with self.hold_sync():
-            self.effect = {}
-            self.second = others[0] if others else {}
-            self.data = first
-            self.form = {
+        first, *others = (make_picture(one, S) for one in asked)
+        where = ""
+        if text.stored:
+            where = f" The needle is {'looked up, not hidden' if text.needle else 'not in it'}."
+        return {
+            "second": others[0] if others else {},
+            "data": first,
+            "form": {
                 "haystack": text.haystack if len(text.haystack) <= MAX_SHOWN else None,
                 "characters": len(text.haystack),
                 "max_bytes": MAX_BYTES,
                 "needle": needle,
-                "question": question,
+                "question": asked[0].question,
                 "depth": depth,
-            }
-            where = ""
-            if text.stored:
-                where = f" The needle is {'looked up, not hidden' if text.needle else 'not in it'}."
-            self.status = f"{self.asked[0].verdict} The text has {len(text.ids):,} tokens.{where}"
+            },
+            "status": f"{asked[0].verdict} The text has {len(text.ids):,} tokens.{where}",
+        }
+
+    def save_html(self, path: str | Path, *, questions: Sequence[str] = ()) -> None:
+        """Write the picture into one HTML file, for readers without Python or a network.
+
+        Keys and mouse move through every token, layer and chunk, but nothing new can be asked.
+        questions: more questions to the same text, which the file offers in a menu. The file holds
+        the words of the text, and about 1 MB for a question.
+
+        Raises ValueError for what cannot be asked, and for a path that cannot be written.
+        """
+        check_writable("path", Path(path))
+        for question in questions:
+            check_question(question)
+        self.saved(questions).write(Path(path))
+
+    def saved(self, questions: Sequence[str] = ()) -> SavedPicture:
+        """What `save_html` writes."""
+        needle, depth = (self.form[name] for name in ("needle", "depth"))
+        with TURNS.lock:
+            asked = [self.asked]
+            for question in questions:
+                asked.append(
+                    [ask(one, old.text, question) for one, old in zip(self.models, asked[0])]
+                )
+            states = {}
+            for one in asked:
+                values = self._values(one, needle, depth)
+                values["form"]["haystack"] = None  # its words are stored below
+                states[one[0].question] = values
+        ids = self.asked[0].text.ids
+        S = self.models[0].config.chunk_size
+        words = shown_words(ids, 0, len(ids) if len(ids) <= MAX_SAVED_WORDS else 0)
+        shared = {"words": [words[i : i + S] for i in range(0, len(words), S)]}
+        return SavedPicture(self, "Where a model looked for its answer", states, shared)
 
     def what_if(self, change: Change, model: int = 0) -> Effect:
         """Show the effect of a change on the answer of one of the models. Raises ValueError as

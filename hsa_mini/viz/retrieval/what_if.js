@@ -118,7 +118,7 @@ function makeWhatIf(model, picture, number, move) {
       const share = change.shares.get(card.chunk) ?? kept.weight;
       if (Number(weight.value) !== share) weight.value = share;
     };
-    return { root: row(drop, pinned, weight), update };
+    return { root: make("div", { class: "hsa-row hsa-asks" }, drop, pinned, weight), update };
   };
   return { root, reload, effect: () => effect(), controls, requests };
 }

@@ -183,10 +183,12 @@ function makeZoom(model, selected, shown, compared, number, select) {
       crumb.addEventListener("click", () => (back(i), canvas.focus()));
       return crumb;
     }), ...(chunk === null && picture.C ? [closer] : []));
+    if (chunk !== null) picture.words[chunk] ??= model.get("words")?.[chunk]; // a saved page has them
     const texts = chunk === null ? [] : picture.words[chunk];
     words.replaceChildren(...(texts ?? []).map((text) => make("span", {}, text)));
     redraw();
-    if (!texts) requests.ask(); // Python sends the words of a chunk that no token keeps
+    if (!texts && model.get("saved")) words.textContent = "This page does not hold the words of this chunk.";
+    else if (!texts) requests.ask(); // Python sends the words of a chunk that no token keeps
   };
   const zoomIn = () => {
     const picture = shown(), kept = keptChunks(picture, selected);

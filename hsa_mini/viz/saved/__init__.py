@@ -1,0 +1,1 @@
+"""Pictures without Jupyter: a canvas and its values in one HTML file."""
