@@ -1,0 +1,249 @@
+"""The sentences in which facts and chains are told, with slots in braces.
+
+{noun} what the value is, {key} whose it is, {value}; {nouns}, {keys} and {values} are the plurals.
+`«a|b»` stands for one of its alternatives (see `expand`).
+A `Frames` holds the frames that training uses and those that are held out for evaluation.
+
+RULER's own wordings stand apart, so that a model can be trained with or without them.
+"""
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+
+def expand(rng: Random, frame: str) -> str:
+    """The frame with one alternative of every `«a|b»`; the innermost are chosen first."""
+    while "«" in frame:
+        frame = re.sub("«([^«»]*)»", lambda part: rng.choice(part[1].split("|")), frame)
+    return frame
+
+
+@dataclass(frozen=True)
+class Frames:
+    training: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    def of(self, held_out: bool) -> tuple[str, ...]:
+        return self.held_out if held_out else self.training
+
+
+# The first needle's sentence.
+FIRST_NOUN = "secret code"
+SENTENCE = "The {noun} of {key} is {value}."
+
+NOUN = Frames(
+    tuple(
+        """secret code|access code|phone number|account number|serial number|ticket number|password
+        |room number|badge number|order number|customer number|nickname|home town|favourite colour
+        |user name|birthday|price|score|address|token|license plate|locker combination|index|label
+        |reference|signal|invoice number|target|salary|magic word|pass phrase|coordinate|hash|value
+        |model number|height|best friend|special magic number|category|status|call sign|start time
+        |vault key|meeting point|result|default setting|weight|rank|identifier|launch sequence"""
+        .replace("\n", "").replace("        ", "").split("|")
+    ),
+    ("membership number", "security word", "flight number", "tracking code", "deposit", "alias",
+     "safe combination", "district"),
+)  # fmt: skip
+
+# Any kind of value fits: its end can be seen.
+_SUBJECT = (
+    "«The {noun} of {key}|The {noun} for {key}|{key}'s {noun}|The {noun} that belongs to {key}"
+    "|The {noun} given to {key}|The {noun} {key} has|The {noun} of the one called {key}"
+    "|For {key} the {noun}|In the case of {key}, the {noun}|The {noun} with the name {key}»"
+)
+_IS = (
+    "«is|is|was|is:|:|=|must be|reads|equals|is still|has been|would be|will be|is called|was "
+    "set to»"
+)
+_END = "«.|.|.|;|!|, he said.|, as everybody knows.| (see above).| as of today.|, we read.\n»"
+TOLD = Frames(
+    (
+        "The {noun} of {key} is {value}.",
+        f"{_SUBJECT} {_IS} {{value}}{_END}",
+        f"{_SUBJECT} {_IS} {{value}}{_END}",
+        f"{_SUBJECT} {_IS} {{value}}{_END}",
+        f"«{{key}}|The man {{key}}|Our {{key}}|A certain {{key}}» «has|had|got|uses|chose|knows"
+        f"|took"
+        f"|received|owns|carries|needs|kept|wrote down|asked for|wants» «the|a|this|that|one» "
+        f"{{noun}} "
+        f"«{{value}}|called {{value}}|of {{value}}|: {{value}}»{_END}",
+        f"{{value}} «is|was|will be|became|remains|is known as|is said to be|serves as» «the "
+        f"{{noun}}"
+        f" of {{key}}|the {{noun}} for {{key}}|{{key}}'s {{noun}}|what {{key}} has as "
+        f"{{noun}}»{_END}",
+        f"«The|This|Some|A|That» {{noun}} {{value}} «belongs to|goes with|stands for|was given to"
+        f"|was found with|is used by|points to|comes from|is owned by|is that of» {{key}}{_END}",
+        f"«We|They|Somebody|The council|I|He» «gave|assigned|sent|showed|handed|promised|told» "
+        f"{{key}} the {{noun}} {{value}}{_END}",
+        "The {noun} for {key} is {value}.",
+        "The {noun} for {key} is: {value}.",
+        "{key}'s {noun} is {value}.",
+        "{key} has the {noun} {value}.",
+        "For {key}, the {noun} is {value}.",
+        "{value} is the {noun} of {key}.",
+        "{value} is {key}'s {noun}.",
+        "As for {key}, its {noun} is {value}.",
+        "Whoever asks for the {noun} of {key} should answer {value}.",
+        "It is known that the {noun} of {key} was {value}.",
+        "They gave {key} the {noun} {value}.",
+        "We assigned the {noun} {value} to {key}.",
+        "The {noun} {value} belongs to {key}.",
+        "The {noun} that belongs to {key} is {value}.",
+        "One of the {nouns} is {value}, and it is {key}'s.",
+        "{key} was registered with the {noun} {value}.",
+        "{key} uses {value} as {noun}.",
+        "The {noun} of {key}: {value}.",
+        "{key} ({noun}: {value}).",
+        'The {noun} of {key} is "{value}".',
+        '"{value}" is the {noun} of {key}.',
+        'The {noun} of "{key}" is "{value}".',
+        "{noun} of {key} = {value}\n",
+        "{noun} for {key} -> {value}\n",
+        "{key}: {value}\n",
+        "{key} = {value}\n",
+        "{key} -> {value}\n",
+        "{key} => {value};",
+        "{key}, {value}\n",
+        "{key};{value};",
+        "{key}\t{value}\n",
+        "- {key}: {value}\n",
+        "* {key} has {noun} {value}\n",
+        "| {key} | {value} |\n",
+        "| {noun} | {key} | {value} |\n",
+        "| {value} | {key} |\n",
+        '"{key}": "{value}",\n',
+        '{{"{key}": "{value}"}}\n',
+        '{{"name": "{key}", "{noun}": "{value}"}},\n',
+        '{{"{noun}": "{value}", "name": "{key}"}},\n',
+        "'{key}': '{value}',\n",
+        'table["{key}"] = "{value}"\n',
+        'set("{key}", "{value}")\n',
+        'config.{key} = "{value}"\n',
+        "export {key}={value}\n",
+        '<item name="{key}">{value}</item>\n',
+        '<{noun} of="{key}" value="{value}"/>\n',
+        "# {noun} of {key}: {value}\n",
+        "INSERT INTO records VALUES ('{key}', '{value}');\n",
+        "assert lookup('{key}') == '{value}'\n",
+        ":{key}: {value}\n",
+        "Q: What is the {noun} of {key}? A: {value}.\n",
+        "Asked about {key}, he wrote down: {value}.",
+        'When asked for the {noun}, {key} said "{value}".',
+        "Name: {key}, {noun}: {value}.",
+        "Remember this {noun}: {value}. It is the one of {key}.",
+        "There is a {noun} for {key}, namely {value}.",
+        "Nobody but {key} knows the {noun} {value}.",
+        "Today the {noun} {value} was given to {key}.",
+    ),
+    (
+        "In the records, {key} appears under the {noun} {value}.",
+        "To reach {key}, please use the {noun} {value}.",
+        "I was told that {value} is what {key} has for a {noun}.",
+        "{key} will answer only to the {noun} {value}.",
+        "Keep in mind the {noun} of {key}, which is {value}.",
+        "Someone noted {value} as the {noun} belonging to {key}.",
+        "{noun}[{key}] = {value}\n",
+        '{{"id": "{key}", "data": "{value}"}}\n',
+        "+ {key} .... {value}\n",
+        "The clerk wrote: {key} / {value}.",
+    ),
+)
+# What a value of digits is can be seen wherever it stands.
+TOLD_IN_DIGITS = Frames(
+    (
+        "If you type {value}, the {noun} of {key}, the door opens.",
+        "The number {value} was chosen by {key} as {noun} long ago.",
+        "You need {value} when {key} asks for the {noun}.",
+        "With {value} the man called {key} went to the office.",
+        "{key} then received {value} from the others.",
+        "Give {value} to {key} before you leave.",
+        "They found {key} near the house with {value} on it.",
+    ),
+    (
+        "At the gate {key} showed {value} and was let in.",
+        "Please send {value} over to {key} as the {noun}.",
+    ),
+)
+
+# A value that replaces an earlier one.
+UPDATED = Frames(
+    (
+        "The {noun} of {key} is now {value}.",
+        "The {noun} of {key} has changed to {value}.",
+        "From today on the {noun} of {key} is {value}.",
+        "Update: {key} has the {noun} {value}.",
+        "{key} got a new {noun}: {value}.",
+    ),
+    ("Correction: {key} has {value} for a {noun} from here on.",),
+)
+
+# What may stand in front of a sentence that starts with "The".
+OPENINGS = Frames(
+    (
+        "Please note: ", "By the way, ", "For the record, ", "Remember that ", "Note that ",
+        "As we know, ", "It was decided that ", "Listen: ", "At last he said that ",
+    ),
+    ("Do not forget that ", "The report says that "),
+)  # fmt: skip
+
+# RULER's needle (arXiv 2404.06654) and its nouns.
+RULER_NOUN = "special magic {type}"
+RULER_TOLD = "One of the {nouns} for {key} is: {value}."
+
+# Chains: the head, a link, the question and the lead, for a {value} that passes from {a} to {b}.
+CHAINS: dict[bool, tuple[tuple[str, str, str, str], ...]] = {
+    False: (
+        ("The number {value} is given to {a}.", "The number of {a} is given to {b}.",
+         "Which names are given the number {value}?", "The number {value} is given to {names}."),
+        ("{a} = {value}\n", "{b} = {a}\n",
+         "Which variables have the value {value}?", "Answer: {names}\n"),
+        ("let {a} be {value};", "let {b} be {a};",
+         "Which variables are {value}?", "They are {names}."),
+        ("{a} starts with {value}.", "{b} takes what {a} has.",
+         "Who has {value}?", "The value {value} is with {names}."),
+        ("The box {a} holds {value}.", "The box {b} holds the same as {a}.",
+         "Which boxes hold {value}?", "The boxes are {names}."),
+        ("{value} -> {a}\n", "{a} -> {b}\n", "Where does {value} lead?", "{value} -> {names}\n"),
+        ("{a} := {value}\n", "{b} := {a}\n", "Which names are {value}?", "The names are {names}."),
+        ("int {a} = {value};", "int {b} = {a};",
+         "Which variables equal {value}?", "Variables: {names}\n"),
+        ("{a} was told the number {value}.", "{a} told it to {b}.",
+         "Who knows the number {value}?", "The number {value} is known to {names}."),
+        ("{a} received the key {value}.", "Then {b} received the key of {a}.",
+         "Who had the key {value}?", "The key {value} was with {names}."),
+        ("{value} is stored in {a}.", "{a} is copied to {b}.",
+         "Where is {value} stored?", "It is stored in {names}."),
+        ("{a} follows {value}.",
+         "{b} follows {a}.", "Who follows {value}?", "After {value} come {names}."),
+        ("# {value}: {a}\n", "# {a}: {b}\n", "All names for {value}?", "Answer: {names}\n"),
+        ("{a}({value})\n", "{b}({a})\n", "Which calls lead to {value}?", "Output: {names}\n"),
+        ("The price of {a} is {value}.", "The price of {b} is that of {a}.",
+         "What costs {value}?", "The price {value} is that of {names}."),
+        ("{value} was lent to {a}.", "{a} lent it to {b}.",
+         "Who borrowed {value}?", "Borrowers: {names}\n"),
+    ),
+    True: (
+        ("The letter {value} went to {a}.", "From {a} the letter went on to {b}.",
+         "Who received the letter {value}?", "The letter {value} went to {names}."),
+        ("SET {a} {value};", "COPY {a} TO {b};",
+         "Which registers hold {value}?", "Reply: {names}\n"),
+    ),
+}  # fmt: skip
+RULER_CHAIN = (
+    "VAR {a} = {value}\n", "VAR {b} = VAR {a}\n",
+    "Question: Find all variables that are assigned the value {value} in the text above.",
+    "Answer: According to the chain(s) of variable assignment in the text above, {count} variables "
+    "are assigned the value {value}, they are: {names}\n",
+)  # fmt: skip
+# RULER's questions and answer prefixes.
+RULER_QUESTION = "What is the {noun} for {key} mentioned in the provided text?"
+RULER_LEAD = "The {noun} for {key} mentioned in the provided text is {value}."
+RULER_SEVERAL = "What are all the {nouns} for {keys} mentioned in the provided text?"
+# The answer names the keys again. RULER asks only that it holds all values.
+RULER_SEVERAL_LEAD = (
+    "The {nouns} for {keys} mentioned in the provided text are",
+    " {key}: {value}", ", {key}: {value}", ".",
+)  # fmt: skip
+RULER_ALL = "What are all the {nouns} for {key} mentioned in the provided text?"
+RULER_ALL_LEAD = "The {nouns} for {key} mentioned in the provided text are {values}."
