@@ -43,7 +43,7 @@ class HSAConfig:
     encoder_layers: int = 1
     encoder_mlp_width: int = 0  # 0 means mlp_width
     # Options of retrieval (§2.2); `reference/retrieval.py` explains what each of them changes.
-    weighting: str = "softmax"  # or "stick_breaking"
+    weighting: str = "softmax"  # or "stick_breaking" or "newest_match"
     exploration: bool = True  # Gumbel noise on the scores, only in training
     exclude_window: bool = False  # True: never retrieve a chunk that lies inside the window
     query_block: int = 1  # this many consecutive tokens share the chunks of the first one
@@ -76,7 +76,10 @@ class HSAConfig:
                 f"retrieval_heads: got {self.retrieval_heads}, "
                 f"accepted are 1 and hsa_kv_heads ({self.hsa_kv_heads})"
             )
-        choices = {"weighting": ("softmax", "stick_breaking"), "residual": ("add", "bypass")}
+        choices = {
+            "weighting": ("softmax", "stick_breaking", "newest_match"),
+            "residual": ("add", "bypass"),
+        }
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(
@@ -167,6 +170,8 @@ _MINI = HSAConfig(
     retrieval_dim=256, retrieval_norm=True,
 )  # fmt: skip
 
+_ANY = dict(chunk_size=32, top_k=16, weighting="newest_match")
+
 # NOTE: differs from the paper because the paper prints no widths and depths. It prints the totals
 # of its two large models (519.6 M and 537.7 M; 8 B with 1 B active), 64 experts with 4 active and
 # 1 shared, and 16 query heads per key/value head in HSA. The widths and depths below are ours. They
@@ -189,6 +194,12 @@ PRESETS: dict[str, HSAConfig] = {
     "mini": _MINI,
     "mini_moe": dataclasses.replace(
         _MINI, mlp_width=512, experts=8, experts_active=2, expert_width=192,
+    ),
+    # For questions of any form: smaller chunks, so that fewer needles share a landmark, as many
+    # tokens read, and the newest of several matching chunks wins. As many parameters as `mini`.
+    "mini_any": dataclasses.replace(_MINI, **_ANY),
+    "mini_any_moe": dataclasses.replace(
+        _MINI, mlp_width=512, experts=8, experts_active=2, expert_width=192, **_ANY,
     ),
     "small_moe": dataclasses.replace(
         _MINI, width=512, lower_layers=4, mlp_width=1408, heads=8,

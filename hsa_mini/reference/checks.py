@@ -83,8 +83,10 @@ def check_retrieve(
         check_same("offset", offset, "retrieval_q", retrieval_q, dtype=False)
     else:
         check_integer("offset", offset, 0)
-    if weighting not in ("softmax", "stick_breaking"):
-        raise ValueError(f"weighting: got {weighting!r}, accepted are softmax and stick_breaking")
+    if weighting not in ("softmax", "stick_breaking", "newest_match"):
+        raise ValueError(
+            f"weighting: got {weighting!r}, accepted are softmax, stick_breaking and newest_match"
+        )
     if isinstance(gumbel_seed, torch.Tensor):
         check_tensor("gumbel_seed", gumbel_seed, "", sizes, (torch.int64,))
         check_same("gumbel_seed", gumbel_seed, "retrieval_q", retrieval_q, dtype=False)
