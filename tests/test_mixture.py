@@ -268,3 +268,46 @@ def test_a_fifth_of_made_up_haystacks_are_nothing_but_needles():
         full += len(needles) > 30
         assert not any(is_held_out(key) for key, _ in needles)
     assert 20 < full < 60
+
+
+@every_recipe
+def test_facts_fill_a_sequence_and_its_answers_follow_from_the_text(name):
+    """Nine of ten words of the answers stood in the text before them."""
+    known = []
+    for ids, parts in sequences(name, "fact_questions", 60, made_up=0.0):
+        assert len(ids) == len(parts) == RECIPES[name][0] + 1 and parts[-1] == ANSWER
+        assert set(parts.tolist()) <= {NONE, TEXT, ANSWER}
+        for part, first, last in runs(parts):
+            if part == ANSWER:
+                before = TOKENIZER.decode(ids[:first].tolist())
+                found = re.findall(r"\w+", TOKENIZER.decode(ids[first:last].tolist()))
+                known += [word in before for word in found]
+    assert len(known) > 200 and np.mean(known) > 0.9
+
+
+@every_recipe
+def test_the_answer_to_a_span_stood_in_the_text_behind_it(name):
+    for ids, parts in sequences(name, "span_questions", 40):
+        assert len(ids) == len(parts) == RECIPES[name][0] + 1
+        text = ids[parts == TEXT].tobytes()
+        answers = [ids[a:b] for part, a, b in runs(parts) if part == ANSWER]
+        assert answers and all(answer.tobytes() in text for answer in answers)
+        assert is_real_text(ids[parts == TEXT])
+
+
+def test_shares_decide_how_often_each_kind_is_drawn():
+    source = batches("nano", self_copy=0.0, needles=0.0, chains=0.0, facts=0.5, spans=0.3)
+    drawn = {}
+    for kind in ("fact_questions", "span_questions", "real_text"):
+        method = getattr(source, kind)
+
+        def counted(*args, kind=kind, method=method):
+            drawn[kind] = drawn.get(kind, 0) + (len(args) == 1 or args[1] == source.tokens + 1)
+            return method(*args)
+
+        setattr(source, kind, counted)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        source.sequence(rng)
+    assert drawn["fact_questions"] == pytest.approx(150, abs=30)
+    assert drawn["span_questions"] == pytest.approx(90, abs=25)

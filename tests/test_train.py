@@ -463,3 +463,14 @@ if __name__ == "__main__":
         .encode()
         + b"\n",
     )
+
+
+def test_models_for_any_form_have_the_sizes_of_the_first_ones_and_read_as_many_tokens():
+    for name, first in (("mini_any", "mini"), ("mini_any_moe", "mini_moe")):
+        config, other = PRESETS[name], PRESETS[first]
+        assert config.chunk_size * config.top_k == other.chunk_size * other.top_k == 512
+        models = (HSAModel(x, device="meta") for x in (config, other))
+        shapes = [[p.shape for p in model.parameters()] for model in models]
+        assert shapes[0] == shapes[1]
+    weightings = [stage.config(config).weighting for stage in RECIPES["mini_any"].stages]
+    assert weightings == ["softmax", "softmax", "newest_match"]

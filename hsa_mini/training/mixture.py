@@ -1,4 +1,4 @@
-"""Training batches: plain text, self-copies, questions about needles, questions about chains.
+"""Training batches: plain text, self-copies, questions about needles, chains, facts and spans.
 
 A batch is a function of (seed, step). Every token belongs to one part of the loss: none, text, copy
 (the second half of a self-copy) or answer.
@@ -7,6 +7,7 @@ Dimensions: B batch, T tokens; a sequence has T+1 (inputs and targets overlap).
 """
 
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 import torch
@@ -17,8 +18,17 @@ from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hsa_mini.tasks.chains import draw_chains
 from hsa_mini.tasks.needles import Needle, ask, draw_needles
 from hsa_mini.tasks.sentences import TRAINING, Question, encode, is_held_out
+from hsa_mini.training.fact_rows import (
+    ANSWER,
+    COPY,
+    NONE,
+    TEXT,
+    draw_told,
+    row,
+    span_row,
+    told_items,
+)
 
-NONE, TEXT, COPY, ANSWER = range(4)
 PARTS = ("none", "text", "copy", "answer")
 SIMILAR_KEYS = 0.3  # share of the needle sequences in which some keys differ in one letter only
 
@@ -29,13 +39,15 @@ TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of ea
 class Mixture:
     """How sequences are drawn: the share of each kind, and the limits of each kind.
 
-    self_copy, needles and chains are shares of the sequences; the remaining sequences are plain
-    text.
+    self_copy, needles, chains, facts and spans are shares of the sequences; the remaining
+    sequences are plain text.
     """
 
     self_copy: float = 0.35
     needles: float = 0.5
     chains: float = 0.0
+    facts: float = 0.0  # facts in many forms (see `fact_rows`)
+    spans: float = 0.0  # real text, and questions about what follows some of its spans
     two_codes: float = 0.25  # share of the needle questions that ask for two needles at once
     # Share of the haystacks that are generated instead of drawn from a real text: random tokens,
     # few symbols, one passage over and over, or needles only.
@@ -83,13 +95,19 @@ class TrainingBatches(Dataset):
     def sequence(self, rng: np.random.Generator) -> TrainingSequence:
         """One sequence of a kind drawn by the shares of the mixture."""
         mixture = self.mixture
+        kinds = (
+            (mixture.self_copy, self.self_copy),
+            (mixture.needles, self.needle_questions),
+            (mixture.chains, self.chain_questions),
+            (mixture.facts, self.fact_questions),
+            (mixture.spans, self.span_questions),
+        )
         kind = rng.random()
-        if kind < mixture.self_copy:
-            return self.self_copy(rng)
-        if kind < mixture.self_copy + mixture.needles:
-            return self.needle_questions(rng)
-        if kind < mixture.self_copy + mixture.needles + mixture.chains:
-            return self.chain_questions(rng)
+        up_to = 0.0
+        for share, draw in kinds:
+            up_to += share
+            if kind < up_to:
+                return draw(rng)
         return self.real_text(rng, self.tokens + 1), np.full(self.tokens + 1, TEXT)
 
     def self_copy(self, rng: np.random.Generator) -> TrainingSequence:
@@ -138,6 +156,21 @@ class TrainingBatches(Dataset):
         asked = order[: int(rng.integers(1, self.mixture.max_questions + 1))]
         shuffled = [sentences[i] for i in rng.permutation(len(sentences))]
         return self.hide(rng, shuffled, [chains[i].question for i in asked])
+
+    def fact_questions(self, rng: np.random.Generator) -> TrainingSequence:
+        """Facts in one of many forms, and questions about them."""
+        draws = Random(int(rng.integers(1 << 62)))
+        total = self.tokens + 1
+        items = told_items(draws, int(total * draws.choice((0.4, 0.6, 0.8, 0.95))), draw_told)
+        count = total - sum(len(ids) for item in items for ids, _ in item)
+        made_up = rng.random() < self.mixture.made_up / 2
+        text = self.made_up(rng, count) if made_up else self.real_text(rng, count)
+        return row(draws, items, text.tolist(), NONE if made_up else TEXT)
+
+    def span_questions(self, rng: np.random.Generator) -> TrainingSequence:
+        """Real text, and questions about what follows some of its spans."""
+        draws = Random(int(rng.integers(1 << 62)))
+        return span_row(draws, self.real_text(rng, self.tokens + 1).tolist())
 
     # ---- sentences and questions among text
 

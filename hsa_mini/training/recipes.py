@@ -23,6 +23,7 @@ class Stage:
     tokens: int  # of a sequence
     window: int | None = None  # W; None: the preset's
     top_k: int | None = None  # K; None: the preset's
+    weighting: str | None = None  # of the kept chunks; None: the preset's
     gumbel_noise: bool = True  # on the retrieval scores, so that other chunks are tried too
     queue_chunks: int | None = None
     isolated: int = 0
@@ -30,10 +31,10 @@ class Stage:
     mixture: Mixture = field(default_factory=Mixture)
 
     def config(self, preset: HSAConfig) -> HSAConfig:
-        """The preset with the window and K of this stage."""
+        """The preset with the window, K and weighting of this stage."""
         changes = {
             name: value
-            for name in ("window", "top_k")
+            for name in ("window", "top_k", "weighting")
             if (value := getattr(self, name)) is not None
         }
         return replace(preset, **changes)
@@ -99,6 +100,8 @@ KEYS_IN_FILES = {
     "max_questions": "questions_most",
     "min_copy": "copy_least",
 }
+# Fields that are left out of files where they change nothing: earlier versions did not have them.
+ADDED = ("weighting", "facts", "spans")
 
 
 def recipe_settings(recipe: Recipe) -> dict:
@@ -106,7 +109,8 @@ def recipe_settings(recipe: Recipe) -> dict:
 
     def renamed(value: Any) -> Any:
         if isinstance(value, dict):
-            return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in value.items()}
+            kept = {key: x for key, x in value.items() if x or key not in ADDED}
+            return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in kept.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(renamed, value))
         return value
@@ -128,6 +132,26 @@ _WITH_QUEUE = replace(
     _OWN_CHUNKS, steps=4000, gumbel_noise=False, queue_chunks=4096, text_weight=0.1
 )
 _MINI = Recipe((_OWN_CHUNKS, replace(_WITH_QUEUE, isolated=4)))
+# Facts in many forms. The weighting by the newest match starts early, as soon as the model copies:
+# it makes both HSA layers tell the right chunk from the others clearly, while with softmax the
+# scores of the kept chunks stay close together.
+_ANY_OWN_CHUNKS = replace(
+    _OWN_CHUNKS,
+    steps=1200,
+    weighting="softmax",
+    mixture=Mixture(self_copy=0.12, needles=0.06, chains=0.04, facts=0.64, spans=0.07),
+)
+_ANY_WITH_QUEUE = replace(
+    _ANY_OWN_CHUNKS,
+    steps=600,
+    gumbel_noise=False,
+    queue_chunks=4096,
+    isolated=4,
+    text_weight=0.1,
+)
+_MINI_ANY = Recipe(
+    (_ANY_OWN_CHUNKS, _ANY_WITH_QUEUE, replace(_ANY_WITH_QUEUE, steps=22_200, weighting=None))
+)
 # The paper's five stages at a small scale: warm-up (short window, every chunk kept, mostly copies),
 # sparse pre-training, longer texts, annealing, and questions.
 _SMALL = Recipe(
@@ -176,4 +200,11 @@ _NANO = Recipe(
     learning_rate=5e-3,
     warmup=30,
 )
-RECIPES = {"nano": _NANO, "mini": _MINI, "mini_moe": _MINI, "small_moe": _SMALL}
+RECIPES = {
+    "nano": _NANO,
+    "mini": _MINI,
+    "mini_moe": _MINI,
+    "mini_any": _MINI_ANY,
+    "mini_any_moe": _MINI_ANY,
+    "small_moe": _SMALL,
+}

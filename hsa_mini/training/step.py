@@ -16,7 +16,6 @@ from hsa_mini.model.core import Output
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import mixture_loss
-from hsa_mini.training.mixture import ANSWER
 from hsa_mini.training.recipes import Recipe, Stage
 
 
@@ -65,7 +64,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if queue.size:
-        fill_queue(queue, output, parts)
+        fill_queue(queue, output)
     load = balance_experts(model, recipe.balance_rate, ids.device)
     return StepFigures(loss.detach(), text, copy, answer, accuracy, norm, load)
 
@@ -83,17 +82,16 @@ def forward_with_queue(
         return model(ids, chunk_source=source, **options)
 
 
-def fill_queue(queue: ChunkQueue, output: Output, parts: torch.Tensor) -> None:
-    """Put the chunks of a third of the batch into the queue; sequences without a question first.
+def fill_queue(queue: ChunkQueue, output: Output) -> None:
+    """Put the chunks of the first third of the batch into the queue.
 
-    Sequences without a question hold plain text. A queued needle could contradict a needle of a
-    later batch.
+    They are rows of every kind. A queue of plain text alone would never teach the model to tell a
+    needle from thousands of other needles.
     """
-    has_answer = (parts == ANSWER).any(dim=1).int()
-    rows = has_answer.argsort(stable=True)[: len(parts) // 3]
     encoded = output.aux.encoded
     assert encoded is not None, "only a model in training mode returns the encoded chunks"
-    queue.push(encoded, rows)
+    B = len(encoded.k)
+    queue.push(encoded, torch.arange(B // 3, device=encoded.k.device))
 
 
 def balance_experts(model: HSAModel, rate: float, device: torch.device) -> torch.Tensor:
