@@ -1,6 +1,6 @@
 # Every target works as the first command after `git clone`. It needs only make and Python 3.11 to 3.14.
 #   PYTHON=/path/to/python3.12   the Python that builds .venv (default: the first one that fits)
-#   ARGS="..."                   more arguments for the command of lab, demo, bench, train or lab-runs
+#   ARGS="..."                   more arguments for the command of lab, demo, test-faults, bench, train or lab-runs
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -10,7 +10,7 @@ ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(patsubst %.py,%.ipynb,$(sort $(wildcard notebooks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test lint format test-gpu test-browser notebooks bench train lab-runs clean
+.PHONY: help setup lab demo test lint format test-faults test-gpu test-browser notebooks bench train lab-runs clean
 
 help: ## List the targets
 	@echo 'make <target> [ARGS="..."] [PYTHON=/path/to/python3]'
@@ -39,6 +39,9 @@ lint: $(READY) ## Check style, format and types (changes no file)
 format: $(READY) ## Format the code and mend what ruff can mend by itself
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+test-faults: $(READY) ## Attack the project: power loss, crashes, kills, corruption, fuzz (an hour)
+	$(PY) tests/faults $(ARGS)
 
 test-gpu: $(READY) ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest -q tests/gpu

@@ -1,8 +1,8 @@
 """hsa-mini: Hierarchical Sparse Attention (Hu et al., arXiv 2511.23319), taught and measured."""
 
 import importlib
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # that of `typing`, which would take as long to import as all else here
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` below imports a name
     from hsa_mini.config import PRESETS, HSAConfig
     from hsa_mini.hsa_model import HSAModel

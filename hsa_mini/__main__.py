@@ -2,6 +2,6 @@
 
 import sys
 
-from hsa_mini.cli.entry import main
+from hsa_mini.cli import main
 
 sys.exit(main())

@@ -7,9 +7,40 @@ P groups, W window.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
+from hsa_mini.checks import check_integer, check_number, quoted
+
 MAX_TOKENS = 1 << 30  # the longest text that a command or a plan accepts; more is a typing error
+MAX_LAYERS = 1024  # a model of more blocks takes seconds to make even without memory
+MAX_SIZE = 1 << 24
+MAX_WEIGHTS = 1 << 36  # numbers in one weight
+MAX_STATE = 1 << 30  # numbers that one layer keeps of one sequence
+
+CHOICES = {
+    "weighting": ("softmax", "stick_breaking", "newest_match"),
+    "residual": ("add", "bypass"),
+}
+RANGES = {"rope_base": (1.0, 1e12), "norm_eps": (0.0, 1.0), "embedding_std": (0.0, 1e3)}
+MAY_BE_0 = ("encoder_mlp_width", "experts", "experts_active", "expert_width")
+# Sizes whose product is the number of elements of one tensor, and the most that it may have.
+PRODUCTS = (
+    ("lower_layers", MAX_LAYERS),
+    ("encoder_layers", MAX_LAYERS),
+    ("groups layers_per_group", MAX_LAYERS),
+    ("vocab_size width", MAX_WEIGHTS),
+    ("mlp_width width", MAX_WEIGHTS),
+    ("encoder_mlp_width width", MAX_WEIGHTS),
+    ("heads head_dim width", MAX_WEIGHTS),
+    ("hsa_heads hsa_head_dim width", MAX_WEIGHTS),
+    ("retrieval_heads retrieval_dim width", MAX_WEIGHTS),
+    ("experts expert_width width", MAX_WEIGHTS),
+    ("window kv_heads head_dim", MAX_STATE),
+    ("chunk_size width", MAX_STATE),
+    ("chunk_size hsa_kv_heads hsa_head_dim", MAX_STATE),
+    ("top_k hsa_kv_heads", 1 << 16),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +90,8 @@ class HSAConfig:
     embedding_std: float = 0.02  # of the embedding and of [CLS] before training
 
     def __post_init__(self) -> None:
-        self._check_integers()
+        self._check_fields()
+        self._check_products()
         for name, divisor in (("heads", "kv_heads"), ("hsa_heads", "hsa_kv_heads")):
             value = getattr(self, name)
             step = getattr(self, divisor)
@@ -76,15 +108,6 @@ class HSAConfig:
                 f"retrieval_heads: got {self.retrieval_heads}, "
                 f"accepted are 1 and hsa_kv_heads ({self.hsa_kv_heads})"
             )
-        choices = {
-            "weighting": ("softmax", "stick_breaking", "newest_match"),
-            "residual": ("add", "bypass"),
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}, accepted are {' and '.join(accepted)}"
-                )
         uneven_window = self.exclude_window and self.window % self.query_block
         if self.chunk_size % self.query_block or uneven_window:
             raise ValueError(
@@ -97,20 +120,30 @@ class HSAConfig:
                 f"accepted are 1 to experts ({self.experts}) and a width above 0"
             )
 
-    def _check_integers(self) -> None:
-        at_least_one = (
-            "vocab_size width lower_layers groups layers_per_group mlp_width window heads kv_heads "
-            "head_dim chunk_size top_k hsa_heads hsa_kv_heads hsa_head_dim retrieval_dim "
-            "retrieval_heads encoder_layers query_block"
-        ).split()
-        at_least_zero = "encoder_mlp_width experts experts_active expert_width".split()
-        for name in at_least_one + at_least_zero:
+    def _check_fields(self) -> None:
+        """Every field by itself: its type and its bounds."""
+        for field in dataclasses.fields(self):
+            name = field.name
             value = getattr(self, name)
-            lowest = int(name in at_least_one)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(
-                    f"{name}: got {value!r}, accepted is an integer of at least {lowest}"
-                )
+            if field.type is int:
+                check_integer(name, value, 0 if name in MAY_BE_0 else 1, MAX_SIZE)
+            elif field.type is float:
+                check_number(name, value, *RANGES[name])
+            else:
+                accepted = CHOICES.get(name, (True, False))
+                if type(value) is not field.type or value not in accepted:
+                    known = " and ".join(map(str, accepted))
+                    raise ValueError(f"{name}: got {quoted(value)}, accepted are {known}")
+
+    def _check_products(self) -> None:
+        """Sizes whose product no computer holds, or which would take hours to count."""
+        for names, most in PRODUCTS:
+            sizes = {name: getattr(self, name) for name in names.split()}
+            if math.prod(sizes.values()) > most:
+                (first, got), *others = sizes.items()
+                given = "".join(f", {name}={size}" for name, size in others)
+                what = "a product of" if others else "an integer"
+                raise ValueError(f"{first}: got {got}{given}, accepted is {what} up to {most}")
 
     @property
     def upper_layers(self) -> int:
@@ -146,17 +179,18 @@ class HSAConfig:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "HSAConfig":
-        """The inverse of `to_json`.
+    def from_dict(cls, values: dict) -> "HSAConfig":
+        """The configuration with these fields, as `to_json` writes them.
 
         Raises ValueError that names the key if one is unknown or missing.
         """
-        values = json.loads(text)
         if not isinstance(values, dict):
-            raise ValueError(f"config: got a JSON {type(values).__name__}, accepted is an object")
+            raise ValueError(f"config: got a {type(values).__name__}, accepted is a dict")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in values.keys() - known.keys():
-            raise ValueError(f"config: got unknown key {name!r}, accepted are {', '.join(known)}")
+            raise ValueError(
+                f"config: got unknown key {quoted(name)}, accepted are the fields of HSAConfig"
+            )
         for name, field in known.items():
             if field.default is dataclasses.MISSING and name not in values:
                 raise ValueError(f"config: key {name!r} is missing")

@@ -1,14 +1,14 @@
 """The model for users: what `hsa_mini.model.core` computes, with generation, saving and loading."""
 
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from hsa_mini.checkpoint.folder import CONFIG, verified_folder
-from hsa_mini.checkpoint.weights import SHARD_BYTES, load_weights, save_weights
+from hsa_mini.checkpoint.weights import CONFIG, SHARD_BYTES, load_weights, save_weights
 from hsa_mini.config import HSAConfig
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import read_folder
 from hsa_mini.inference.generate import Generation, generate
 from hsa_mini.model.core import HSACore
 
@@ -34,7 +34,8 @@ class HSAModel(HSACore):
     ) -> None:
         """Write weights, configuration and sha256 manifest as the folder `path`.
 
-        dtype: that of the stored weights (None: the model's own). texts: further files, name ->
+        dtype: that of the stored parameters (None: the model's own); the router's bias is always
+        float32. texts: further files, name ->
         content. shard_bytes: weights that take more bytes are split over several files. Raises
         ValueError for shard_bytes below 1, and if `path` holds something other than a checkpoint.
         """
@@ -52,27 +53,27 @@ class HSAModel(HSACore):
     ) -> Self:
         """The model in the folder `path`, in evaluation mode and without gradients.
 
-        dtype: that of the weights; None is bfloat16 on a GPU and float32 elsewhere. Raises
-        ValueError if a file is missing or was altered, and if the files do not fit together.
+        dtype: that of the parameters; None is bfloat16 on a GPU and float32 elsewhere. The router's
+        bias is always float32. Raises ValueError if a file is missing or was altered, if the files
+        do not fit together, and for weights that are NaN or infinite.
         """
         device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        folder = verified_folder(Path(path), CONFIG)
-        try:
-            config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"path: {folder} cannot be read ({error})") from None
-        model = cls(config, device="meta")
-        weights = load_weights(folder, model._stored_weights(), device=device, dtype=dtype)
-        model.load_state_dict(weights, strict=False, assign=True)
-        if config.tied:
-            model.head.weight = model.embedding.weight
-        return model.eval().requires_grad_(False)
+
+        def read(files: dict[str, Path]) -> Self:
+            model = cls(HSAConfig.from_dict(read_json(files[CONFIG])), device="meta", dtype=dtype)
+            weights = load_weights(files, model._stored_weights(), device=device)
+            model.load_state_dict(weights, strict=False, assign=True)
+            if model.config.tied:
+                model.head.weight = model.embedding.weight
+            return model.eval().requires_grad_(False)
+
+        return read_folder(Path(path), (CONFIG,), read)
 
     def _stored_weights(self) -> dict[str, torch.Tensor]:
         """The weights to store, by name. A tied head is left out because it is the embedding."""
         return {
             name: value
-            for name, value in self.state_dict().items()
+            for name, value in self.state_dict(keep_vars=True).items()
             if not (self.config.tied and name == "head.weight")
         }

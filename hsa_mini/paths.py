@@ -1,56 +1,49 @@
-"""The folders of shipped data and of the user's cache, and how a single file is written."""
+"""The folders of shipped data and of the user's cache."""
 
 import os
-import tempfile
 from pathlib import Path
+
+RANKS_FILE = "tokenizer.tiktoken"  # every data folder has it
 
 
 def data_dir() -> Path:
     """The folder with tokenizer ranks, checkpoints and results.
 
     The environment variable `HSA_MINI_DATA` overrides it. Raises FileNotFoundError if the folder
-    does not exist.
+    has no tokenizer ranks, and ValueError for a relative path.
     """
-    folder = Path(os.environ.get("HSA_MINI_DATA", Path(__file__).resolve().parent.parent / "data"))
-    if not folder.is_dir():
+    folder = _given("HSA_MINI_DATA") or Path(__file__).resolve().parent.parent / "data"
+    if not (folder / RANKS_FILE).is_file():
         raise FileNotFoundError(
-            f"HSA_MINI_DATA: no folder {folder}; set it to the data/ folder of a checkout"
+            f"HSA_MINI_DATA: {folder} has no {RANKS_FILE}; set it to the data/ folder of a checkout"
         )
     return folder
 
 
 def cache_dir() -> Path:
-    """The folder for downloaded archives and encoded corpora (`HSA_MINI_CACHE` overrides it)."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hsa-mini"
-    return Path(os.environ.get("HSA_MINI_CACHE", default))
+    """The folder for downloaded archives and encoded corpora.
 
-
-def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
-    """Raise ValueError, which names the argument `name`, if nothing can be written to `path`.
-
-    `path` is a file, or with `folder` a folder for files. The check leaves nothing behind.
+    It is `HSA_MINI_CACHE`, or hsa-mini in `XDG_CACHE_HOME` or in ~/.cache. Raises ValueError for a
+    relative `HSA_MINI_CACHE`, and if there is no home folder.
     """
-    try:
-        if path.exists() and path.is_dir() != folder:
-            raise OSError(0, "it is a file" if folder else "it is a folder")
-        nearest = path if folder else path.absolute().parent
-        while not nearest.exists():
-            nearest = nearest.absolute().parent
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        kind = "folder to write into" if folder else "file that can be written"
-        raise ValueError(f"{name}: got {path} ({error.strerror}), accepted is a {kind}") from None
+    if given := _given("HSA_MINI_CACHE"):
+        return given
+    # The XDG specification: an empty or relative value is ignored.
+    for folder in (os.environ.get("XDG_CACHE_HOME", ""), "~/.cache"):
+        if os.path.isabs(folder := os.path.expanduser(folder)):
+            return Path(folder, "hsa-mini")
+    raise ValueError("HSA_MINI_CACHE: not set, and there is no home folder; set it to a folder")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it appears with all of its content or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, fresh = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(fresh, 0o644)
-        os.replace(fresh, path)
-    except BaseException:
-        os.unlink(fresh)
-        raise
+def _given(variable: str) -> Path | None:
+    """The folder that an environment variable names, or None if the variable is empty or not set.
+
+    A relative path would mean another folder in every working directory, so it is refused.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    folder = Path(os.path.expanduser(value))
+    if not folder.is_absolute():
+        raise ValueError(f"{variable}: got {value[:80]!r}, accepted is an absolute path, or ~/...")
+    return folder

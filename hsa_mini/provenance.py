@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
 
 def hardware(device: torch.device) -> str:
@@ -44,13 +44,20 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit of this checkout, with "+changes" if files were edited since.
 
-    The environment variable `HSA_MINI_COMMIT` overrides it. It is "unknown" without git.
+    The environment variable `HSA_MINI_COMMIT` overrides it. It is "unknown" without git, and if
+    this package does not lie at the top of a repository: one further up belongs to another project.
     """
     root = Path(__file__).resolve().parent.parent
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+            ["git", f"--git-dir={root / '.git'}", *words],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:
@@ -85,7 +92,7 @@ def write_results(path: Path, device: torch.device, **values) -> None:
 
     Values may be lists of dataclasses. The file appears with all of its content or not at all.
     """
-    write_whole(path, (json.dumps(record(device) | values, indent=1, default=vars) + "\n").encode())
+    write_file(path, (json.dumps(record(device) | values, indent=1, default=vars) + "\n").encode())
 
 
 def _read(path: str) -> str:

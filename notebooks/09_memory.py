@@ -671,7 +671,7 @@ explore(
 #
 # A memory is all that a model needs from a text. So we can write the memory to a file, and the model need not read a
 # book again for every question. `save` writes a folder with tensors and checksums, without free slots. `load` verifies
-# it and maps the chunks from the file: their pages are loaded when they are used.
+# it and copies it into memory. Only the weights that made a memory can use it, so the folder names them by a fingerprint.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -577,10 +577,11 @@ print("with another text's memory hardly any:", last[5] < 0.5 * last[4])
 def resume(trainer, folder, *, forget=""):
     """Bring a new run to the state in the folder, except for the part to forget."""
     tensors, kept = load_progress(folder)
+    trainer.load_state_dict(tensors, step=kept["step"])
     if forget == "optimizer":
-        parameters = {name: x for name, x in tensors.items() if name.startswith("model.")}
-        tensors = trainer.state_dict() | parameters
-    trainer.load_state_dict(tensors, step=0 if forget == "step" else kept["step"])
+        trainer.optimizer.state.clear()
+    if forget == "step":
+        trainer.step = 0
     return trainer
 
 

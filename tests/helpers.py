@@ -25,6 +25,24 @@ def random_choice(B: int, T: int, J: int, K: int, N: int, *, seed: int = 0, dtyp
     ).masked_fill(empty, 0.0)
 
 
+def with_special_scores(
+    B: int, T: int, J: int, R: int, N: int, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """retrieval_q [B, T, J, R], landmarks [B, N, J, R] and their scores [B, T, J, N], up to a
+    factor: a third of the scores of every token are NaN (of either sign), inf or -inf.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")])
+    chosen = special[torch.randint(4, (B, N, J), generator=generator)].to(dtype)
+    plain = torch.rand(B, N, J, generator=generator) < 2 / 3
+    landmarks = torch.zeros(B, N, J, R, dtype=dtype)
+    landmarks[..., 0] = torch.where(plain, random(B, N, J, seed=seed, dtype=dtype), chosen)
+    retrieval_q = torch.zeros(B, T, J, R, dtype=dtype)
+    retrieval_q[..., 0] = 1 + random(B, T, J, seed=seed + 1, dtype=dtype).abs()
+    scores = retrieval_q[..., :1] * landmarks[:, None, :, :, 0].transpose(2, 3)
+    return retrieval_q, landmarks, scores
+
+
 def results(
     operation, inputs: dict[str, torch.Tensor], *fixed, **options
 ) -> dict[str, torch.Tensor]:

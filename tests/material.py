@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.data import archives, corpus
-from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.data.documents import read_documents
+from hsa_mini.data.tokenizer import load_tokenizer, ranks_digest
 
 # The smallest model that reads the tokens of our tokenizer.
 TINY = dataclasses.replace(PRESETS["debug"], vocab_size=4096)
@@ -146,26 +148,39 @@ def small_archives(folder: Path) -> list[Path]:
     django |= {f"Django-5.2/docs/d{i}/guide.txt": words(100, f"{i} guide") for i in range(20)}
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for (_, name, _), files in zip(archives.ARCHIVES, (shakespeare, sympy, django)):
-        with tarfile.open(folder / name, "w:gz") as tar:
+    for archive, files in zip(archives.ARCHIVES, (shakespeare, sympy, django)):
+        with tarfile.open(folder / archive.name, "w:gz") as tar:
             for path, content in files.items():
                 content = content if isinstance(content, bytes) else content.encode()
                 member = tarfile.TarInfo(path)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-        paths.append(folder / name)
+        paths.append(folder / archive.name)
     return paths
 
 
-@functools.cache
-def real_archives() -> tuple[Path, ...]:
-    """The paths of the fetched archives, or nothing if one of them is missing or incomplete."""
-    paths = [(archives.archives_dir() / name, digest) for _, name, digest in archives.ARCHIVES]
-    return (
-        tuple(path for path, _ in paths)
-        if all(archives.has_digest(*pair) for pair in paths)
-        else ()
+def small_corpus(cache: Path) -> None:
+    """A cache with `small_archives` and their encoded corpus, which a command then reads."""
+    contents = [path.read_bytes() for path in small_archives(cache / "archives")]
+    folder = f"corpus-archives-v{corpus.FORMAT}-{ranks_digest()}"
+    corpus._encode(read_documents(contents), cache / folder)
+
+
+def pinned(contents: Iterable[bytes]) -> tuple[archives.Archive, ...]:
+    """The archives of the corpus, with other contents."""
+    return tuple(
+        dataclasses.replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for archive, content in zip(archives.ARCHIVES, contents)
     )
+
+
+@functools.cache
+def real_archives() -> tuple[bytes, ...]:
+    """The content of the fetched archives, or nothing if one of them is missing or altered."""
+    try:
+        return tuple(archive.read() for archive in archives.ARCHIVES)
+    except (OSError, ValueError):
+        return ()
 
 
 def read(text: str, question: str) -> str:

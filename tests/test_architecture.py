@@ -18,23 +18,25 @@ MAX_MODULES_IN_PACKAGE = 12
 MAX_PUBLIC_METHODS = 12
 
 # What each part of the package may import from the others: the arrows of README, one way.
-BASE = {"config", "paths", "provenance"}
-MODEL = {"config", "reference", "ops", "memory", "model"}
+BASE = {"checks", "config", "files", "paths", "provenance"}
+MODEL = {"checks", "config", "reference", "ops", "memory", "model"}
 LIBRARY = BASE | MODEL | {"hsa_kernels", "checkpoint", "data", "tasks", "inference", "hsa_model"}
 MAY_IMPORT = {
-    "config": set(),
+    "checks": set(),
+    "config": {"checks"},
+    "files": set(),
     "paths": set(),
-    "provenance": {"paths"},
-    "reference": set(),
+    "provenance": {"files", "paths"},
+    "reference": {"checks"},
     "hsa_kernels": {"reference"},
-    "data": {"paths"},
-    "tasks": {"data"},
-    "checkpoint": {"config", "paths", "provenance"},
-    "ops": {"reference", "hsa_kernels"},
-    "memory": {"config", "checkpoint", "ops", "paths", "reference"},
+    "data": {"files", "paths"},
+    "tasks": {"checks", "data"},
+    "checkpoint": {"checks", "config", "files", "provenance"},
+    "ops": {"checks", "reference", "hsa_kernels"},
+    "memory": {"config", "checkpoint", "files", "ops", "reference"},
     "model": MODEL,
-    "inference": {*MODEL, "checkpoint", "paths"},
-    "hsa_model": {*MODEL, "checkpoint", "inference", "paths"},
+    "inference": {*MODEL, "checkpoint", "files"},
+    "hsa_model": {*MODEL, "checkpoint", "files", "inference"},
     "training": LIBRARY,
     "evaluation": LIBRARY,
     "lab": LIBRARY | {"training", "evaluation"},

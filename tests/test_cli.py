@@ -5,28 +5,35 @@ loaded or a text is read.
 """
 
 import json
+import logging
+import lzma
 import os
+import pkgutil
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import call
 from material import KEYS, TINY, tiny, word_corpus, words
+from safetensors import SafetensorError
 
 from hsa_mini import HSAModel
-from hsa_mini.checkpoint.folder import fingerprint
-from hsa_mini.cli import arguments, entry
+from hsa_mini.cli import Stop, arguments, entry, main
+from hsa_mini.cli import report as reporting
 from hsa_mini.cli.report import printable
 from hsa_mini.data import archives
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.evaluation.demo import MIN_HAYSTACK, MIN_TOKENS
 from hsa_mini.evaluation.perplexity import TARGETS
+from hsa_mini.files.whole_folder import fingerprint
 from hsa_mini.paths import data_dir
 from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS
 
@@ -42,7 +49,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     A command may leave nothing in it but its results.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.run.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.data.corpus.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.evaluation.runner.load_corpus", word_corpus)
     monkeypatch.setattr("hsa_mini.evaluation.perplexity.load_corpus", word_corpus)
@@ -100,7 +107,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     ),
     (
         ["demo", "--out", "file/deeper"],
-        r"--out: got file/deeper \(Not a directory\), accepted is a folder",
+        r"--out: got file/deeper \(\S+/file is a file\), accepted is a folder",
     ),
     (["demo", "--out", "/proc/nowhere"], r"--out: got /proc/nowhere \(.*\), accepted is a folder"),
     (
@@ -191,18 +198,31 @@ CHEAP = [  # refused before a model is loaded or a text is read
         r"--json: got file/x.json \(Not a directory\), accepted is a file",
     ),
     (["sing"], "invalid choice: 'sing'"),
+    (["sing" * 1000], "invalid choice: 'singsing.* ... .*'plan', 'fetch'"),
+    (["plan", "nano", "--\x1b[2J" + "\n\x9b" * 999], "unrecognized arguments: --·.2J"),
+    (
+        ["plan", "nano", "--json", "\x1b[2J/" * 2000],
+        r"--json: got (·.2J/)+.* ... .* accepted is a file",
+    ),
     ([], "the following arguments are required: demo"),
 ]
 DEARER = [  # refused after a model or a text was opened
     (
+        ["generate", "\x1b[2J\rx", *GENERATE[2:]],
+        "checkpoint: got ·.2J x without a manifest.json; accepted is",
+    ),
+    (
         [*DEMO, "--checkpoint", "nosuch"],
-        r"--checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*: .*mini",
+        r"--checkpoint: got nosuch without a manifest.json; accepted is the folder .* \(.*: .*mini",
     ),
     (
         [*DEMO, "--checkpoint", "dir"],
-        "--checkpoint: dir has no readable manifest.json; accepted is",
+        "--checkpoint: got dir without a manifest.json; accepted is",
     ),
-    ([*DEMO, "--checkpoint", "good.txt"], "--checkpoint: got good.txt, accepted is the folder"),
+    (
+        [*DEMO, "--checkpoint", "good.txt"],
+        "--checkpoint: got good.txt without a manifest.json; accepted is the folder",
+    ),
     (
         [*DEMO, "--checkpoint", CORRUPTED],
         f"--checkpoint: {CORRUPTED}/model.safetensors does not match its manifest",
@@ -234,7 +254,7 @@ DEARER = [  # refused after a model or a text was opened
     ),
     (
         ["generate", "nosuch", *GENERATE[2:]],
-        r"checkpoint: got nosuch, accepted is the folder of a checkpoint \(.*mini",
+        r"checkpoint: got nosuch without a manifest.json; accepted is the folder .* \(.*mini",
     ),
     (
         ["generate", CORRUPTED, *GENERATE[2:]],
@@ -256,11 +276,17 @@ DEARER = [  # refused after a model or a text was opened
         [*GENERATE[:3], "latin.txt"],
         r"--prompt-file: latin.txt is not UTF-8 text \(byte \d+\); accepted is any UTF-8",
     ),
-    ([*GENERATE[:3], "empty.txt"], "--prompt-file: got 0 tokens of text, accepted is at least 1"),
-    (["eval", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
+    ([*GENERATE[:3], "empty.txt"], "--prompt-file: got 0 tokens of text, accepted is 1 to"),
+    (
+        ["eval", "nosuch"],
+        "checkpoint: got nosuch without a manifest.json; accepted is the folder of a checkpoint",
+    ),
     (["eval", CORRUPTED], f"checkpoint: {CORRUPTED}/model.safetensors does not match"),
     (["eval", "model", "--lengths", "100"], "--lengths: got 100, accepted is 266 to 1073741824"),
-    (["perplexity", "nosuch"], "checkpoint: got nosuch, accepted is the folder of a checkpoint"),
+    (
+        ["perplexity", "nosuch"],
+        "checkpoint: got nosuch without a manifest.json; accepted is the folder of a checkpoint",
+    ),
     (
         ["perplexity", "model", "--lengths", "900000"],
         r"lengths: got 900000, accepted is 512 to \d+ \(of the validation split\)",
@@ -287,6 +313,7 @@ def test_wrong_input_is_one_line_and_status_2_and_leaves_nothing(
     assert re.match(
         rf"hsa-mini( {words[0] if words else ''})?: error: (argument )?(demo\|.*: )?{message}", err
     ), err
+    assert err[:-1].isprintable()
     assert listing(folder) == before
 
 
@@ -311,9 +338,9 @@ def test_a_run_of_other_settings(folder, capfd):
     from hsa_mini.checkpoint.training_state import save_progress
 
     save_progress(folder / "run", 3, {}, {"step": 3, "seconds": 1.0, "settings": {}})
-    before = listing(folder)
+    before = listing(folder / "run")
     status, out, err = call(capfd, "train", "nano", "--run", "run", "--device", "cpu")
-    assert (status, out) == (2, "") and listing(folder) == before
+    assert (status, out) == (2, "") and listing(folder / "run") == before
     assert re.fullmatch(
         "hsa-mini train: error: run: run holds a run of other settings; accepted is .*\n", err
     )
@@ -342,7 +369,24 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch):
     error = RuntimeError("shapes do not match")
     monkeypatch.setattr("hsa_mini.evaluation.demo.prefill", raising(error))
     with pytest.raises(RuntimeError, match="shapes"):
-        entry.main(DEMO)
+        main(DEMO)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("No space left on device"),
+        EOFError(),
+        tarfile.ReadError("unexpected end of data"),
+        zlib.error("invalid block type"),
+        lzma.LZMAError("corrupt input data"),
+    ],
+    ids=repr,
+)
+def test_what_a_full_disk_or_a_damaged_archive_raises_is_one_line(capfd, monkeypatch, error):
+    monkeypatch.setattr("hsa_mini.data.archives.fetch_archives", raising(error))
+    message = str(error) or "EOFError"
+    assert call(capfd, "fetch") == (2, "", f"hsa-mini fetch: error: {message}\n")
 
 
 def test_json_on_standard_output_is_json_alone_and_the_picture_is_a_picture(folder, capfd):
@@ -371,6 +415,17 @@ def test_json_in_a_file_and_the_report_for_people(folder, capfd):
     )
     assert "needle in  chunk" in out and ">>>" in out and "<<<" in out and "GB" in out
     assert {path.name for path in Path("new").iterdir()} == {"result.json"}
+
+
+def test_of_an_endless_text_only_what_is_needed_is_read(folder, capfd, monkeypatch):
+    status, out, err = call(capfd, *DEMO, "--haystack", "/dev/zero")
+    assert status == 0 and "reading 2,048 tokens of /dev/zero" in out
+    assert "--haystack: the text is longer, and the rest of it is not read" in err
+    assert "longer" not in call(capfd, *DEMO, "--haystack", "good.txt", "--tokens", "12000")[2]
+    monkeypatch.setattr("hsa_mini.cli.generate.MAX_PROMPT_TOKENS", 1000)
+    status, out, err = call(capfd, *GENERATE[:3], "/dev/zero")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--prompt-file: got more than 1000 tokens of text, accepted is 1 to 1000" in err
 
 
 def test_the_haystack_is_held_out_text_if_none_is_given(folder, capfd):
@@ -460,10 +515,12 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
             "shuffled",
         ]
         assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
+        assert result["corpus"] == word_corpus("validation").identity
     status, out, _ = call(capfd, "perplexity", "own", "--lengths", "700", "600", "--stretches", "2")
     result = json.loads((data / "results" / "own_perplexity.json").read_text())
     rows = result["rows"]
     assert result["checkpoint"] == fingerprint(data / "checkpoints" / "own")
+    assert result["corpus"] == word_corpus("validation").identity
     assert status == 0 and [row["tokens"] for row in rows] == [600, 700]
     assert all(
         f"perplexity {row['perplexity']:.2f}" in out and len(row["losses"]) == 2 for row in rows
@@ -471,6 +528,91 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
     monkeypatch.setenv("HSA_MINI_DATA", str(folder / "nowhere"))
     status, out, err = call(capfd, "eval", "own")
     assert (status, out, err.count("\n")) == (2, "", 1) and "HSA_MINI_DATA" in err
+
+
+@pytest.mark.parametrize(
+    "checkpoint, out, want",
+    [
+        ("mini", None, "DATA/results/mini_vt.json"),
+        ("./mini", None, "mini_vt.json"),
+        ("data/checkpoints/mini", None, "mini_vt.json"),
+        ("runs/a/final", None, "a_vt.json"),
+        ("runs/b/final/", None, "b_vt.json"),
+        (".", None, "here_vt.json"),
+        ("..", None, "above_vt.json"),
+        ("mini", Path("r.json"), "r.json"),
+    ],
+)
+def test_only_a_shipped_model_named_by_its_name_writes_to_the_shipped_results(
+    folder, monkeypatch, checkpoint, out, want
+):
+    Path("above/here").mkdir(parents=True)
+    monkeypatch.chdir("above/here")
+    Path("mini").mkdir()
+    path = arguments.results_path(out, checkpoint, "vt")
+    assert str(path) == want.replace("DATA", str(data_dir()))
+
+
+def test_two_runs_do_not_share_results_and_none_is_replaced_by_another(folder, capfd):
+    shutil.copytree("model", "runs/a/final")
+    tiny(tied=False).save_pretrained("else/a/final")
+    options = ("--lengths", "600", "--stretches", "1")
+    assert call(capfd, "perplexity", "runs/a/final", *options)[0] == 0
+    before = Path("a_perplexity.json").read_bytes()
+    status, out, err = call(capfd, "perplexity", "else/a/final", *options)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--out: a_perplexity.json holds something else than results of this checkpoint" in err
+    assert Path("a_perplexity.json").read_bytes() == before
+    assert call(capfd, "perplexity", "runs/a/final", *options)[0] == 0  # the same checkpoint
+
+
+def test_a_length_that_is_named_twice_counts_once(capfd):
+    status, out, _ = call(capfd, *EVALUATE, "--lengths", "300", "300")
+    rows = json.loads(Path("new/r.json").read_text())["rows"]
+    assert status == 0 and len(rows) == 10 and sum(row["samples"] for row in rows) == 10
+
+
+def test_a_seed_and_an_arm_that_are_named_twice_run_once(capfd, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "hsa_mini.lab.harness.run_missing", lambda *x, **_: seen.extend(map(list, x)) or 0
+    )
+    words = ("--arms", "hsa", "window", "hsa", "--seeds", "1", "1", "0", "--out", "lab.jsonl")
+    assert call(capfd, "lab", *words, "--steps", "1")[0] == 0
+    assert seen == [["hsa", "window"], [1, 0]]
+
+
+@pytest.mark.parametrize("name", ["eval", "perplexity"])
+def test_a_command_that_was_cut_off_goes_on_after_the_finished_lengths(capfd, monkeypatch, name):
+    words = [name, "model", "--lengths", "600", "700"]
+    words += ["--samples", "1"] if name == "eval" else ["--stretches", "2"]
+    measure = {
+        "eval": "hsa_mini.evaluation.runner._ask_all",
+        "perplexity": "hsa_mini.evaluation.perplexity._losses",
+    }[name]
+    assert call(capfd, *words, "--out", "whole.json")[0] == 0
+    original = pkgutil.resolve_name(measure.replace("._", ":_"))
+    done = []
+
+    def interrupted(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, interrupted)
+        assert call(capfd, *words, "--out", "r.json")[0] == 130
+        assert Path("r.json.unfinished").is_file() and not Path("r.json").exists()
+        assert call(capfd, *words, "--out", "r.json", "--seed", "2")[0] == 2  # another run
+        assert call(capfd, *words, "--out", "r.json")[0] == 130  # at the next length
+    rest = []
+    monkeypatch.setattr(measure, lambda *x: rest.append(x) or original(*x))
+    status, out, _ = call(capfd, *words, "--out", "r.json")
+    assert status == 0 and out.startswith("1 of 2 lengths were finished before\n")
+    assert len(rest) == 1 and not Path("r.json.unfinished").exists()
+    whole, got = (json.loads(Path(path).read_text()) for path in ("whole.json", "r.json"))
+    assert {**got, "command": ""} == {**whole, "command": ""}
 
 
 def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch):
@@ -482,7 +624,7 @@ def test_fetch_says_what_is_there_and_does_without_a_network(capfd, monkeypatch)
     monkeypatch.setattr(archives, "fetch_archives", raising(OSError("no network")))
     status, out, err = call(capfd, "fetch")
     assert status == 0 and "train" in out
-    assert err == "no network; the standard library of this Python will serve as text instead\n"
+    assert err == "no network\n"
 
 
 def generated(**options) -> list[int]:
@@ -582,40 +724,109 @@ def start(*words: str, **environment: str) -> subprocess.Popen:
     )
 
 
-def test_control_c_during_the_demo_ends_with_130_and_leaves_nothing_half_written(folder):
+every_stop = pytest.mark.parametrize(
+    "number, status, said",
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+
+
+@every_stop
+def test_a_demo_that_is_stopped_says_so_and_leaves_nothing_half_written(
+    folder, number, status, said
+):
     before = listing(folder)
-    process = start(
-        "demo",
-        "--tokens",
-        "50000000",
-        "--checkpoint",
-        "model",
-        "--haystack",
-        "good.txt",
-        "--json",
-        "r.json",
-    )
+    words = ("--tokens", "50000000", "--checkpoint", "model", "--haystack", "good.txt")
+    process = start("demo", *words, "--json", "r.json")
     assert process.stdout.readline().startswith("reading 50,000,000 tokens")
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, number)  # as a terminal does
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    assert process.returncode == status and "Traceback" not in err
+    assert err.endswith(f"\n{said}; nothing half-written was left behind\n")
     assert listing(folder) == before
 
 
-def test_control_c_during_training_ends_with_130_and_the_run_can_go_on(folder):
-    from material import small_archives
+MODULE = "import runpy; runpy.run_module('hsa_mini', run_name='__main__', alter_sys=True)"
+SCRIPT = "from hsa_mini.cli import main; sys.exit(main())"
 
-    small_archives(folder / "cache" / "archives")
+
+@every_stop
+@pytest.mark.parametrize(
+    "begin, module",
+    [
+        (MODULE, "hsa_mini.cli.entry"),
+        (SCRIPT, "hsa_mini.cli.entry"),
+        (MODULE, "numpy"),
+        (MODULE, "torch.nn"),
+    ],
+)
+def test_a_command_can_be_stopped_at_any_import(begin, module, number, status, said):
+    """The signal comes in the middle of an import, which could change or lose KeyboardInterrupt."""
+    code = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def hook(event, arguments):
+    if event == "import" and arguments[0] == {module!r}:
+        os.kill(os.getpid(), {int(number)})
+sys.addaudithook(hook)
+{begin}
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, "plan", "nano"], capture_output=True, text=True
+    )
+    message = f"\n{said}; nothing half-written was left behind\n"
+    assert (run.returncode, run.stdout, run.stderr) == (status, "", message)
+
+
+def test_an_error_that_an_interrupted_import_makes_of_it_is_still_an_interruption(
+    capfd, monkeypatch
+):
+    def run(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    def interrupted(*_):
+        try:
+            run()
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr("hsa_mini.cli.plan.run", interrupted)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "argv", ["hsa-mini", "plan", "nano"])
+    try:
+        assert main() == 143
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert capfd.readouterr() == ("", "\nterminated; nothing half-written was left behind\n")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        Stop().take_over_signals()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def test_control_c_during_training_saves_the_state_and_ends_with_130(folder):
+    from material import small_corpus
+
+    small_corpus(folder / "cache")
     process = start("train", "nano", "--device", "cpu", HSA_MINI_CACHE=str(folder / "cache"))
     deadline = time.monotonic() + 60
-    while not Path("runs/nano/log.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    shown = ""
+    while not re.search("[1-9][0-9]*/1400", shown) and time.monotonic() < deadline:
+        shown += process.stderr.read(1)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
-    assert [path.name for path in Path("runs/nano").iterdir()] == ["log.csv"]
+    step = re.match("stopped after step ([0-9]+); the same command goes on", out)[1]
+    assert {path.name for path in Path("runs/nano").iterdir()} == {"log.csv", f"step-{step}"}
 
 
 def test_the_module_is_the_command_and_errors_have_no_traceback(folder):
@@ -639,6 +850,88 @@ def test_help_explains_every_option(capfd, command):
         assert all(name in out for name in action.option_strings)
 
 
+EVALUATE = ["eval", "model", "--lengths", "300", "--samples", "1", "--out", "new/r.json"]
+WRITERS = {  # commands that write the file new/r.json
+    "demo": [*DEMO, "--json", "new/r.json"],
+    "eval": EVALUATE,
+    "perplexity": ["perplexity", "model", "--lengths", "600", "700", "--out", "new/r.json"],
+    "plan": ["plan", "nano", "--json", "new/r.json"],
+}
+
+
+def unwritable(how: str):
+    """A standard output of which nothing arrives: closed, or a pipe whose reader has gone."""
+    if how == "closed":
+        return os.fdopen(os.open("good.txt", os.O_RDONLY), "w")
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("how", ["closed", "pipe"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_failing_standard_output_does_not_stop_the_result_file(capfd, monkeypatch, name, how):
+    with unwritable(how) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        status, _, err = call(capfd, *WRITERS[name])
+    assert json.loads(Path("new/r.json").read_text())
+    assert [path.name for path in Path("new").iterdir()] == ["r.json"]
+    if how == "pipe":
+        assert status == 141 and "error" not in err
+    else:
+        message = f"hsa-mini {name}: error: standard output: Bad file descriptor\n"
+        assert status == 2 and err.endswith(message)
+
+
+@pytest.mark.parametrize("words", [["plan", "nano", "--json", "-"], ["--help"], GENERATE])
+@pytest.mark.parametrize("how, status", [("closed", 2), ("pipe", 141)])
+def test_a_result_that_standard_output_does_not_take_is_a_failure(
+    capfd, monkeypatch, words, how, status
+):
+    with unwritable(how) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        got, _, err = call(capfd, *words)
+    assert got == status and ("standard output: Bad file descriptor" in err) == (how == "closed")
+
+
+def test_a_command_runs_without_standard_streams(folder):
+    """What it prints goes nowhere, and not into the files that get the numbers 0 to 2."""
+    words = [sys.executable, "-m", "hsa_mini", "plan", "nano", "--json", "r.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        words, env=environment, preexec_fn=lambda: os.closerange(0, 3), cwd=folder, check=False
+    )
+    assert run.returncode == 2 and json.loads(Path("r.json").read_text())["preset"] == "nano"
+
+
+def test_generate_ends_quietly_when_its_reader_has_gone(folder):
+    process = start(*GENERATE, "--max-new-tokens", "1000000")
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ""
+
+
+def test_what_a_user_has_named_and_what_the_library_says_do_not_reach_the_terminal_raw(capfd):
+    evil = "\x1b[2J\x9b\u202e"
+    status, out, _ = call(capfd, "plan", "nano", "--json", f"{evil}.json")
+    assert status == 0 and Path(f"{evil}.json").is_file()
+    status, out, _ = call(capfd, *EVALUATE[:-1], f"{evil}r.json")
+    assert status == 0 and out.endswith("written to ·[2J··r.json\n") and "\x1b" not in out
+    record = logging.LogRecord("hsa_mini", logging.WARNING, "", 0, "no %s", (f"{evil}\n\r",), None)
+    with reporting.standard_streams():
+        reporting.LineHandler().emit(record)
+        assert capfd.readouterr() == ("", "no ·[2J··\n")  # at once
+
+
+def test_the_versions_are_one_line(capfd):
+    status, out, err = call(capfd, "--version")
+    number = r"(\d+\.\d+[\w.+]*|\(not installed\))"
+    assert (status, err) == (0, "") and re.fullmatch(
+        rf"hsa-mini {number}, torch {number}, triton {number}\n", out
+    )
+
+
 def test_printable_keeps_every_script_and_drops_what_moves_the_cursor():
     assert printable("中文 é\n\tx") == "中文 é\n\tx"
     assert printable("a\0\x1b\r\x7f\x9b\u202e") == "a" + "·" * 6
@@ -654,15 +947,15 @@ def test_the_limits_are_those_of_the_package():
     assert (arguments.PERPLEXITY_TARGETS, arguments.MAX_DISTRACTORS) == (TARGETS, MAX_DISTRACTORS)
 
 
-@pytest.mark.parametrize("words", [["demo", "--tokens", "12"], ["demo", "--help"], ["sing"]])
+@pytest.mark.parametrize(
+    "words", [["demo", "--tokens", "12"], ["demo", "--help"], ["sing"], ["--version"]]
+)
 def test_a_command_line_is_refused_or_explained_without_loading_torch(words):
     code = f"""
 import sys
 from hsa_mini.cli import main
-try:
-    main({words})
-except SystemExit:
-    print("torch" in sys.modules, "numpy" in sys.modules)
+main({words})
+print("torch" in sys.modules, "numpy" in sys.modules)
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True

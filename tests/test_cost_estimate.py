@@ -288,7 +288,7 @@ def test_a_longer_text_costs_no_more_a_token():
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, True, "4096", MAX_TOKENS + 1])
 def test_tokens_out_of_range_are_refused(tokens):
-    with pytest.raises(ValueError, match=f"^tokens: got {tokens!r}, accepted is 1 to 1073741824$"):
+    with pytest.raises(ValueError, match=f"^tokens: got {tokens!r}, .* from 1 to 1073741824$"):
         estimate_cost("nano", tokens)
 
 

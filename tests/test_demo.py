@@ -176,7 +176,7 @@ def test_progress_reports_every_token():
     [
         (dict(tokens=1023), "tokens: got 1023, accepted are 1024 to 1073741824"),
         (dict(tokens=(1 << 30) + 1), "tokens: got 1073741825"),
-        (dict(depth=1.5), "depth: got 1.5, accepted is 0 to 1"),
+        (dict(depth=1.5), "depth: got 1.5, accepted is a number from 0 to 1"),
         (dict(depth=float("nan")), "depth: got nan"),
         (dict(seed=-1), "seed: got -1, accepted is 0 or more"),
     ],

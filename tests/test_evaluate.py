@@ -5,6 +5,8 @@ Dimensions: T tokens, S=4 chunk size, W=8 window: TINY, whose lower decoder reac
 
 import itertools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -331,7 +333,7 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
     monkeypatch.setattr(runner, "SHARED_FROM", MIN_TOKENS + 300)
     seen = []
     options = dict(lengths=(MIN_TOKENS, MIN_TOKENS + 300), depths=(0.0, 1.0), samples=2)
-    rows, controls = runner.evaluate(model, task, **options, report=seen.append)
+    rows, controls = runner.evaluate(model, task, **options, report=lambda *x: seen.append(x))
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
         (MIN_TOKENS, 0.0, 2), (MIN_TOKENS, 1.0, 2),
         (MIN_TOKENS + 300, 0.0, 2), (MIN_TOKENS + 300, 1.0, 2),
@@ -340,7 +342,9 @@ def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypat
         (MIN_TOKENS, "absent", 2), (MIN_TOKENS, "shuffled", 2),
         (MIN_TOKENS + 300, "absent", 2), (MIN_TOKENS + 300, "shuffled", 2),
     ]  # fmt: skip
-    assert len(seen) == 8 and {id(row) for row in seen} == {id(row) for row in rows + controls}
+    assert [tokens for tokens, _, _ in seen] == [MIN_TOKENS, MIN_TOKENS + 300]
+    assert [row for _, some, _ in seen for row in some] == rows
+    assert [row for _, _, some in seen for row in some] == controls
     # Below SHARED_FROM every sample has a text of its own; from there on all share one.
     assert encoded == [MIN_TOKENS] * 8 + [MIN_TOKENS + 300]
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
@@ -359,8 +363,32 @@ def tiny_of_its_own() -> HSAModel:
 
 def test_lengths_side_by_side_are_those_one_after_the_other(short):
     options = dict(lengths=(MIN_TOKENS + 300, MIN_TOKENS), depths=(0.0, 1.0), samples=2)
-    together = runner.evaluate_side_by_side(tiny_of_its_own, "s_niah", jobs=2, **options)
+    seen = []
+    together = runner.evaluate_side_by_side(
+        tiny_of_its_own, "s_niah", jobs=2, report=lambda *x: seen.append(x), **options
+    )
     assert together == runner.evaluate(short[0], "s_niah", **options)
+    assert {tokens for tokens, _, _ in seen} == set(options["lengths"])
+    assert sorted(row.tokens for _, rows, _ in seen for row in rows) == sorted(
+        row.tokens for row in together[0]
+    )
+
+
+def killed() -> HSAModel:
+    """Stands in for a process that the system kills for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_process_that_is_killed_is_an_error_and_no_fault(short):
+    with pytest.raises(ChildProcessError, match="^jobs: a process that evaluates was killed$"):
+        runner.evaluate_side_by_side(killed, "s_niah", jobs=1, lengths=(MIN_TOKENS,))
+
+
+def test_a_length_that_is_named_twice_counts_once(short):
+    options = dict(depths=(0.5,), samples=2)
+    twice = runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS, MIN_TOKENS), **options)
+    assert twice == runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS,), **options)
 
 
 @every_task
@@ -407,7 +435,7 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
             f"distractors: got {MAX_DISTRACTORS + 1}, accepted is 0",
         ),
         (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
-        (dict(depths=(2.0,)), "depth: got 2.0, accepted is 0 to 1"),
+        (dict(depths=(2.0,)), "depth: got 2.0, accepted is a number from 0 to 1"),
     ],
 )
 def test_wrong_arguments(short, options, message):
@@ -485,14 +513,10 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     path.write_text("old")
 
-    def fail(*_):
+    def fail(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("chmod", "replace", "fdopen"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"hsa_mini.paths.os.{name}", fail)
-            with pytest.raises(KeyboardInterrupt):
-                write_results(path, torch.device("cpu"), **TABLES)
-        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [
-            "results.json"
-        ]
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_results(path, torch.device("cpu"), **TABLES)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]

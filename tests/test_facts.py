@@ -13,9 +13,9 @@ from hsa_mini.tasks import frames, words
 from hsa_mini.tasks import question_frames as q
 from hsa_mini.tasks import tellings as t
 from hsa_mini.tasks.facts import draw_facts, plural
+from hsa_mini.tasks.rows import draw_told
 from hsa_mini.tasks.sentences import encode, is_held_out
 from hsa_mini.tasks.wordings import SOURCES, HeldOut, draw_wording, random_chain, random_sentence
-from hsa_mini.training.fact_rows import draw_told
 
 ALL = HeldOut(keys=True, nouns=True, told=True, asked=True)
 SPLITS = (

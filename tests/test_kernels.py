@@ -10,7 +10,7 @@ retrieval dimension, N chunks, S chunk size, K kept.
 
 import pytest
 import torch
-from helpers import assert_close, error, random, random_choice, results
+from helpers import assert_close, error, random, random_choice, results, with_special_scores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
@@ -418,6 +418,64 @@ def test_landmarks_that_are_not_visible_are_not_kept_whatever_they_hold():
     )
 
 
+@settings(max_examples=4)
+@given(
+    N=st.sampled_from([3, 9, 40]), top_k=st.integers(1, 9), seed=st.integers(0, 99),
+    weighting=st.sampled_from(["softmax", "stick_breaking"]), query_block=st.sampled_from([1, 4]),
+    gumbel_seed=st.sampled_from([None, 5]),
+)  # fmt: skip
+@example(N=3, top_k=8, seed=3, weighting="softmax", query_block=1, gumbel_seed=None)
+@example(N=400, top_k=3, seed=0, weighting="softmax", query_block=4, gumbel_seed=None)
+def test_retrieve_shows_nan_and_infinite_scores(N, seed, **options):
+    q, landmarks, _ = with_special_scores(1, 12, 2, 16, N, seed=seed, dtype=torch.float32)
+    inputs = there(dict(retrieval_q=q, landmarks=landmarks))
+    options |= dict(chunk_size=1, offset=N - 5 if N > 5 else 0)
+    (got, weights), (want, exact_weights) = (f(**inputs, **options) for f in RETRIEVE)
+    assert torch.equal(got, want)
+    torch.testing.assert_close(weights, exact_weights, equal_nan=True)
+
+
+@settings(max_examples=6)
+@given(
+    N=st.sampled_from([3, 9, 70]), top_k=st.integers(1, 9), seed=st.integers(0, 99),
+    value=st.sampled_from([float("nan"), -float("nan"), float("inf"), -float("inf")]),
+    share=st.sampled_from([0.1, 1.0]),
+)  # fmt: skip
+@example(N=1500, top_k=3, seed=0, value=float("nan"), share=0.001)
+@example(N=1500, top_k=3, seed=1, value=-float("nan"), share=0.001)
+def test_decode_shows_nan_and_infinite_scores(N, top_k, seed, value, share):
+    """A score of -inf gives no weight, also where there is no other."""
+    inputs = decode_inputs(N=N)
+    spoiled = torch.rand(2, N, 2, generator=torch.Generator().manual_seed(seed)) < share
+    for name in ("retrieval_q", "landmarks"):
+        inputs[name][..., 1:] = 0.0
+    inputs["retrieval_q"].abs_()
+    inputs["landmarks"][..., 0].masked_fill_(spoiled.to(DEVICE), value)
+    options = dict(chunk_size=16, top_k=top_k, offset=16 * N - 5)
+    got, want = (f(**inputs, **options) for f in (hsa_kernels.decode, reference.decode))
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "weights"])
+@pytest.mark.parametrize("schedule", [by_chunk, by_token_block])
+def test_chunk_attention_never_hides_what_is_not_a_number(schedule, name):
+    """A token whose result is not finite in the reference is not finite in any schedule."""
+    inputs = attention_inputs()
+    inputs[name].view(-1)[:: inputs[name].numel() // 3 - 1] = float("nan")
+    inputs["weights"].masked_fill_(inputs["indices"] < 0, 0.0)
+    want = reference.chunk_attention(**inputs)
+    got = schedule.forward(*inputs.values(), 16**-0.5)
+    assert (~want.isfinite()).any() and not (got.isfinite() & ~want.isfinite()).any()
+
+
+def expert_inputs(M=9, C=16, H=5, E=3) -> dict[str, torch.Tensor]:
+    shapes = dict(x=(M, C), up_and_gate=(E, C, 2 * H), down=(E, H, C))
+    inputs = {name: random(*shape, dtype=torch.float32) for name, shape in shapes.items()}
+    names = ("expert_offsets", "token_indices", "inverse_order", "topk_scores")
+    choice = reference.dispatch(random(M, E, dtype=torch.float32), torch.zeros(E), 2)
+    return there(inputs | dict(zip(names, choice)))
+
+
 def decode_inputs(B=2, J=2, G=2, D=16, R=16, N=9, S=16) -> dict[str, torch.Tensor]:
     shapes = dict(
         retrieval_q=(B, 1, J, R),
@@ -556,6 +614,28 @@ def test_dispatch_hands_over_what_the_reference_does(M, E, A, seed, dtype):
     assert error(topk_scores.gather(-1, order), want[3].gather(-1, twin)) < 2e-6
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_dispatch_chooses_no_expert_twice_whatever_the_scores_and_the_bias(value):
+    M, E, A = 6, 5, 4
+    scores = random(M, E, dtype=torch.float32)
+    bias = torch.zeros(E)
+    scores[1] = value
+    scores[2, :3] = value
+    scores[3, 4] = value
+    bias[3] = value
+    for got in (
+        hsa_kernels.dispatch(scores.to(DEVICE), bias.to(DEVICE), A),
+        reference.dispatch(scores, bias, A),
+    ):
+        offsets, tokens, inverse_order, topk_scores = (x.cpu() for x in got)
+        experts = torch.searchsorted(offsets, inverse_order, right=True)  # [M, A]
+        assert all(len(set(row)) == A for row in experts.tolist())
+        assert torch.equal(inverse_order.flatten().sort().values, torch.arange(M * A))
+        assert torch.equal(tokens[inverse_order], torch.arange(M)[:, None].expand(M, A))
+        if value != value:
+            assert topk_scores[1:4].isnan().all() and topk_scores[[0, 4, 5]].isfinite().all()
+
+
 @grid
 @given(
     M=st.integers(1, 30), C=st.sampled_from([16, 40, 600]), H=st.sampled_from([8, 24, 40]),
@@ -679,12 +759,15 @@ def many(x: torch.Tensor) -> torch.Tensor:
         ("decode", dict(q=lambda x: x.repeat(1, 2, 1, 1)), "q: got shape"),
         ("decode", dict.fromkeys(("landmarks", "k", "v"), many) | {"top_k": lambda _: 2500},
         "top_k: got K=2500"),
+        ("grouped_experts", {},
+        "down: got H=5 and C=16 with 9 tokens, accepted are multiples of 4"),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_take(operation, changes, message):
     inputs, options = {
         "chunk_attention": (attention_inputs, {}),
         "retrieve": (retrieval_inputs, dict(chunk_size=4, top_k=2)),
+        "grouped_experts": (expert_inputs, {}),
         "decode": (decode_inputs, dict(chunk_size=16, top_k=2, offset=20)),
     }[operation]
     arguments = inputs() | options

@@ -16,6 +16,7 @@ from helpers import assert_close, error, random, random_choice, results
 from material import word_corpus, word_tokens
 
 from hsa_mini import ChunkMemory, HSAModel, reference
+from hsa_mini.data.corpus import SPLITS
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import measure as measuring
 from hsa_mini.lab import variants
@@ -176,7 +177,8 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
     short = TINY.stage.tokens // 4
     step = recipe.steps - 1
     ids, parts = PackedBatches(recipe, 3, 4)[step]
-    source = TrainingBatches(TINY.stage.mixture, batch=8, tokens=short, steps=1, seed=3)
+    options = dict(steps=recipe.steps, seed=3)
+    source = TrainingBatches(TINY.stage.mixture, batch=8, tokens=short, **options)
     alone, its_parts = source[step]
     assert ids.shape == parts.shape == (2, TINY.stage.tokens + 1)
     for row in range(2):
@@ -191,7 +193,7 @@ def test_short_data_are_whole_sequences_in_a_row(monkeypatch):
     plain = PackedBatches(recipe, 3, 1)
     assert torch.equal(
         plain[step][0],
-        TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, steps=1, seed=3)[step][0],
+        TrainingBatches(TINY.stage.mixture, batch=2, tokens=512, **options)[step][0],
     )
     first = PackedBatches(recipe, 3, 4)[0]  # this stage is short already
     assert first[0].shape == (4, short + 1) and torch.equal(
@@ -551,6 +553,7 @@ def test_what_is_measured_is_what_the_whole_forward_pass_says(monkeypatch):
 def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
     monkeypatch.setattr(measuring, "load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.lab.run.load_corpus", word_corpus)
     scale = dataclasses.replace(TINY, multiples=(1,), questions=1)
     done = []
     one, two, other = (
@@ -561,5 +564,6 @@ def test_a_run_is_a_function_of_arm_and_seed(monkeypatch):
     assert sum(stage["steps"] for stage in one["settings"]["recipe"]["stages"]) == 3
     for record in (one, two, other):
         assert record.pop("seconds").keys() == {"training", "evaluation"}
+    assert one["corpora"] == [word_corpus(split).identity for split in SPLITS]
     assert one == two and one["curve"] != other["curve"]
     assert one["parameters"] == sum(p.numel() for p in made(ARMS["hsa"], scale=TINY).parameters())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from material import small_archives
+from material import small_corpus
 
 from hsa_mini.inference.cuda_graph import WARM_UP
 from hsa_mini.lab import claims as judging
@@ -156,10 +156,8 @@ def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
     monkeypatch.setattr(harness, "run_arm", broken)
     link, other = Pipe()
     link.send(("hsa", 0))
-    before = signal.getsignal(signal.SIGINT)
     threads = torch.get_num_threads()
     harness._work(other, SCALES["tiny"], None, CPU, 1)
-    signal.signal(signal.SIGINT, before)
     torch.set_num_threads(threads)
     assert link.recv() == "RuntimeError: CUDA error: out of hope"
 
@@ -241,7 +239,7 @@ def test_records_of_other_settings_are_left_out_and_younger_options_do_not_matte
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    small_archives(folder / "cache" / "archives")
+    small_corpus(folder / "cache")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

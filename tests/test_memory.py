@@ -45,7 +45,7 @@ def test_a_memory_from_disk_goes_on_like_the_one_that_was_saved(tmp_path, change
     assert torch.equal(rest(model, ids, loaded), rest(model, ids, memory))
 
 
-def test_what_is_written_into_a_mapped_memory_stays_out_of_the_file(tmp_path):
+def test_what_is_written_into_a_loaded_memory_stays_out_of_the_file(tmp_path):
     model = tiny()
     ids, memory = read(model)
     memory.save(tmp_path / "memory")
@@ -78,7 +78,7 @@ def test_an_empty_or_altered_memory_is_refused(tmp_path):
         ChunkMemory(model.config).save(tmp_path / "memory")
     assert not any(tmp_path.iterdir())
     with pytest.raises(
-        ValueError, match="^path: got .*memory, accepted is the folder of a checkpoint"
+        ValueError, match="^path: got .*memory .*; accepted is the folder of a checkpoint"
     ):
         ChunkMemory.load(tmp_path / "memory")
     read(model)[1].save(tmp_path / "memory")

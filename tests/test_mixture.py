@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hsa_mini.tasks.sentences import LETTERS, encode, is_held_out
 from hsa_mini.training import mixture as module
-from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
+from hsa_mini.training.batches import StagedBatches
+from hsa_mini.training.mixture import ANSWER, COPY, NONE, SHARES, TEXT, Mixture, TrainingBatches
+from hsa_mini.training.recipes import Recipe, Stage
 
 TOKENIZER = load_tokenizer()
 ORDINARY = TOKENIZER.n_vocab - len(SPECIAL_TOKENS)
@@ -311,3 +313,90 @@ def test_shares_decide_how_often_each_kind_is_drawn():
         source.sequence(rng)
     assert drawn["fact_questions"] == pytest.approx(150, abs=30)
     assert drawn["span_questions"] == pytest.approx(90, abs=25)
+
+
+def test_a_loop_over_batches_ends():
+    source = batches("nano", batch=1)
+    source.steps = 3
+    assert len(list(source)) == len(source) == 3
+    for step in (-1, 3):
+        with pytest.raises(IndexError, match=f"^step: got {step}, accepted is 0 to 2$"):
+            source[step]
+
+
+def test_a_loop_over_the_batches_of_a_recipe_ends(monkeypatch):
+    monkeypatch.setattr(module, "load_corpus", word_corpus)
+    stages = (Stage(2, 1, 64, mixture=Mixture()), Stage(1, 2, 80, mixture=Mixture()))
+    source = StagedBatches(Recipe(stages), seed=0)
+    assert [tuple(ids.shape) for ids, _ in source] == [(1, 65), (1, 65), (2, 81)]
+    assert len(source) == 3
+
+
+ALONE = dict(self_copy=0.0, needles=0.0, chains=0.0, facts=0.0, spans=0.0)
+KINDS = {
+    "self_copy": 1,
+    "needles": 51,
+    "chains": 102,
+    "facts": 160,
+    "spans": 160,
+}  # the fewest tokens that the kind takes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("made_up", [0.0, 1.0])
+def test_sequences_of_every_length_can_be_drawn_from_a_text_of_their_length(kind, made_up):
+    mixture = Mixture(**ALONE | {kind: 1.0}, made_up=made_up, two_codes=1.0)
+    for tokens in (*range(KINDS[kind], KINDS[kind] + 90), 300):
+        text = word_tokens()[: tokens + 1]
+        source = TrainingBatches(mixture, batch=6, tokens=tokens, steps=1, seed=tokens, text=text)
+        ids, parts = source[0]
+        assert ids.shape == parts.shape == (6, tokens + 1)
+        assert (parts == (COPY if kind == "self_copy" else ANSWER)).any(dim=1).all()
+
+
+def test_plain_text_may_be_exactly_one_sequence():
+    text = word_tokens()[:33]
+    source = TrainingBatches(Mixture(**ALONE), batch=2, tokens=32, steps=1, seed=0, text=text)
+    assert (source[0][0].numpy() == text).all()
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        *(("tokens", dict(mixture=Mixture(**ALONE | {kind: 0.5}), tokens=fewest - 1))
+          for kind, fewest in KINDS.items()),
+        ("text", dict(text=word_tokens()[:256])),
+        ("text", dict(text=word_tokens()[:0])),
+        ("batch", dict(batch=0)),
+        ("batch", dict(batch=2.0)),
+        ("tokens", dict(tokens=-5)),
+        ("steps", dict(steps=-1)),
+        ("seed", dict(seed=-1)),
+        ("seed", dict(seed="0")),
+    ],
+)  # fmt: skip
+def test_batches_that_cannot_be_drawn_are_refused_by_name(name, changes):
+    right = dict(mixture=Mixture(), batch=1, tokens=256, steps=1, seed=0, text=word_tokens()[:1000])
+    with pytest.raises(ValueError, match=f"^{name}: got .*, accepted (is|are) "):
+        TrainingBatches(**right | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in (*SHARES, "two_codes", "made_up")
+          for value in (-0.1, 1.1, float("nan"), "1", True)),
+        *({name: value} for name in ("max_needles", "max_chains", "max_questions", "min_copy")
+          for value in (0, -1, 1.5, True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_field_of_a_mixture_has_bounds(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"^{name}: got "):
+        Mixture(**changes)
+
+
+def test_shares_above_one_are_refused():
+    with pytest.raises(ValueError, match=r"^self_copy \+ .* \+ spans: got 1.1"):
+        Mixture(self_copy=0.5, needles=0.4, chains=0.2)

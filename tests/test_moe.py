@@ -1,7 +1,6 @@
 """The mixture of experts against a loop over experts.
 
-Dimensions: B batch, T tokens, C width, E experts, A experts active. float32: `grouped_mm` takes no
-float64.
+Dimensions: B batch, T tokens, C width, E experts, A experts active.
 """
 
 import pytest
@@ -57,6 +56,43 @@ def test_equals_a_loop_over_experts(active, B, T):
         assert got.pop("gradient of router.weight").abs().max() < 1e-6
         want.pop("gradient of router.weight")
     assert_close(got, want, 2e-6)
+
+
+@pytest.mark.parametrize("width, hidden", [(16, 7), (15, 8), (5, 3), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_experts_may_have_any_width_and_dtype(width, hidden, dtype):
+    """`grouped_mm` takes only rows of whole 16 bytes, and no float64."""
+    layer = MoE(width, hidden, E, 2)
+    for i, parameter in enumerate(layer.parameters()):
+        parameter.data = random(*parameter.shape, seed=i, dtype=dtype) * width**-0.5
+    inputs = dict(x=random(2, 13, width, dtype=dtype), **dict(layer.named_parameters()))
+    got = results(lambda x, **weights: torch.func.functional_call(layer, weights, x), inputs)
+    twin = {name: value.double() for name, value in inputs.items()}
+    want = results(lambda x, **weights: loop_experts(layer, x, **weights), twin)
+    bound = {torch.float32: 2e-6, torch.float64: 1e-6, torch.bfloat16: 3e-2}[dtype]
+    assert_close({name: value.double() for name, value in got.items()}, want, bound)
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.bfloat16, torch.nn.Module.half])
+def test_the_bias_moves_by_small_steps_whatever_the_dtype_of_the_weights(change):
+    layer = change(build(2, [0.6] * E))
+    for _ in range(100):
+        layer.tokens_per_expert = torch.tensor([6, 0, 3, 3, 3, 3])
+        layer.update_bias(1e-3)
+    assert layer.router.weight.dtype != torch.float32
+    assert layer.bias.tolist() == pytest.approx([0.5, 0.7, 0.6, 0.6, 0.6, 0.6], abs=1e-4)
+
+
+def test_the_bias_is_float32_whatever_the_default_dtype_and_survives_the_meta_device():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = MoE(C, HIDDEN, E, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.bias.dtype == torch.float32 and layer.down.dtype == torch.bfloat16
+    with torch.device("meta"):
+        layer = MoE(C, HIDDEN, E, 2).to(torch.bfloat16)
+    assert layer.to_empty(device="cpu").bias.dtype == torch.float32 and not layer.bias.is_meta
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hsa_mini.checkpoint.folder import verified_folder
+from hsa_mini.files.whole_folder import read_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     "README.md", "Makefile", "environment.yml", "pyproject.toml", "LICENSE", ".gitignore", ".ci",
-    "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", ".gitattributes", ".pre-commit-config.yaml",
-    ".github", "notebooks", "hsa_mini", "kernels", "tests", "data",
+    "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", ".gitattributes",
+    ".pre-commit-config.yaml", ".github", "notebooks", "hsa_mini", "kernels", "tests", "data",
 }  # fmt: skip
 OPTIONAL = (
     "triton",
@@ -219,6 +219,30 @@ def test_top_level_holds_only_what_the_design_names():
     assert {line.partition("/")[0] for line in git("ls-files").splitlines()} <= TOP_LEVEL
 
 
+def test_nothing_but_fetch_uses_the_network():
+    """Only the module of `fetch` opens connections; JupyterLab listens on this machine only."""
+    uses = re.compile(r"^ *(import|from) +(socket|ssl|http|urllib|ftplib|requests|aiohttp)\b", re.M)
+    sources = [
+        path for folder in ("hsa_mini", "kernels") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    found = [path.name for path in sources if uses.search(path.read_text(encoding="utf-8"))]
+    assert found == ["archives.py"]
+    assert "jupyterlab --ip=127.0.0.1" in (ROOT / "Makefile").read_text()
+
+
+def test_every_promise_names_tests_and_attacks_that_exist():
+    promises = [row for row in (ROOT / "SECURITY.md").read_text().splitlines() if row[:4] == "| **"]
+    assert len(promises) > 10
+    for row in promises:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        attacks = re.findall(r"`([a-z_]+)`", row.rpartition("attack")[2]) if "attack" in row else []
+        assert tests or attacks, row
+        for file, name in tests:
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), name
+        for attack in attacks:
+            assert "\ndef attack(" in (ROOT / "tests" / "faults" / f"{attack}.py").read_text()
+
+
 def test_both_packages_ship_their_type_marker():
     shipped = pyproject()["tool"]["setuptools"]["package-data"]
     for package, folder in (
@@ -240,4 +264,4 @@ def test_a_clone_with_autocrlf_keeps_every_byte_and_loads_its_checkpoints(tmp_pa
     checkpoints = sorted((clone / "data" / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["mini", "mini_moe"]
     for checkpoint in checkpoints:
-        verified_folder(checkpoint, "config.json")
+        read_folder(checkpoint, ["config.json"], dict)

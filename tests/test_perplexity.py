@@ -75,6 +75,14 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
         )
 
 
+def test_finished_lengths_are_not_measured_again():
+    options = dict(lengths=(100, 200, 300), stretches=2, targets=20)
+    rows = measure_perplexity(tiny(), **options)
+    seen = []
+    again = measure_perplexity(tiny(), finished=rows[1:2], report=seen.append, **options)
+    assert again == rows and seen == [rows[0], rows[2]]
+
+
 def test_the_seed_chooses_the_places():
     options = dict(lengths=(100,), stretches=2, targets=20)
     assert measure_perplexity(tiny(), **options) == measure_perplexity(tiny(), **options)

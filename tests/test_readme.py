@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hsa_mini.checkpoint.folder import fingerprint
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, PUBLISHED, read_results
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
+from hsa_mini.files.whole_folder import fingerprint
 from hsa_mini.viz.plots import length_name
 from hsa_mini.viz.results import TITLES
 
@@ -351,7 +351,10 @@ def test_the_python_of_readme_runs(capsys, monkeypatch, tmp_path):
         exec(compile(code, "README.md", "exec"), names)
 
 
-@pytest.mark.parametrize("path", [README, KERNELS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+
+
+@pytest.mark.parametrize("path", [README, KERNELS, *map(ROOT.joinpath, DOCUMENTS)])
 def test_links_lead_to_files(path):
     targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     files = [target for target in targets if "://" not in target]

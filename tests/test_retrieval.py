@@ -9,10 +9,11 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, error, random
+from helpers import assert_close, error, random, with_special_scores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hsa_mini.ops import torch_backend
 from hsa_mini.reference import retrieve
 from hsa_mini.reference.noise import gumbel_noise
 
@@ -337,3 +338,34 @@ def test_weights_are_float64_for_float64_and_float32_for_the_rest(dtype):
     assert torch.equal(indices, exact)
     # 16-bit inputs, exact products.
     assert error(weights, exact_weights) <= (0 if dtype == torch.float64 else 1e-6)
+
+
+@settings(max_examples=60)
+@given(
+    K=st.integers(1, 9), seed=st.integers(0, 99), weighting=st.sampled_from(WEIGHTINGS),
+    gumbel_seed=st.sampled_from([None, 5]), query_block=st.sampled_from([1, 4]),
+    budget=st.sampled_from([1, 1 << 26]),
+)  # fmt: skip
+def test_nan_and_infinite_scores_show_and_no_chunk_is_kept_twice(K, seed, budget, **options):
+    """NaN counts as the largest score, a score of -inf is never kept; in both backends."""
+    N = 7
+    q, landmarks, scores = with_special_scores(2, 12, 2, R, N, seed=seed)
+    scores = scores[:, torch.arange(12) // options["query_block"] * options["query_block"]]
+    found = []
+    for operation in (retrieve, torch_backend.retrieve):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_backend, "BLOCK_ELEMENTS", {"cpu": budget})
+            found.append(operation(q, landmarks, chunk_size=1, top_k=K, offset=N, **options))
+    (indices, weights), (same_indices, same_weights) = found
+    assert torch.equal(indices, same_indices)
+    torch.testing.assert_close(weights, same_weights, equal_nan=True)
+    kept = torch.zeros(2, 12, 2, N, dtype=torch.int64)
+    kept.scatter_add_(-1, indices.clamp(min=0).long(), (indices >= 0).long())
+    assert kept.max() == 1
+    assert not kept[scores == -math.inf].any()
+    number = scores.isnan().sum(-1)  # every NaN is kept, as far as there are slots
+    assert torch.equal((kept.bool() & scores.isnan()).sum(-1), number.clamp(max=K))
+    shown = (kept.bool() & (scores.isnan() | (scores == math.inf))).any(-1)
+    assert torch.equal(weights.isnan().any(-1), shown) and not weights[indices < 0].any()
+    if options["weighting"] == "softmax":
+        assert weights[shown][indices[shown] >= 0].isnan().all()

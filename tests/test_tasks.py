@@ -268,7 +268,7 @@ def test_a_text_with_every_key_is_refused():
 @every_task
 @pytest.mark.parametrize("depth", [-0.01, 1.01, float("nan"), float("inf")])
 def test_depth_out_of_range(task, depth):
-    with pytest.raises(ValueError, match=f"^depth: got {depth}, accepted is 0 to 1$"):
+    with pytest.raises(ValueError, match=f"^depth: got {depth}, accepted is a number from 0 to 1$"):
         draw(task, depth=depth)
 
 
@@ -332,3 +332,69 @@ def test_the_shipped_form_of_a_needle_keeps_its_token_counts():
         26,
         7,
     ]
+
+
+@every_task
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("chunk_size", value) for value in (0, -1, -16, 1.5, True, "16")),
+        *(("window", value) for value in (0, -1, 32.0, None)),
+        *(("tokens", value) for value in (0, -1, 1e6, "1000")),
+        *(("depth", value) for value in ("0.5", None, True, 10**400)),
+    ],
+)
+def test_a_wrong_size_is_refused_by_name(task, border, name, value):
+    """Some of them, such as a negative chunk size with `border`, would run for ever."""
+    right = dict(tokens=10_000, depth=0.5, chunk_size=16, window=32)
+    problem = TASKS[task](rng())
+    with pytest.raises(ValueError, match=f"^{name}: got .*, accepted (is|are) "):
+        place(rng(), problem, **right | {name: value}, border=border)
+
+
+@every_task
+@given(
+    st.integers(1, 80), st.integers(1, 80), st.integers(0, 40), st.floats(0, 1),
+    st.integers(0, 1000), st.integers(0, 12),
+)  # fmt: skip
+def test_the_shortest_text_of_any_sizes_holds_every_sentence_across_a_border(
+    task, chunk_size, window, more, depth, seed, distractors
+):
+    sizes = (chunk_size, window)
+    tokens = least(task, sizes, distractors, border=True) + more
+    sample = draw(
+        task, seed, tokens=tokens, depth=depth, sizes=sizes, distractors=distractors, border=True
+    )
+    *hidden, question = sorted((first, first + len(patch)) for first, patch in sample.patches)
+    ends = itertools.pairwise([(0, 0), *hidden, question])
+    assert all(last <= first for (_, last), (first, _) in ends)
+    assert all(first // chunk_size < (last - 1) // chunk_size for first, last in hidden)
+
+
+def test_stretches_that_have_no_place_are_refused():
+    for step in (None, 16):
+        with pytest.raises(ValueError, match="^space: got 100 tokens, accepted are enough"):
+            scatter(rng(), 0, [40, 40, 40], 100, step)
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("count", lambda: draw_keys(rng(), -1, held_out=True)),
+        ("count", lambda: draw_keys(rng(), 20_000, held_out=True)),
+        ("count", lambda: draw_needles(rng(), 150_000, held_out=False)),
+        ("lengths", lambda: draw_chains(rng(), [3, 0], held_out=True)),
+        ("needles", lambda: ask([])),
+        ("tokens", lambda: tile(np.zeros(3), -1)),
+        ("first", lambda: tile(np.zeros(3), 1, -1)),
+        ("text", lambda: tile(np.zeros(0), 1)),
+        ("haystack", lambda: draw().apply(np.zeros(999))),
+        ("chunk_size", lambda: draw().first_chunks(0)),
+        *(("distractors", lambda t=t, n=n: t(rng(), distractors=n))
+          for t in TASKS.values() for n in (-1, 10**9, 1.5)),
+    ],
+)  # fmt: skip
+def test_other_wrong_numbers_are_refused_by_name(name, call):
+    with pytest.raises(ValueError, match=f"^{name}: got .*, accepted (is|are) "):
+        call()

@@ -1,7 +1,8 @@
 """The tokenizer: lossless for any text, one token per symbol of keys and values, recorded ranks."""
 
-import hashlib
+import base64
 import pickle
+import random
 import re
 
 import pytest
@@ -11,17 +12,18 @@ from material import real_archives, words
 
 from hsa_mini.data.documents import read_documents
 from hsa_mini.data.tokenizer import (
-    RANKS_FILE,
+    RANKS_SHA256,
     SPECIAL_TOKENS,
     VOCAB_SIZE,
     decode_stream,
     end_of_text,
+    load_ranks,
     load_tokenizer,
     pad,
     save_ranks,
     train_ranks,
 )
-from hsa_mini.paths import data_dir
+from hsa_mini.paths import RANKS_FILE, data_dir
 from hsa_mini.tasks.chains import Chain
 from hsa_mini.tasks.needles import Needle, ask
 from hsa_mini.tasks.sentences import LETTERS
@@ -153,14 +155,65 @@ def test_it_pickles():
 
 
 def test_ranks_are_the_recorded_ones():
-    digest = hashlib.sha256((data_dir() / RANKS_FILE).read_bytes()).hexdigest()
-    assert digest in (data_dir() / "PROVENANCE.md").read_text(encoding="utf-8")
+    assert RANKS_SHA256 in (data_dir() / "PROVENANCE.md").read_text(encoding="utf-8")
+
+
+def test_altered_ranks_of_the_course_are_refused(tmp_path, monkeypatch):
+    """Also if they are ranks: other ranks make other tokens of the same text."""
+    content = (data_dir() / RANKS_FILE).read_bytes()
+    monkeypatch.setenv("HSA_MINI_DATA", str(tmp_path))
+    rng = random.Random(0)
+    places = [rng.randrange(len(content)) for _ in range(200)]
+    damaged = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in places]
+    swapped = content.replace(b" 300\n", b" x\n").replace(b" 301\n", b" 300\n")
+    for altered in (*damaged, swapped.replace(b" x\n", b" 301\n"), content[:-1], b""):
+        (tmp_path / RANKS_FILE).write_bytes(altered)
+        with pytest.raises(ValueError, match=f"^{tmp_path / RANKS_FILE}: the file is altered"):
+            load_ranks.__wrapped__()
+    (tmp_path / RANKS_FILE).write_bytes(content)
+    assert load_ranks.__wrapped__() == TOKENIZER._mergeable_ranks
+
+
+BYTES = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]  # AA== 0
+
+
+@pytest.mark.parametrize(
+    "lines, reason",
+    [
+        ([*BYTES, "AAE= 257"], "the ranks of 257 lines are not 0, 1, 2, ... once each"),
+        ([*BYTES, "AAE= 256", "AAI= 256"], "the ranks of 258 lines"),
+        ([*BYTES, "AAE= 256", "AAE= 257"], "the ranks of 258 lines"),
+        ([*BYTES[:255], "AAE= 255"], "not every byte has a rank"),
+        ([*BYTES, "AAECAw== 256"], "the token with rank 256 does not join two of lower rank"),
+        ([*BYTES, " 256"], "the token with rank 256 does not join"),
+        ([*BYTES, "AAE= -1"], "the ranks"),
+        ([*BYTES, "AAE= x"], "int"),
+        ([*BYTES, "AAE=256"], "unpack"),
+        ([*BYTES, "AAE= 256 0"], "unpack"),
+        ([*BYTES, "AA!E= 256"], "base64"),
+        ([*BYTES, "AAEé= 256"], "ascii"),
+        ([], "not every byte"),
+    ],
+)
+def test_a_file_that_does_not_hold_ranks_is_refused_by_name(tmp_path, lines, reason):
+    path = tmp_path / "ranks"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"^{path}: .*{re.escape(reason)}.*, accepted are ranks"):
+        load_tokenizer(path)
+
+
+def test_more_tokens_than_uint16_can_count_are_refused(tmp_path):
+    pairs = [bytes([i, j]) for i in range(256) for j in range(256)]
+    lines = [f"{base64.b64encode(pair).decode()} {256 + i}" for i, pair in enumerate(pairs)]
+    (tmp_path / "ranks").write_text("\n".join([*BYTES, *lines]))
+    with pytest.raises(ValueError, match="the ranks of 65792 lines"):
+        load_ranks(tmp_path / "ranks")
 
 
 def test_ranks_come_from_the_training_text_alone():
     if not real_archives():
         pytest.skip("the corpus archives are not in the cache")
-    documents = read_documents(list(real_archives()))
+    documents = read_documents(real_archives())
     assert (
         train_ranks(d.text for d in documents if d.split == "train") == TOKENIZER._mergeable_ranks
     )

@@ -108,3 +108,19 @@ def test_chunk_attention_in_other_dtypes_is_as_exact_as_their_rounding(dtype, bo
     for name, value in got.items():
         assert value.dtype == (torch.float32 if name == "gradient of weights" else dtype), name
     assert_close({name: x.double() for name, x in got.items()}, want, bound)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "weights"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("attend", [torch_backend._attend_all, reference.chunk_attention])
+def test_chunk_attention_never_hides_what_is_not_a_number(attend, value, name):
+    """A token whose result is not finite in the reference is not finite in any schedule."""
+    T, N, K = 20, 9, 3
+    inputs = dict(q=random(1, T, 2, 8), k=random(1, N, 16, 1, 8), v=random(1, N, 16, 1, 8))
+    inputs["indices"], inputs["weights"] = random_choice(1, T, 1, K, N)
+    inputs[name].view(-1)[:: inputs[name].numel() // 3 - 1] = value
+    inputs["weights"].masked_fill_(inputs["indices"] < 0, 0.0)
+    want = reference.chunk_attention(**inputs)
+    with blocks_of(1 << 26, attend):
+        got = torch_backend.chunk_attention(**inputs)
+    assert (~want.isfinite()).any() and not (got.isfinite() & ~want.isfinite()).any()

@@ -6,32 +6,43 @@ data/golden/nano_losses.json.
 
 import csv
 import dataclasses
+import gc
 import json
+import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from material import TINY, tiny, word_corpus, word_tokens
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, HSAModel, provenance
-from hsa_mini.checkpoint.training_state import load_progress
+from hsa_mini.checkpoint import tensors as tensors_module
+from hsa_mini.checkpoint.training_state import load_progress, save_progress
+from hsa_mini.cli import main
+from hsa_mini.files.whole_file import write_file
 from hsa_mini.model.moe import MoE
-from hsa_mini.paths import data_dir, write_whole
+from hsa_mini.paths import data_dir
 from hsa_mini.training import step as module
-from hsa_mini.training.batches import AHEAD, prefetch
+from hsa_mini.training.batches import AHEAD, StagedBatches, prefetch
 from hsa_mini.training.cross_batch import ChunkQueue
+from hsa_mini.training.finite import FiniteSteps
 from hsa_mini.training.log import COLUMNS, FIGURES
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 from hsa_mini.training.optimizer import make_optimizer
 from hsa_mini.training.recipes import KEYS_IN_FILES, RECIPES, Recipe, Stage, recipe_settings
+from hsa_mini.training.run import train
 from hsa_mini.training.step import StepFigures, noise_seed, train_step
-from hsa_mini.training.trainer import Trainer, train, with_shared_parameters
+from hsa_mini.training.trainer import Trainer, with_shared_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -47,11 +58,13 @@ GOLDEN_RECIPE = Recipe((GOLDEN_STAGE,), learning_rate=2e-3, warmup=10)
 def a_preset_of_seconds(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.setitem(RECIPES, "tiny", RECIPE)
-    monkeypatch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
+    monkeypatch.setattr("hsa_mini.training.run.load_corpus", word_corpus)
 
 
-def run_tiny(run: Path, **options) -> HSAModel:
-    return train("tiny", run=run, device=CPU, **{"log_every": 2, **options})
+def run_tiny(run: Path, stop_after: int | None = None, **options) -> HSAModel:
+    """Train `tiny` on the CPU; stop_after: as if a signal came in that step."""
+    options = {"log_every": 2, "stop": lambda step: step == stop_after, **options}
+    return train("tiny", run=run, device=CPU, **options)
 
 
 def log(run: Path) -> list[list[str]]:
@@ -81,13 +94,13 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setitem(RECIPES, "tiny", RECIPE)
-        patch.setattr("hsa_mini.training.mixture.load_corpus", word_corpus)
+        patch.setattr("hsa_mini.training.run.load_corpus", word_corpus)
         return run, run_tiny(run)
 
 
 def test_a_run_leaves_its_model_its_log_and_how_it_was_made(whole):
     run, model = whole
-    assert sorted(path.name for path in run.iterdir()) == ["final", "log.csv"]
+    assert sorted(path.name for path in run.iterdir()) == ["final", "log.csv", "step-12"]
     assert_same(HSAModel.from_pretrained(run / "final"), rounded(model))
     assert (run / "final" / "log.csv").read_bytes() == (run / "log.csv").read_bytes()
     how = json.loads((run / "final" / "training.json").read_text())
@@ -144,25 +157,270 @@ def test_a_run_with_experts_is_resumed_with_its_bias(tmp_path, monkeypatch):
     assert all(1 < x <= 4 for x in counted[0])
 
 
-def test_rows_of_the_log_behind_the_state_are_written_again(tmp_path, whole):
+def test_rows_of_the_log_behind_the_state_are_written_again(tmp_path, whole, caplog):
     run, want = whole
     run_tiny(tmp_path, stop_after=5)
     with (tmp_path / "log.csv").open("a") as file:
         # rows that a killed run wrote after its last saved state
         file.write("6,1,1,1,1,1,1,1,1\n8,1,1")
     assert_same(run_tiny(tmp_path), want)
+    assert log(tmp_path) == log(run) and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text(path.read_text().replace("2,", "x,", 1)),
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: path.write_bytes(bytes(len(path.read_bytes()))),
+        lambda path: path.unlink(),
+    ],
+    ids=["a damaged row", "cut off", "zeros", "missing"],
+)
+def test_a_log_that_lost_rows_is_restored_from_the_state_and_a_line_says_so(
+    tmp_path, whole, damage, caplog
+):
+    run, want = whole
+    run_tiny(tmp_path, stop_after=6)
+    damage(tmp_path / "log.csv")
+    assert_same(run_tiny(tmp_path), want)
     assert log(tmp_path) == log(run)
+    (line,) = caplog.messages
+    assert str(tmp_path / "log.csv") in line and "\n" not in line
 
 
-def test_a_corrupted_state_is_passed_over(tmp_path, whole):
+def of_an_earlier_version(run: Path, step: int) -> None:
+    """Rewrite a state as it was before it held the log and named the corpus."""
+    tensors, progress = load_progress(run)
+    del progress["settings"]["corpus"]
+    shutil.rmtree(run / f"step-{step}")
+    save_progress(run, step, tensors, progress)
+
+
+def test_a_state_of_an_earlier_version_is_resumed_and_a_line_says_what_it_lacks(
+    tmp_path, whole, caplog
+):
+    run, want = whole
+    run_tiny(tmp_path, stop_after=7)
+    of_an_earlier_version(tmp_path, 7)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("8,1,1,1,1,1,1,1,1,1\n10,1,")
+    assert_same(run_tiny(tmp_path), want)
+    assert log(tmp_path) == log(run)
+    (line,) = caplog.messages
+    assert re.match(
+        r"run: .* does not say which corpus it read; it goes on with .*words/train", line
+    )
+
+
+@pytest.mark.parametrize(
+    "line, row", [(1, "step,loss\n"), (3, "4,1,1\n"), (3, "4,1,1,1,1,x,1,1,1,1\n"), (3, "\0\0\n")]
+)
+def test_damaged_rows_that_no_state_holds_are_refused_by_name(tmp_path, line, row):
+    run_tiny(tmp_path, stop_after=7)
+    of_an_earlier_version(tmp_path, 7)
+    path = tmp_path / "log.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[: line - 1], row, *lines[line:]]))
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match=f"^run: line {line} of {re.escape(str(path))} is damaged"):
+        run_tiny(tmp_path)
+    assert listing(tmp_path) == before
+
+
+def test_the_log_has_reached_the_disk_before_a_state_does(tmp_path, monkeypatch):
+    synced, real = {}, os.fsync
+
+    def fsync(handle: int) -> None:
+        real(handle)
+        synced[os.readlink(f"/proc/self/fd/{handle}")] = os.fstat(handle).st_size
+
+    def save(run: Path, step: int, *arguments) -> None:
+        assert synced[str(run / "log.csv")] == (run / "log.csv").stat().st_size
+        save_progress(run, step, *arguments)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("hsa_mini.training.run.save_progress", save)
+    run_tiny(tmp_path, checkpoint_seconds=0.0)
+
+
+def test_the_log_is_closed_whether_the_run_ends_or_fails(tmp_path, monkeypatch):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        run_tiny(tmp_path, stop_after=1)
+        monkeypatch.setattr(Trainer, "train_step", None)
+        with pytest.raises(TypeError):
+            run_tiny(tmp_path)
+        gc.collect()
+    assert not [warning for warning in caught if "log.csv" in str(warning.message)]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """The content of every file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+DAMAGES = {
+    "a flipped bit": lambda state: flip_a_bit(state / "state.safetensors"),
+    "a damaged manifest": lambda state: flip_a_bit(state / "manifest.json"),
+    "half removed": lambda state: (state / "manifest.json").unlink(),
+    "empty": lambda state: [path.unlink() for path in state.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_passed_over_and_a_line_says_so(tmp_path, whole, damage, caplog):
+    """It is put aside: the run writes a whole state of the same step, and keeps both whole ones."""
     run, want = whole
     for stop in (4, 8):
         run_tiny(tmp_path, stop_after=stop)
-    state = tmp_path / "step-8" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-1] + b"\x55")
-    assert load_progress(tmp_path)[1]["step"] == 4
+    DAMAGES[damage](tmp_path / "step-8")
+    damaged = listing(tmp_path / "step-8")
+    run_tiny(tmp_path, stop_after=8)
+    (line,) = caplog.messages
+    assert re.match(r"run: step-8 is damaged \(.*\); the run goes on from .*step-4$", line)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"log.csv", "step-4", "step-8", "step-8.damaged"}
+    assert listing(tmp_path / "step-8.damaged") == damaged
     assert_same(run_tiny(tmp_path), want)
+    assert log(tmp_path) == log(run) and len(caplog.messages) == 1
+
+
+def test_training_begins_anew_over_damaged_states_only_if_told_to(tmp_path, whole, caplog):
+    run, want = whole
+    for stop in (4, 8):
+        run_tiny(tmp_path, stop_after=stop)
+    for stop in (4, 8):
+        flip_a_bit(tmp_path / f"step-{stop}" / "state.safetensors")
+    before = listing(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match="^run: no state in .* is whole: step-8 .*; step-4 .*; accepted is --restart",
+    ) as caught:
+        run_tiny(tmp_path)
+    assert "\n" not in str(caught.value) and listing(tmp_path) == before
+    assert_same(run_tiny(tmp_path, restart=True), want)
+    (line,) = caplog.messages
+    assert line.endswith("holds no state: training begins at step 0, with a new log")
+    assert log(tmp_path) == log(run) and not (tmp_path / "step-4").exists()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
+    run, want = whole
+    run_tiny(tmp_path)
+    before = listing(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", None)
+        assert_same(run_tiny(tmp_path), want)
+    assert listing(tmp_path).keys() == before.keys() and log(tmp_path) == log(run)
+    shutil.rmtree(tmp_path / "step-12")
+    with pytest.raises(ValueError, match="^run: .* holds a finished model and no state; accepted"):
+        run_tiny(tmp_path, seed=1)
     assert log(tmp_path) == log(run)
+    assert_same(run_tiny(tmp_path, restart=True), want)
+
+
+def test_the_next_run_clears_up_after_a_killed_one_and_touches_nothing_else(tmp_path, whole):
+    for stop in (4, 8):
+        run_tiny(tmp_path, stop_after=stop)
+    shutil.copytree(tmp_path / "step-4", tmp_path / "step-2")
+    (tmp_path / "step-2" / "manifest.json").unlink()  # killed while it removed an old state
+    shutil.copytree(tmp_path / "step-8", tmp_path / ".tmp-01234567-89abcdef")
+    (tmp_path / ".tmp-89abcdef-01234567").write_text("half a file")
+    others = ["step-3.bak", "step-3.bak2", "step-x2", "step-10-old", "notes"]
+    for name in others:
+        shutil.copytree(tmp_path / "step-4", tmp_path / name)
+    (tmp_path / "step-9").write_text("a file")
+    before = {name: listing(tmp_path / name) for name in others}
+    assert_same(run_tiny(tmp_path), whole[1])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"final", "log.csv", "step-8", "step-9", "step-12", *others}
+    assert {name: listing(tmp_path / name) for name in others} == before
+
+
+def test_one_run_at_a_time_trains_in_a_folder(tmp_path, whole):
+    run, want = whole
+    refusals = []
+
+    def second_run(step: int) -> bool:
+        before = listing(tmp_path)
+        with pytest.raises(ValueError, match=f"^run: .* is in use by process {os.getpid()}, "):
+            run_tiny(tmp_path, restart=True)
+        refusals.append(listing(tmp_path) == before)
+        return step == 3
+
+    run_tiny(tmp_path, stop=second_run)
+    assert_same(run_tiny(tmp_path), want)
+    assert refusals == [True] * 3 and log(tmp_path) == log(run)
+
+
+def train_by_command(run: Path) -> int:
+    return main(["train", "tiny", "--run", str(run), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_state_and_stops(tmp_path, whole, monkeypatch, capsys, number, status):
+    step_of_a_trainer = Trainer.train_step
+    before = signal.getsignal(number)
+
+    def with_signal(self, batch):
+        if self.step == 4:
+            os.kill(os.getpid(), number)
+        return step_of_a_trainer(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", with_signal)
+        assert train_by_command(tmp_path) == status
+    assert capsys.readouterr().out == "stopped after step 5; the same command goes on from there\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "step-5"}
+    assert signal.getsignal(number) is before
+    assert_same(run_tiny(tmp_path), whole[1])
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_while_the_state_is_saved_leaves_everything_whole(
+    tmp_path, whole, monkeypatch, first, second
+):
+    """A second SIGTERM lets the state be saved; a second Ctrl-C ends at once."""
+    run_tiny(tmp_path, stop_after=2)
+    step_of_a_trainer, save_file = Trainer.train_step, tensors_module.save_file
+
+    def with_signal(self, batch):
+        if self.step == 4:
+            os.kill(os.getpid(), first)
+        return step_of_a_trainer(self, batch)
+
+    def save_with_signal(tensors, path):
+        save_file(tensors, path)
+        os.kill(os.getpid(), second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", with_signal)
+        patch.setattr(tensors_module, "save_file", save_with_signal)
+        status = train_by_command(tmp_path)
+    assert status == (130 if signal.SIGINT in (first, second) else 0)
+    states = {"step-2"} if second == signal.SIGINT else {"step-2", "step-5"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.csv", *states}
+    assert_same(run_tiny(tmp_path), whole[1])
+
+
+def test_sigterm_before_the_first_step_ends_with_0(tmp_path, monkeypatch):
+    def slow_corpus(split: str):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was not noticed")
+
+    monkeypatch.setattr("hsa_mini.training.run.load_corpus", slow_corpus)
+    with pytest.raises(SystemExit) as caught:
+        train_by_command(tmp_path / "run")
+    assert caught.value.code == 0 and not listing(tmp_path)
 
 
 def test_a_run_that_is_killed_again_and_again_equals_one_that_was_not(tmp_path, whole):
@@ -173,8 +431,8 @@ import torch
 from test_train import *
 torch.set_num_threads(1)
 PRESETS["tiny"], RECIPES["tiny"] = TINY, RECIPE
-import hsa_mini.training.mixture
-hsa_mini.training.mixture.load_corpus = word_corpus
+import hsa_mini.training.run
+hsa_mini.training.run.load_corpus = word_corpus
 run = Path(sys.argv[1])
 for stage in range(20):
     pid = os.fork()
@@ -205,9 +463,9 @@ for stage in range(20):
     assert_same(HSAModel.from_pretrained(tmp_path / "final"), rounded(want))
 
 
-@pytest.mark.parametrize("other", [dict(seed=1), dict(steps=13)])
+@pytest.mark.parametrize("other", [dict(seed=1), dict(steps=13), dict(steps=1)])
 def test_a_run_of_other_settings_is_refused(tmp_path, other):
-    run_tiny(tmp_path, stop_after=1)
+    run_tiny(tmp_path, stop_after=2)
     before = (tmp_path / "log.csv").read_bytes()
     with pytest.raises(
         ValueError,
@@ -229,18 +487,94 @@ def test_another_seed_is_another_model(whole, tmp_path):
     assert log(tmp_path) != log(whole[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    nothing = torch.zeros(())
+def infinite_slope(logits: torch.Tensor) -> torch.Tensor:
+    """0, with a gradient that is not a number."""
+    return (logits.sum() * 0).abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    "bad_step, added, checkpoint_seconds",
+    [
+        (1, lambda logits: logits.sum() * math.nan, 0.0),
+        (7, lambda logits: logits.sum() * math.inf, 0.0),
+        (7, infinite_slope, 0.0),
+        (7, infinite_slope, 120.0),
+        (12, infinite_slope, 120.0),
+    ],
+)
+def test_a_step_that_is_not_finite_stops_the_run_and_its_batch_is_kept(
+    tmp_path, monkeypatch, whole, bad_step, added, checkpoint_seconds
+):
+    """No state is saved from that step on, also between two rows of the log."""
+    real = module.mixture_loss
+    calls = []
+
+    def once_bad(logits, *arguments, **options):
+        loss, parts, accuracy = real(logits, *arguments, **options)
+        calls.append(None)
+        return loss + added(logits) if len(calls) == bad_step else loss, parts, accuracy
+
+    options = dict(log_every=5, checkpoint_seconds=checkpoint_seconds)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "mixture_loss", once_bad)
+        with pytest.raises(FloatingPointError) as caught:
+            run_tiny(tmp_path, **options)
+    file = tmp_path / f"batch-{bad_step}.safetensors"
+    saved = bad_step - 1 if checkpoint_seconds == 0 else 0
+    assert str(caught.value) == (
+        f"step {bad_step} made the loss or the gradient not finite: the run is stopped, its batch "
+        f"is in {file}, and the last finite state is "
+        f"{tmp_path / f'step-{saved}' if saved else 'the beginning'}"
+    )
+    batch = load_file(file)
+    ids, parts = StagedBatches(RECIPE, 0, word_tokens(seed="train"))[bad_step - 1]
+    assert torch.equal(batch["ids"], ids) and torch.equal(batch["parts"], parts)
+    assert batch["step"] == bad_step and not (tmp_path / "final").exists()
+    assert all(float(x) == float(x) for row in log(tmp_path) for x in row)
+    assert_same(run_tiny(tmp_path, **options), whole[1])
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, whole):
+    """A learning rate of infinity ruins the weights after a finite loss and a finite gradient."""
+    rate = Recipe.rate
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Recipe, "rate", lambda self, step: math.inf if step == 5 else rate(self, step)
+        )
+        with pytest.raises(
+            FloatingPointError, match=r"^step 6 made model\.\S+ not finite: .*batch-6.*step-5$"
+        ):
+            run_tiny(tmp_path, log_every=50, checkpoint_seconds=0.0)
+    assert_same(run_tiny(tmp_path), whole[1])
+
+
+def test_a_state_that_is_not_finite_is_passed_over(tmp_path, whole):
+    """Earlier versions could save one."""
+    for stop in (4, 8):
+        run_tiny(tmp_path, stop_after=stop)
+    tensors, progress = load_progress(tmp_path)
+    tensors["model.norm.weight"][0] = math.nan
+    save_progress(tmp_path, 8, tensors, progress)
+    assert_same(run_tiny(tmp_path), whole[1])
+
+
+def test_noting_a_step_reads_nothing_from_the_device():
+    meta = torch.device("meta")
+    FiniteSteps(4, meta).note(3, StepFigures(*torch.empty(7, device=meta)))
+
+
+def test_the_corpus_is_part_of_the_settings(tmp_path, monkeypatch):
+    run_tiny(tmp_path, stop_after=1)
+    before = listing(tmp_path)
     monkeypatch.setattr(
-        module,
-        "mixture_loss",
-        lambda logits, *_, **__: (logits.sum() * float("nan"), (nothing,) * 3, nothing),
+        "hsa_mini.training.run.load_corpus",
+        lambda split: dataclasses.replace(word_corpus(split), name="python-3.13/train"),
     )
     with pytest.raises(
-        FloatingPointError, match=r"^the loss is nan after step 2: the run is stopped$"
+        ValueError, match=r"^run: .*corpus: got .*python-3.13/train.*, the run has .*words/"
     ):
         run_tiny(tmp_path)
-    assert not (tmp_path / "final").exists() and log(tmp_path) == []
+    assert listing(tmp_path) == before
 
 
 def test_learning_rate_warms_up_stays_and_decays_to_nothing():
@@ -456,7 +790,7 @@ if __name__ == "__main__":
         "columns": COLUMNS[1:5],
         "losses": None,
     }
-    write_whole(
+    write_file(
         GOLDEN,
         json.dumps(header, indent=1)
         .replace('"losses": null', f'"losses": [\n  {rows}\n ]')

@@ -11,8 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hsa_mini.checkpoint.folder import CONFIG, MANIFEST, read_entries, write_folder
+from hsa_mini.checkpoint.tensors import stored_dtype, tensor_file
+from hsa_mini.checks import check_integer, quoted
+from hsa_mini.files.reading import read_json
+from hsa_mini.files.whole_folder import MANIFEST, write_folder
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -28,16 +32,17 @@ def save_weights(
 ) -> None:
     """Write weights by name, and text files by name, as a checkpoint folder.
 
-    dtype: the stored dtype of floating-point weights; None keeps their own.
+    dtype: the stored dtype of parameters; buffers keep their own, and with None all do.
 
     Weights of more than `shard_bytes` bytes are split over files
     `model-00001-of-0000N.safetensors`, in the order of `tensors`, with an index. Each file holds at
     most `shard_bytes` bytes, or a single larger tensor. Raises ValueError for shard_bytes below 1
     and for what `write_folder` refuses.
     """
-    if not isinstance(shard_bytes, int) or shard_bytes < 1:
-        raise ValueError(f"shard_bytes: got {shard_bytes!r}, accepted is an integer of at least 1")
-    sizes = {name: _stored_bytes(value, dtype) for name, value in tensors.items()}
+    check_integer("shard_bytes", shard_bytes, 1)
+    sizes = {
+        name: value.numel() * stored_dtype(value, dtype).itemsize for name, value in tensors.items()
+    }
     shards = _split(tensors, sizes, shard_bytes)
     files = {WEIGHTS: shards[0]}
     if len(shards) > 1:
@@ -50,32 +55,28 @@ def save_weights(
             "weight_map": {name: file for file, shard in files.items() for name in shard},
         }
         texts = {**texts, INDEX: json.dumps(index, indent=1) + "\n"}
-    write_folder(path, files, texts, dtype=dtype)
+    contents = {name: tensor_file(shard, dtype) for name, shard in files.items()}
+    contents |= {name: text.encode() for name, text in texts.items()}
+    write_folder(path, contents, kind={WEIGHTS, INDEX})
 
 
 def load_weights(
-    folder: Path,
+    files: dict[str, Path],
     expected: dict[str, torch.Tensor],
     *,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """The weights of a folder that `verified_folder` returned, by name, on `device` and in `dtype`.
+    """The weights in the verified files of a folder, by name, on `device`.
 
-    expected: tensors with the names and shapes to find; they may be on the meta device. Raises
-    ValueError if files, index and manifest disagree, or if a name or a shape is not the expected
-    one.
+    files: see `read_folder`. expected: tensors with the names and shapes to find and the dtypes to
+    return; they may be on the meta device. Raises ValueError if the files and the index disagree,
+    if a name or a shape is not the expected one, and for NaN or infinite numbers.
     """
     try:
-        return dict(_read(folder, expected, device, dtype))
+        return dict(_read(files, expected, device))
     except SafetensorError as error:
-        raise ValueError(f"path: {folder} cannot be read ({error})") from None
-
-
-def _stored_bytes(value: torch.Tensor, dtype: torch.dtype | None) -> int:
-    """The size of a tensor in a file, after the cast to `dtype`."""
-    stored = dtype if dtype and value.is_floating_point() else value.dtype
-    return value.numel() * stored.itemsize
+        reason = quoted(str(error))
+        raise ValueError(f"path: {files[CONFIG].parent} cannot be read ({reason})") from None
 
 
 def _split(
@@ -94,55 +95,65 @@ def _split(
 
 
 def _read(
-    folder: Path, expected: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    files: dict[str, Path], expected: dict[str, torch.Tensor], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a folder one by one, as (name, tensor), file by file."""
-    misfit = f"path: the weights in {folder} do not fit its {CONFIG}"
-    files = _files_by_name(folder)
-    if different := sorted(files.keys() ^ expected.keys()):
-        raise ValueError(
-            f"{misfit} ({different[0]} is {'missing' if different[0] in expected else 'too many'})"
-        )
+    misfit = f"path: the weights in {files[CONFIG].parent} do not fit its {CONFIG}"
+    file_of = _files_by_name(files)
+    if different := sorted(file_of.keys() ^ expected.keys()):
+        what = "missing" if different[0] in expected else "too many"
+        raise ValueError(f"{misfit} ({quoted(different[0])} is {what})")
 
     def fitting(name: str, value: torch.Tensor) -> torch.Tensor:
-        wanted = expected[name].shape
-        if not value.is_floating_point() or value.shape != wanted:
+        wanted = expected[name]
+        if not value.is_floating_point() or value.shape != wanted.shape:
             raise ValueError(
                 f"{misfit} ({name}: got {list(value.shape)} {value.dtype}, "
-                f"accepted is {list(wanted)} of a floating dtype)"
+                f"accepted is {list(wanted.shape)} of a floating dtype)"
             )
-        return value.to(dtype)
+        value = value.to(wanted.dtype)
+        # minimum and maximum, because `isfinite` would make a copy of the weight
+        if not torch.stack(value.aminmax()).isfinite().all():
+            raise ValueError(
+                f"path: {name} in {files[file_of[name]]} holds NaN or infinite numbers "
+                f"in {wanted.dtype}; accepted are finite numbers"
+            )
+        return value
 
-    for file in sorted(set(files.values())):
-        with safe_open(folder / file, framework="pt", device=str(device)) as shard:
+    for file in sorted(set(file_of.values())):
+        with safe_open(files[file], framework="pt", device=str(device)) as shard:
             for name in shard.keys():  # `safe_open` is not a mapping
                 yield name, fitting(name, shard.get_tensor(name))
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
+def _files_by_name(files: dict[str, Path]) -> dict[str, str]:
     """The file that holds each tensor, by the tensor's name.
 
-    Raises ValueError unless manifest, index and files agree.
+    Raises ValueError unless index and files agree.
     """
-    in_manifest = read_entries(folder, MANIFEST)
-    if WEIGHTS not in in_manifest and INDEX not in in_manifest:
+    folder = files[CONFIG].parent
+    if WEIGHTS not in files and INDEX not in files:
         raise ValueError(
             f"path: {folder / MANIFEST} does not name {WEIGHTS} or {INDEX}; "
             "accepted is a whole checkpoint"
         )
     found: dict[str, str] = {}
-    for file in sorted(name for name in in_manifest if name.endswith(".safetensors")):
-        with safe_open(folder / file, framework="pt") as shard:
+    for file in sorted(name for name in files if name.endswith(".safetensors")):
+        with safe_open(files[file], framework="pt") as shard:
             found |= dict.fromkeys(shard.keys(), file)
-    if INDEX in in_manifest:
-        indexed = read_entries(folder, INDEX, "weight_map")
+    if INDEX in files:
+        indexed = read_json(files[INDEX]).get("weight_map")
+        if not isinstance(indexed, dict):
+            raise ValueError(f"path: {files[INDEX]} has no weight_map; accepted is an index")
     else:
         indexed = dict.fromkeys(found, WEIGHTS)
     for name in sorted(found.keys() | indexed.keys()):
         if indexed.get(name) != found.get(name):
+            by_index, by_file = (
+                quoted(x[name]) if name in x else "no file" for x in (indexed, found)
+            )
             raise ValueError(
-                f"path: {folder}: {name} is in {indexed.get(name, 'no file')} by the index, "
-                f"in {found.get(name, 'no file')} by the files themselves; "
-                "accepted is a whole checkpoint"
+                f"path: {folder}: {quoted(name)} is in {by_index} by the index, "
+                f"in {by_file} by the files themselves; accepted is a whole checkpoint"
             )
     return found

@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from hsa_mini.paths import check_writable, data_dir
+from hsa_mini.cli.models import shipped_models
+from hsa_mini.cli.report import one_line
+from hsa_mini.files.whole_file import check_writable
+from hsa_mini.paths import data_dir
 
 # Limits of other packages. The parser cannot import those, because they load torch; a test checks
 # that the numbers are the same.
@@ -31,8 +34,27 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line, without the usage text."""
 
     def error(self, message: str):
-        message = message.removeprefix("argument ")
+        message = one_line(message.removeprefix("argument "))
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Version(argparse.Action):
+    """Prints the versions of this package, torch and Triton, without loading them, and exits."""
+
+    def __init__(self, option_strings, dest, **options) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser, *_) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = []
+        for name in ("hsa-mini", "torch", "triton"):
+            try:
+                found.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                found.append(f"{name} (not installed)")
+        print(", ".join(found))
+        parser.exit()
 
 
 def integer(least: int, most: int) -> Callable[[str], int]:
@@ -89,12 +111,20 @@ def check_choices(name: str, given: list[str], accepted: Collection[str]) -> Non
             raise ValueError(f"{name}: got {word[:80]!r}, accepted are {', '.join(accepted)}")
 
 
-def results_path(out: Path | None, name: str) -> Path:
-    """The file for the results of a command: `out`, or NAME.json next to the shipped results.
+def results_path(out: Path | None, checkpoint: str, ending: str) -> Path:
+    """The file for the results of a command on a checkpoint: `out`, if it is given.
 
-    Raises ValueError if the file cannot be written.
+    Otherwise NAME_ENDING.json: next to the shipped results if `checkpoint` is the name of a shipped
+    model, else in the current folder, where NAME is that of the checkpoint's folder, or of the
+    run whose `final` it is. Raises ValueError if the file cannot be written.
     """
-    path = data_dir() / "results" / f"{name}.json" if out is None else out
+    path = out
+    if path is None and checkpoint in shipped_models():
+        path = data_dir() / "results" / f"{checkpoint}_{ending}.json"
+    elif path is None:
+        folder = Path(checkpoint).resolve()
+        name = folder.parent.name if folder.name == "final" else folder.name
+        path = Path(f"{name}_{ending}.json")
     check_writable("--out", path)
     return path
 

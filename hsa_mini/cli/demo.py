@@ -18,7 +18,7 @@ from hsa_mini.cli.arguments import (
 from hsa_mini.cli.models import check_length, read_model
 from hsa_mini.cli.report import printable, report, write_json
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import check_writable
+from hsa_mini.files.whole_file import check_writable
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -76,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     model = read_model("--checkpoint", arguments.checkpoint, device)
     check_length("--tokens", arguments.tokens, model.config)
-    corpus, first = load_haystack(arguments.haystack, arguments.seed)
+    corpus, first = load_haystack(arguments.haystack, arguments.tokens, arguments.seed)
+    if arguments.haystack and len(corpus) > arguments.tokens:
+        print("--haystack: the text is longer, and the rest of it is not read", file=sys.stderr)
     print(
         f"reading {arguments.tokens:,} tokens of {corpus.name} on {device}",
         file=messages,
@@ -104,18 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_haystack(path: Path | None, seed: int):
+def load_haystack(path: Path | None, tokens: int, seed: int):
     """The text to hide the needle in, and the position of the first token to take from it.
 
-    The text is the file `path` from its start, or, if path is None, the held-out corpus from a
-    position drawn with `seed`. Raises ValueError if the text is too short.
+    The text is the file `path` from its start (`tokens` tokens, and one more if it is longer), or,
+    if path is None, the held-out corpus from a position drawn with `seed`. Raises ValueError if the
+    text is too short.
     """
     import numpy as np
 
     from hsa_mini.data.corpus import load_corpus, load_text
 
     if path:
-        corpus = load_text(path, name="--haystack")
+        corpus = load_text(path, max_tokens=tokens + 1, name="--haystack")
         if len(corpus) < MIN_HAYSTACK:
             raise ValueError(
                 f"--haystack: got {len(corpus)} tokens of text, "

@@ -59,7 +59,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: data/results/CHECKPOINT_TASK[_N_distractors][_border].json",
+        help="default: CHECKPOINT_TASK[_N_distractors][_border].json, in data/results for a "
+        "shipped model, else in the current folder; until the run is complete, finished lengths "
+        "are kept in FILE.unfinished, and the same command goes on after them",
     )
     add_device(command)
     return command
@@ -67,40 +69,55 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.checkpoint.folder import fingerprint
-    from hsa_mini.evaluation.results import LENGTHS
+    from hsa_mini.data.corpus import load_corpus
+    from hsa_mini.evaluation.results import LENGTHS, ControlRow, RetrievalRow, check_replaceable
     from hsa_mini.evaluation.runner import evaluate, evaluate_side_by_side
+    from hsa_mini.evaluation.unfinished import Unfinished, describe_run
+    from hsa_mini.files.whole_folder import fingerprint
     from hsa_mini.provenance import write_results
 
-    lengths = arguments.lengths or LENGTHS
+    lengths = list(dict.fromkeys(arguments.lengths or LENGTHS))
     form = {"distractors": arguments.distractors, "border": arguments.border}
-    path = results_path(arguments.out, _results_name(arguments))
+    path = results_path(arguments.out, arguments.checkpoint, _ending(arguments))
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
     measured = fingerprint(checkpoint_folder(arguments.checkpoint))
+    check_replaceable("--out", path, measured)
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **form)
-    options = {**form, "lengths": lengths, "samples": arguments.samples, "seed": arguments.seed}
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
+    options = {**form, "samples": arguments.samples, "seed": arguments.seed}
+    known = {**origin, "task": arguments.task, "lengths": lengths, **options}
+    unfinished = Unfinished("--out", path, describe_run(device, **known))
+    if unfinished.lengths:
+        print(f"{len(unfinished.lengths)} of {len(lengths)} lengths were finished before")
+    options["lengths"] = [tokens for tokens in lengths if tokens not in unfinished.lengths]
+    options["report"] = lambda tokens, rows, controls: unfinished.add(
+        tokens, rows=rows, control_rows=controls
+    )
     if arguments.jobs == 1:
-        rows, controls = evaluate(model, arguments.task, **options)
+        evaluate(model, arguments.task, **options)
     else:
         del model  # each process loads its own
         load = partial(read_model, "checkpoint", arguments.checkpoint, device)
-        rows, controls = evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
+        evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
+    rows = unfinished.rows("rows", RetrievalRow)
+    controls = unfinished.rows("control_rows", ControlRow)
+    write_results(path, device, **origin, rows=rows, control_rows=controls)
+    unfinished.remove()
     _print_rows(rows, controls)
-    write_results(path, device, checkpoint=measured, rows=rows, control_rows=controls)
     print(f"written to {path}")
     return 0
 
 
-def _results_name(arguments: argparse.Namespace) -> str:
-    """The name of the results file without its ending."""
-    name = f"{Path(arguments.checkpoint).name}_{arguments.task}"
+def _ending(arguments: argparse.Namespace) -> str:
+    """What follows the name of the checkpoint in that of the results file."""
+    ending = arguments.task
     if arguments.distractors:
-        name += f"_{arguments.distractors}_distractors"
+        ending += f"_{arguments.distractors}_distractors"
     if arguments.border:
-        name += "_border"
-    return name
+        ending += "_border"
+    return ending
 
 
 def _print_rows(rows, controls) -> None:

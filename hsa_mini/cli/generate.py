@@ -1,13 +1,14 @@
 """`generate`: continue a text, and print the new text while the model makes it."""
 
 import argparse
-import sys
 from itertools import takewhile
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, add_device, choose_device, integer, number
 from hsa_mini.cli.models import read_model
-from hsa_mini.cli.report import printable
+from hsa_mini.cli.report import write_text
+
+MAX_PROMPT_TOKENS = 1 << 27  # the longest text that was tried; an endless one is refused
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -65,9 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     from hsa_mini.inference.generate import stream
 
     device = choose_device(arguments.device)
-    prompt = load_text(arguments.prompt_file, name="--prompt-file").tokens
-    if not len(prompt):
-        raise ValueError("--prompt-file: got 0 tokens of text, accepted is at least 1")
+    most = MAX_PROMPT_TOKENS
+    prompt = load_text(arguments.prompt_file, max_tokens=most + 1, name="--prompt-file").tokens
+    if not 1 <= len(prompt) <= most:
+        given = f"more than {most}" if len(prompt) else "0"
+        raise ValueError(f"--prompt-file: got {given} tokens of text, accepted is 1 to {most}")
     model = read_model("checkpoint", arguments.checkpoint, device)
     tokenizer = load_tokenizer()
     end = end_of_text(tokenizer)
@@ -86,6 +89,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
     made = takewhile(lambda token: token != end, (int(token) for token in tokens))
     for text in decode_stream(tokenizer, made):
-        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+        write_text(text)
     print()
     return 0

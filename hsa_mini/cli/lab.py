@@ -12,7 +12,8 @@ from hsa_mini.cli.arguments import (
     choose_device,
     integer,
 )
-from hsa_mini.paths import check_writable, data_dir
+from hsa_mini.files.whole_file import check_writable
+from hsa_mini.paths import data_dir
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hsa_mini.lab.records import read_records
     from hsa_mini.lab.scales import SCALES
 
-    arms = arguments.arms or list(ARMS)
+    arms = list(dict.fromkeys(arguments.arms or ARMS))
     check_choices("--arms", arms, ARMS)
     check_choices("--scale", [arguments.scale], SCALES)
     path = arguments.out or data_dir() / "results" / "lab.jsonl"
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = arguments.jobs or (3 if device.type == "cuda" else 1)
     count = run_missing(
         arms,
-        arguments.seeds,
+        dict.fromkeys(arguments.seeds),
         path=path,
         device=device,
         scale=arguments.scale,

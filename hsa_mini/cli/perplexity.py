@@ -42,7 +42,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: data/results/CHECKPOINT_perplexity.json",
+        help="default: CHECKPOINT_perplexity.json, in data/results for a shipped model, else in "
+        "the current folder; until the run is complete, finished lengths are kept in "
+        "FILE.unfinished, and the same command goes on after them",
     )
     add_device(command)
     return command
@@ -50,22 +52,35 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from hsa_mini.checkpoint.folder import fingerprint
-    from hsa_mini.evaluation.perplexity import LENGTHS, measure_perplexity
+    from hsa_mini.data.corpus import load_corpus
+    from hsa_mini.evaluation.perplexity import LENGTHS, PerplexityRow, measure_perplexity
+    from hsa_mini.evaluation.results import check_replaceable
+    from hsa_mini.evaluation.unfinished import Unfinished, describe_run
+    from hsa_mini.files.whole_folder import fingerprint
     from hsa_mini.provenance import write_results
 
-    path = results_path(arguments.out, f"{Path(arguments.checkpoint).name}_perplexity")
+    path = results_path(arguments.out, arguments.checkpoint, "perplexity")
     device = choose_device(arguments.device)
     model = read_model("checkpoint", arguments.checkpoint, device)
     measured = fingerprint(checkpoint_folder(arguments.checkpoint))
-    rows = measure_perplexity(
-        model,
-        lengths=arguments.lengths or LENGTHS,
-        stretches=arguments.stretches,
-        seed=arguments.seed,
-        report=_print_row,
-    )
-    write_results(path, device, checkpoint=measured, rows=rows)
+    check_replaceable("--out", path, measured)
+    lengths = sorted(set(arguments.lengths or LENGTHS))
+    options = {"lengths": lengths, "stretches": arguments.stretches, "seed": arguments.seed}
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
+    unfinished = Unfinished("--out", path, describe_run(device, **origin, **options))
+    if unfinished.lengths:
+        print(f"{len(unfinished.lengths)} of {len(lengths)} lengths were finished before")
+    finished = unfinished.rows("rows", PerplexityRow)
+
+    def keep(row: PerplexityRow) -> None:
+        unfinished.add(row.tokens, rows=[row])
+        _print_row(row)
+
+    for row in finished:
+        _print_row(row)
+    rows = measure_perplexity(model, finished=finished, report=keep, **options)
+    write_results(path, device, **origin, rows=rows)
+    unfinished.remove()
     print(f"written to {path}")
     return 0
 

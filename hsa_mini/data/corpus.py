@@ -2,26 +2,40 @@
 file that the user names.
 
     archives (fetched by `python -m hsa_mini fetch`) -> documents -> train / validation -> tokens
+
+Encoded corpora are kept in the cache, in folders with a sha256 manifest. A damaged one is encoded
+anew.
 """
 
+import codecs
+import hashlib
+import io
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from hsa_mini.data.documents import Document, load_documents
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer, ranks_digest
+from hsa_mini.files.whole_folder import MANIFEST, Content, read_folder, write_folder
 from hsa_mini.paths import cache_dir
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation")
-FORMAT = 1  # raise it when documents, split or encoding change, so that older caches are not used
+FORMAT = 2  # raise it when documents, split or encoding change, so that older caches are not used
+KINDS = "kinds.json"  # tokens by split and kind of document
+FILES = (KINDS, *(f"{split}{end}" for split in SPLITS for end in (".bin", "-starts.npy")))
+BLOCK = 1 << 20  # bytes of a user's text that are read and encoded at a time
+# No token holds both a letter or digit and white space behind it, so a text can be cut in between.
+UP_TO_THE_LAST_WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -35,88 +49,114 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """The name, and the sha256 of the tokens in hexadecimal. Result files and the settings of a
+        run hold it.
+        """
+        return {
+            "name": self.name,
+            "sha256": hashlib.sha256(self.tokens.astype("<u2").tobytes()).hexdigest(),
+        }
+
 
 def load_corpus(split: str) -> Corpus:
     """Tokens of `split` ("train" or "validation"), encoded on first use and memory-mapped from then
     on.
 
-    Raises ValueError for another split.
+    Raises ValueError for another split, and for an archive that is not the pinned one.
     """
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, accepted are {', '.join(SPLITS)}")
     name, documents = load_documents()
     # The digest is part of the name, so another tokenizer never reads these tokens.
     folder = cache_dir() / f"corpus-{name}-v{FORMAT}-{ranks_digest()}"
-    if not folder.is_dir():
-        _encode(documents, folder)
-    tokens = np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r")
-    return Corpus(f"{name}/{split}", tokens, np.load(folder / f"{split}-starts.npy"))
+    if folder.exists():
+        try:
+            return _read(folder, name, split)
+        except ValueError as error:
+            log.warning("%s; the corpus is encoded anew", error)
+            for file in (*FILES, MANIFEST):
+                (folder / file).unlink(missing_ok=True)
+    _encode(documents, folder)
+    return _read(folder, name, split)
+
+
+def _read(folder: Path, name: str, split: str) -> Corpus:
+    """A split of an encoded corpus. Raises ValueError if any file of the corpus is damaged."""
+
+    def mapped(files: dict[str, Path]) -> Corpus:
+        tokens = np.memmap(files[f"{split}.bin"], dtype=np.uint16, mode="r")
+        return Corpus(f"{name}/{split}", tokens, np.load(files[f"{split}-starts.npy"]))
+
+    return read_folder(folder, FILES, mapped)
 
 
 def _encode(documents: Iterable[Document], folder: Path) -> None:
     """Encode all documents into `folder`, which appears complete or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        writers = {split: _SplitWriter(fresh, split) for split in SPLITS}
-        tokenizer = load_tokenizer()
-        for document in tqdm(documents, desc="encoding the corpus", unit="file", mininterval=0.5):
-            writers[document.split].write(document, tokenizer)
-        for writer in writers.values():
-            writer.close()
-        kinds = {split: writer.kinds for split, writer in writers.items()}
-        (fresh / "kinds.json").write_text(json.dumps(kinds, indent=1))
-        try:
-            os.rename(fresh, folder)
-        except OSError:  # another process was faster, and its folder holds the same
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-class _SplitWriter:
-    """Writes the documents of one split: SPLIT.bin holds the tokens, SPLIT-starts.npy where
-    documents start.
-    """
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.file = (folder / f"{split}.bin").open("wb")
-        self.starts_path = folder / f"{split}-starts.npy"
-        self.starts: list[int] = []
-        self.kinds: dict[str, int] = {}  # kind of document -> tokens
-
-    def write(self, document: Document, tokenizer: tiktoken.Encoding) -> None:
+    tokenizer = load_tokenizer()
+    tokens = {split: [np.zeros(0, np.uint16)] for split in SPLITS}
+    kinds: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for document in tqdm(documents, desc="encoding the corpus", unit="file", mininterval=0.5):
         ids = [*tokenizer.encode_ordinary(document.text), end_of_text(tokenizer)]
-        tokens = np.array(ids, dtype=np.uint16)
-        self.starts.append(self.file.tell() // tokens.itemsize)
-        self.kinds[document.kind] = self.kinds.get(document.kind, 0) + len(tokens)
-        self.file.write(tokens.tobytes())
+        tokens[document.split].append(np.array(ids, dtype=np.uint16))
+        counts = kinds[document.split]
+        counts[document.kind] = counts.get(document.kind, 0) + len(ids)
+    files: dict[str, Content] = {KINDS: json.dumps(kinds, indent=1).encode()}
+    for split, parts in tokens.items():
+        files[f"{split}.bin"] = np.concatenate(parts).tobytes()
+        starts = np.cumsum([len(part) for part in parts])[:-1]
+        files[f"{split}-starts.npy"] = partial(np.save, arr=starts)
+    write_folder(folder, files, kind=[KINDS])
 
-    def close(self) -> None:
-        self.file.close()
-        np.save(self.starts_path, np.array(self.starts, dtype=np.int64))
 
+def load_text(path: str | Path, *, max_tokens: int, name: str = "path") -> Corpus:
+    """The first `max_tokens` tokens of a UTF-8 text file that the user names, or of standard input
+    for "-".
 
-def load_text(path: str | Path, *, name: str = "path") -> Corpus:
-    """Tokens of a UTF-8 text file that the user names, or of standard input for "-".
-
-    Raises ValueError, which names the argument `name`, for a file that is missing or not UTF-8
-    text.
+    Little more is read than these tokens need, so the input may be endless. A byte order mark is
+    left out. Raises ValueError, which names the argument `name`, for a file that is missing or not
+    UTF-8 text.
     """
     path = Path(path)
     accepted = "accepted is any UTF-8 text file"
     standard_input = str(path) == "-"
+    parts = [np.zeros(0, np.uint16)]
+    tokenizer = load_tokenizer()
     try:
-        with open(
-            0 if standard_input else path, encoding="utf-8", closefd=not standard_input
-        ) as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: {path} is not UTF-8 text (byte {error.start}); {accepted}"
-        ) from None
+        with open(0 if standard_input else path, "rb", closefd=not standard_input) as file:
+            for text in _blocks(file):
+                parts.append(np.array(tokenizer.encode_ordinary(text), dtype=np.uint16))
+                if sum(map(len, parts)) >= max_tokens:
+                    break
     except OSError as error:
         raise ValueError(f"{name}: cannot read {path} ({error.strerror}); {accepted}") from None
-    tokens = np.array(load_tokenizer().encode_ordinary(text), dtype=np.uint16)
-    return Corpus(str(path), tokens, np.zeros(1, dtype=np.int64))
+    except ValueError as error:
+        raise ValueError(f"{name}: {path} {error}; {accepted}") from None
+    return Corpus(str(path), np.concatenate(parts)[:max_tokens], np.zeros(1, dtype=np.int64))
+
+
+def _blocks(file: BinaryIO) -> Iterator[str]:
+    """The text of a file in parts, whose tokens joined are the tokens of the whole text.
+
+    (A megabyte in which no word ends is cut anywhere.) Raises ValueError for what is not UTF-8.
+    """
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    read = 0  # bytes
+    rest = ""
+    more = True
+    while more:
+        block = file.read(BLOCK)
+        more = bool(block)
+        begun = len(decoder.getstate()[0])  # bytes of a character whose end is in this block
+        try:
+            text = rest + decoder.decode(block, final=not more)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 text (byte {read - begun + error.start})") from None
+        if not read:
+            text = text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")  # a byte order mark
+        read += len(block)
+        words = UP_TO_THE_LAST_WORD_END.match(text) if more else None
+        cut = words.end() if words else len(text)
+        rest = text[cut:]
+        yield text[:cut]

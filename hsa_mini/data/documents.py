@@ -6,6 +6,7 @@ with a warning. No shipped figure depends on it.
 """
 
 import hashlib
+import io
 import logging
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsa_mini.data.archives import archive_paths, archives_dir
+from hsa_mini.data.archives import ARCHIVES, archives_dir
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,11 @@ class Document:
 def load_documents() -> tuple[str, Iterator[Document]]:
     """The name of the available text and its documents, from the archives or from the standard
     library.
+
+    Reading the documents raises ValueError for an archive that is not the pinned one.
     """
-    archives = archive_paths()
-    if all(path.is_file() for path in archives):
-        return "archives", read_documents(archives)
+    if all(archive.path.is_file() for archive in ARCHIVES):
+        return "archives", read_documents(archive.read() for archive in ARCHIVES)
     log.warning(
         "no corpus archives in %s: the standard library of this Python serves as text"
         " (`make setup` fetches the archives)",
@@ -53,9 +55,9 @@ def load_documents() -> tuple[str, Iterator[Document]]:
     return name, _standard_library()
 
 
-def read_documents(archives: Iterable[Path]) -> Iterator[Document]:
-    """The text files of the archives, in archive order. If several files have equal content, only
-    the first one is used.
+def read_documents(archives: Iterable[bytes]) -> Iterator[Document]:
+    """The text files of archives, given by their content, in archive order. If several files have
+    equal content, only the first one is used.
     """
     seen = set()
     for path, kind, content in _files(archives):
@@ -72,10 +74,10 @@ def read_documents(archives: Iterable[Path]) -> Iterator[Document]:
         yield Document(path, kind, _split(path, kind), text)
 
 
-def _files(archives: Iterable[Path]) -> Iterator[tuple[str, str, bytes]]:
+def _files(archives: Iterable[bytes]) -> Iterator[tuple[str, str, bytes]]:
     """Path, kind and content of every regular file that has a kind."""
     for archive in archives:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for member in tar:
                 kind = _kind(member.name) if member.isfile() else None
                 content = None if kind is None else tar.extractfile(member)

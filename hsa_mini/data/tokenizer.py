@@ -14,7 +14,9 @@ from pathlib import Path
 
 import tiktoken
 
-from hsa_mini.paths import data_dir
+from hsa_mini.files.reading import read_bytes
+from hsa_mini.files.whole_file import write_file
+from hsa_mini.paths import RANKS_FILE, data_dir
 
 PATTERN = (
     r"\p{N}"  # one digit
@@ -26,7 +28,9 @@ PATTERN = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 VOCAB_SIZE = 4096
-RANKS_FILE = "tokenizer.tiktoken"
+RANKS_SHA256 = "550d425df1d6bce69db52877fa3b9ad1a4469931568c59d2de38ca717b34a4f1"
+MAX_RANKS = (1 << 16) - len(SPECIAL_TOKENS)  # ids are stored as uint16
+MAX_RANKS_BYTES = 16 << 20
 
 
 def train_ranks(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> dict[bytes, int]:
@@ -49,15 +53,45 @@ def save_ranks(ranks: dict[bytes, int], path: Path) -> None:
         f"{base64.b64encode(token).decode()} {rank}\n"
         for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])
     )
-    path.write_text("".join(lines), encoding="ascii")
+    write_file(path, "".join(lines).encode("ascii"))
 
 
 @functools.cache
 def load_ranks(path: Path | None = None) -> dict[bytes, int]:
-    """Token bytes -> rank, from a file that `save_ranks` wrote (default: the course's file)."""
-    path = path or data_dir() / RANKS_FILE
-    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+    """Token bytes -> rank, from a file that `save_ranks` wrote (default: the course's file).
+
+    Raises ValueError, which names the file, if the course's file is altered or another file does
+    not hold the ranks of a byte-pair encoding.
+    """
+    file = path or data_dir() / RANKS_FILE
+    content = read_bytes(file, max_bytes=MAX_RANKS_BYTES)
+    if path is None and hashlib.sha256(content).hexdigest() != RANKS_SHA256:
+        raise ValueError(
+            f"{file}: the file is altered, accepted is the one with sha256 {RANKS_SHA256}"
+            " (`git checkout` restores it)"
+        )
+    try:
+        return _parse_ranks(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}, accepted are ranks that `save_ranks` wrote") from None
+
+
+def _parse_ranks(content: bytes) -> dict[bytes, int]:
+    """Token bytes -> rank. Raises ValueError unless every text can be encoded with these ranks."""
+    lines = content.decode("ascii").splitlines()
+    pairs = [line.split(" ") for line in lines]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    if sorted(ranks.values()) != list(range(len(lines))) or len(lines) > MAX_RANKS:
+        raise ValueError(f"the ranks of {len(lines)} lines are not 0, 1, 2, ... once each")
+    if not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+        raise ValueError("not every byte has a rank")
+    for token, rank in ranks.items():
+        merges = ((token[:i], token[i:]) for i in range(1, len(token)))
+        if len(token) != 1 and not any(
+            max(ranks.get(left, rank), ranks.get(right, rank)) < rank for left, right in merges
+        ):
+            raise ValueError(f"the token with rank {rank} does not join two of lower rank")
+    return ranks
 
 
 def ranks_digest(path: Path | None = None) -> str:

@@ -48,6 +48,7 @@ def measure_perplexity(
     stretches: int = 20,
     targets: int = TARGETS,
     seed: int = 1,
+    finished: Iterable[PerplexityRow] = (),
     report: Callable[[PerplexityRow], None] | None = None,
 ) -> list[PerplexityRow]:
     """One row per length, the shortest first, for stretches that end at random places of the
@@ -56,7 +57,8 @@ def measure_perplexity(
     The documents of the split are read one after another. The places depend on the seed and on the
     longest length, because every stretch must have that many tokens in front of it. No text is
     repeated: otherwise the model would already have read what it must predict. `report` is called
-    with each row.
+    with each new row.
+    finished: rows that the same call returned for some of the lengths; they are not measured again.
     Raises ValueError for a length below `targets` or not below the number of tokens of the split.
     """
     corpus = load_corpus("validation").tokens
@@ -69,15 +71,17 @@ def measure_perplexity(
             )
     rng = np.random.default_rng((EVALUATION, seed))
     ends = rng.integers(lengths[-1], len(corpus), stretches)  # the last target of each stretch
-    rows = []
+    rows = {row.tokens: row for row in finished}
     for tokens in lengths:
+        if tokens in rows:
+            continue
         losses = _losses(model, corpus, ends, tokens, targets)
         loss = sum(losses) / stretches
         row = PerplexityRow(tokens, stretches, targets, loss, math.exp(loss), losses, seed)
-        rows.append(row)
+        rows[tokens] = row
         if report:
             report(row)
-    return rows
+    return [rows[tokens] for tokens in lengths]
 
 
 def _losses(

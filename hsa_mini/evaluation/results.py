@@ -2,9 +2,10 @@
 published numbers.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from hsa_mini.files.reading import read_json
 
 # Tokens; the lengths of the paper's Figure 4.
 LENGTHS = (4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)
@@ -56,13 +57,39 @@ def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]
     """Rows, control rows and the hardware, from a file that `python -m hsa_mini eval` wrote.
 
     If NAME_far.json lies beside `path` (NAME.json), its rows, for further lengths, are added.
+    Raises ValueError, which names the file, for a file that holds no results.
     """
     paths = [path]
     far = path.with_name(f"{path.stem}_far.json")
     if far.is_file():
         paths.append(far)
-    results = [json.loads(p.read_text()) for p in paths]
-    rows = [RetrievalRow(**row) for result in results for row in result["rows"]]
-    controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
-    hardware = " and ".join(sorted({result["hardware"] for result in results}))
+    results = [read_json(p) for p in paths]
+    try:
+        rows = [RetrievalRow(**row) for result in results for row in result["rows"]]
+        controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
+        hardware = " and ".join(sorted({result["hardware"] for result in results}))
+    except (KeyError, TypeError):
+        names = " or ".join(map(str, paths))
+        raise ValueError(
+            f"path: {names} holds other rows, accepted is a file that `eval` wrote"
+        ) from None
     return rows, controls, hardware
+
+
+def check_replaceable(name: str, path: Path, checkpoint: str) -> None:
+    """Raise ValueError, which names the argument `name`, if the file `path` holds anything else
+    than results of the checkpoint with this fingerprint.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        found = read_json(path)
+    except ValueError:
+        found = {}
+    # Results that are older than the key do not name their checkpoint.
+    if "rows" in found and found.get("checkpoint", checkpoint) == checkpoint:
+        return
+    raise ValueError(
+        f"{name}: {path} holds something else than results of this checkpoint; "
+        "accepted is a new file, or one with results of this checkpoint, which is replaced"
+    )

@@ -6,8 +6,9 @@ which is encoded once.
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ CONTROL_DEPTH = 0.5
 SHARED_FROM = 1 << 20  # tokens: from this length on all samples of a length share one haystack
 
 Condition = tuple[float, str | None]  # depth, and a control or None
+Report = Callable[[int, list[RetrievalRow], list[ControlRow]], object]
 Counts = dict[Condition, tuple[int, int, int]]  # samples, correct, retrieved
 
 
@@ -41,7 +43,7 @@ def evaluate(
     seed: int = 1,
     distractors: int = 0,
     border: bool = False,
-    report: Callable[[RetrievalRow], None] | None = None,
+    report: Report | None = None,
 ) -> tuple[list[RetrievalRow], list[ControlRow]]:
     """Evaluate one of TASKS on held-out text: a row per length and depth, and a row per length and
     control.
@@ -50,7 +52,8 @@ def evaluate(
     tokens it has its own text too.
     distractors: further sentences of the same form in every text.
     border: every sentence crosses a border between two chunks.
-    report: called with each row once it is complete.
+    lengths: one that is named twice counts once.
+    report: called with each length and its rows as soon as these are complete.
     Raises ValueError for an unknown task or too many distractors, and as `place` does.
     """
     if task not in TASKS:
@@ -63,19 +66,24 @@ def evaluate(
     ask = partial(ask_one, task=task, distractors=distractors, border=border)
     rows = []
     controls = []
-    for tokens in lengths:
+    for tokens in dict.fromkeys(lengths):
         rng = np.random.default_rng((EVALUATION, seed, tokens))
         counts = _ask_all(model, corpus, rng, tokens, conditions, ask)
-        for (depth, control), numbers in counts.items():
-            values = (tokens, depth, *numbers, min(tokens, len(corpus)), seed)
-            if control is None:
-                row = RetrievalRow(*values)
-                rows.append(row)
-            else:
-                row = ControlRow(*values, control)
-                controls.append(row)
-            if report:
-                report(row)
+        distinct = min(tokens, len(corpus))
+        asked = [
+            RetrievalRow(tokens, depth, *numbers, distinct, seed)
+            for (depth, control), numbers in counts.items()
+            if control is None
+        ]
+        controlled = [
+            ControlRow(tokens, depth, *numbers, distinct, seed, control)
+            for (depth, control), numbers in counts.items()
+            if control is not None
+        ]
+        rows += asked
+        controls += controlled
+        if report:
+            report(tokens, asked, controlled)
     return rows, controls
 
 
@@ -107,35 +115,60 @@ def _ask_all(
 
 
 def evaluate_side_by_side(
-    load: Callable[[], HSAModel], task: str, *, lengths: Iterable[int], jobs: int, **options
+    load: Callable[[], HSAModel],
+    task: str,
+    *,
+    lengths: Iterable[int],
+    jobs: int,
+    report: Report | None = None,
+    **options,
 ) -> tuple[list[RetrievalRow], list[ControlRow]]:
     """What `evaluate` returns for the model that `load` returns, computed for `jobs` lengths at
     once.
 
     Each job is a process with its own copy of the model. On a GPU this pays because a question
     consists of many small kernels, which one process cannot launch fast enough to keep the GPU
-    busy.
+    busy. Raises ChildProcessError if a process is killed.
     """
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
-    lengths = list(lengths)
-    longest_first = sorted(set(lengths), reverse=True)
-    evaluate_length = partial(_evaluate_length, task, options)
+    lengths = list(dict.fromkeys(lengths))
+    results = {}
     with ProcessPoolExecutor(jobs, context, _begin, (context.RLock(), load)) as pool:
         try:
-            results = dict(zip(longest_first, pool.map(evaluate_length, longest_first)))
-        except BaseException:  # including Ctrl-C, which the workers ignore
+            with without_interrupts():
+                waiting = {
+                    pool.submit(_evaluate_length, task, options, tokens): tokens
+                    for tokens in sorted(lengths, reverse=True)
+                }
+            for future in as_completed(waiting):
+                tokens = waiting[future]
+                results[tokens] = future.result()
+                if report:
+                    report(tokens, *results[tokens])
+        except BaseException as error:  # including Ctrl-C
             for process in multiprocessing.active_children():
                 process.terminate()
+            if isinstance(error, BrokenExecutor):
+                raise ChildProcessError("jobs: a process that evaluates was killed") from None
             raise
     rows = [row for tokens in lengths for row in results[tokens][0]]
     controls = [row for tokens in lengths for row in results[tokens][1]]
     return rows, controls
 
 
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that start inside the `with` block never see Ctrl-C: their parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(lock, load: Callable[[], HSAModel]) -> None:
     """Start a worker process: it loads the model once and keeps it for every length."""
     global _model
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(lock)
     _model = load()
 

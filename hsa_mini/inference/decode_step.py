@@ -15,6 +15,7 @@ import torch
 
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.memory.origin import check_origin
 from hsa_mini.model.block import Block
 from hsa_mini.model.core import HSACore
 from hsa_mini.model.hsa import HSA
@@ -30,12 +31,15 @@ class DecodeStep:
     """
 
     def __init__(self, model: HSACore, memory: ChunkMemory, *, graph: bool = False) -> None:
-        """Raises NotImplementedError for a model that has no step for single tokens."""
+        """Raises NotImplementedError for a model that has no step for single tokens, and ValueError
+        for a memory that other weights made.
+        """
         if not model.can_decode_steps:
             raise NotImplementedError(
                 f"model: got {type(model).__name__}, which has no step for single tokens, "
                 "accepted is `forward` with one token"
             )
+        check_origin(memory.origin, model)
         self.model = model
         self.memory = memory
         self.graph = graph

@@ -7,7 +7,6 @@ record (dict), or what went wrong (str).
 import dataclasses
 import gc
 import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from hsa_mini import provenance
+from hsa_mini.evaluation.runner import without_interrupts
 from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.records import RunKey, append_record, current, read_records
 from hsa_mini.lab.run import run_arm
@@ -131,7 +131,8 @@ def _start(scale: str, steps: int | None, device: torch.device, jobs: int) -> Wo
     context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
     link, other = context.Pipe()
     process = context.Process(target=_work, args=(other, SCALES[scale], steps, device, jobs))
-    process.start()
+    with without_interrupts():
+        process.start()
     other.close()  # only the worker holds this end now, so the link ends when the worker does
     return link, process
 
@@ -146,7 +147,6 @@ def _work(
     link: Connection, scale: Scale, steps: int | None, device: torch.device, jobs: int
 ) -> None:
     """What a worker process does: run each (arm, seed) that it receives, until the link ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent alone
     torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
     try:
         if device.type == "cuda":

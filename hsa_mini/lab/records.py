@@ -10,26 +10,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hsa_mini.files.whole_file import write_file
 from hsa_mini.lab.arms import ARMS
 from hsa_mini.lab.scales import SCALES
-from hsa_mini.paths import write_whole
 
 RunKey = tuple[str, int]  # name of the arm, seed
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records in a file; none if there is no file. Raises ValueError for a line that is no
-    record.
+    """The records in a file; none if there is no regular file. Raises ValueError for a line that is
+    no record.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-            for key in ("arm", "seed", "settings"):
-                record[key]
-        except (ValueError, TypeError, KeyError):
+            for key, kind in (("arm", str), ("seed", int), ("settings", dict)):
+                if not isinstance(record[key], kind):
+                    raise TypeError(key)
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(
                 f"path: line {number} of {path} is no record of a run, accepted is a file of them"
             ) from None
@@ -42,7 +43,7 @@ def append_record(path: Path, record: dict) -> None:
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        write_whole(path, (path.read_bytes() if path.exists() else b"") + line)
+        write_file(path, (path.read_bytes() if path.is_file() else b"") + line)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.utils.data import Dataset
 
+from hsa_mini.data.corpus import SPLITS, load_corpus
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.lab.arms import Arm
 from hsa_mini.lab.measure import measure_arm
@@ -52,6 +53,7 @@ def run_arm(
         "arm": arm.name,
         "seed": seed,
         "settings": arm.settings(scale, steps),
+        "corpora": [load_corpus(split).identity for split in SPLITS],
         **arm.parameters(scale),
         "seconds": {
             "training": round(trained - began, 1),

@@ -7,6 +7,7 @@ has read.
     block_queries   [B, 1, J_r, R]   one per HSA layer, if tokens retrieve in blocks: the query
                                      that chose for the block
     lengths         int              one per sequence: the tokens that it has read
+    origin          Origin           the model that made all this, or the fingerprint of its weights
 
 There is one layout for segments and for single tokens. A segment replaces tensors and never writes
 into them; a decode step (`inference/decode_step.py`) writes in place, after it has made copies of
@@ -16,21 +17,19 @@ Dimensions: B batch, S chunk size, C width, W window, J_r retrieval heads, R ret
 """
 
 import copy
-import json
+import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn.functional import pad
 
-from hsa_mini.checkpoint.folder import verified_folder, write_folder
 from hsa_mini.config import HSAConfig
-from hsa_mini.memory.chunk_store import ChunkStore
+from hsa_mini.memory.chunk_store import SPARE, ChunkStore
+from hsa_mini.memory.origin import Origin, fingerprint
 from hsa_mini.memory.rolling_cache import RollingKVCache
+from hsa_mini.memory.saved_memory import SavedMemory, read_memory, write_memory
 
-CONFIG = "config.json"
-POSITION = "position.json"
-TENSORS = "memory.safetensors"
+log = logging.getLogger(__name__)
 
 
 class ChunkMemory:
@@ -52,6 +51,7 @@ class ChunkMemory:
         self.lower: list[RollingKVCache | None] = [None] * config.lower_layers
         self.upper: list[RollingKVCache | None] = [None] * config.upper_layers
         self.block_queries: list[torch.Tensor | None] = [None] * config.groups
+        self.origin: Origin = None
 
     @property
     def batch(self) -> int | None:
@@ -139,6 +139,7 @@ class ChunkMemory:
         self.lower = draft.lower
         self.upper = draft.upper
         self.block_queries = draft.block_queries
+        self.origin = draft.origin
 
     # Sequences
 
@@ -204,11 +205,11 @@ class ChunkMemory:
 
     def save(self, path: Path | str) -> None:
         """Write this memory as a verified folder, so that a text need not be read again. Spare
-        capacity is left out.
+        capacity is left out. The folder names the weights of the model that made the memory, by
+        their fingerprint.
 
-        Raises ValueError for a memory that has read nothing. If all sequences are equally long, the
-        file holds the windows in the order of time and the tail without empty slots. Otherwise it
-        holds both as they lie in memory.
+        Raises ValueError for a memory that has read nothing, and for one with NaN or infinite
+        numbers.
         """
         if self.batch is None or self.tail is None:
             raise ValueError("memory: got an empty one, accepted is one that has read a token")
@@ -230,63 +231,62 @@ class ChunkMemory:
             queries = {f"block_queries.{i}": query for i, query in enumerate(self.block_queries)}
             tensors |= {name: query for name, query in queries.items() if query is not None}
         padding = [] if equal else [position - length for length in self.lengths]
-        read = json.dumps({"position": position, "padding": padding}) + "\n"
-        write_folder(
-            Path(path), {TENSORS: tensors}, {CONFIG: self.config.to_json(), POSITION: read}
-        )
+        weights = fingerprint(self.origin)
+        saved = SavedMemory(self.config, position, padding, weights, tensors)
+        write_memory(Path(path), saved)
 
     @classmethod
     def load(
         cls, path: Path | str, *, device: torch.device | str = "cpu", offload: bool = False
     ) -> "ChunkMemory":
         """The memory of a folder that `save` wrote, for the model that made it; `offload`: see the
-        constructor.
+        constructor. A model of other weights refuses it. A folder from before weights had a
+        fingerprint is taken by any model of its configuration, and a line of the log says so.
 
-        On the CPU its chunks are mapped from the file, and read when they are needed. Raises
-        ValueError for a folder that is missing, incomplete or altered.
+        All is copied: what happens to the folder later changes nothing. But while `load` runs, the
+        file is mapped. If another program truncates it in these seconds, or the disk fails, the
+        system may end this process (SIGBUS). Python cannot catch that. `save` never truncates.
+
+        Raises ValueError for a folder that is missing, incomplete or altered, or whose parts
+        contradict each other; MemoryError if the chunks do not fit.
         """
-        folder = verified_folder(Path(path), TENSORS, CONFIG, POSITION)
-        try:
-            config = HSAConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-            memory = cls(config, offload=offload)
-            kv_place = "cpu" if offload else device
-            with safe_open(folder / TENSORS, framework="pt") as file:
-                tensors = {
-                    name: file.get_tensor(name).to(kv_place if name in ("k", "v") else device)
-                    for name in file.keys()  # noqa: SIM118 (a file is no dictionary)
-                }
-            read = json.loads((folder / POSITION).read_text(encoding="utf-8"))
-            memory._fill(tensors, int(read["position"]), tuple(read["padding"]))
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"path: {folder} cannot be read ({error})") from None
+        saved = read_memory(Path(path))
+        if saved.weights is None:
+            log.warning("%s does not say which weights made it: they are not compared", path)
+        # Capacity for an eighth more, so that reading on does not copy the chunks at once again.
+        tokens = saved.position * 9 // 8 + SPARE * saved.config.chunk_size
+        memory = cls(saved.config, reserve_tokens=tokens, offload=offload)
+        memory._fill(saved, torch.device(device))
         return memory
 
-    def _fill(
-        self, tensors: dict[str, torch.Tensor], position: int, padding: tuple[int, ...]
-    ) -> None:
-        """Take the tensors of a saved memory."""
+    def _fill(self, saved: SavedMemory, device: torch.device) -> None:
+        """Take a copy of the tensors of a saved memory."""
+        tensors = {
+            name: value if name in ("k", "v") else value.to(device, copy=True)
+            for name, value in saved.tensors.items()
+        }
         self.chunks.append(*(tensors[name] for name in ("k", "v", "landmarks")))
-        if padding:
+        if saved.padding:
             self.tail = tensors["partial"]
-            self.lengths = tuple(position - shorter for shorter in padding)
+            self.lengths = tuple(saved.position - shorter for shorter in saved.padding)
         else:
-            self.resume(tensors["partial"], position)
+            self.resume(tensors["partial"], saved.position)
         for name, caches in (("lower", self.lower), ("upper", self.upper)):
             for i in range(len(caches)):
-                if f"{name}.{i}.k" in tensors:
-                    pair = tensors[f"{name}.{i}.k"], tensors[f"{name}.{i}.v"]
-                    window = self.config.window
-                    caches[i] = (
-                        RollingKVCache(*pair)
-                        if padding
-                        else RollingKVCache.from_order(*pair, position, window)
-                    )
+                pair = tensors[f"{name}.{i}.k"], tensors[f"{name}.{i}.v"]
+                in_order = (saved.position, self.config.window)
+                caches[i] = (
+                    RollingKVCache(*pair)
+                    if saved.padding
+                    else RollingKVCache.from_order(*pair, *in_order)
+                )
         if self.config.query_block > 1:
             shape = (len(self.lengths), 1, self.config.retrieval_heads, self.config.retrieval_dim)
             self.block_queries = [
                 tensors.get(f"block_queries.{i}", self.chunks.landmarks.new_zeros(shape))
                 for i in range(len(self.block_queries))
             ]
+        self.origin = saved.weights
 
 
 def _stacked(caches: tuple[RollingKVCache, ...]) -> RollingKVCache:

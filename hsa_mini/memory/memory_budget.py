@@ -5,20 +5,25 @@ from pathlib import Path
 
 import torch
 
+from hsa_mini.memory.memory_limits import bytes_within_limits
 
-def free_bytes(device: torch.device) -> int:
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Bytes that can still be allocated on a GPU (what torch keeps for reuse included), or in this
-    machine's memory.
+    machine's memory: as many as are free, and as every limit of `memory_limits` allows.
+
+    root: the folder in which `proc` and `sys` are found.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:  # Linux counts what is free and what the file cache would give back
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(available.split()[1])
+        free = 1024 * int(available.split()[1])
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(min([free, *bytes_within_limits(root)]), 0)
 
 
 def check_fits(

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hsa_mini.checks import quoted
 from hsa_mini.config import HSAConfig
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.memory.chunk_source import ChunkSource
 from hsa_mini.memory.chunk_store import ChunkStore
+from hsa_mini.memory.origin import check_origin
 from hsa_mini.model.block import Block
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_mini.model.hsa import HSA, Retrieval
@@ -153,7 +155,7 @@ class HSACore(nn.Module):
         """
         if len(set(memory.lengths)) > 1:
             raise ValueError(
-                f"memory: got sequences of {list(memory.lengths)} tokens, "
+                f"memory: got sequences of {quoted(memory.lengths)} tokens, "
                 "accepted are equal lengths; `prefill` takes any"
             )
         position = memory.position
@@ -179,6 +181,7 @@ class HSACore(nn.Module):
             encoded = self.encoder(hidden[:, : complete * S].unflatten(1, (complete, S)))
             memory.chunks.append(encoded.k, encoded.v, encoded.landmarks)
         memory.resume(hidden[:, complete * S :], position)
+        memory.origin = self
         return encoded
 
     def upper_decoder(
@@ -262,6 +265,7 @@ class HSACore(nn.Module):
             raise ValueError(
                 "memory: got one of another configuration, accepted is one that this model made"
             )
+        check_origin(memory.origin, self)
         if memory.batch is None:
             return
         if memory.batch != ids.shape[0]:

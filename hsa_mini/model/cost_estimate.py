@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from hsa_mini.checks import check_integer, quoted
 from hsa_mini.config import MAX_TOKENS, PRESETS, HSAConfig
 from hsa_mini.model.chunk_encoder import ChunkEncoder
 from hsa_mini.model.core import Block, HSACore
@@ -65,9 +66,8 @@ def estimate_cost(preset: str | HSAConfig, tokens: int = 1 << 20) -> CostEstimat
     heads. Raises ValueError for an unknown preset and for tokens out of range.
     """
     if not isinstance(preset, HSAConfig) and preset not in tuple(PRESETS):
-        raise ValueError(f"preset: got {preset!r}, accepted are {', '.join(PRESETS)}")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"tokens: got {tokens!r}, accepted is 1 to {MAX_TOKENS}")
+        raise ValueError(f"preset: got {quoted(preset)}, accepted are {', '.join(PRESETS)}")
+    check_integer("tokens", tokens, 1, MAX_TOKENS)
     config = preset if isinstance(preset, HSAConfig) else PRESETS[preset]
     model = HSACore(config, device="meta", dtype=torch.bfloat16)
     parts = count_parts(model)

@@ -40,9 +40,11 @@ class RouterStatistics:
 class MoE(nn.Module):
     """x [B, T, C] -> [B, T, C].
 
-    bias [E] affects only which experts are chosen, never their gates. `update_bias` changes it to
-    balance the load. tokens_per_expert int64 [E]: tokens that each expert has received in training
-    since the last `update_bias`; None as long as `count_tokens` was not called.
+    bias float32 [E] affects only which experts are chosen, never their gates. `update_bias` changes
+    it to balance the load. It stays float32 whatever the dtype of the weights, because bfloat16
+    would round its small steps away.
+    tokens_per_expert int64 [E]: tokens that each expert has received in training since the last
+    `update_bias`; None as long as `count_tokens` was not called.
     """
 
     bias: torch.Tensor
@@ -52,10 +54,20 @@ class MoE(nn.Module):
         self.top_k = top_k
         self.shared = MLP(width, hidden)
         self.router = nn.Linear(width, experts, bias=False)
-        self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
         self.tokens_per_expert: torch.Tensor | None = None
         self.up_and_gate = nn.Parameter(torch.empty(experts, width, 2 * hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def _apply(self, fn, recurse=True):
+        """Every change of device or dtype (`to`, `half`, `bfloat16`, ...): the bias takes part in
+        that of the device alone.
+        """
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != torch.float32:
+            self.bias = bias.to(self.bias.device)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self.shared(x)

@@ -143,7 +143,9 @@ def grouped_experts(
         up_and_gate,
         down,
     )
-    if not needs_gradient(x, topk_scores, up_and_gate, down) and use_kernels(x, True):
+    # PyTorch's grouped product, which serves many tokens, takes only rows of whole 16 bytes.
+    fits = not any(size * down.itemsize % 16 for size in down.shape[1:])
+    if not needs_gradient(x, topk_scores, up_and_gate, down) and use_kernels(x, fits):
         return choice.kernels().grouped_experts(*arguments)
     return torch_backend.grouped_experts(*arguments)
 

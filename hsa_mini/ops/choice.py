@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from hsa_mini.checks import quoted
+
 CHOICES = ("auto", "kernels", "torch")
 
 _choice = "auto"
@@ -21,7 +23,7 @@ def backend(name: str) -> Iterator[None]:
     """
     global _choice
     if name not in CHOICES:
-        raise ValueError(f"name: got {name!r}, accepted are {', '.join(CHOICES)}")
+        raise ValueError(f"name: got {quoted(name)}, accepted are {', '.join(CHOICES)}")
     before = _choice
     _choice = name
     try:

@@ -224,8 +224,28 @@ def grouped_experts(
     number of tokens; none is dropped.
     """
     # [M, C] -> [M*A, C] -> twice [M*A, H] -> [M*A, C]
-    up, gate = grouped_mm(x[token_indices], up_and_gate, offs=expert_offsets).chunk(2, dim=-1)
-    results = grouped_mm(up * silu(gate), down, offs=expert_offsets)
+    up, gate = _grouped_product(x[token_indices], up_and_gate, expert_offsets).chunk(2, dim=-1)
+    results = _grouped_product(up * silu(gate), down, expert_offsets)
     # Gather, then sum: on a GPU, adding rows by index would be slower and not deterministic.
     # [M, A, C] -> [M, C]
     return torch.einsum("mac,ma->mc", results[inverse_order], topk_scores.to(results.dtype))
+
+
+def _grouped_product(rows, matrices, ends):
+    """rows [n, C], sorted by expert, @ matrices [E, C, X] -> [n, X].
+
+    ends int32 [E]: where each expert's rows end.
+
+    `grouped_mm` takes no float64, and only rows of whole 16 bytes. For other sizes every expert
+    multiplies all rows, because to read `ends` would wait for the GPU, which no CUDA graph allows.
+    """
+    if rows.dtype != torch.float64 and not any(
+        size * rows.itemsize % 16 for size in matrices.shape[1:]
+    ):
+        return grouped_mm(rows, matrices, offs=ends)
+    numbers = torch.arange(len(rows), dtype=ends.dtype, device=ends.device)
+    expert = torch.searchsorted(ends, numbers, right=True)[:, None]  # [n, 1]
+    out = rows.new_zeros(len(rows), matrices.shape[2])
+    for e, matrix in enumerate(matrices):
+        out = torch.where(expert == e, rows @ matrix, out)
+    return out

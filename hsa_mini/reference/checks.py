@@ -6,6 +6,8 @@ checked. Values of tensors are never read.
 
 import torch
 
+from hsa_mini.checks import check_integer, quoted
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,11 +52,6 @@ def check_same(
         )
 
 
-def check_integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}: got {value!r}, accepted is an integer of at least {minimum}")
-
-
 def check_retrieve(
     retrieval_q,
     landmarks,
@@ -85,7 +82,8 @@ def check_retrieve(
         check_integer("offset", offset, 0)
     if weighting not in ("softmax", "stick_breaking", "newest_match"):
         raise ValueError(
-            f"weighting: got {weighting!r}, accepted are softmax, stick_breaking and newest_match"
+            f"weighting: got {quoted(weighting)}, "
+            "accepted are softmax, stick_breaking and newest_match"
         )
     if isinstance(gumbel_seed, torch.Tensor):
         check_tensor("gumbel_seed", gumbel_seed, "", sizes, (torch.int64,))

@@ -34,8 +34,8 @@ def retrieve(
     stick by the distance to the best score (slots of both are ordered from the newest chunk on).
     gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
     exclude_window: chunks that lie wholly inside this many last tokens are not visible.
-    query_block: this many tokens share the choice and the weights of the first of them. Ties go to
-    the newest chunk. Raises ValueError for wrong shapes, dtypes, devices or ranges.
+    query_block: this many tokens share the choice and the weights of the first. Ties go to the
+    newest chunk; NaN is the largest score. ValueError: wrong shapes, dtypes, devices or ranges.
 
     NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0,
     would show a token the chunk that holds its own future. Here chunk i is visible from token
@@ -90,7 +90,7 @@ def visible_chunks(
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices int64 [..., k] of the k largest; ties go to the newest chunk; -1 for -inf scores."""
+    """Indices int64 [..., k] of the k largest, NaN first; ties: the newest chunk; -1 for -inf."""
     chunks = scores.shape[-1]
     if k == 0:
         return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
@@ -98,9 +98,8 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     # this value are kept first, then scores equal to it, from the newest chunk on.
     threshold = scores.topk(k, dim=-1).values[..., -1:]
     index = torch.arange(chunks, device=scores.device)
-    rank = torch.where(
-        scores > threshold, index + chunks, torch.where(scores == threshold, index, -1)
-    )
+    above = (scores > threshold) | scores.isnan()  # torch.topk, too, takes NaN as the largest
+    rank = torch.where(above, index + chunks, torch.where(scores == threshold, index, -1))
     chosen = rank.topk(k, dim=-1).values % chunks
     return chosen.masked_fill(scores.gather(-1, chosen) == float("-inf"), -1)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsa_mini.checks import check_integer
 from hsa_mini.tasks.sentences import Question, draw_keys
 
 NUMBER_DIGITS = 8
@@ -49,8 +50,10 @@ def draw_chains(
     rng: np.random.Generator, lengths: Sequence[int], *, held_out: bool, absent_from: str = ""
 ) -> list[Chain]:
     """One chain per entry of `lengths`, with that many names. All names and all numbers differ; see
-    `draw_keys`.
+    `draw_keys`. Raises ValueError for a length below 1.
     """
+    for length in lengths:
+        check_integer("lengths", length, 1)
     names = iter(draw_keys(rng, sum(lengths), held_out=held_out, absent_from=absent_from))
     numbers = rng.choice(10**NUMBER_DIGITS, len(lengths), replace=False)
     return [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsa_mini.checks import check_integer
 from hsa_mini.tasks.chains import draw_chains
 from hsa_mini.tasks.needles import ask, draw_needles
 from hsa_mini.tasks.sentences import Question, encode
@@ -37,7 +38,10 @@ class Problem:
 
         The first sentence must fit outside the window, and the sentences may cover at most half of
         the text. With `border` each sentence also needs a border between two chunks to itself.
+        Raises ValueError for sizes below 1.
         """
+        check_integer("chunk_size", chunk_size, 1)
+        check_integer("window", window, 1)
         taken = sum(max(len(encode(sentence)), chunk_size * border) for sentence in self.sentences)
         return window + chunk_size + 2 * taken + len(encode(self.question.text))
 
@@ -45,8 +49,8 @@ class Problem:
 def s_niah(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "") -> Problem:
     """One needle is asked for (S-NIAH: single needle in a haystack).
 
-    distractors: the number of further sentences of the same form. absent_from: no key occurs in
-    this text. Both arguments mean the same for every task.
+    distractors: the number of further sentences of the same form, up to `MAX_DISTRACTORS`.
+    absent_from: no key occurs in this text. Both arguments mean the same for every task.
     """
     return _needles(rng, 1, distractors, absent_from)
 
@@ -58,6 +62,7 @@ def mq_niah(rng: np.random.Generator, *, distractors: int = 0, absent_from: str 
 
 def vt(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "") -> Problem:
     """All names of one chain are asked for (VT: variable tracking)."""
+    check_integer("distractors", distractors, 0, MAX_DISTRACTORS)
     whole, rest = divmod(distractors, CHAIN_NAMES)
     lengths = [CHAIN_NAMES] * (CHAINS + whole) + [rest] * (rest > 0)
     chains = draw_chains(rng, lengths, held_out=True, absent_from=absent_from)
@@ -66,6 +71,7 @@ def vt(rng: np.random.Generator, *, distractors: int = 0, absent_from: str = "")
 
 
 def _needles(rng: np.random.Generator, asked: int, distractors: int, absent_from: str) -> Problem:
+    check_integer("distractors", distractors, 0, MAX_DISTRACTORS)
     needles = draw_needles(rng, NEEDLES + distractors, held_out=True, absent_from=absent_from)
     return Problem(tuple(needle.sentence for needle in needles), ask(needles[:asked]))
 

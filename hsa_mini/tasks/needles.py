@@ -32,8 +32,10 @@ class Needle:
 
 def ask(needles: Sequence[Needle]) -> Question:
     """One question about one or several needles. Its text ends where the first digit of the answer
-    belongs.
+    belongs. Raises ValueError if there is no needle.
     """
+    if not needles:
+        raise ValueError("needles: got none, accepted is at least one")
     first, *others = needles
     what = "What are the secret codes" if others else "What is the secret code"
     keys = " and ".join(needle.key for needle in needles)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsa_mini.checks import check_integer, check_number
 from hsa_mini.tasks.forms import Problem
 from hsa_mini.tasks.sentences import encode
+
+MAX_TRIES = 100_000  # places drawn for one stretch
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,12 @@ class Sample:
     answer: np.ndarray
 
     def apply(self, haystack: np.ndarray) -> np.ndarray:
-        """`haystack` [tokens] -> int64 ids [tokens] with sentences and question in place."""
+        """`haystack` [tokens] -> int64 ids [tokens] with sentences and question in place.
+
+        Raises ValueError for a haystack of another length.
+        """
+        if len(haystack) != self.tokens:
+            raise ValueError(f"haystack: got {len(haystack)} tokens, accepted are {self.tokens}")
         ids = haystack.astype(np.int64)
         for first, patch in self.patches:
             ids[first : first + len(patch)] = patch
@@ -35,8 +43,9 @@ class Sample:
 
     def first_chunks(self, chunk_size: int) -> list[int]:
         """The chunks that hold a token of the first sentence: the needle asked for, or the head of
-        the chain.
+        the chain. Raises ValueError for a chunk_size below 1.
         """
+        check_integer("chunk_size", chunk_size, 1)
         last = self.start + len(encode(self.problem.sentences[0])) - 1
         return list(range(self.start // chunk_size, last // chunk_size + 1))
 
@@ -59,10 +68,10 @@ def place(
     chunk outside the window.
     border: every sentence moves so that it crosses the nearest border between two chunks.
     absent: the sentences that the question needs are left out.
-    Raises ValueError if depth is outside 0..1 or the text is too short.
+    Raises ValueError if depth is outside 0..1, a size is below 1 or the text is too short.
     """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth: got {depth}, accepted is 0 to 1")
+    check_number("depth", depth, 0, 1)
+    check_integer("tokens", tokens, 1)
     min_tokens = problem.min_tokens(chunk_size, window, border=border)
     if tokens < min_tokens:
         raise ValueError(f"tokens: got {tokens}, accepted are at least {min_tokens}")
@@ -88,19 +97,24 @@ def scatter(
     """First tokens of stretches of these lengths within `space` tokens, none overlapping another.
 
     first: where the first stretch starts; the other starts are drawn. step: each stretch crosses a
-    multiple of it.
+    multiple of it. Raises ValueError where no place is found for a stretch.
     """
     taken = [(first, first + lengths[0])]  # sorted
     starts = [first]
     for length in lengths[1:]:
-        while len(starts) == len(taken):  # until the stretch has a place of its own
+        for _ in range(MAX_TRIES):  # until the stretch has a place of its own
             start = to_border(rng, int(rng.integers(0, space - length + 1)), length, space, step)
             i = bisect(taken, (start,))
             free_in_front = i == 0 or taken[i - 1][1] <= start
             free_behind = i == len(taken) or start + length <= taken[i][0]
             if free_in_front and free_behind:
                 insort(taken, (start, start + length))
-        starts.append(start)
+                starts.append(start)
+                break
+        else:
+            raise ValueError(
+                f"space: got {space} tokens, accepted are enough for stretches of {sum(lengths)}"
+            )
     return starts
 
 
@@ -120,8 +134,12 @@ def to_border(
 
 def tile(text: np.ndarray, tokens: int, first: int = 0) -> np.ndarray:
     """`tokens` tokens of `text`, from token `first` on. At the end of the text it starts over, as
-    often as needed.
+    often as needed. Raises ValueError for an empty text and for negative numbers.
     """
+    check_integer("tokens", tokens, 0)
+    check_integer("first", first, 0)
+    if not len(text):
+        raise ValueError("text: got no token, accepted is at least one")
     repeats = -(-(first + tokens) // len(text))
     if repeats > 1:
         text = np.tile(text, repeats)

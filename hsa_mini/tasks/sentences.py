@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hsa_mini.checks import check_integer
 from hsa_mini.data.tokenizer import load_tokenizer
 
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # only consonants, so no key is a word
 KEY_LETTERS = 4
 MAX_TRIES = 500  # keys drawn per key wanted
+# Keys drawn at once, if held out and if not: three quarters of all, because the last ones would
+# take long to find.
+MAX_KEYS = {True: 12_000, False: 108_000}
 # The first number of every seed. It keeps the random streams of the three purposes apart.
 TRAINING = 1
 EVALUATION = 2
@@ -50,8 +54,10 @@ def draw_keys(
 ) -> list[str]:
     """`count` different keys, all held out or none, none of which occurs in the text `absent_from`.
 
-    Raises ValueError if the text holds so many keys that not enough others are found.
+    Raises ValueError for a count outside 0 to `MAX_KEYS`, and if the text holds so many keys that
+    not enough others are found.
     """
+    check_integer("count", count, 0, MAX_KEYS[held_out])
     keys: dict[str, None] = {}
     tries = 0
     while len(keys) < count:

@@ -4,10 +4,11 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hsa_mini.training.mixture import TrainingBatches
+from hsa_mini.training.mixture import TrainingBatches, check_step
 from hsa_mini.training.recipes import Recipe
 
 AHEAD = 8  # batches that are drawn before they are needed
@@ -16,16 +17,26 @@ AHEAD = 8  # batches that are drawn before they are needed
 class StagedBatches(Dataset):
     """The batches of a whole recipe: item `step` is drawn by the `TrainingBatches` of its stage."""
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
+    def __init__(self, recipe: Recipe, seed: int, text: np.ndarray | None = None) -> None:
+        """text: see `TrainingBatches`."""
         self.recipe = recipe
         self.batches = {
             stage: TrainingBatches(
-                stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=recipe.steps, seed=seed
+                stage.mixture,
+                batch=stage.batch,
+                tokens=stage.tokens,
+                steps=recipe.steps,
+                seed=seed,
+                text=text,
             )
             for stage in dict.fromkeys(recipe.stages)
         }
 
+    def __len__(self) -> int:
+        return self.recipe.steps
+
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        check_step(step, self.recipe.steps)
         return self.batches[self.recipe.stage(step)][step]
 
 

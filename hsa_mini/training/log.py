@@ -1,41 +1,78 @@
 """The log of a training run: a CSV file with one row every few steps."""
 
-import csv
-import io
-import math
+import os
 from pathlib import Path
+from typing import Self
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
+LOG = "log.csv"
 # The columns of the file for the fields of `StepFigures`, in order. `imbalance` is
 # `max_over_mean_load`.
 FIGURES = ("loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance")
 COLUMNS = ("step", *FIGURES, "learning_rate", "seconds")
+HEADER = ",".join(COLUMNS) + "\n"
 
 
 class Log:
     """Appends rows to the CSV file of a run and flushes each at once.
 
-    A resumed run drops the rows after its first step: it will write them again.
+    text: all that the file holds. Used in a `with` statement, which closes the file.
     """
 
-    def __init__(self, path: Path, start: int) -> None:
-        """start: the number of steps done so far; 0 begins a new file."""
-        rows = list(csv.reader(io.StringIO(path.read_text()))) if path.exists() and start else []
-        kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[0]) <= start]
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *kept])
-        write_whole(path, text.getvalue().encode())
-        self._file = path.open("a", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
+    def __init__(self, path: Path, text: str = HEADER) -> None:
+        """text: the header and the rows of the steps done so far. They replace the file."""
+        write_file(path, text.encode())
+        self.text = text
+        self._file = path.open("a", encoding="utf-8", newline="")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def write(self, step: int, numbers: dict[str, float], rate: float, seconds: float) -> None:
-        """Append the row of a step; numbers: see `StepFigures.numbers`.
-
-        Raises FloatingPointError if the loss is not finite.
-        """
-        loss = numbers["loss"]
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} after step {step}: the run is stopped")
-        self._writer.writerow([step, *(f"{x:.6g}" for x in (*numbers.values(), rate, seconds))])
+        """Append the row of a step; numbers: see `StepFigures.numbers`."""
+        figures = (f"{x:.6g}" for x in (*numbers.values(), rate, seconds))
+        row = ",".join((str(step), *figures)) + "\n"
+        self.text += row
+        self._file.write(row)
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all rows have reached the disk."""
+        os.fsync(self._file.fileno())
+
+
+def rows_until(path: Path, step: int) -> str:
+    """The header of a log and its rows up to `step`. A row that a kill cut off is left out.
+
+    Raises ValueError, which names the line, if one of these rows is damaged.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    kept = []
+    last = -1.0
+    for number, line in enumerate(lines, 1):
+        done = _step_of(line) if number > 1 else 0.0 if line == HEADER else None
+        if done is None or done <= last:
+            raise ValueError(
+                f"run: line {number} of {path} is damaged; "
+                f"accepted is a log with whole rows up to step {step}, or no log"
+            )
+        if done > step:
+            break
+        kept.append(line)
+        last = done
+    return "".join(kept) or HEADER
+
+
+def _step_of(line: str) -> float | None:
+    """The step of a row, or None if the row is damaged."""
+    try:
+        row = [float(x) for x in line.split(",")]
+    except ValueError:
+        return None
+    return row[0] if len(row) == len(COLUMNS) else None

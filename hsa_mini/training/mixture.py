@@ -13,23 +13,28 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from hsa_mini.checks import check_integer, check_number
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hsa_mini.tasks.chains import draw_chains
 from hsa_mini.tasks.needles import Needle, ask, draw_needles
-from hsa_mini.tasks.sentences import TRAINING, Question, encode, is_held_out
-from hsa_mini.training.fact_rows import (
+from hsa_mini.tasks.rows import (
     ANSWER,
     COPY,
     NONE,
     TEXT,
     draw_told,
+    min_tokens,
+    pieces_of,
+    question_tokens,
     row,
     span_row,
     told_items,
 )
+from hsa_mini.tasks.sentences import MAX_KEYS, TRAINING, Question, encode, is_held_out
 
-PARTS = ("none", "text", "copy", "answer")
+PARTS = {NONE: "none", TEXT: "text", COPY: "copy", ANSWER: "answer"}  # names
+SHARES = ("self_copy", "needles", "chains", "facts", "spans")  # the kinds of sequence but text
 SIMILAR_KEYS = 0.3  # share of the needle sequences in which some keys differ in one letter only
 
 TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of each token [T+1]
@@ -46,7 +51,7 @@ class Mixture:
     self_copy: float = 0.35
     needles: float = 0.5
     chains: float = 0.0
-    facts: float = 0.0  # facts in many forms (see `fact_rows`)
+    facts: float = 0.0  # facts in many forms (see `tasks/rows.py`)
     spans: float = 0.0  # real text, and questions about what follows some of its spans
     two_codes: float = 0.25  # share of the needle questions that ask for two needles at once
     # Share of the haystacks that are generated instead of drawn from a real text: random tokens,
@@ -56,6 +61,14 @@ class Mixture:
     max_chains: int = 4  # each of 2 to 3 names
     max_questions: int = 4
     min_copy: int = 256  # tokens; longer than the window, or the window alone could copy
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for shares outside 0 to 1, or together above 1, and limits below 1."""
+        for name in (*SHARES, "two_codes", "made_up"):
+            check_number(name, getattr(self, name), 0, 1)
+        for name in ("max_needles", "max_chains", "max_questions", "min_copy"):
+            check_integer(name, getattr(self, name), 1)
+        check_number(" + ".join(SHARES), sum(getattr(self, name) for name in SHARES), 0, 1 + 1e-9)
 
 
 class TrainingBatches(Dataset):
@@ -71,13 +84,29 @@ class TrainingBatches(Dataset):
         seed: int,
         text: np.ndarray | None = None,
     ) -> None:
-        """text: tokens that real text is drawn from; None: the training corpus."""
+        """text: tokens that real text is drawn from; None: the training corpus.
+
+        Raises ValueError for sizes below 1, for sequences too short for the questions of the
+        mixture, and for a text shorter than a sequence.
+        """
+        sizes = (("batch", batch, 1), ("tokens", tokens, 1), ("steps", steps, 0), ("seed", seed, 0))
+        for name, value, minimum in sizes:
+            check_integer(name, value, minimum)
+        kinds = [name for name in SHARES if getattr(mixture, name)]
+        if tokens < (fewest := min_tokens(kinds)):
+            raise ValueError(
+                f"tokens: got {tokens}, accepted are at least {fewest} for the mixture's questions"
+            )
         self.mixture = mixture
         self.batch = batch
         self.tokens = tokens
         self.steps = steps
         self.seed = seed
         self.text = load_corpus("train").tokens if text is None else text
+        if len(self.text) <= tokens:
+            raise ValueError(
+                f"text: got {len(self.text)} tokens, accepted are at least {tokens + 1}"
+            )
         self.ordinary = load_tokenizer().n_vocab - len(SPECIAL_TOKENS)
         self.needle_tokens = len(encode(Needle("BBBB", "000000").sentence))  # the same for any key
 
@@ -85,6 +114,7 @@ class TrainingBatches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        check_step(step, self.steps)
         rng = np.random.default_rng((TRAINING, self.seed, step))
         rows = [self.sequence(rng) for _ in range(self.batch)]
         ids, parts = (np.stack(column) for column in zip(*rows))
@@ -134,9 +164,12 @@ class TrainingBatches(Dataset):
             needles = self.with_similar_keys(rng, needles)
         wanted = int(rng.integers(1, mixture.max_questions + 1))
         questions = []
+        beside_needles = self.tokens + 1 - count * self.needle_tokens
         left = [needles[i] for i in rng.permutation(len(needles))]
         while left and len(questions) < wanted:
             codes = 2 if len(left) > 1 and rng.random() < mixture.two_codes else 1
+            if question_tokens(ask(left[:codes])) > beside_needles:
+                codes = 1
             questions.append(ask(left[:codes]))
             left = left[codes:]
         return self.hide(rng, [needle.sentence for needle in needles], questions)
@@ -235,7 +268,7 @@ class TrainingBatches(Dataset):
 
     def real_text(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
         """A random stretch of the corpus."""
-        first = int(rng.integers(0, len(self.text) - tokens))
+        first = int(rng.integers(0, max(len(self.text) - tokens, 1)))
         return np.asarray(self.text[first : first + tokens])
 
     def made_up(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
@@ -246,9 +279,10 @@ class TrainingBatches(Dataset):
         if kind == 1:
             return self.few_symbols(rng, tokens)
         if kind == 4:
-            needles = draw_needles(rng, tokens // self.needle_tokens + 1, held_out=False)
-            return np.concatenate([encode(needle.sentence) for needle in needles])[:tokens]
-        length = int(np.exp(rng.uniform(0, np.log(200))))
+            count = min(tokens // self.needle_tokens + 1, MAX_KEYS[False])
+            needles = draw_needles(rng, count, held_out=False)
+            return np.resize([encode(needle.sentence) for needle in needles], tokens)
+        length = min(int(np.exp(rng.uniform(0, np.log(200)))), len(self.text))
         passage = self.real_text(rng, length) if kind == 2 else self.few_symbols(rng, length)
         return np.resize(passage, tokens)
 
@@ -259,13 +293,7 @@ class TrainingBatches(Dataset):
         return rng.choice(rng.choice(pool, int(rng.integers(2, 65))), tokens)
 
 
-def pieces_of(item: str | Question) -> list[tuple[np.ndarray, int]]:
-    """Ids and part in the loss: of a sentence, or of a question and its answer."""
-    if isinstance(item, str):
-        return [(encode(item), NONE)]
-    return [(encode(item.text), NONE), (encode(item.answer), ANSWER)]
-
-
-def question_tokens(question: Question) -> int:
-    """The number of tokens of a question and its answer."""
-    return sum(len(ids) for ids, _ in pieces_of(question))
+def check_step(step: int, steps: int) -> None:
+    """Raise IndexError, which ends a loop over batches, for a step that is not among `steps`."""
+    if not 0 <= step < steps:
+        raise IndexError(f"step: got {step}, accepted is 0 to {steps - 1}")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hsa_mini.paths import write_whole
+from hsa_mini.files.whole_file import write_file
 
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
@@ -82,4 +82,4 @@ def save_figure(path: Path, figure: Figure) -> None:
     """A figure as PNG; the file appears whole or not at all."""
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    write_whole(path, image.getvalue())
+    write_file(path, image.getvalue())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from hsa_mini import PRESETS, ops
 from hsa_mini.cli.arguments import Parser, choose_device
-from hsa_mini.paths import check_writable
+from hsa_mini.files.whole_file import check_writable
 from hsa_mini.provenance import write_results
 
 SEED = 0

@@ -15,6 +15,7 @@ from hsa_mini import PRESETS, ChunkMemory, HSAModel, ops
 from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory import host_chunks
+from hsa_mini.memory.origin import fingerprint
 from hsa_mini.ops import torch_backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -114,8 +115,11 @@ def test_an_offloaded_memory_is_saved_selected_and_loaded(tmp_path):
     memory.save(tmp_path / "memory")
     want = spoken(model, memory, after, graph=True)
     loaded = ChunkMemory.load(tmp_path / "memory", device="cuda", offload=True)
+    assert loaded.chunks.k.is_pinned()
     loaded.reorder(torch.tensor([1, 0]))
     assert not loaded.chunks.k.is_cuda and loaded.chunks.landmarks.is_cuda
+    assert loaded.origin == fingerprint(model) == fingerprint(model.cpu())
+    model.cuda()
     assert (
         relative_error(spoken(model, loaded, after[[1, 0]], graph=True)[[1, 0]], want.double())
         < 2e-2

@@ -8,6 +8,7 @@ retrieval dimension, N chunks, S chunk size, K kept.
 import pytest
 import torch
 from gpu_helpers import draw, relative_error
+from helpers import with_special_scores
 
 import hsa_kernels
 from hsa_mini import reference
@@ -246,3 +247,53 @@ def test_a_whole_block_compiles():
     )
     for a, b in zip(got, want):
         assert relative_error(a, b.double()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "N, K, gumbel_seed", [(3, 8, None), (40, 4, None), (900, 16, None), (40, 4, 5)]
+)
+def test_retrieve_shows_nan_and_infinite_scores(N, K, gumbel_seed, dtype):
+    """Kernel, GPU and processor keep the same chunks, none of them twice; NaN is the largest."""
+    q, landmarks, _ = with_special_scores(2, 70, 2, 16, N, seed=K, dtype=torch.float32)
+    inputs = [x.to("cuda", dtype) for x in (q, landmarks)]
+    options = dict(chunk_size=4, top_k=K, offset=4 * N - 9, gumbel_seed=gumbel_seed)
+    results = [
+        hsa_kernels.retrieve(*inputs, **options),
+        reference.retrieve(*inputs, **options),
+        reference.retrieve(*(x.cpu() for x in inputs), **options),
+    ]
+    found = []
+    for indices, weights in results:
+        indices, order = indices.cpu().sort(dim=-1, descending=True)
+        assert ((indices[..., 1:] != indices[..., :-1]) | (indices[..., 1:] < 0)).all()
+        found.append((indices, weights.cpu().gather(-1, order)))
+    for indices, weights in found[1:]:
+        assert torch.equal(indices, found[0][0]) and weights.isnan().any()
+        torch.testing.assert_close(weights, found[0][1], equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("N, share", [(5, 0.5), (3000, 0.001), (70, 1.0)])
+def test_decode_shows_nan_and_infinite_scores(N, share, value):
+    shapes = ((2, 1, 2, 16), (2, N, 2, 16), (2, 1, 4, 64), (2, N, 16, 2, 64), (2, N, 16, 2, 64))
+    inputs = [draw(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(shapes)]
+    for x in inputs[:2]:
+        x[..., 1:] = 0.0
+    inputs[0].abs_()
+    inputs[1][..., 0].masked_fill_(torch.rand(2, N, 2, device="cuda") < share, value)
+    options = dict(chunk_size=16, top_k=4, offset=16 * N)
+    got, want = (f(*inputs, **options) for f in (hsa_kernels.decode, reference.decode))
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_dispatch_chooses_no_expert_twice_whatever_the_scores(value):
+    M, E, A = 50, 9, 4
+    scores = draw(M, E)
+    scores[1] = value
+    scores[2:40, :3] = value
+    offsets, _, inverse_order, _ = hsa_kernels.dispatch(scores, torch.zeros(E, device="cuda"), A)
+    experts = torch.searchsorted(offsets, inverse_order, right=True).sort(-1).values
+    assert (experts[:, 1:] > experts[:, :-1]).all()
+    assert torch.equal(inverse_order.flatten().sort().values, torch.arange(M * A, device="cuda"))

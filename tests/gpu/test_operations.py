@@ -117,3 +117,28 @@ def test_the_shipped_model_answers_alike_in_bfloat16():
     with torch.no_grad():
         ours, exact = (model(ids.cuda()).logits.double() for model in (half, full))
     assert relative_error(ours, exact) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("M", [3, 50])
+@pytest.mark.parametrize("C, H", [(64, 7), (15, 8), (3, 5)])
+def test_experts_of_any_size_run_and_are_captured(M, C, H, dtype):
+    """PyTorch's grouped product takes only rows of whole 16 bytes, and no float64."""
+    E = 6
+    shapes = ((M, C), (E, C, 2 * H), (E, H, C))
+    x, up_and_gate, down = (draw(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes))
+    scores = draw(M, E, seed=3)
+
+    def routed(x, up_and_gate, down):
+        choice = ops.dispatch(scores, torch.zeros(E, device="cuda"), 2)
+        return ops.grouped_experts(x, *choice, up_and_gate, down)
+
+    with torch.no_grad():
+        routed(x, up_and_gate, down)  # compiles what a graph cannot compile
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = routed(x, up_and_gate, down)
+        graph.replay()
+        want = routed(*(tensor.double() for tensor in (x, up_and_gate, down)))
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
+    assert relative_error(got, want) < tolerance

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 NOTHING = tl.constexpr(0)  # below the key of any number
+LOWEST = tl.constexpr(0x007FFFFF)  # the key of -inf
 # Keys of a row, in powers of 2. Two counts share the 32 bits of one sum, so neither may reach 2^16.
 MAX_KEYS = 1 << 15
 
@@ -19,9 +20,10 @@ MAX_KEYS = 1 << 15
 def keyed(b_x):
     """float32 -> uint32 keys of the same order, all above `NOTHING`.
 
-    Both zeros get the same key.
+    Both zeros get the same key, and so does every NaN: the largest.
     """
     bits = (b_x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    bits = tl.where(b_x != b_x, 0x7FC00000, bits)  # a NaN may have a sign
     return (bits ^ ((bits >> 31) | -(2**31))).to(tl.uint32, bitcast=True)
 
 

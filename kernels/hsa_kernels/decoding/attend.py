@@ -153,8 +153,10 @@ def decode_attend_kernel(
         # While these loads are under way: the slot's weight, a softmax over the kept scores [KP].
         m_k = tl.arange(0, KP) < count
         best = unkeyed(tl.max(b_most, 0))
+        best = tl.where(best == float("-inf"), 0.0, best)  # then every weight is 0, not NaN
         b_s = unkeyed(tl.load(scores + b_index, mask=m_k, other=1))
         total = tl.sum(tl.where(m_k, tl.exp(b_s - best), 0.0))
+        total = tl.where(total == 0.0, 1.0, total)
         weight = tl.exp(unkeyed(tl.load(scores + index)) - best) / total
         # [GP, DP] @ [DP, SP] -> [GP, SP]
         b_p, b_sum = softmax_inside(

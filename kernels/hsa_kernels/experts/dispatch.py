@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hsa_kernels.common.selection import NOTHING, keyed
+
 
 @triton.jit
 def dispatch_kernel(
@@ -27,18 +29,16 @@ def dispatch_kernel(
     b_s = tl.load(scores + o_m[:, None] * E + o_e[None, :], mask=m, other=0.0).to(tl.float32)
     b_affinity = 1.0 / (1.0 + tl.exp(-b_s))
 
-    # 2. Choose the best expert of every token A times; the bias affects the choice alone.
+    # 2. Choose the best expert of every token A times; the bias affects the choice alone. The keys
+    #    of numbers are above `NOTHING`, so no expert is chosen twice, even among NaN.
     #    [MP, EP]
-    b_choice = tl.where(
-        m,
-        b_affinity + tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)[None, :],
-        float("-inf"),
-    )
+    b_bias = tl.load(bias + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+    b_choice = tl.where(m, keyed(b_affinity + b_bias[None, :]), NOTHING)
     b_chosen = tl.zeros([MP, EP], tl.int32)
     for _ in tl.static_range(A):
         hit = m & (o_e[None, :] == tl.argmax(b_choice, 1)[:, None])
         b_chosen += hit.to(tl.int32)
-        b_choice = tl.where(hit, float("-inf"), b_choice)
+        b_choice = tl.where(hit, NOTHING, b_choice)
 
     # 3. Number the rows: behind the rows of all earlier experts and of the same expert's earlier
     #    tokens.

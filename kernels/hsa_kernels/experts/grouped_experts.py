@@ -187,7 +187,7 @@ def grouped_experts(
 
     x [M, C]; expert_offsets, token_indices, inverse_order and topk_scores from `dispatch`;
     up_and_gate [E, C, 2*H], down [E, H, C] -> [M, C]. Raises ValueError for wrong dtypes or
-    layouts.
+    layouts, and for more than `MAX_TOKENS_APART` tokens if C or H numbers are no whole 16 bytes.
     """
     arguments = dict(
         x=x,
@@ -199,6 +199,12 @@ def grouped_experts(
         down=down,
     )
     check_kernel(**arguments)
+    multiple = 16 // x.itemsize
+    if len(x) > MAX_TOKENS_APART and any(size % multiple for size in down.shape[1:]):
+        raise ValueError(
+            f"down: got H={down.shape[1]} and C={down.shape[2]} with {len(x)} tokens, "
+            f"accepted are multiples of {multiple} in {x.dtype}, or up to {MAX_TOKENS_APART} tokens"
+        )
     out = torch.empty_like(x)
     (_apart if len(x) <= MAX_TOKENS_APART else _together)(**arguments, out=out)
     return out

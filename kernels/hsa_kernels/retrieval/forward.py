@@ -15,7 +15,7 @@ candidates per token, ROWS rows cleaned up at once.
 import triton
 import triton.language as tl
 
-from hsa_kernels.common.selection import NOTHING, keyed
+from hsa_kernels.common.selection import LOWEST, NOTHING, keyed
 from hsa_kernels.retrieval.candidates import choose, put
 
 
@@ -78,10 +78,11 @@ def retrieve_fwd_kernel(
     program = (i_b * tl.num_programs(1) + i_j) * tl.num_programs(0) + i_t
     buffer = buffers + program.to(tl.int64) * ((3 if NOISE else 2) * BT * CAP + 2 * BT)
     o_own = tl.arange(0, BT)
-    # [BT]: candidates of every token so far, and the key that later ones have to exceed
+    # [BT]: candidates of every token so far, and the key that later ones have to exceed; a score of
+    # -inf never does. The buffer holds `NOTHING` as long as there are fewer than K candidates.
     b_count = tl.zeros([BT], tl.int32)
-    b_floor = tl.full([BT], NOTHING, tl.uint32)
-    tl.store(buffer + BT + o_own, b_floor)
+    b_floor = tl.full([BT], LOWEST, tl.uint32)
+    tl.store(buffer + BT + o_own, tl.full([BT], NOTHING, tl.uint32))
 
     # 3. Score the chunks that are complete for the tile's last token, the newest first.
     complete = tl.minimum(
@@ -124,7 +125,7 @@ def retrieve_fwd_kernel(
                 put(buffer, o_some, b_position, m_kept, b_known, b_n, b_kept, BT, CAP, NOISE)
                 tl.store(buffer + BT + o_some, b_higher)
             tl.debug_barrier()
-            b_floor = tl.load(buffer + BT + o_own)
+            b_floor = tl.maximum(tl.load(buffer + BT + o_own), LOWEST)
             b_count = tl.minimum(b_count, K)
 
     # 4. Write the K best of every row, and -1 and -inf into the slots that stay empty.

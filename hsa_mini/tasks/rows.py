@@ -4,7 +4,7 @@ questions of every kind (see `tasks/tellings.py`), and questions about spans of 
 Dimensions: T tokens; a sequence has T+1 (inputs and targets overlap).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
 from random import Random
 
@@ -13,8 +13,10 @@ import numpy as np
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.tasks import frames, words
 from hsa_mini.tasks import tellings as t
+from hsa_mini.tasks.chains import Chain
 from hsa_mini.tasks.facts import draw_facts
-from hsa_mini.tasks.sentences import Question
+from hsa_mini.tasks.needles import Needle, ask
+from hsa_mini.tasks.sentences import Question, encode
 from hsa_mini.tasks.wordings import HeldOut, draw_source, draw_wording
 
 NONE, TEXT, COPY, ANSWER = range(4)  # the parts of the loss
@@ -28,13 +30,15 @@ TRAINING = HeldOut()
 SHARES = {"facts": 0.57, "attributes": 0.07, "updates": 0.11, "all": 0.02, "early": 0.10,
           "chains": 0.13}  # fmt: skip
 MAX_FACTS = 60
+MIN_FACT_TOKENS = 160  # a sequence of fewer has no place for most facts and their questions
 SPAN_FORMS = (
     ('What follows "{span}"?\n{span}', "\n"), ("Continue: {span}", "\n"), ("{span}", "\n"),
     ('Quote the text from "{span}" on.\n"{span}', '"'), ("And how did it go on? {span}", "\n"),
 )  # fmt: skip
 
 
-def encode(text: str) -> list[int]:
+def ids_of(text: str) -> list[int]:
+    """The token ids of a text, as a list."""
     return load_tokenizer().encode_ordinary(text)
 
 
@@ -75,7 +79,7 @@ def told_items(rng: Random, tokens: int, draw: Callable[[Random, int], t.Told]) 
     most = MAX_FACTS
     while True:
         told = draw(rng, most)
-        sentences = [encode(text) for text in told.sentences]
+        sentences = [ids_of(text) for text in told.sentences]
         spare = tokens - sum(map(len, sentences))
         if spare > 0 and (items := with_questions(rng, told, sentences, spare)):
             return items
@@ -95,7 +99,7 @@ def with_questions(
     last = len(sentences) - 1
     found = False
     for question in told.questions:
-        length = len(encode(question.text)) + len(encode(question.answer))
+        length = len(ids_of(question.text)) + len(ids_of(question.answer))
         if length > spare:
             continue
         spare -= length
@@ -109,7 +113,7 @@ def with_questions(
     for i, ids in enumerate(sentences):
         items.append([(ids, False)])
         for question in behind.get(i, ()):
-            items.append([(encode(question.text), False), (encode(question.answer), True)])
+            items.append([(ids_of(question.text), False), (ids_of(question.answer), True)])
     return items
 
 
@@ -136,11 +140,11 @@ def span_questions(rng: Random, text: list[int], tokens: int) -> Items:
         middle = start + rng.randint(5, 9)
         form, end = rng.choice(SPAN_FORMS)
         first, *others = form.split("{span}")
-        question = encode("\n" + first)
+        question = ids_of("\n" + first)
         for part in others:
-            question = question + text[start:middle] + encode(part)
+            question = question + text[start:middle] + ids_of(part)
         answer = text[middle : middle + rng.randint(4, 20)]
-        pieces = [(question, False), (answer, True), (encode(end), False)]
+        pieces = [(question, False), (answer, True), (ids_of(end), False)]
         used += sum(len(ids) for ids, _ in pieces)
         if used > tokens:
             return items
@@ -173,3 +177,28 @@ def joined(pieces: Sequence[tuple[list[int], bool]]) -> tuple[list[int], list[in
     ids = [i for piece, _ in pieces for i in piece]
     parts = [ANSWER if is_answer else NONE for piece, is_answer in pieces for _ in piece]
     return ids, parts
+
+
+def pieces_of(item: str | Question) -> list[tuple[np.ndarray, int]]:
+    """Ids and part in the loss: of a sentence, or of a question and its answer."""
+    if isinstance(item, str):
+        return [(encode(item), NONE)]
+    return [(encode(item.text), NONE), (encode(item.answer), ANSWER)]
+
+
+def question_tokens(question: Question) -> int:
+    """The number of tokens of a question and its answer."""
+    return sum(len(ids) for ids, _ in pieces_of(question))
+
+
+def min_tokens(kinds: Collection[str]) -> int:
+    """The fewest tokens of a sequence that holds a problem of any of the kinds, with a question."""
+    needle = Needle("BBBB", "000000")  # any other is as long
+    chain = Chain("00000000", ("BBBB", "CCCC", "DDDD"))
+    fewest = {
+        "needles": len(encode(needle.sentence)) + question_tokens(ask([needle])) - 1,
+        "chains": sum(map(len, map(encode, chain.sentences))) + question_tokens(chain.question) - 1,
+        "facts": MIN_FACT_TOKENS,
+        "spans": MIN_FACT_TOKENS,
+    }
+    return max((fewest.get(kind, 1) for kind in kinds), default=1)

@@ -1,0 +1,124 @@
+"""Random command lines and calls, in a private mount namespace with a /dev of its own.
+
+No call ends with a traceback, hangs, leaves a half-written file, changes a file that it was not
+told to write, or changes a device.
+"""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+from faults import sandbox
+from faults.calls import Call, random_call
+from faults.processes import Outcome, in_child
+from faults.report import Progress, Report
+from faults.world import World
+from faults.writers import tiny_preset
+
+SECONDS = 30  # for a call that should be short
+SECONDS_OF_LONG_CALLS = 2  # until a call that may be long is interrupted
+MAX_LINE = 1000  # characters of an error
+BATCH = 200  # calls between two messages of the sandboxed process
+
+
+def attack(count: int, seed: int, progress: Progress) -> Report:
+    """`count` random calls."""
+    report = Report("fuzz")
+    report.skipped = sandbox.unavailable() or ""
+    first = 0
+    while first < count and not report.skipped:
+        last = min(first + BATCH, count)
+        with TemporaryDirectory() as scratch:
+            # The first statement of the child enters the sandbox or fails.
+            outcome = in_child(
+                lambda: _in_sandbox(Path(scratch), range(first, last), seed),
+                seconds=BATCH * SECONDS,
+                limited=False,
+            )
+        if outcome.kind == "returned":
+            for subject, what in outcome.value:
+                report.fault(subject, what)
+        else:
+            report.fault("the sandbox", str(outcome))
+        report.tried += last - first
+        progress(last - first)
+        first = last
+    return report
+
+
+def _in_sandbox(scratch: Path, numbers: range, seed: int) -> list[tuple[str, str]]:
+    """What did not hold in these calls."""
+    sandbox.enter(scratch)
+    world = World(scratch)
+    pipe = os.open(world.folder / "fifo", os.O_RDWR)  # a writer to it need not wait for a reader
+    faults = []
+    offline = mock.patch("hsa_mini.data.archives.fetch_archives", side_effect=OSError("offline"))
+    with tiny_preset(), offline:
+        for number in numbers:
+            call = random_call(random.Random(f"{seed} {number}"))
+            if what := _misbehaves(call, world):
+                faults.append((call.subject, f"{call}: {what}"))
+            if world.changed():
+                os.close(pipe)
+                world.restore()
+                pipe = os.open(world.folder / "fifo", os.O_RDWR)
+    return faults
+
+
+def _misbehaves(call: Call, world: World) -> str | None:
+    """What is wrong with how a call ended and with what it left, or nothing."""
+    outcome = in_child(
+        _with_input(call.work),
+        seconds=SECONDS_OF_LONG_CALLS if call.long else SECONDS,
+        interrupt=call.long,
+    )
+    if what := _ended_badly(outcome, call):
+        return what
+    if changed := sandbox.changed_devices():
+        sandbox.make_devices()
+        return f"a device was changed: {', '.join(changed)}"
+    given = {os.path.realpath(path) for path in call.paths if "\0" not in path}
+    for name in world.changed():
+        if what := world.wrong(name, given):
+            return what
+    return None
+
+
+def _with_input(work: Callable[[], object]) -> Callable[[], object]:
+    """The call with a short text as its standard input."""
+
+    def call() -> object:
+        text = os.memfd_create("input")
+        os.write(text, b"a text that stands on standard input\n" * 20)
+        os.lseek(text, 0, os.SEEK_SET)
+        os.dup2(text, 0)
+        return work()
+
+    return call
+
+
+def _ended_badly(outcome: Outcome, call: Call) -> str | None:
+    if call.command:
+        if "\x1b" in outcome.errors:
+            return f"an escape sequence: {outcome.errors[-200:]!r}"
+        if outcome.kind not in ("returned", "exited") or outcome.value not in (0, 2, 130):
+            return str(outcome)
+        last = (outcome.errors.splitlines() or [""])[-1]
+        if outcome.value == 2 and not 0 < len(last) <= MAX_LINE:
+            return f"an error of {len(last)} characters: {last[:200]}"
+        if "Traceback" in outcome.errors:
+            return str(outcome)
+        return None
+    accepted = (ValueError, OSError, MemoryError, FloatingPointError)
+    if call.long:
+        accepted += (KeyboardInterrupt,)
+    if outcome.kind != "returned" and not (
+        outcome.kind == "raised" and isinstance(outcome.value, accepted)
+    ):
+        return str(outcome)
+    message = str(outcome.value)
+    too_long = outcome.kind == "raised" and len(message) > MAX_LINE
+    return f"an error of {len(message)} characters: {message[:200]}" if too_long else None
