@@ -179,7 +179,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (
         ["plan", "huge"],
         "preset: got 'huge', accepted are "
-        "debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b",
+        "debug, nano, mini, mini_moe, mini_any, mini_any_moe, small_moe, ul_0_5b, ul_8b_a1b",
     ),
     (["plan"], "the following arguments are required: preset"),
     (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),

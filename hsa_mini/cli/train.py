@@ -19,7 +19,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         description="Train a model from random weights, or continue a run that was cut off. Ctrl-C "
         "and SIGTERM save the state and stop; a second Ctrl-C stops without saving.",
     )
-    command.add_argument("preset", help="which model: nano, mini, mini_moe or small_moe")
+    command.add_argument(
+        "preset", help="which model: nano, mini, mini_moe, mini_any, mini_any_moe, small_moe"
+    )
     command.add_argument(
         "--run",
         type=Path,
