@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from hsa_mini.checks import quoted
+
 RANKS_FILE = "tokenizer.tiktoken"  # every data folder has it
 
 
@@ -45,5 +47,5 @@ def _given(variable: str) -> Path | None:
         return None
     folder = Path(os.path.expanduser(value))
     if not folder.is_absolute():
-        raise ValueError(f"{variable}: got {value[:80]!r}, accepted is an absolute path, or ~/...")
+        raise ValueError(f"{variable}: got {quoted(value)}, accepted is an absolute path, or ~/...")
     return folder

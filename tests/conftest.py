@@ -5,12 +5,16 @@ when a kernel is defined, so it is set before any kernel is imported.
 """
 
 import os
+import signal
 
 import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell starts a command behind `&` with Ctrl-C ignored, and so would every process of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tensors are tiny, so threads cost more time than they save, above all on a busy machine.
 torch.set_num_threads(1)

@@ -302,6 +302,8 @@ def test_only_what_a_manifest_of_the_same_kind_names_is_replaced(tmp_path):
         "subfolder": {**OLD, MANIFEST: None, "figures/1.png": b"years of work"},
         "other kind": {"model.bin": b"weights", MANIFEST: {"model.bin": digest}},
         "no manifest": {"a.txt": b"mine"},
+        "empty manifest": {"thesis.tex": b"years of work", MANIFEST: b"{}"},
+        "nothing but an empty manifest": {MANIFEST: b"{}"},
         "broken": {"a.txt": b"mine", MANIFEST: b"["},
         "hidden": {".git/HEAD": b"ref", "a.txt": b"mine"},
     }
@@ -321,7 +323,8 @@ def test_only_what_a_manifest_of_the_same_kind_names_is_replaced(tmp_path):
         assert {
             path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
         } == before, name
-    assert "thesis.tex" in str(refusal(tmp_path / "thesis"))
+    for name in ("thesis", "empty manifest"):
+        assert "thesis.tex" in str(refusal(tmp_path / name))
     assert "figures" in str(refusal(tmp_path / "subfolder"))
 
 

@@ -255,6 +255,19 @@ def test_the_log_is_closed_whether_the_run_ends_or_fails(tmp_path, monkeypatch):
     assert not [warning for warning in caught if "log.csv" in str(warning.message)]
 
 
+def test_a_log_that_leads_to_a_device_a_pipe_or_a_folder_is_refused_and_nothing_changes(tmp_path):
+    run_tiny(tmp_path, stop_after=1)
+    before = listing(tmp_path / "step-1")
+    path = tmp_path / "log.csv"
+    others = (lambda: path.symlink_to("/dev/null"), lambda: os.mkfifo(path), lambda: path.mkdir())
+    for make in others:
+        path.rmdir() if path.is_dir() else path.unlink()
+        make()
+        with pytest.raises(ValueError, match=r"^run: .*log\.csv is no regular file; accepted is"):
+            run_tiny(tmp_path)
+        assert listing(tmp_path / "step-1") == before and not path.is_file()
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -33,6 +33,14 @@ def tensor_file(
     return write
 
 
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity. This waits for the device.
+
+    It looks at the minimum and the maximum, because `isfinite` would make a copy of the tensor.
+    """
+    return not value.numel() or bool(torch.stack(value.aminmax()).isfinite().all())
+
+
 def stored_dtype(value: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of a tensor in a file: `dtype`, if it is given, for a parameter; else its own.
 

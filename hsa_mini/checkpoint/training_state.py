@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hsa_mini.checkpoint.tensors import tensor_file
+from hsa_mini.checkpoint.tensors import is_finite, tensor_file
 from hsa_mini.files.disk import TEMPORARY, remove
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_folder import read_folder, write_folder
@@ -118,7 +118,7 @@ def _read(files: dict[str, Path]) -> tuple[dict[str, torch.Tensor], dict]:
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The name of a tensor that holds NaN or infinity, or None. This waits for the device."""
     for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not is_finite(value):
             return name
     return None
 

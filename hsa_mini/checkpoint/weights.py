@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hsa_mini.checkpoint.tensors import stored_dtype, tensor_file
+from hsa_mini.checkpoint.tensors import is_finite, stored_dtype, tensor_file
 from hsa_mini.checks import check_integer, quoted
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_folder import MANIFEST, write_folder
@@ -112,8 +112,7 @@ def _read(
                 f"accepted is {list(wanted.shape)} of a floating dtype)"
             )
         value = value.to(wanted.dtype)
-        # minimum and maximum, because `isfinite` would make a copy of the weight
-        if not torch.stack(value.aminmax()).isfinite().all():
+        if not is_finite(value):
             raise ValueError(
                 f"path: {name} in {files[file_of[name]]} holds NaN or infinite numbers "
                 f"in {wanted.dtype}; accepted are finite numbers"

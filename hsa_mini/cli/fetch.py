@@ -3,8 +3,6 @@
 import argparse
 import sys
 
-from hsa_mini.cli.report import printable
-
 
 def add_parser(commands) -> argparse.ArgumentParser:
     """Add the command, which has no arguments; returns its parser."""
@@ -21,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         fetch_archives()
     except OSError as error:  # without archives, other text serves, and a warning says so
-        print(printable(str(error)), file=sys.stderr)
+        print(error, file=sys.stderr)
     for split in SPLITS:
         print(f"{split:>10}: {len(load_corpus(split)):,} tokens")
     return 0

@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from hsa_mini.checks import quoted
 from hsa_mini.data.documents import Document, load_documents
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer, ranks_digest
 from hsa_mini.files.whole_folder import MANIFEST, Content, read_folder, write_folder
@@ -67,7 +68,7 @@ def load_corpus(split: str) -> Corpus:
     Raises ValueError for another split, and for an archive that is not the pinned one.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: got {split!r}, accepted are {', '.join(SPLITS)}")
+        raise ValueError(f"split: got {quoted(split)}, accepted are {', '.join(SPLITS)}")
     name, documents = load_documents()
     # The digest is part of the name, so another tokenizer never reads these tokens.
     folder = cache_dir() / f"corpus-{name}-v{FORMAT}-{ranks_digest()}"

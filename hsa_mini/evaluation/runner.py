@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hsa_mini.checks import quoted
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.evaluation.haystack import Haystack
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, ControlRow, RetrievalRow
@@ -57,7 +58,7 @@ def evaluate(
     Raises ValueError for an unknown task or too many distractors, and as `place` does.
     """
     if task not in TASKS:
-        raise ValueError(f"task: got {task!r}, accepted are {', '.join(TASKS)}")
+        raise ValueError(f"task: got {quoted(task)}, accepted are {', '.join(TASKS)}")
     if not 0 <= distractors <= MAX_DISTRACTORS:
         raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MAX_DISTRACTORS}")
     corpus = load_corpus("validation").tokens

@@ -121,8 +121,12 @@ def is_mount_point(path: Path) -> bool:
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:  # a platform without this file
         return os.path.ismount(path)
-    points = (line.split()[4] for line in lines)
-    return str(path) in {re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), p) for p in points}
+    return str(path) in {mount_point(line.split()[4]) for line in lines}
+
+
+def mount_point(field: str) -> str:
+    """A mount point as /proc/self/mountinfo writes it (white space as octal numbers) as a path."""
+    return re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), field)
 
 
 def may_rename(path: Path) -> bool:

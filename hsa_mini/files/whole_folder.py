@@ -109,9 +109,10 @@ def check_replaceable(path: Path, kind: Collection[str]) -> None:
     try:
         ours = read_manifest(path)
     except ValueError:
-        raise ValueError(f"path: got {path}, which holds {min(found)}; {accepted}") from None
+        ours = {}
     if not set(kind) & ours.keys():
-        raise ValueError(f"path: got {path}, which holds {min(ours)}; {accepted}")
+        other = min(found - {MANIFEST}, default=MANIFEST)
+        raise ValueError(f"path: got {path}, which holds {other}; {accepted}")
     foreign = found - ours.keys() - {MANIFEST, *_stale(path)}
     foreign |= {name for name in ours if (path / name).is_dir()}
     if foreign:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hsa_mini.checks import check_integer, quoted
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, HSACore, Output
 from hsa_mini.model.hsa import Retrieval
@@ -52,7 +53,7 @@ def prefill(
     texts = [row[-n:] for row, n in zip(ids, _checked_lengths(lengths, ids))]
     shortest = min(map(len, texts))
     if not isinstance(last, int) or not 1 <= last <= shortest:
-        raise ValueError(f"last: got {last!r}, accepted is an integer of 1 to {shortest}")
+        raise ValueError(f"last: got {quoted(last)}, accepted is an integer of 1 to {shortest}")
     memory = ChunkMemory(model.config) if memory is None else memory
     starts = memory.lengths or (0,) * len(ids)
     total = max(start + len(text) for start, text in zip(starts, texts)) + SEGMENT
@@ -82,8 +83,7 @@ def _checked_segment(segment: int | None, ids: torch.Tensor) -> int:
     """Tokens to read at once."""
     if segment is None:
         return max(SEGMENT, GPU_TOKENS // len(ids)) if ids.is_cuda else SEGMENT
-    if not isinstance(segment, int) or segment < 1:
-        raise ValueError(f"segment: got {segment!r}, accepted is an integer of at least 1")
+    check_integer("segment", segment, 1)
     return segment
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hsa_mini.checks import quoted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
@@ -36,7 +38,7 @@ class Decoding:
         for name, value, least in whole_numbers:
             if not isinstance(value, int) or not least <= value < 1 << 63:
                 raise ValueError(
-                    f"{name}: got {value!r}, "
+                    f"{name}: got {quoted(value)}, "
                     f"accepted is an integer of at least {least}, below 2**63"
                 )
         if not 0 <= self.temperature < math.inf:  # NaN fails this test too
@@ -45,7 +47,7 @@ class Decoding:
             raise ValueError(f"top_p: got {self.top_p}, accepted is 0 to 1")
         is_tuple = isinstance(self.stop, tuple)
         if not is_tuple or not all(isinstance(token, int) for token in self.stop):
-            raise ValueError(f"stop: got {self.stop!r}, accepted is a tuple of token ids")
+            raise ValueError(f"stop: got {quoted(self.stop)}, accepted is a tuple of token ids")
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> torch.Tensor:

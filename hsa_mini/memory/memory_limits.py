@@ -6,10 +6,11 @@ of a group around it, however much memory the machine has.
 """
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+
+from hsa_mini.files.disk import mount_point
 
 # By file system: the file of the bytes in use, the files of the limits, and the prefix of the
 # counters in `memory.stat` that include the groups inside.
@@ -60,14 +61,13 @@ def _groups(root: Path) -> Iterator[tuple[str, Path]]:
             if kind not in own or (kind == "cgroup" and "memory" not in options.split(",")):
                 continue
             top, place = mount.split(" ")[3:5]
-            place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), place)
             parts = PurePosixPath(own[kind]).parts
             above = PurePosixPath(top).parts
             # A mount may show only groups from `top` down. If the process's path is not below it,
             # as in a container without a namespace of its own, the mount point is its group.
             inside = parts[len(above) :] if parts[: len(above)] == above else ()
             for depth in range(len(inside) + 1 if ".." not in inside else 1):
-                yield kind, root.joinpath(place.lstrip("/"), *inside[:depth])
+                yield kind, root.joinpath(mount_point(place).lstrip("/"), *inside[:depth])
 
 
 def _within_process(root: Path) -> Iterator[int]:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hsa_mini.checkpoint.tensors import tensor_file
+from hsa_mini.checkpoint.tensors import is_finite, tensor_file
+from hsa_mini.checks import quoted
 from hsa_mini.config import MAX_TOKENS, HSAConfig
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_folder import read_folder, write_folder
@@ -79,19 +80,21 @@ def check_memory(saved: SavedMemory) -> None:
     """
     position = saved.position
     fits = type(position) is int and 0 < position <= MAX_TOKENS
-    _require(fits, f"position {position!r}", f"is an integer of 1 to {MAX_TOKENS}")
+    _require(fits, f"position {quoted(position)}", f"is an integer of 1 to {MAX_TOKENS}")
     padding = saved.padding
     fits = type(padding) is list and all(type(shorter) is int for shorter in padding)
     fits = fits and (not padding or min(padding) == 0 < max(padding) < position)
-    _require(fits, f"padding {padding!r}", "is [], or 0 and larger numbers below the position")
+    _require(
+        fits, f"padding {quoted(padding)}", "is [], or 0 and larger numbers below the position"
+    )
     weights = saved.weights
     fits = weights is None or (type(weights) is str and re.fullmatch("[0-9a-f]{64}", weights))
-    _require(fits, f"weights {weights!r}", "are 64 hexadecimal digits")
+    _require(fits, f"weights {quoted(weights)}", "are 64 hexadecimal digits")
     tensors = saved.tensors
     k = torch.atleast_1d(tensors.get("k", torch.empty(0)))
     shapes = _shapes(saved.config, len(padding) or len(k), position, equal=not padding)
     for name in sorted(tensors.keys() ^ shapes.keys()):
-        got = f"{'no' if name in shapes else 'a'} tensor {name!r}"
+        got = f"{'no' if name in shapes else 'a'} tensor {quoted(name)}"
         _require(False, got, "are those of its configuration")
     for name, shape in shapes.items():
         value = tensors[name]
@@ -101,8 +104,7 @@ def check_memory(saved: SavedMemory) -> None:
         fits = fits and value.shape == shape and value.dtype in DTYPES
         got = f"{name} {list(value.shape)} {value.dtype}"
         _require(fits, got, f"is {list(shape)} of one floating dtype")
-        fits = not value.numel() or all(bound.isfinite() for bound in value.aminmax())
-        _require(fits, f"{name} with NaN or infinite numbers", "are finite ones")
+        _require(is_finite(value), f"{name} with NaN or infinite numbers", "are finite ones")
 
 
 def _require(fits: object, got: str, accepted: str) -> None:

@@ -155,7 +155,7 @@ class HSACore(nn.Module):
         """
         if len(set(memory.lengths)) > 1:
             raise ValueError(
-                f"memory: got sequences of {quoted(memory.lengths)} tokens, "
+                f"memory: got sequences of {quoted(list(memory.lengths))} tokens, "
                 "accepted are equal lengths; `prefill` takes any"
             )
         position = memory.position

@@ -12,6 +12,7 @@ heads, J key/value heads, J_r retrieval heads, R retrieval dimension, K chunks k
 import torch
 
 from hsa_mini import ops
+from hsa_mini.checks import check_integer
 from hsa_mini.memory.chunk_store import ChunkStore
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 
@@ -27,8 +28,7 @@ class ChunkQueue:
 
     def __init__(self, size: int) -> None:
         """Raises ValueError for a size below 0."""
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(f"size: got {size!r}, accepted is an integer of at least 0")
+        check_integer("size", size, 0)
         self.size = size
         self.stores: tuple[torch.Tensor, ...] | None = None
 

@@ -21,7 +21,12 @@ class Log:
     """
 
     def __init__(self, path: Path, text: str = HEADER) -> None:
-        """text: the header and the rows of the steps done so far. They replace the file."""
+        """text: the header and the rows of the steps done so far. They replace the file.
+
+        Raises ValueError if `path` leads to a device, a pipe or a folder.
+        """
+        if path.exists() and not path.is_file():
+            raise ValueError(f"run: {path} is no regular file; accepted is a log, or none")
         write_file(path, text.encode())
         self.text = text
         self._file = path.open("a", encoding="utf-8", newline="")

@@ -31,6 +31,7 @@ from hsa_mini.checkpoint.training_state import (
     state_folder,
     state_folders,
 )
+from hsa_mini.checks import quoted
 from hsa_mini.config import PRESETS
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.files.lock import locked
@@ -74,7 +75,7 @@ def train(
     state, if the loss or a weight is not finite.
     """
     if name not in RECIPES:
-        raise ValueError(f"preset: got {name!r}, accepted are {', '.join(RECIPES)}")
+        raise ValueError(f"preset: got {quoted(name)}, accepted are {', '.join(RECIPES)}")
     recipe = RECIPES[name] if steps is None else RECIPES[name].scaled(steps)
     with locked(run, "run"):
         torch.manual_seed(seed)
@@ -239,7 +240,7 @@ def _check_settings(run: Path, found: object, settings: dict) -> None:
         if key == "corpus" and key not in found:  # a state of an earlier version
             log.warning("run: %s does not say which corpus it read; it goes on with %s", run, value)
         elif found.get(key) != value:
-            values = f": got {value}, the run has {str(found.get(key))[:80]}"
+            values = f": got {value}, the run has {quoted(found.get(key))}"
             raise ValueError(
                 f"run: {run} holds a run of other settings; accepted is an empty folder, one of "
                 "the same settings, or --restart, which removes its states "

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from hsa_mini.checkpoint.tensors import is_finite
+from hsa_mini.checks import quoted
 from hsa_mini.config import HSAConfig
 from hsa_mini.training.cross_batch import ChunkQueue
 
@@ -15,11 +17,11 @@ def check_progress(progress: dict, *, steps: int) -> None:
     """Raise ValueError unless `step` and `seconds` of a state are numbers, for a run of `steps`."""
     step = progress.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= steps:
-        raise ValueError(f"step: got {step!r:.80}, accepted is an integer of 0 to {steps}")
+        raise ValueError(f"step: got {quoted(step)}, accepted is an integer of 0 to {steps}")
     seconds = progress.get("seconds")
     is_number = isinstance(seconds, int | float)
     if not is_number or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds: got {seconds!r:.80}, accepted is a number of at least 0")
+        raise ValueError(f"seconds: got {quoted(seconds)}, accepted is a number of at least 0")
 
 
 def check_state(
@@ -39,7 +41,7 @@ def check_state(
     accepted = _accepted(step, weights, optimizer, queue, config)
     for name in sorted(tensors.keys() ^ accepted.keys()):
         got = "no tensor" if name in accepted else "a tensor"
-        raise ValueError(f"state: got {got} {name!r:.80}, accepted are those of the trainer")
+        raise ValueError(f"state: got {got} {quoted(name)}, accepted are those of the trainer")
     for name, (shape, *dtypes) in accepted.items():
         value = tensors[name]
         if value.shape != shape or value.dtype not in dtypes:
@@ -47,7 +49,7 @@ def check_state(
                 f"state: got {name} {list(value.shape)} {value.dtype}, "
                 f"accepted is {list(shape)} {dtypes[0]}"
             )
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not is_finite(value):
             raise ValueError(f"state: got {name} with NaN or infinity, accepted are finite numbers")
         if name.endswith(".exp_avg_sq") and (value < 0).any():
             raise ValueError(f"state: got {name} below 0, accepted are means of squares")

@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from hsa_mini.checks import quoted
 from hsa_mini.viz.plots import score_map, weight_bars
 from hsa_mini.viz.style import as_array
 
@@ -237,7 +238,7 @@ def _make_control(name: str, control) -> ipywidgets.DOMWidget:
     if isinstance(offers, tuple):
         if len(offers) not in (2, 3):
             raise ValueError(
-                f"{name}: got {offers!r}, accepted are (low, high) and (low, high, step)"
+                f"{name}: got {quoted(offers)}, accepted are (low, high) and (low, high, step)"
             )
         low, high = offers[:2]
         whole = all(isinstance(number, int) for number in offers)

@@ -7,6 +7,7 @@ told to write, or changes a device.
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -17,36 +18,41 @@ from faults.processes import Outcome, in_child
 from faults.report import Progress, Report
 from faults.world import World
 from faults.writers import tiny_preset
+from hsa_mini.model.cost_estimate import estimate_cost
 
 SECONDS = 30  # for a call that should be short
 SECONDS_OF_LONG_CALLS = 2  # until a call that may be long is interrupted
 MAX_LINE = 1000  # characters of an error
-BATCH = 200  # calls between two messages of the sandboxed process
+BATCH = 50  # calls between two messages of the sandboxed process
 
 
 def attack(count: int, seed: int, progress: Progress) -> Report:
-    """`count` random calls."""
+    """`count` random calls, in one sandbox a processor."""
     report = Report("fuzz")
     report.skipped = sandbox.unavailable() or ""
-    first = 0
-    while first < count and not report.skipped:
-        last = min(first + BATCH, count)
-        with TemporaryDirectory() as scratch:
-            # The first statement of the child enters the sandbox or fails.
-            outcome = in_child(
-                lambda: _in_sandbox(Path(scratch), range(first, last), seed),
-                seconds=BATCH * SECONDS,
-                limited=False,
-            )
-        if outcome.kind == "returned":
-            for subject, what in outcome.value:
+    if report.skipped:
+        return report
+    estimate_cost("nano", 1)  # what torch imports late is imported here, once for all children
+    batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
+        outcomes = workers.map(lambda batch: _sandboxed(batch, seed), batches)
+        for batch, outcome in zip(batches, outcomes, strict=True):
+            faults = outcome.value if outcome.kind == "returned" else [("sandbox", str(outcome))]
+            for subject, what in faults:
                 report.fault(subject, what)
-        else:
-            report.fault("the sandbox", str(outcome))
-        report.tried += last - first
-        progress(last - first)
-        first = last
+            report.tried += len(batch)
+            progress(len(batch))
     return report
+
+
+def _sandboxed(numbers: range, seed: int) -> Outcome:
+    """What did not hold in these calls, from a process whose first statement enters a sandbox."""
+    with TemporaryDirectory() as scratch:
+        return in_child(
+            lambda: _in_sandbox(Path(scratch), numbers, seed),
+            seconds=BATCH * SECONDS,
+            limited=False,
+        )
 
 
 def _in_sandbox(scratch: Path, numbers: range, seed: int) -> list[tuple[str, str]]:

@@ -234,10 +234,15 @@ class Evaluating:
         return found["rows"], found["control_rows"], self.asked.value <= self.allowed
 
     def kept(self, folder: Path) -> str | None:
-        """The questions of the length that was not finished may be asked again."""
+        """The questions of the length that was not finished may be asked again. After a run that
+        was complete when the signal came, the next one asks all of them anew.
+        """
         asked = self.asked.value - self.before
         self.before = self.asked.value
-        self.allowed += asked and (asked % QUESTIONS or QUESTIONS)
+        if (folder / "r.json").exists() and not (folder / "r.json.unfinished").exists():
+            self.allowed += QUESTIONS * len(LENGTHS)
+        else:
+            self.allowed += asked and (asked % QUESTIONS or QUESTIONS)
         return None
 
 
