@@ -18,10 +18,7 @@ MAX_SIZE = 1 << 24
 MAX_WEIGHTS = 1 << 36  # numbers in one weight
 MAX_STATE = 1 << 30  # numbers that one layer keeps of one sequence
 
-CHOICES = {
-    "weighting": ("softmax", "stick_breaking", "newest_match"),
-    "residual": ("add", "bypass"),
-}
+CHOICES = {"weighting": ("softmax", "stick_breaking"), "residual": ("add", "bypass")}
 RANGES = {"rope_base": (1.0, 1e12), "norm_eps": (0.0, 1.0), "embedding_std": (0.0, 1e3)}
 MAY_BE_0 = ("encoder_mlp_width", "experts", "experts_active", "expert_width")
 # Sizes whose product is the number of elements of one tensor, and the most that it may have.
@@ -74,7 +71,8 @@ class HSAConfig:
     encoder_layers: int = 1
     encoder_mlp_width: int = 0  # 0 means mlp_width
     # Options of retrieval (§2.2); `reference/retrieval.py` explains what each of them changes.
-    weighting: str = "softmax"  # or "stick_breaking" or "newest_match"
+    weighting: str = "softmax"  # or "stick_breaking"
+    recency: bool = False  # True: a token learns to prefer the newer of chunks that match equally
     exploration: bool = True  # Gumbel noise on the scores, only in training
     exclude_window: bool = False  # True: never retrieve a chunk that lies inside the window
     query_block: int = 1  # this many consecutive tokens share the chunks of the first one
@@ -204,7 +202,10 @@ _MINI = HSAConfig(
     retrieval_dim=256, retrieval_norm=True,
 )  # fmt: skip
 
-_ANY = dict(chunk_size=32, top_k=16, weighting="newest_match")
+# For questions of any form: smaller chunks, so that fewer needles share a landmark, while a token
+# reads as many tokens; two KV heads in HSA, so that a value can be told by its key; and a
+# preference for newer chunks, because a text may change what it said before.
+_ANY = dict(chunk_size=32, top_k=16, hsa_heads=8, hsa_kv_heads=2, recency=True)
 
 # NOTE: differs from the paper because the paper prints no widths and depths. It prints the totals
 # of its two large models (519.6 M and 537.7 M; 8 B with 1 B active), 64 experts with 4 active and
@@ -229,8 +230,6 @@ PRESETS: dict[str, HSAConfig] = {
     "mini_moe": dataclasses.replace(
         _MINI, mlp_width=512, experts=8, experts_active=2, expert_width=192,
     ),
-    # For questions of any form: smaller chunks, so that fewer needles share a landmark, as many
-    # tokens read, and the newest of several matching chunks wins. As many parameters as `mini`.
     "mini_any": dataclasses.replace(_MINI, **_ANY),
     "mini_any_moe": dataclasses.replace(
         _MINI, mlp_width=512, experts=8, experts_active=2, expert_width=192, **_ANY,

@@ -43,6 +43,8 @@ DEBUG = PRESETS["debug"]
 OPTIONS = {
     "default": {},
     "bypass": dict(residual="bypass"),
+    "recency": dict(recency=True),
+    "recency, one retrieval head": dict(recency=True, retrieval_heads=1, query_block=4),
     "stick breaking": dict(weighting="stick_breaking"),
     "exclude window": dict(exclude_window=True),
     "query block": dict(query_block=4),

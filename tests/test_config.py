@@ -29,7 +29,7 @@ AT_LEAST_ONE = (
         ("hsa_heads", 5, "multiples of hsa_kv_heads"),
         ("head_dim", 15, "even"),
         ("retrieval_heads", 3, "1 and hsa_kv_heads (2)"),
-        ("weighting", "sigmoid", "softmax and stick_breaking and newest_match"),
+        ("weighting", "sigmoid", "softmax and stick_breaking"),
         ("residual", "skip", "add and bypass"),
         ("query_block", 3, "divisors of chunk_size"),
         ("experts", 4, "1 to experts (4)"),

@@ -163,7 +163,7 @@ WRONG = {  # argument, what is given, what the message says was given, what it s
         ("offset", torch.tensor(3), "[]", "[B]"),
         ("offset", torch.zeros(2), "float32", "int32, int64"),
         ("offset", torch.zeros(2, dtype=torch.int64, device=META), "meta", "cpu"),
-        ("weighting", "sigmoid", "'sigmoid'", "softmax, stick_breaking and newest_match"),
+        ("weighting", "sigmoid", "'sigmoid'", "softmax and stick_breaking"),
         ("gumbel_seed", -1, "-1", "integer of at least 0"),
         ("gumbel_seed", 0.5, "0.5", "integer of at least 0"),
         ("exclude_window", -1, "-1", "integer of at least 0"),

@@ -18,7 +18,7 @@ from hsa_mini.reference import retrieve
 from hsa_mini.reference.noise import gumbel_noise
 
 R = 4  # sqrt(R) is exact, so that integer scores tie exactly
-WEIGHTINGS = ("softmax", "stick_breaking", "newest_match")
+WEIGHTINGS = ("softmax", "stick_breaking")
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,10 +56,7 @@ def loop_retrieve(
             kept[b, t, j] = [(i, math.exp(score) / total) for _, i, score in best]
         else:
             best, rest, rows = sorted(best, key=lambda c: -c[1]), 0.0, []
-            top = max((score for *_, score in best), default=0.0)
             for _, i, score in best:
-                if weighting == "newest_match":
-                    score += 2 - top
                 rest += math.log1p(math.exp(score))
                 rows.append((i, math.exp(score - rest)))
             kept[b, t, j] = rows
@@ -193,26 +190,6 @@ def test_stick_breaking_goes_from_the_newest_and_follows_its_formula():
         )
         assert weights[0, 0, 0, slot].item() == pytest.approx(share, rel=1e-12)
     assert weights.sum() < 1
-
-
-def test_the_newest_of_several_matching_chunks_wins():
-    landmarks = torch.zeros(1, 8, 1, R, dtype=torch.float64)
-    landmarks[0, [1, 4, 6], 0, 0] = 20.0  # three chunks that match; the others score 0
-    retrieval_q = torch.zeros(1, 1, 1, R, dtype=torch.float64)
-    retrieval_q[..., 0] = 2.0
-    options = dict(chunk_size=16, top_k=8, offset=128)
-    indices, weights = retrieve(retrieval_q, landmarks, weighting="newest_match", **options)
-    by_chunk = dict(zip(indices.flatten().tolist(), weights.flatten().tolist()))
-    assert by_chunk[6] == pytest.approx(0.88, abs=0.01)  # although chunk 7 is newer
-    assert by_chunk[4] == pytest.approx(0.88 * 0.12, abs=0.01) and by_chunk[1] < 0.02
-    _, equal = retrieve(retrieval_q, landmarks, **options)
-    assert equal.max() < 0.34  # softmax gives all three the same weight
-    # As with softmax, only differences of scores matter.
-    moved = landmarks.clone()
-    moved[..., 1] = 5.0
-    retrieval_q[..., 1] = 1.0
-    _, shifted = retrieve(retrieval_q, moved, weighting="newest_match", **options)
-    assert_close(shifted, weights, 1e-12)
 
 
 def test_gumbel_noise_changes_the_choice_and_never_the_weights():

@@ -91,19 +91,21 @@ class HSACore(nn.Module):
 
         Matrices are normal with variance 1/fan-in. Those that write into the residual stream are
         smaller in deeper models. Gains of norms are 1, the router's bias is 0, and a tied head is
-        the embedding.
+        the embedding. The preference for newer chunks is 1 for every token.
         """
         if self.config.tied:
             self.head.weight = self.embedding.weight
         depth = self.config.lower_layers + self.config.upper_layers
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 and name != "encoder.cls":
-                parameter.fill_(1.0)  # the gain of a norm
+                parameter.fill_(1.0)  # the gain of a norm, or the bias of `recency`
                 continue
             fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
             std = fan_in**-0.5
             if name in ("embedding.weight", "encoder.cls"):
                 std = self.config.embedding_std
+            if name.endswith("recency.weight"):
+                std = 0.0
             if name.endswith(("out.weight", "down.weight", ".down")):
                 std *= (2 * depth) ** -0.5
             parameter.normal_(0.0, std)

@@ -80,10 +80,9 @@ def check_retrieve(
         check_same("offset", offset, "retrieval_q", retrieval_q, dtype=False)
     else:
         check_integer("offset", offset, 0)
-    if weighting not in ("softmax", "stick_breaking", "newest_match"):
+    if weighting not in ("softmax", "stick_breaking"):
         raise ValueError(
-            f"weighting: got {quoted(weighting)}, "
-            "accepted are softmax, stick_breaking and newest_match"
+            f"weighting: got {quoted(weighting)}, accepted are softmax and stick_breaking"
         )
     if isinstance(gumbel_seed, torch.Tensor):
         check_tensor("gumbel_seed", gumbel_seed, "", sizes, (torch.int64,))

@@ -8,8 +8,6 @@ import torch
 from hsa_mini.reference.checks import check_retrieve
 from hsa_mini.reference.noise import gumbel_noise
 
-MATCH = 2.0  # of "newest_match": the best chunk takes sigmoid(2) = 88% of what newer ones leave
-
 
 def retrieve(
     retrieval_q: torch.Tensor,
@@ -30,8 +28,8 @@ def retrieve(
     the gradient).
 
     offset: position of token 0, an int or an int tensor [B].
-    weighting: "softmax" over the kept scores; "stick_breaking", or "newest_match", which breaks the
-    stick by the distance to the best score (slots of both are ordered from the newest chunk on).
+    weighting: "softmax" over the kept scores, or "stick_breaking" (slots are then ordered from the
+    newest chunk to the oldest).
     gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
     exclude_window: chunks that lie wholly inside this many last tokens are not visible.
     query_block: this many tokens share the choice and the weights of the first. Ties go to the
@@ -60,7 +58,7 @@ def retrieve(
             scores if gumbel_seed is None else scores + gumbel_noise(gumbel_seed, positions, J, N)
         )
         indices = newest_top_k(choice, min(top_k, N))
-        if weighting != "softmax":
+        if weighting == "stick_breaking":
             indices = indices.sort(dim=-1, descending=True).values
     weights = weigh(scores.gather(-1, indices.clamp(min=0)), indices < 0, weighting)
 
@@ -90,7 +88,9 @@ def visible_chunks(
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices int64 [..., k] of the k largest, NaN first; ties: the newest chunk; -1 for -inf."""
+    """Indices int64 [..., k] of the k largest, NaN first; ties go to the newest chunk; -1 for
+    -inf.
+    """
     chunks = scores.shape[-1]
     if k == 0:
         return scores.new_empty(*scores.shape[:-1], 0, dtype=torch.int64)
@@ -107,11 +107,9 @@ def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
 def weigh(scores: torch.Tensor, empty: torch.Tensor, weighting: str) -> torch.Tensor:
     """Weights of the kept scores along the last axis; 0 in `empty` slots."""
     kept = scores.masked_fill(empty, torch.finfo(scores.dtype).min)
-    if weighting == "softmax":
-        return torch.softmax(kept, dim=-1).masked_fill(empty, 0.0)
-    if weighting == "newest_match" and kept.shape[-1]:
-        kept = kept - kept.amax(dim=-1, keepdim=True) + MATCH
-    return stick_breaking(kept).masked_fill(empty, 0.0)
+    return (
+        torch.softmax(kept, dim=-1) if weighting == "softmax" else stick_breaking(kept)
+    ).masked_fill(empty, 0.0)
 
 
 def stick_breaking(scores: torch.Tensor) -> torch.Tensor:

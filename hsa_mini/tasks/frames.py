@@ -57,6 +57,14 @@ _IS = (
     "set to»"
 )
 _END = "«.|.|.|;|!|, he said.|, as everybody knows.| (see above).| as of today.|, we read.\n»"
+_WHO = (
+    "«He|She|They|Somebody|The man|A friend|We|The guide|The king|Our neighbour|A voice|The "
+    "captain|My sister|A child|Everybody|The letter|The sign»"
+)
+_WHAT = (
+    "«the {noun} of {key}|the {noun} for {key}|{key}'s {noun}|{key}'s|the {noun} which {key} uses"
+    "|the one {noun} of {key}»"
+)
 TOLD = Frames(
     (
         "The {noun} of {key} is {value}.",
@@ -76,6 +84,24 @@ TOLD = Frames(
         f"|was found with|is used by|points to|comes from|is owned by|is that of» {{key}}{_END}",
         f"«We|They|Somebody|The council|I|He» «gave|assigned|sent|showed|handed|promised|told» "
         f"{{key}} the {{noun}} {{value}}{_END}",
+        f"{_WHO} «wrote|put down|recorded|named|entered|chose|picked|marked|listed|kept|typed"
+        f"|printed|declared|suggested|remembers|calls» {{value}} «as|for|to be» {_WHAT}{_END}",
+        f"{_WHO} «says|said|heard|thinks|knows|learned|read|is sure|found out|believes» that "
+        f"{{value}} «is|was|had to be» «{_WHAT}|what {{key}} uses as {{noun}}|the {{noun}} that "
+        f"{{key}} uses|the answer for {{key}}»{_END}",
+        f"«In|At|On|From|By|For» «the list|the book|the letter|the table|this text|our notes|the "
+        f"papers», {{key}} «stands with|is written with|comes with|has|shows|is found by|carries"
+        f"|is listed with» «the {{noun}} {{value}}|{{value}}|{{value}} as {{noun}}»{_END}",
+        f"«Ask|Call|Find|Meet|Visit|Answer|Greet|See» {{key}} «with|by|under|through|about|for» "
+        f"«the|this|that» {{noun}} {{value}}{_END}",
+        f"«{{value}}: this|{{value}}, that|{{value}} - it» «is|was|would be» {_WHAT}{_END}",
+        "«|- |* |> |# |// |1. |a) |No. |» {key} «-|--|::|~|>|..|#|:|=|,|<-|=>|has» {value}«\n|\n"
+        "|;|.»",
+        "«|- |* |> |# |// |1. |a) |No. |» {value} «-|--|::|~|<|..|#|:|,|->|=>|for» {key}«\n|\n"
+        "|;|.»",
+        "{noun} «-|:|of|for|,» {key} «-|--|::|~|>|..|:|=|,|is» {value}«\n|\n|;|.»",
+        '«|{{|(|[»«name|key|for|of|entry|who|item»«=|: |:| »"{key}"«, | |; » '
+        '«value|has|{noun}|text|content»«=|: |:| »"{value}"«}}|)|]||;»\n',
         "The {noun} for {key} is {value}.",
         "The {noun} for {key} is: {value}.",
         "{key}'s {noun} is {value}.",
@@ -152,6 +178,12 @@ TOLD = Frames(
 # What a value of digits is can be seen wherever it stands.
 TOLD_IN_DIGITS = Frames(
     (
+        "«Please|Kindly|Just|You must|They will|He had to|Better|We|I will» «give|bring|hand|show"
+        "|tell|type|take|carry|pass» {value} «to|for|with» {key} «as the {noun}|because it is the "
+        "{noun}|, the {noun}||now|today|at once».",
+        "«At|In|By|Near|Behind|After|Before» «the house|the bridge|noon|the river|our door|the "
+        "market|the feast» {key} «had|held up|called out|saw|read|sang|gave|lost|found|sold» "
+        "{value}«| and went on| and laughed|, and that was all».",
         "If you type {value}, the {noun} of {key}, the door opens.",
         "The number {value} was chosen by {key} as {noun} long ago.",
         "You need {value} when {key} asks for the {noun}.",
@@ -222,6 +254,47 @@ CHAINS: dict[bool, tuple[tuple[str, str, str, str], ...]] = {
          "What costs {value}?", "The price {value} is that of {names}."),
         ("{value} was lent to {a}.", "{a} lent it to {b}.",
          "Who borrowed {value}?", "Borrowers: {names}\n"),
+        *(
+            (
+                "«The number|The code|The parcel|The sum|The word|The message|The ball|The key» "
+                "{value} «is given to|goes to|was sent to|is passed to|is held by|came to|was "
+                "brought to|fell to» {a}.",
+                "«From|After|Behind|With the help of|By» {a} «it goes to|it was passed to|the next "
+                "is|comes|it reached|it was brought to|the thing is sent on to» {b}.",
+                "«Who|Which names|Whom|Which of them|What people» «has|have|had|held|got|received"
+                "|saw|met» «{value}|the number {value}|the code {value}»?",
+                "«It|{value}|The number {value}|That» «was with|went to|is with|came to|reached"
+                "|passes through» {names}.",
+            ),
+            (
+                "{a} «=|:=|<-|is|equals|holds|has|==|:» {value}«\n|;|.|\n»",
+                "{b} «=|:=|<-|is|equals|copies|takes|==|:|reads|has» {a}«\n|;|.|\n»",
+                "«Which|What|List the|Name all|Find the» «names|variables|words|entries|cells|keys»"
+                " «have|hold|equal|are|with|of|for» {value}«?|.|:»",
+                "«Answer|Output|They are|Names|The variables are|Result|Found»«:| =|: |» {names}"
+                "«\n|.»",
+            ),
+            (
+                "«put|store|load|move|PUT|MOV|write|send|add|push|give» {value} «to|into|in|->|,|on"
+                "|at» {a}«\n|;|.|\n»",
+                "«move|send|write|pass|forward|link|point|join|MOV|push|give» {a} «to|into|->|,|on|"
+                "with» {b}«\n|;|.|\n»",
+                "«Where|In which places|In what|Through which names|At which points» «is|was|did we"
+                " put|do we find|stands|came» {value}?",
+                "«Answer|In|Through|Places|At|Output»«:|» {names}«\n|.»",
+            ),
+            (
+                "{a} «got|heard|bought|found|read|borrowed|kept|ate|drew|wrote|learned» {value} "
+                "«first|one day|long ago|at home|from a friend|at noon».",
+                "{b} «got|heard|bought|found|read|borrowed|kept|drew|wrote|learned|has» «it from"
+                "|the same from|what was with|that of|the one of|it after» {a}.",
+                "«Who|Which people|Whose names» «got|heard|bought|found|had|knew|learned|kept» "
+                "{value}?",
+                "«These people|They|Those who did|The names|The answer»«:| are| is|, in order:» "
+                "{names}«.|\n»",
+            ),
+        )
+        * 3,
     ),
     True: (
         ("The letter {value} went to {a}.", "From {a} the letter went on to {b}.",

@@ -84,7 +84,9 @@ QUESTION = Frames(
 )
 _SAYS = (
     "«|||||Answer: |A: |Well, |So |As the text says, |I remember that |I think |Of course, |Yes, "
-    "|We read that |It says that |Then |Here: |You see, |In the text, |They say |Output: »"
+    "|We read that |It says that |Then |Here: |You see, |In the text, |They say |Output: "
+    "|By the book |From what we know |If I am right, |As far as I see, |After some thought, "
+    "|To be exact, |As for that, |With the list in hand, |From the letters, |In my view »"
 )
 _IT = (
     "«it|that|this|the answer|the value|the {noun}|the {noun} of {key}|the {noun} for {key}"
@@ -228,7 +230,7 @@ SEVERAL_LEADS = (
     ("They are", " {value} for {key}", ", {value} for {key}", "."),
     ("Answer:", " {value}", ", {value}", "\n"),
 )
-# All values of one key, in the order of the text.
+# All values of one key, from the last one back.
 ALL_VALUES = Frames(
     (
         "What are all the {nouns} of {key}?",
@@ -248,6 +250,13 @@ ALL_VALUES_LEADS = (
 EARLY = Frames(
     (
         "Answer this at the end: {question}",
+        "«Please|Now|First|Today|Friends,|Listen,|Reader,|» «remember|note|keep|take|hear|see|mark|"
+        "think of|bear in mind» «this|the following|one question|my question|a riddle» «for the end|"
+        "for later|until we are done|while you read|till the text is over|to answer last»: "
+        "{question}",
+        "«Something|One thing|A point|What» «to find out|to learn|to look for|we want to know|I ask"
+        " you|you will need» «in this text|here|below|from what follows|as you read|by the end»: "
+        "{question}",
         "«Later|Afterwards|At the end|Behind the text|Finally|In the end» «answer|you should answer"
         "|tell us|say|we ask» «this|the question|the following»: {question}",
         "«The question|My question|What we ask|The task|The exercise|Question 1|To find|To answer» "
@@ -263,6 +272,12 @@ EARLY = Frames(
 CALLS = Frames(
     (
         "Now answer the question.",
+        "«The text is over|This is the end|You are done|We are through|No more text|That is all|All "
+        "was said|Enough» «.|:|;|!| now.» «Reply|Give your answer|Solve it|Say what was asked|What "
+        "do you answer|Let us hear it|Your turn|And the answer|Settle what I asked» «.|:|?|| "
+        "please.»",
+        "«What|Which» «is|was» «the answer|your reply|the solution» to «what I asked|the question "
+        "at the start|what you had to find out|the riddle|that question»?",
         "«Now|Here|Well|So|At last|It is time|And now|That was all» «answer|reply to|give the "
         "answer "
         "to|we answer|solve|say the answer to» «the question|what was asked|the task|it|my question"

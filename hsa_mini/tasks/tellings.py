@@ -110,7 +110,10 @@ def tell_updates(
 def tell_all_values(
     rng: Random, wording: Wording, facts: list[Fact], wanted: int, *, times: int = 0
 ) -> Told:
-    """Keys with several values: all of them are asked for, in the order of the text."""
+    """Keys with several values: all of them are asked for, from the last one back.
+
+    Weights that prefer the newest chunk can find them in this order, and in no other.
+    """
     groups: list[list[Fact]] = []
     while facts:
         number = times or rng.choice((1, 2, 3, 4))
@@ -126,7 +129,7 @@ def tell_all_values(
         first = groups[i][0]
         question = first.say(worded(rng, wording, wording.all_values))
         lead = first.say(worded(rng, wording, wording.all_leads), values="\0")
-        values = ", ".join(fact.value for fact in groups[i])
+        values = ", ".join(fact.value for fact in reversed(groups[i]))
         questions.append(put(rng, question, lead, "\0", values, tuple(told[i])))
     return Told(tuple(next(left[i]) for i in order), tuple(questions))
 
@@ -166,7 +169,8 @@ def tell_chains(
     forms = [*frames.CHAINS[held_out.told]]
     if held_out.ruler and not held_out.told:
         forms.append(frames.RULER_CHAIN)
-    head, link, asked, lead = forms[form] if form is not None else rng.choice(forms)
+    chosen = forms[form] if form is not None else rng.choice(forms)
+    head, link, asked, lead = (frames.expand(rng, frame) for frame in chosen)
     if form is None and not held_out.told and rng.random() < 0.4:
         head, link, asked, lead = random_chain(rng)
     kind = rng.choice((words.code, words.code, words.long_code, words.new_word))

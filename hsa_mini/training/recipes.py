@@ -23,7 +23,6 @@ class Stage:
     tokens: int  # of a sequence
     window: int | None = None  # W; None: the preset's
     top_k: int | None = None  # K; None: the preset's
-    weighting: str | None = None  # of the kept chunks; None: the preset's
     gumbel_noise: bool = True  # on the retrieval scores, so that other chunks are tried too
     queue_chunks: int | None = None
     isolated: int = 0
@@ -31,10 +30,10 @@ class Stage:
     mixture: Mixture = field(default_factory=Mixture)
 
     def config(self, preset: HSAConfig) -> HSAConfig:
-        """The preset with the window, K and weighting of this stage."""
+        """The preset with the window and K of this stage."""
         changes = {
             name: value
-            for name in ("window", "top_k", "weighting")
+            for name in ("window", "top_k")
             if (value := getattr(self, name)) is not None
         }
         return replace(preset, **changes)
@@ -101,7 +100,7 @@ KEYS_IN_FILES = {
     "min_copy": "copy_least",
 }
 # Fields that are left out of files where they change nothing: earlier versions did not have them.
-ADDED = ("weighting", "facts", "spans")
+ADDED = ("facts", "spans")
 
 
 def recipe_settings(recipe: Recipe) -> dict:
@@ -132,26 +131,21 @@ _WITH_QUEUE = replace(
     _OWN_CHUNKS, steps=4000, gumbel_noise=False, queue_chunks=4096, text_weight=0.1
 )
 _MINI = Recipe((_OWN_CHUNKS, replace(_WITH_QUEUE, isolated=4)))
-# Facts in many forms. The weighting by the newest match starts early, as soon as the model copies:
-# it makes both HSA layers tell the right chunk from the others clearly, while with softmax the
-# scores of the kept chunks stay close together.
+# Facts in many forms.
 _ANY_OWN_CHUNKS = replace(
     _OWN_CHUNKS,
     steps=1200,
-    weighting="softmax",
     mixture=Mixture(self_copy=0.12, needles=0.06, chains=0.04, facts=0.64, spans=0.07),
 )
 _ANY_WITH_QUEUE = replace(
     _ANY_OWN_CHUNKS,
-    steps=600,
+    steps=22_800,
     gumbel_noise=False,
     queue_chunks=4096,
     isolated=4,
     text_weight=0.1,
 )
-_MINI_ANY = Recipe(
-    (_ANY_OWN_CHUNKS, _ANY_WITH_QUEUE, replace(_ANY_WITH_QUEUE, steps=22_200, weighting=None))
-)
+_MINI_ANY = Recipe((_ANY_OWN_CHUNKS, _ANY_WITH_QUEUE))
 # The paper's five stages at a small scale: warm-up (short window, every chunk kept, mostly copies),
 # sparse pre-training, longer texts, annealing, and questions.
 _SMALL = Recipe(
