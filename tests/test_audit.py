@@ -12,8 +12,7 @@ from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation import audit as module
 from hsa_mini.evaluation.audit import audit, read, write
 from hsa_mini.evaluation.audit_forms import FORMS
-from hsa_mini.tasks import frames
-from hsa_mini.tasks import question_frames as q
+from hsa_mini.tasks.frames import asked_frames, told_frames
 from hsa_mini.tasks.sentences import encode
 
 TEXT = np.resize(word_tokens(), 3000)
@@ -44,8 +43,9 @@ def test_a_text_that_is_too_short_is_refused():
 @pytest.mark.parametrize("form", ["sentence reworded", "question paraphrased", "all held out"])
 def test_held_out_forms_use_no_frame_of_training(form):
     training = {
-        *frames.TOLD.training, *frames.TOLD_IN_DIGITS.training, *q.QUESTION.training,
-    } - {frames.SENTENCE, q.ASKED}  # fmt: skip
+        *told_frames.TOLD.training, *told_frames.TOLD_IN_DIGITS.training,
+        *asked_frames.QUESTION.training,
+    } - {told_frames.SENTENCE, asked_frames.ASKED}  # fmt: skip
     fixed = [frame.split("{")[0] for frame in training if "«" not in frame]
     fixed = [start for start in fixed if len(start) > 14]
     for seed in range(30):

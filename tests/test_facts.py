@@ -9,18 +9,21 @@ from random import Random
 
 import pytest
 
-from hsa_mini.tasks import frames, words
-from hsa_mini.tasks import question_frames as q
 from hsa_mini.tasks import tellings as t
+from hsa_mini.tasks import words
 from hsa_mini.tasks.facts import draw_facts, plural
+from hsa_mini.tasks.frames import asked_frames, early_frames, told_frames
+from hsa_mini.tasks.frames.frame import expand
 from hsa_mini.tasks.rows import draw_told
 from hsa_mini.tasks.sentences import encode, is_held_out
 from hsa_mini.tasks.wordings import SOURCES, HeldOut, draw_wording, random_chain, random_sentence
 
 ALL = HeldOut(keys=True, nouns=True, told=True, asked=True)
 SPLITS = (
-    frames.NOUN, frames.TOLD, frames.TOLD_IN_DIGITS, frames.UPDATED, frames.OPENINGS, q.QUESTION,
-    q.LEADS, q.REVERSED, q.REVERSED_LEADS, q.SEVERAL, q.ALL_VALUES, q.EARLY, q.CALLS,
+    told_frames.NOUN, told_frames.TOLD, told_frames.TOLD_IN_DIGITS, told_frames.UPDATED,
+    told_frames.OPENINGS, asked_frames.QUESTION, asked_frames.LEADS, asked_frames.REVERSED,
+    asked_frames.REVERSED_LEADS, asked_frames.SEVERAL, asked_frames.ALL_VALUES,
+    early_frames.EARLY, early_frames.CALLS,
 )  # fmt: skip
 
 
@@ -102,7 +105,7 @@ def test_an_early_question_stands_in_the_text_and_its_answer_repeats_the_sentenc
         for question in found.questions:
             sentence, early = question.needed
             assert {sentence, early} <= set(found.sentences)
-            fact = next(f for f in facts if f.say(f" {q.LEAD}") == question.answer)
+            fact = next(f for f in facts if f.say(f" {asked_frames.LEAD}") == question.answer)
             assert fact.key in early and fact.key not in question.text
 
 
@@ -123,7 +126,13 @@ def test_held_out_frames_and_nouns_never_occur_in_training():
     # A frame without its slots would betray itself in training text.
     skeletons = [
         re.compile(".+".join(map(re.escape, re.split(r"\{\w+\}", frame.strip()))))
-        for split in (frames.TOLD, frames.TOLD_IN_DIGITS, q.QUESTION, q.REVERSED, q.CALLS)
+        for split in (
+            told_frames.TOLD,
+            told_frames.TOLD_IN_DIGITS,
+            asked_frames.QUESTION,
+            asked_frames.REVERSED,
+            early_frames.CALLS,
+        )
         for frame in split.held_out
         if len(re.sub(r"\{\w+\}", "", frame)) > 12
     ]
@@ -145,7 +154,7 @@ def test_keys_and_words_of_training_and_evaluation_have_nothing_in_common():
 
 
 def test_held_out_problems_use_held_out_frames_keys_and_nouns_alone():
-    nouns = set(frames.NOUN.held_out)
+    nouns = set(told_frames.NOUN.held_out)
     for seed in range(60):
         facts, found = problem(Random(seed), ALL)
         assert {fact.noun for fact in facts} <= nouns
@@ -153,7 +162,7 @@ def test_held_out_problems_use_held_out_frames_keys_and_nouns_alone():
             ".+".join(
                 map(re.escape, re.split(r"\{noun\}|\{key\}", lead.split("{value}")[0].strip()))
             )
-            for lead in (*q.LEADS.held_out, "That {noun} was stated for", "Reply:")
+            for lead in (*asked_frames.LEADS.held_out, "That {noun} was stated for", "Reply:")
         ]
         for question in found.questions:
             if len(question.needed) == 1:
@@ -176,7 +185,7 @@ def test_random_frames_hold_every_slot_once():
 
 
 def test_every_alternative_of_a_frame_can_be_drawn():
-    drawn = {frames.expand(Random(i), "a «b|c«d|e»» f") for i in range(60)}
+    drawn = {expand(Random(i), "a «b|c«d|e»» f") for i in range(60)}
     assert drawn == {"a b f", "a cd f", "a ce f"}
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
-from hsa_mini.tasks import frames, words
-from hsa_mini.tasks import question_frames as q
 from hsa_mini.tasks import tellings as t
+from hsa_mini.tasks import words
 from hsa_mini.tasks.facts import ask_key, ask_several, ask_value, draw_facts, sentence
+from hsa_mini.tasks.frames import asked_frames, ruler_frames, told_frames
 from hsa_mini.tasks.wordings import HeldOut, draw_wording
 
 FACTS = 6  # in a text; one of them is asked for
@@ -41,7 +41,7 @@ def one(
     *,
     keys: words.Kind | None = words.code,
     values: words.Kind = SIX,
-    noun: str = frames.FIRST_NOUN,
+    noun: str = told_frames.FIRST_NOUN,
     held_out: HeldOut = KEYS,
     told: str = "first",
     asked: str = "first",
@@ -77,7 +77,7 @@ def several(rng: Random, count: int, told: str = "first") -> t.Told:
     wording = draw_wording(rng, KEYS, in_digits=True, told=told, asked=told)
     if not ruler:
         asked = "What are the {nouns} of {keys}?"
-        wording = replace(wording, several=(asked,), several_leads=q.SEVERAL_LEADS[:1])
+        wording = replace(wording, several=(asked,), several_leads=asked_frames.SEVERAL_LEADS[:1])
     facts = first_facts(rng, FACTS, ruler)
     texts = [sentence(rng, wording, fact) for fact in facts]
     question = ask_several(rng, wording, facts[:count], tuple(texts[:count]))
@@ -87,9 +87,9 @@ def several(rng: Random, count: int, told: str = "first") -> t.Told:
 def first_facts(rng: Random, count: int, ruler: bool = False):
     """Facts of the first form, or of RULER's."""
     if ruler:
-        noun = frames.RULER_NOUN.format(type="number")
+        noun = ruler_frames.NOUN.format(type="number")
         return draw_facts(rng, count, KEYS, keys=words.hyphenated, values=SEVEN, noun=noun)
-    return draw_facts(rng, count, KEYS, keys=words.code, values=SIX, noun=frames.FIRST_NOUN)
+    return draw_facts(rng, count, KEYS, keys=words.code, values=SIX, noun=told_frames.FIRST_NOUN)
 
 
 def chain(rng: Random, names: int) -> t.Told:
@@ -104,7 +104,7 @@ def chain_reworded(rng: Random, names: int) -> t.Told:
 def latest(rng: Random, times: int) -> t.Told:
     """Two keys stand there this many times, in the first form."""
     wording = draw_wording(rng, KEYS, in_digits=True, told="first", asked="first")
-    wording = replace(wording, updated=(frames.SENTENCE,))
+    wording = replace(wording, updated=(told_frames.SENTENCE,))
     return t.tell_updates(rng, wording, first_facts(rng, 2 * times), 1, times=times)
 
 
@@ -121,7 +121,7 @@ def all_values(rng: Random) -> t.Told:
 
 
 def ruler(kind: str, keys: words.Kind, values: words.Kind) -> Callable[[Random], t.Told]:
-    noun = frames.RULER_NOUN.format(type=kind)
+    noun = ruler_frames.NOUN.format(type=kind)
     return partial(one, keys=keys, values=values, noun=noun, told="ruler", asked="ruler")
 
 
@@ -129,7 +129,9 @@ FORMS: dict[str, Callable[[Random], t.Told]] = {
     "trained form": one,
     "other keys": other_keys,
     "completion only": partial(one, questions=("",)),
-    "lower case": partial(one, questions=(q.ASKED.lower(),), leads=(q.LEAD.lower(),)),
+    "lower case": partial(
+        one, questions=(asked_frames.ASKED.lower(),), leads=(asked_frames.LEAD.lower(),)
+    ),
     "7 digits": partial(one, values=SEVEN),
     "10 digits": partial(one, values=of_digits(10)),
     "20 digits": partial(one, values=of_digits(20)),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from random import Random
 
-from hsa_mini.tasks import frames, words
+from hsa_mini.tasks import words
+from hsa_mini.tasks.frames import ruler_frames, told_frames
 from hsa_mini.tasks.sentences import Question, is_held_out
 from hsa_mini.tasks.wordings import HeldOut, Wording, pick, worded
 
@@ -68,8 +69,8 @@ def draw_noun(rng: Random, held_out: HeldOut) -> str:
     if not held_out.nouns and rng.random() < 0.2:
         return " ".join(rng.choices(words.vocabulary(), k=rng.choice((1, 1, 2))))
     if not held_out.nouns and held_out.ruler and rng.random() < 0.1:
-        return frames.RULER_NOUN.format(type=rng.choice(("number", "word", "uuid")))
-    return rng.choice(frames.NOUN.of(held_out.nouns))
+        return ruler_frames.NOUN.format(type=rng.choice(("number", "word", "uuid")))
+    return rng.choice(told_frames.NOUN.of(held_out.nouns))
 
 
 def sentence(rng: Random, wording: Wording, fact: Fact, told: tuple[str, ...] = ()) -> str:

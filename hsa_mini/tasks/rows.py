@@ -11,10 +11,11 @@ from random import Random
 import numpy as np
 
 from hsa_mini.data.tokenizer import load_tokenizer
-from hsa_mini.tasks import frames, words
 from hsa_mini.tasks import tellings as t
+from hsa_mini.tasks import words
 from hsa_mini.tasks.chains import Chain
 from hsa_mini.tasks.facts import draw_facts
+from hsa_mini.tasks.frames import ruler_frames, told_frames
 from hsa_mini.tasks.needles import Needle, ask
 from hsa_mini.tasks.sentences import Question, encode
 from hsa_mini.tasks.wordings import HeldOut, draw_source, draw_wording
@@ -57,9 +58,9 @@ def draw_told(rng: Random, most: int, held_out: HeldOut = TRAINING) -> t.Told:
     wording = draw_wording(rng, held_out, in_digits=in_digits, told=told, asked=asked)
     noun = ""
     if "ruler" in (told, asked) and rng.random() < 0.7:
-        noun = frames.RULER_NOUN.format(type=rng.choice(("number", "word", "uuid")))
+        noun = ruler_frames.NOUN.format(type=rng.choice(("number", "word", "uuid")))
     elif told == "first" and rng.random() < 0.7:
-        noun = frames.FIRST_NOUN
+        noun = told_frames.FIRST_NOUN
     keys = words.code if told == "first" and rng.random() < 0.6 else None
     similar = 0.5 * (rng.random() < 0.3)
     drawn = draw_facts(rng, count, held_out, keys=keys, values=values, noun=noun, similar=similar)

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
-from hsa_mini.tasks import frames, words
-from hsa_mini.tasks import question_frames as q
+from hsa_mini.tasks import words
 from hsa_mini.tasks.facts import (
     Fact,
     ask_key,
@@ -15,6 +14,14 @@ from hsa_mini.tasks.facts import (
     put,
     sentence,
 )
+from hsa_mini.tasks.frames import (
+    asked_frames,
+    chain_frames,
+    early_frames,
+    ruler_frames,
+    told_frames,
+)
+from hsa_mini.tasks.frames.frame import expand
 from hsa_mini.tasks.sentences import Question
 from hsa_mini.tasks.wordings import HeldOut, Wording, random_chain, worded
 
@@ -63,9 +70,9 @@ def tell_attributes(
     """Each key with two or three nouns, so that the noun decides too."""
     wording = replace(
         wording,
-        told=with_nouns(wording.told, frames.SENTENCE),
-        questions=with_nouns(wording.questions, q.ASKED),
-        leads=with_nouns(wording.leads, q.LEAD),
+        told=with_nouns(wording.told, told_frames.SENTENCE),
+        questions=with_nouns(wording.questions, asked_frames.ASKED),
+        leads=with_nouns(wording.leads, asked_frames.LEAD),
     )
     nouns = list({draw_noun(rng, held_out) for _ in range(3)})
     keys = [fact.key for fact in facts]
@@ -146,15 +153,15 @@ def tell_early_questions(
     asked = rng.sample(facts, min(wanted, len(facts)))
     questions = []
     for number, fact in enumerate(asked, start=1):
-        text = fact.say(worded(rng, wording, wording.questions)) or fact.say(q.ASKED)
-        early = worded(rng, wording, q.EARLY.of(held_out.asked)).format(question=text)
-        call = worded(rng, wording, q.CALLS.of(held_out.asked))
+        text = fact.say(worded(rng, wording, wording.questions)) or fact.say(asked_frames.ASKED)
+        early = worded(rng, wording, early_frames.EARLY.of(held_out.asked)).format(question=text)
+        call = worded(rng, wording, early_frames.CALLS.of(held_out.asked))
         if len(asked) > 1:
-            early = rng.choice(q.NUMBERED).format(number=number) + text
-            call = rng.choice(q.NUMBERED_CALLS).format(number=number)
+            early = rng.choice(early_frames.NUMBERED).format(number=number) + text
+            call = rng.choice(early_frames.NUMBERED_CALLS).format(number=number)
         early = f"\n{early}\n"
         order.insert(rng.randint(0, len(order)), early)
-        answer = fact.say(f" {q.LEAD}")
+        answer = fact.say(f" {asked_frames.LEAD}")
         questions.append(Question(f"\n{call}", answer, (told[fact], early)))
     return Told(tuple(order), tuple(questions))
 
@@ -166,11 +173,11 @@ def tell_chains(
 
     The links of a chain keep their order among each other or not.
     """
-    forms = [*frames.CHAINS[held_out.told]]
+    forms = [*chain_frames.CHAINS[held_out.told]]
     if held_out.ruler and not held_out.told:
-        forms.append(frames.RULER_CHAIN)
+        forms.append(ruler_frames.CHAIN)
     chosen = forms[form] if form is not None else rng.choice(forms)
-    head, link, asked, lead = (frames.expand(rng, frame) for frame in chosen)
+    head, link, asked, lead = (expand(rng, frame) for frame in chosen)
     if form is None and not held_out.told and rng.random() < 0.4:
         head, link, asked, lead = random_chain(rng)
     kind = rng.choice((words.code, words.code, words.long_code, words.new_word))

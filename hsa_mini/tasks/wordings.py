@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass, replace
 from random import Random
 
-from hsa_mini.tasks import frames, words
-from hsa_mini.tasks import question_frames as q
+from hsa_mini.tasks import words
+from hsa_mini.tasks.frames import asked_frames, ruler_frames, told_frames
+from hsa_mini.tasks.frames.frame import expand
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,24 @@ def draw_wording(
     """
     wording = _declared(rng, held_out, in_digits)
     if told == "first":
-        wording = replace(wording, told=(frames.SENTENCE,))
+        wording = replace(wording, told=(told_frames.SENTENCE,))
     elif told == "ruler":
-        wording = replace(wording, told=(frames.RULER_TOLD,))
+        wording = replace(wording, told=(ruler_frames.TOLD,))
     elif told == "random":
         wording = replace(
             wording, told=tuple(random_sentence(rng, in_digits) for _ in range(rng.choice((1, 2))))
         )
     if asked == "first":
-        return replace(wording, questions=(q.ASKED,), leads=(q.LEAD,))
+        return replace(wording, questions=(asked_frames.ASKED,), leads=(asked_frames.LEAD,))
     if asked == "ruler":
         return replace(
             wording,
-            questions=(frames.RULER_QUESTION,),
-            leads=(frames.RULER_LEAD,),
-            several=(frames.RULER_SEVERAL,),
-            several_leads=(frames.RULER_SEVERAL_LEAD,),
-            all_values=(frames.RULER_ALL,),
-            all_leads=(frames.RULER_ALL_LEAD,),
+            questions=(ruler_frames.QUESTION,),
+            leads=(ruler_frames.LEAD,),
+            several=(ruler_frames.SEVERAL,),
+            several_leads=(ruler_frames.SEVERAL_LEAD,),
+            all_values=(ruler_frames.ALL,),
+            all_leads=(ruler_frames.ALL_LEAD,),
         )
     if asked == "random":
         leads = tuple(cut_behind_value(random_sentence(rng, in_digits)) for _ in range(4))
@@ -97,27 +98,25 @@ def _value_comes_last(lead: str) -> bool:
 
 
 def _declared(rng: Random, held_out: HeldOut, in_digits: bool) -> Wording:
-    told = frames.TOLD.of(held_out.told)
+    told = told_frames.TOLD.of(held_out.told)
     if in_digits:
-        told += frames.TOLD_IN_DIGITS.of(held_out.told)
-    told = tuple(
-        frames.expand(rng, frame) for frame in rng.choices(told, k=rng.choice((1, 1, 2, 4)))
-    )
+        told += told_frames.TOLD_IN_DIGITS.of(held_out.told)
+    told = tuple(expand(rng, frame) for frame in rng.choices(told, k=rng.choice((1, 1, 2, 4))))
     if held_out == HeldOut(ruler=held_out.ruler) and rng.random() < 0.2:
         told = tuple(noisy(rng, frame) for frame in told)
     if rng.random() < 0.15:
         told = tuple(opened(rng, frame, held_out.told) for frame in told)
     return Wording(
         told=told,
-        questions=q.QUESTION.of(held_out.asked),
-        leads=q.LEADS.of(held_out.asked),
-        reversed=q.REVERSED.of(held_out.asked),
-        reversed_leads=q.REVERSED_LEADS.of(held_out.asked),
-        several=q.SEVERAL.of(held_out.asked),
-        several_leads=q.SEVERAL_LEADS,
-        all_values=q.ALL_VALUES.of(held_out.asked),
-        all_leads=q.ALL_VALUES_LEADS,
-        updated=frames.UPDATED.of(held_out.told),
+        questions=asked_frames.QUESTION.of(held_out.asked),
+        leads=asked_frames.LEADS.of(held_out.asked),
+        reversed=asked_frames.REVERSED.of(held_out.asked),
+        reversed_leads=asked_frames.REVERSED_LEADS.of(held_out.asked),
+        several=asked_frames.SEVERAL.of(held_out.asked),
+        several_leads=asked_frames.SEVERAL_LEADS,
+        all_values=asked_frames.ALL_VALUES.of(held_out.asked),
+        all_leads=asked_frames.ALL_VALUES_LEADS,
+        updated=told_frames.UPDATED.of(held_out.told),
         rough=held_out == HeldOut(ruler=held_out.ruler),
     )
 
@@ -127,7 +126,7 @@ def opened(rng: Random, frame: str, held_out: bool) -> str:
     if not frame.startswith(("The ", "{key}", "It ", "They ", "We ")):
         return frame
     lowered = frame if frame.startswith("{") else frame[0].lower() + frame[1:]
-    return rng.choice(frames.OPENINGS.of(held_out)) + lowered
+    return rng.choice(told_frames.OPENINGS.of(held_out)) + lowered
 
 
 LINKS = (" is", ":", " =", " ->", " was", " is:", "=", " equals", " is called", " has")
@@ -187,7 +186,7 @@ def random_chain(rng: Random) -> tuple[str, str, str, str]:
 
 def pick(rng: Random, choice: tuple[str, ...]) -> str:
     """One of the frames, with one of each of its alternatives."""
-    return frames.expand(rng, rng.choice(choice))
+    return expand(rng, rng.choice(choice))
 
 
 def worded(rng: Random, wording: Wording, choice: tuple[str, ...]) -> str:
