@@ -94,5 +94,5 @@ $(READY): pyproject.toml environment.yml
 	rm -f $@; \
 	echo 'Installing PyTorch, Triton, JupyterLab and the rest into $(VENV); this takes a few minutes ...'; \
 	sed -n 's/^ *- \([A-Za-z0-9._-]*==.*\)$$/\1/p' environment.yml > $(VENV)/constraints.txt; \
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[notebooks,dev]'; \
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'; \
 	touch $@

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from hsa_mini.checks import check_integer, check_number, quoted
 
+MODEL_TYPE = "hsa_mini"  # in config.json, where transformers looks for it
+RENAMED = {"top_k": "hsa_top_k"}  # fields that transformers would take for its own
 MAX_TOKENS = 1 << 30  # the longest text that a command or a plan accepts; more is a typing error
 MAX_LAYERS = 1024  # a model of more blocks takes seconds to make even without memory
 MAX_SIZE = 1 << 24
@@ -77,6 +79,7 @@ class HSAConfig:
     exclude_window: bool = False  # True: never retrieve a chunk that lies inside the window
     query_block: int = 1  # this many consecutive tokens share the chunks of the first one
     retrieval_norm: bool = False  # RMSNorm on retrieval queries and landmarks
+    qk_norm: bool = True  # RMSNorm on queries and keys where positions are; HSA always has it
     residual: str = "add"  # or "bypass": only the MLP reads the retrieved context
     # Mixture of experts. `experts=0` makes a dense model. The first block is always dense.
     experts: int = 0  # E
@@ -172,27 +175,42 @@ class HSAConfig:
         start = max(tokens - last + 1 - self.upper_tail, 0)
         return start - start % self.query_block
 
-    def to_json(self) -> str:
-        """All fields as a JSON object, one field per line."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+    def to_json(self, **others: str) -> str:
+        """All fields as a JSON object, one field per line, behind the `others`."""
+        return json.dumps(others | dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict) -> "HSAConfig":
         """The configuration with these fields, as `to_json` writes them.
 
+        `model_type` may be there and must then be ours. With the key `transformers_version`, as in
+        a config.json that transformers wrote, other keys are skipped.
         Raises ValueError that names the key if one is unknown or missing.
         """
         if not isinstance(values, dict):
             raise ValueError(f"config: got a {type(values).__name__}, accepted is a dict")
         known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in values.keys() - known.keys():
+        model_type = values.get("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise ValueError(
+                f"config: got model_type {quoted(model_type)}, accepted is {MODEL_TYPE}"
+            )
+        if "transformers_version" in values:
+            spellings = {name: (name, RENAMED.get(name, name)) for name in known}
+            values = {
+                name: values[key]
+                for name, keys in spellings.items()
+                for key in keys
+                if key in values
+            }
+        for name in values.keys() - known.keys() - {"model_type"}:
             raise ValueError(
                 f"config: got unknown key {quoted(name)}, accepted are the fields of HSAConfig"
             )
         for name, field in known.items():
             if field.default is dataclasses.MISSING and name not in values:
                 raise ValueError(f"config: key {name!r} is missing")
-        return cls(**values)
+        return cls(**{name: values[name] for name in known.keys() & values.keys()})
 
 
 _MINI = HSAConfig(

@@ -6,11 +6,13 @@ from typing import Self
 import torch
 
 from hsa_mini.checkpoint.weights import CONFIG, SHARD_BYTES, load_weights, save_weights
-from hsa_mini.config import HSAConfig
+from hsa_mini.config import MODEL_TYPE, HSAConfig
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_folder import read_folder
 from hsa_mini.inference.generate import Generation, generate
 from hsa_mini.model.core import HSACore
+from hsa_mini.ops.choice import check_device
+from hsa_mini.paths import checkpoint_folder
 
 
 class HSAModel(HSACore):
@@ -39,7 +41,7 @@ class HSAModel(HSACore):
         content. shard_bytes: weights that take more bytes are split over several files. Raises
         ValueError for shard_bytes below 1, and if `path` holds something other than a checkpoint.
         """
-        texts = {CONFIG: self.config.to_json(), **(texts or {})}
+        texts = {CONFIG: self.config.to_json(model_type=MODEL_TYPE), **(texts or {})}
         weights = self._stored_weights()
         save_weights(weights, Path(path), texts=texts, dtype=dtype, shard_bytes=shard_bytes)
 
@@ -53,11 +55,14 @@ class HSAModel(HSACore):
     ) -> Self:
         """The model in the folder `path`, in evaluation mode and without gradients.
 
-        dtype: that of the parameters; None is bfloat16 on a GPU and float32 elsewhere. The router's
-        bias is always float32. Raises ValueError if a file is missing or was altered, if the files
-        do not fit together, and for weights that are NaN or infinite.
+        path: a folder, or the name of a shipped model such as "mini" (see
+        `hsa_mini.paths.checkpoint_folder`). dtype: that of the parameters; None is bfloat16 on a
+        GPU and float32 elsewhere. The router's bias is always float32. Raises ValueError if a file
+        is missing or was altered, if the files do not fit together, for weights that are NaN or
+        infinite, and for a device that is neither the CPU nor what PyTorch calls cuda.
         """
         device = torch.device(device)
+        check_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
         def read(files: dict[str, Path]) -> Self:
@@ -68,7 +73,7 @@ class HSAModel(HSACore):
                 model.head.weight = model.embedding.weight
             return model.eval().requires_grad_(False)
 
-        return read_folder(Path(path), (CONFIG,), read)
+        return read_folder(checkpoint_folder(path), (CONFIG,), read)
 
     def _stored_weights(self) -> dict[str, torch.Tensor]:
         """The weights to store, by name. A tied head is left out because it is the embedding."""

@@ -52,6 +52,7 @@ OPTIONS = {
     "one retrieval head": dict(retrieval_heads=1),
     "two encoder layers": dict(encoder_layers=2, encoder_mlp_width=48),
     "retrieval norm": dict(retrieval_norm=True),
+    "no QK norm": dict(qk_norm=False),
     "untied": dict(tied=False),
     "experts": dict(experts=4, experts_active=2, expert_width=16),
 }
@@ -79,6 +80,17 @@ def in_segments(model: HSAModel, ids: torch.Tensor, size: int, **options) -> tor
     for segment in ids.split(size, dim=1):
         logits.append(model(segment, memory, **options).logits)
     return torch.cat(logits, dim=1)
+
+
+def document_starts(*rows: list[int], tokens: int) -> torch.Tensor:
+    """int32 [B, T]: where each token's document begins, from the first tokens of every row's
+    documents.
+    """
+    starts = torch.zeros(len(rows), tokens, dtype=torch.int32)
+    for row, firsts in zip(starts, rows):
+        for first in firsts:
+            row[first:] = first
+    return starts
 
 
 def words(count: int, seed: str = "text") -> str:

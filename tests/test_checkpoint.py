@@ -662,6 +662,14 @@ def test_shipped_checkpoints_are_whole_and_say_how_they_were_trained(path):
     } - {MANIFEST}
 
 
+def test_a_shipped_model_is_given_by_its_name_and_apples_gpus_are_refused():
+    model = HSAModel.from_pretrained("mini")
+    want = HSAModel.from_pretrained(data_dir() / "checkpoints" / "mini").state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="^device: got mps, accepted are cpu and cuda"):
+        HSAModel.from_pretrained("mini", device="mps")
+
+
 def test_folders_hold_what_they_are_given(tmp_path):
     tensors = tensor_file({"t": torch.arange(6).view(2, 3).T})
     write_folder(

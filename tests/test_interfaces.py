@@ -29,7 +29,7 @@ ENVIRONMENT = os.environ | {
 def retrieve(
     retrieval_q, landmarks, *, chunk_size, top_k, offset=0, weighting="softmax", gumbel_seed=None,
     exclude_window=0,
-    query_block=1,
+    query_block=1, document_starts=None,
 ): ...  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def chunk_attention(q, k, v, indices, weights, *, scale=None): ...
 def decode(retrieval_q, landmarks, q, k, v, *, chunk_size, top_k, offset, scale=None): ...
 
 
-def sliding_window_attention(q, k, v, *, window): ...
+def sliding_window_attention(q, k, v, *, window, document_starts=None): ...
 
 
 PROMISED = (retrieve, chunk_attention, decode, sliding_window_attention)
@@ -168,6 +168,10 @@ WRONG = {  # argument, what is given, what the message says was given, what it s
         ("gumbel_seed", 0.5, "0.5", "integer of at least 0"),
         ("exclude_window", -1, "-1", "integer of at least 0"),
         ("query_block", 0, "0", "integer of at least 1"),
+        ("document_starts", [0, 0, 0], "list", "[B, T]"),
+        ("document_starts", torch.zeros(2, 4, dtype=torch.int32), "[2, 4]", "T=3"),
+        ("document_starts", torch.zeros(2, 3), "float32", "int32, int64"),
+        ("document_starts", torch.zeros(2, 3, dtype=torch.int32, device=META), "meta", "cpu"),
     ],
     "chunk_attention": [
         ("q", random(2, 3, 32), "[2, 3, 32]", "[B, T, H, D]"),
@@ -208,6 +212,8 @@ WRONG = {  # argument, what is given, what the message says was given, what it s
         ("v", random(2, 7, 2, 8).to(META), "meta", "cpu"),
         ("window", 0, "0", "integer of at least 1"),
         ("window", 2.5, "2.5", "integer of at least 1"),
+        ("document_starts", torch.zeros(1, 3, dtype=torch.int64), "[1, 3]", "B=2"),
+        ("document_starts", torch.zeros(2, 3).bool(), "bool", "int32, int64"),
     ],
 }  # fmt: skip
 

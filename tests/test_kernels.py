@@ -13,12 +13,15 @@ import torch
 from helpers import assert_close, error, random, random_choice, results, with_special_scores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from material import document_starts
 from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
 import hsa_kernels
 from hsa_kernels.attention import by_chunk, by_token_block, operator, partial_results
 from hsa_kernels.attention.merge import merge
+from hsa_kernels.common import checks, tiles
+from hsa_kernels.common.checks import tile_fits
 from hsa_kernels.common.inverted_index import cut, invert
 from hsa_kernels.retrieval import operator as retrieval
 from hsa_mini import reference
@@ -112,6 +115,54 @@ def test_both_schedules_equal_the_reference(monkeypatch, schedule):
     inputs = attention_inputs(B=2, T=11, J=2, G=3, D=24, N=5, S=24, K=3)
     got = schedule.forward(*inputs.values(), 24**-0.5)
     assert error(got, reference.chunk_attention(**exact(inputs))) < 2e-6
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0)])
+@pytest.mark.parametrize("sizes", [dict(G=4, D=256, S=64), dict(G=2, D=16, S=16)], ids=str)
+def test_the_configuration_of_other_gpus_changes_no_result(monkeypatch, capability, sizes):
+    """Tiles of 32 rows for large chunks, no copy engine, and shorter parts of the window."""
+    monkeypatch.setattr(tiles, "capability", lambda x: capability)
+    inputs = attention_inputs(B=1, T=19, J=1, N=3, K=2, **sizes)
+    rows = tiles.Sizes.of(inputs["q"].half(), inputs["k"]).M * sizes["G"]
+    assert rows == (32 if sizes["D"] == 256 and capability < (9, 0) else 64)
+    for dtype in (torch.float16, torch.float32):
+        assert_as_exact(hsa_kernels.chunk_attention, reference.chunk_attention, inputs, dtype)
+    q, k, v = (random(1, n, 2, 32, seed=n).to(DEVICE, torch.float32) for n in (1, 99, 98))
+    v = k.flip(1)
+    got = hsa_kernels.window_decode_attention(q, k, v, torch.tensor([98], device=DEVICE))
+    want = reference.sliding_window_attention(q.double(), k.double(), v.double(), window=99)
+    assert error(got, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, G, numbers",
+    [
+        ((8, 0), torch.bfloat16, 16, 16384),
+        ((8, 0), torch.bfloat16, 64, 8192),
+        ((8, 0), torch.float32, 16, 8192),
+        ((8, 0), torch.float32, 64, 4096),
+        ((8, 6), torch.float16, 64, 8192),
+        ((8, 9), torch.float32, 16, 4096),
+        ((12, 0), torch.float32, 64, 2048),
+        ((9, 0), torch.bfloat16, 64, 32768),
+        ((10, 0), torch.float32, 16, 16384),
+    ],
+)
+def test_the_largest_chunk_depends_on_shared_memory(monkeypatch, capability, dtype, G, numbers):
+    """`test_compile` shows that these sizes fit. What is larger goes through PyTorch."""
+    monkeypatch.setattr(tiles, "capability", lambda x: capability)
+    q = torch.empty(1, 1, G, 128, dtype=dtype, device="meta")
+    for S, fits in ((numbers // 128, True), (numbers // 128 + 1, False)):
+        k = torch.empty(1, 1, S, 1, 128, dtype=dtype, device="meta")
+        assert tile_fits(q, k) == fits, S
+
+
+def test_gpus_older_than_ampere_are_refused(monkeypatch):
+    monkeypatch.setattr(checks, "capability", lambda x: (7, 5))
+    with pytest.raises(
+        ValueError, match=r"^q: got a GPU of capability \(7, 5\), accepted is \(8, 0"
+    ):
+        hsa_kernels.chunk_attention(**attention_inputs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -386,6 +437,22 @@ def test_sequences_may_stand_at_different_positions():
     )
 
 
+@pytest.mark.parametrize(
+    "offset, dtype, options",
+    [
+        (0, torch.int64, {}),
+        (200, torch.int32, dict(gumbel_seed=5, exclude_window=8)),
+        (200, torch.int64, dict(query_block=4)),
+    ],
+)
+def test_retrieve_keeps_to_the_document(offset, dtype, options):
+    """Documents begin in front of the tokens, among them, inside a chunk, and one after another."""
+    starts = document_starts([3, 8, 160, 208, 212], [16, 206], tokens=offset + 35)[:, offset:]
+    options |= dict(chunk_size=4, top_k=3, offset=offset)
+    options["document_starts"] = starts.to(DEVICE, dtype)
+    assert_as_exact(*RETRIEVE, retrieval_inputs(T=35, J=1, N=56), torch.float32, **options)
+
+
 @grid
 @given(N=st.integers(1, 90), top_k=st.sampled_from([1, 3, 8]), seed=st.integers(0, 99))
 def test_of_equal_scores_the_newest_chunk_is_kept(N, top_k, seed):
@@ -560,8 +627,9 @@ def test_window_decode_attention_equals_the_sliding_window(J, G, D, W, positions
     J=st.integers(1, 3), G=st.sampled_from([1, 3, 16]), D=st.sampled_from([16, 24, 64]),
     W=st.integers(1, 20),
     slots=st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=3), dtype=st.sampled_from(DTYPES),
+    normed=st.booleans(),
 )  # fmt: skip
-def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype):
+def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype, normed):
     B = len(slots)
     shapes = dict(
         q=(B, 1, J * G, D),
@@ -574,11 +642,12 @@ def test_update_window_cache_equals_the_torch_backend(J, G, D, W, slots, dtype):
         {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, dtype
     )
     gains = {
-        name: random(D, seed=i).to(DEVICE, dtype) for i, name in enumerate(("q_gain", "k_gain"))
+        name: random(D, seed=i).to(DEVICE, dtype) if normed else None
+        for i, name in enumerate(("q_gain", "k_gain"))
     }
     table = tuple(part.to(DEVICE) for part in rope_table(torch.tensor(slots)[:, None], D, 100.0))
     options = dict(slots=torch.tensor(slots, device=DEVICE) % W, eps=1e-6)
-    twin = {name: x.double() for name, x in (inputs | gains).items()}
+    twin = {name: x if x is None else x.double() for name, x in (inputs | gains).items()}
     got = hsa_kernels.update_window_cache(**inputs, **gains, **options, table=table)
     want = torch_backend.update_window_cache(**twin, **options, table=table)
     for a, b in (
@@ -694,7 +763,7 @@ def test_custom_operators_keep_their_promises():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.hsa_kernels.retrieve.default,
-        (*leaves, None, 0, 1, 4, 2, 0, None),
+        (*leaves, None, 0, 1, 4, 2, 0, None, None),
         test_utils=checks,
     )
 

@@ -280,15 +280,21 @@ def test_groups_explore_differently():
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # autocast leaves the norms in float32
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_stays_near_float64(autocast):
-    model, ids = build(top_k=100), text(60)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("experts", [{}, dict(experts=4, experts_active=4, expert_width=24)])
+def test_16_bits_stay_near_float64(autocast, experts):
+    """With all chunks and all experts in use, rounding changes no choice."""
+    options = dict(top_k=100, **experts)
+    model, ids = build(**options), text(60)
     want = model(ids).logits
-    low = build(dtype=torch.float32 if autocast else torch.bfloat16, top_k=100)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    low = build(dtype=torch.float32 if autocast else torch.bfloat16, **options)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         logits = low(ids).logits
         cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
-    assert error(logits, want) < 3e-2
+        with torch.no_grad():
+            memory = low(ids[:, :37]).memory
+            rest = low(ids[:, 37:], memory).logits
+    assert error(logits, want) < 3e-2 and error(rest, want[:, 37:]) < 3e-2
     assert all(p.grad.isfinite().all() and p.grad.any() for p in low.parameters())
 
 

@@ -3,11 +3,16 @@
 Dimensions: T tokens, P cached keys, W window.
 """
 
+import contextlib
+import io
+
 import pytest
 import torch
 from helpers import assert_close, random, random_choice, results
+from material import document_starts
 
 from hsa_mini import ops, reference
+from hsa_mini.cli.arguments import choose_device
 from hsa_mini.ops import choice, flex_window
 
 
@@ -62,6 +67,35 @@ def test_the_override_ends_with_its_block():
         pass
 
 
+@pytest.mark.parametrize(
+    "capability, hip, kernels",
+    [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
+)
+def test_the_kernels_are_for_gpus_of_nvidia_from_ampere_on(monkeypatch, capability, hip, kernels):
+    """PyTorch calls AMD's GPUs cuda too, and gives them capabilities like those of NVIDIA's."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choice.runs_kernels(torch.device("cuda")) == kernels
+    assert not choice.runs_kernels(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert choose_device("cuda") == torch.device("cuda")
+    assert said.getvalue().count("\n") == (0 if kernels else 1)
+    assert kernels or "on this GPU PyTorch does their work" in said.getvalue()
+
+
+def test_a_chunk_that_is_too_large_for_the_gpu_goes_through_pytorch(monkeypatch):
+    monkeypatch.setattr(ops, "use_kernels", lambda tensor, fits: fits)
+    q = torch.empty(1, 1, 1, 256, dtype=torch.float16)
+    k = torch.empty(1, 1, 128, 1, 256, dtype=torch.float16)
+    assert ops.in_kernel(q, k)
+    monkeypatch.setattr("hsa_kernels.common.tiles.capability", lambda x: (8, 9))
+    assert not ops.in_kernel(q, k) and ops.in_kernel(q, k[:, :, :32])
+    with ops.backend("kernels"):  # refuses by itself, and says why
+        assert ops.in_kernel(q, k)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("T", "P", "W"),
@@ -96,6 +130,31 @@ def test_the_mask_of_blocks_is_the_window(T, P, W):
     parts = (x.transpose(1, 2) for x in (q, k, v))
     out = flex_window.flex_attention(*parts, block_mask=mask, enable_gqa=True).transpose(1, 2)
     assert_close({"out": out}, {"out": reference.sliding_window_attention(q, k, v, window=W)}, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("P", "W"), [(0, 128), (300, 200), (37, 1000)])
+def test_the_mask_of_blocks_keeps_to_the_document(P, W):
+    T = 700
+    starts = document_starts([P + 128, P + 500, P + 512], [50, P + 301], tokens=P + T)[:, P:]
+    mask = flex_window.block_mask(T, P, W, torch.device("cpu"), starts)
+    rows, columns = (-(-x // flex_window.BLOCK) for x in (T, P + T))
+    i, j = torch.arange(T)[:, None], torch.arange(columns * flex_window.BLOCK)
+    seen = (j <= i + P) & (j > i + P - W) & (j < P + T) & (j >= starts[..., None])
+    late = rows * flex_window.BLOCK - T
+    some = torch.nn.functional.pad(seen, (0, 0, 0, late))
+    some = some.view(2, rows, flex_window.BLOCK, columns, flex_window.BLOCK)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), some.any(4).any(2))
+    every = torch.nn.functional.pad(seen, (0, 0, 0, late), value=True).view(some.shape)
+    for b in range(2):
+        for row in range(rows):
+            full = mask.full_kv_indices[b, 0, row, : mask.full_kv_num_blocks[b, 0, row]].long()
+            assert every[b, row][:, full].all()
+    q, k, v = random(2, T, 2, 16), random(2, P + T, 1, 16, seed=1), random(2, P + T, 1, 16, seed=2)
+    parts = (x.float().transpose(1, 2) for x in (q, k, v))
+    out = flex_window.flex_attention(*parts, block_mask=mask, enable_gqa=True).transpose(1, 2)
+    want = reference.sliding_window_attention(q, k, v, window=W, document_starts=starts)
+    assert_close(out.double(), want, 1e-5)
 
 
 def window_inputs() -> dict[str, torch.Tensor]:

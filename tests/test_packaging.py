@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     "README.md", "Makefile", "environment.yml", "pyproject.toml", "LICENSE", ".gitignore", ".ci",
     "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", ".gitattributes",
-    ".pre-commit-config.yaml", ".github", "notebooks", "hsa_mini", "kernels", "tests", "data",
+    "MANIFEST.in", "Dockerfile", ".dockerignore", ".pre-commit-config.yaml", ".github", "notebooks",
+    "hsa_mini", "kernels", "tests", "data",
 }  # fmt: skip
 OPTIONAL = (
     "triton",
@@ -30,6 +31,13 @@ OPTIONAL = (
     "jupyter_core",
     "nbclient",
     "nbformat",
+    "accelerate",
+    "lm_eval",
+    "nltk",
+    "pyarrow",
+    "tensorboard",
+    "transformers",
+    "wonderwords",
 )
 
 
@@ -99,7 +107,7 @@ def test_versions_are_pinned_in_environment_yml_alone():
 
 def test_conda_installs_the_same_package_last():
     text = (ROOT / "environment.yml").read_text()
-    assert pip_section()[-1] == "-e .[notebooks,dev]"
+    assert pip_section()[-1] == "-e .[dev]"
     assert re.search(r"channels:\n  - conda-forge\ndependencies:", text), (
         "conda-forge is the one channel"
     )
@@ -137,14 +145,15 @@ def test_the_distribution_lists_every_package():
         folder.relative_to(ROOT / "kernels" if "hsa_kernels" in folder.parts else ROOT)
         for folder in folders
     }
-    assert listed == {".".join(folder.parts) for folder in relative}
+    shipped = {"hsa_mini.shipped"}  # data/, which is no package in a checkout
+    assert listed == {".".join(folder.parts) for folder in relative} | shipped
 
 
 def test_kernels_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_import_needs_neither_triton_nor_jupyter_nor_matplotlib():
+def test_import_needs_no_extra():
     code = f"""
 import importlib.abc, sys
 
@@ -201,8 +210,29 @@ def test_make_test_checks_the_code_before_it_runs_the_tests():
 def test_the_workflow_runs_the_commands_of_readme_without_secrets():
     text = (ROOT / ".github/workflows/ci.yml").read_text()
     assert re.findall(r"run: (make \w+)", text) == ["make setup", "make lint", "make test"]
-    assert 'python: ["3.11", "3.13"]' in text
-    assert "secrets" not in text and "http" not in text
+    assert "docker build --tag hsa-mini ." in text and "secrets" not in text and "http" not in text
+    versions = [
+        line.rpartition(" ")[2]
+        for line in pyproject()["project"]["classifiers"]
+        if ":: Python :: 3." in line
+    ]
+    oldest, newest = versions[0], versions[-1]
+    assert f'python: ["{oldest}", "{newest}"]' in text
+    torch = next(line for line in pyproject()["project"]["dependencies"] if line[:5] == "torch")
+    for python, rest in ((oldest, ".0"), (newest, "")):  # 2.11.0 stays at 2.11, and 2.11 does not
+        pair = f'{{ python: "{python}", torch: "{torch.removeprefix("torch>=")}{rest}" }}'
+        assert pair in text
+
+
+def test_the_image_is_built_as_the_guide_says_and_takes_no_local_builds_in():
+    text = (ROOT / "Dockerfile").read_text()
+    python = re.search(r"- python=(3\.\d+)\n", (ROOT / "environment.yml").read_text())[1]
+    assert f"FROM python:{python}-slim\n" in text and "RUN make setup\n" in text
+    left_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().split()}
+    assert set((ROOT / ".gitignore").read_text().split()) <= left_out
+    guide = (ROOT / "hsa_mini" / "README.md").read_text()
+    assert "docker build --tag hsa-mini .\n" in guide
+    assert "conda env create -f environment.yml" in guide
 
 
 def git(*words: str, folder: Path = ROOT) -> str:

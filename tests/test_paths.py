@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from hsa_mini import paths
-from hsa_mini.paths import RANKS_FILE, cache_dir, data_dir
+from hsa_mini.paths import (
+    RANKS_FILE,
+    cache_dir,
+    checkpoint_folder,
+    data_dir,
+    results_dir,
+    shipped_models,
+)
 
 
 @pytest.fixture
@@ -88,3 +95,28 @@ def test_a_folder_with_the_name_of_ours_is_not_taken_for_ours(home, monkeypatch)
     monkeypatch.setenv("HSA_MINI_DATA", os.path.join(home, "nowhere"))
     with pytest.raises(FileNotFoundError, match="^HSA_MINI_DATA: .*nowhere has no"):
         data_dir()
+
+
+def test_an_installed_package_has_its_data_inside_and_none_beside_it(home, monkeypatch):
+    """`site-packages/data` is a stranger's, even if it has a file with the name of ours."""
+    for folder in ("data", "hsa_mini/shipped"):
+        (home / folder / "checkpoints" / folder.rpartition("/")[2]).mkdir(parents=True)
+        (home / folder / RANKS_FILE).touch()
+    monkeypatch.setattr(paths, "__file__", str(home / "hsa_mini" / "paths.py"))
+    assert data_dir() == home / "hsa_mini" / "shipped"
+    assert list(shipped_models()) == ["shipped"]
+    assert results_dir() == Path()  # nothing is written among installed files
+    monkeypatch.setenv("HSA_MINI_DATA", str(home / "data"))
+    assert data_dir() == home / "data" and results_dir() == home / "data" / "results"
+
+
+def test_a_name_means_the_shipped_model_wherever_it_is_used(home, monkeypatch, caplog):
+    """What a command does must not depend on a folder that happens to have that name."""
+    monkeypatch.chdir(home)
+    shipped = data_dir() / "checkpoints" / "mini"
+    assert checkpoint_folder("mini") == shipped and caplog.text == ""
+    (home / "mini").mkdir()
+    assert checkpoint_folder("mini") == shipped
+    assert "mini is the shipped model; write ./mini for the folder that is here" in caplog.text
+    for path in ("./mini", "mini/", Path("mini"), str(home / "mini"), "other", "", ".", ".."):
+        assert checkpoint_folder(path) == Path(path)

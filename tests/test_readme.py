@@ -1,4 +1,4 @@
-"""The numbers in both READMEs are those in the result files.
+"""The numbers in the READMEs are those in the result files, and their Python runs.
 
 `python tests/test_readme.py` writes the generated parts again.
 """
@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "kernels" / "bench"))
 from floors import needed  # noqa: E402
 
 README, KERNELS = ROOT / "README.md", ROOT / "kernels" / "README.md"
+GUIDE = ROOT / "hsa_mini" / "README.md"
 
 
 def demo() -> str:
@@ -340,21 +341,22 @@ def test_results_are_those_of_the_shipped_models():
     } <= shipped | {None}
 
 
-def test_the_python_of_readme_runs(capsys, monkeypatch, tmp_path):
+def test_the_python_of_both_guides_runs(capsys, monkeypatch, tmp_path):
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    first, *others = re.findall(r"```python\n(.+?)```", README.read_text(), re.DOTALL)
+    text = README.read_text() + GUIDE.read_text()
+    first, *others = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
     exec(compile(first, "README.md", "exec"), names)
     assert capsys.readouterr().out.strip().endswith("parameters")
     for code in others:
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "hsa_mini/README.md", "exec"), names)
 
 
 DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 
 
-@pytest.mark.parametrize("path", [README, KERNELS, *map(ROOT.joinpath, DOCUMENTS)])
+@pytest.mark.parametrize("path", [README, GUIDE, KERNELS, *map(ROOT.joinpath, DOCUMENTS)])
 def test_links_lead_to_files(path):
     targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     files = [target for target in targets if "://" not in target]

@@ -9,9 +9,10 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, error, random, with_special_scores
+from helpers import assert_close, error, random, results, with_special_scores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from material import document_starts
 
 from hsa_mini.ops import torch_backend
 from hsa_mini.reference import retrieve
@@ -244,6 +245,30 @@ def test_the_first_token_of_a_query_block_chooses_for_all(weighting):
     first = torch.arange(45) // 4 * 4
     for got, want in zip(blocks, each):
         assert_close(got, want[:, first], 1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(query_block=4), dict(exclude_window=24), dict(weighting="stick_breaking")],
+    ids=str,
+)
+def test_a_document_in_a_row_retrieves_what_it_retrieves_alone(options):
+    """With every gradient. The second document has an unfinished chunk, which nobody retrieves."""
+    options |= dict(chunk_size=8, top_k=3)
+    inputs = dict(retrieval_q=random(2, 90, 2, R), landmarks=random(2, 11, 2, R, seed=1))
+
+    def each_alone(retrieval_q, landmarks):
+        parts = []
+        for a, b in ((0, 32), (32, 56), (56, 90)):
+            indices, weights = retrieve(
+                retrieval_q[:, a:b], landmarks[:, a // 8 : b // 8], **options
+            )
+            parts.append((torch.where(indices < 0, indices, indices + a // 8), weights))
+        return tuple(torch.cat(part, dim=1) for part in zip(*parts))
+
+    starts = document_starts(*2 * [[32, 56]], tokens=90)
+    got = results(retrieve, inputs, document_starts=starts, **options)
+    assert_close(got, results(each_alone, inputs), 1e-13)
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,28 @@ def test_a_memory_from_before_fingerprints_is_taken_and_the_log_says_so(tmp_path
         read_on(tiny(), ChunkMemory.load(folder), "segment")
 
 
+@torch.no_grad()
+def test_forks_of_a_loaded_memory_share_its_chunks_and_answer_like_the_original(tmp_path):
+    """Each fork reads a question of several chunks and decodes; K, V and landmarks never move."""
+    folder = saved(tmp_path)
+    model = tiny()
+    memory = ChunkMemory.load(folder)
+    original = prefill(
+        model, torch.randint(4096, (2, T), generator=torch.Generator().manual_seed(0))
+    )
+    held = memory.chunks.buffers
+    before = [buffer[:, : len(memory.chunks)].clone() for buffer in held]
+    for seed in range(3):
+        question = torch.randint(4096, (2, 19), generator=torch.Generator().manual_seed(seed))
+        fork = memory.fork()
+        got = model.generate(question, memory=fork, max_new_tokens=9).ids
+        want = model.generate(question, memory=original.memory.fork(), max_new_tokens=9).ids
+        assert torch.equal(got, want)
+        assert len(fork.chunks) > len(memory.chunks) and fork.chunks.buffers is held
+    for buffer, want in zip(memory.chunks.buffers, before):
+        assert torch.equal(buffer[:, : len(memory.chunks)], want)
+
+
 def test_the_fingerprint_changes_with_any_weight_and_not_with_place_or_dtype(tmp_path):
     options = dict(tied=False, experts=4, experts_active=2, expert_width=16)
     model = tiny(**options).bfloat16()

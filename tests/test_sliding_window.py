@@ -7,6 +7,7 @@ dimension, W window.
 import pytest
 import torch
 from helpers import assert_close, random, results
+from material import document_starts
 from torch.nn.functional import scaled_dot_product_attention
 
 from hsa_mini.reference import sliding_window_attention
@@ -48,6 +49,28 @@ def test_every_split_with_cached_keys_in_front_gives_the_same(W):
         for first in (0, max(split - W + 1, 0)):
             rest = dict(q=case["q"][:, split:], k=case["k"][:, first:], v=case["v"][:, first:])
             assert_close(sliding_window_attention(**rest, window=W), whole[:, split:], 1e-13)
+
+
+@pytest.mark.parametrize("W", [1, 4, 100])
+@pytest.mark.parametrize("P", [0, 2, 9])
+def test_a_document_attends_as_if_it_stood_alone(P, W):
+    """With every gradient. The first document of each row began before the cached keys."""
+    firsts = [0, P + 5, P + 6], [0, P + 11]  # among the P+17 keys
+    starts = document_starts(*firsts, tokens=P + 17)[:, P:]
+    starts[starts == 0] = -4 if P else 0
+
+    def each_alone(q, k, v):
+        parts = []
+        for b, row in enumerate(firsts):
+            for first, end in zip(row, [*row[1:], P + 17]):
+                own = q[b : b + 1, max(first - P, 0) : end - P]
+                keys, values = (x[b : b + 1, first:end] for x in (k, v))
+                parts.append(sliding_window_attention(own, keys, values, window=W))
+        return torch.cat(parts, dim=1)[0].unflatten(0, (2, 17))
+
+    case = inputs(17, P)
+    got = results(sliding_window_attention, case, window=W, document_starts=starts)
+    assert_close(got, results(each_alone, case), 1e-13)
 
 
 def test_a_window_longer_than_everything_is_causal_attention():

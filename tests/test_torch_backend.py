@@ -12,6 +12,7 @@ import torch
 from helpers import assert_close, random, random_choice, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from material import document_starts
 
 from hsa_mini import reference
 from hsa_mini.ops import torch_backend
@@ -40,8 +41,11 @@ def blocks_of(budget: int, attend=None):
     weighting=st.sampled_from(["softmax", "stick_breaking"]), gumbel_seed=st.sampled_from([None,
     5]),
     exclude_window=st.sampled_from([0, 40]), query_block=st.sampled_from([1, 3, 8]), budget=BUDGETS,
+    documents=st.booleans(),
 )  # fmt: skip
-def test_retrieve(T, J, N, S, K, budget, **options):
+def test_retrieve(T, J, N, S, K, budget, documents, **options):
+    if documents:
+        options["document_starts"] = document_starts([3, 16, 64], [48], tokens=T)
     inputs = dict(retrieval_q=random(2, T, J, 4), landmarks=random(2, N, J, 4, seed=1))
     want = results(reference.retrieve, inputs, chunk_size=S, top_k=K, **options)
     with blocks_of(budget):
@@ -71,13 +75,16 @@ def test_chunk_attention(T, J, G, S, N, K, scale, budget, attend):
 @given(
     T=st.integers(0, 40), P=st.integers(0, 30), W=st.sampled_from([1, 2, 7, 16, 25, 100]),
     J=st.sampled_from([1, 2]),
-    G=st.sampled_from([1, 4, 16]),
+    G=st.sampled_from([1, 4, 16]), documents=st.booleans(),
 )  # fmt: skip
-def test_sliding_window_attention(T, P, W, J, G):
+def test_sliding_window_attention(T, P, W, J, G, documents):
     shape = (2, P + T, J, 8)
     inputs = dict(q=random(2, T, J * G, 8), k=random(*shape, seed=1), v=random(*shape, seed=2))
+    options = dict(window=W)
+    if documents:
+        options["document_starts"] = document_starts([3, P, P + 9], [P + 1], tokens=P + T)[:, P:]
     got, want = (
-        results(f.sliding_window_attention, inputs, window=W) for f in (torch_backend, reference)
+        results(f.sliding_window_attention, inputs, **options) for f in (torch_backend, reference)
     )
     assert_close(got, want, 1e-12)
 

@@ -36,7 +36,7 @@ from hsa_mini.training import step as module
 from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.finite import FiniteSteps
-from hsa_mini.training.log import COLUMNS, FIGURES
+from hsa_mini.training.log import COLUMNS, FIGURES, HEADER_WITH_HELD_OUT
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 from hsa_mini.training.optimizer import make_optimizer
@@ -700,6 +700,138 @@ def test_a_step_clips_the_gradient_and_reports_its_norm_before():
     assert torch.stack([g.norm() for g in used]).norm() == pytest.approx(norm.item() / 4, rel=1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(figure.requires_grad for figure in figures)
+
+
+UNEVEN = Stage(steps=3, batch=4, tokens=96, gumbel_noise=False, mixture=Mixture(min_copy=16))
+
+
+def step_of(stage: Stage, changes: dict, batch: tuple[torch.Tensor, ...]):
+    """The figures of the first step of a fresh model, and the gradient of every parameter."""
+    torch.manual_seed(0)
+    model = tiny(**changes.pop("model", {})).train()
+    trainer = Trainer(model, Recipe((stage,), warmup=3, clip=1e9, **changes))
+    gradients = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def keep(optimizer, *_) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients.update({names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None})
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    return trainer.train_step(batch), gradients, trainer
+
+
+EXPERTS = dict(experts=4, experts_active=2, expert_width=16)
+
+
+@pytest.mark.parametrize(
+    "changes, tolerance",
+    [
+        (dict(accumulate=2), 1e-5),
+        (dict(accumulate=4), 1e-5),
+        (dict(loss_tokens=7), 1e-5),
+        (dict(checkpoint_blocks=True), 0.0),
+        (dict(accumulate=2, loss_tokens=50, checkpoint_blocks=True), 1e-5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_a_step_in_parts_equals_the_step_of_the_whole_batch(changes, tolerance, experts):
+    """Loss, its parts, accuracy, load and every gradient, though the parts of the batch hold
+    different numbers of text, copy and answer tokens.
+    """
+    changes = dict(changes)
+    parts_of_batch = changes.get("accumulate", 1)
+    batch = StagedBatches(Recipe((UNEVEN,)), 0, word_tokens())[0]
+    counts = [(part == TEXT).sum().item() for part in batch[1].chunk(2)]
+    assert counts[0] != counts[1]
+    stage = dataclasses.replace(UNEVEN, batch=UNEVEN.batch // parts_of_batch)
+    want, gradients, _ = step_of(UNEVEN, {"model": experts}, batch)
+    got, others, _ = step_of(stage, {"model": experts, **changes}, batch)
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=tolerance, atol=tolerance)
+    assert gradients.keys() == others.keys() and len(gradients) > 20
+    for name, gradient in gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(
+            others[name], gradient, rtol=tolerance, atol=tolerance * scale, msg=name
+        )
+
+
+def test_the_batch_of_a_step_holds_the_batches_that_are_accumulated():
+    recipe = Recipe((UNEVEN,), accumulate=3)
+    whole = Recipe((dataclasses.replace(UNEVEN, batch=12),))
+    (ids, parts), (want, want_parts) = (
+        StagedBatches(r, 5, word_tokens())[2] for r in (recipe, whole)
+    )
+    assert torch.equal(ids, want) and torch.equal(parts, want_parts)
+
+
+def test_every_part_of_every_step_has_noise_of_its_own(monkeypatch):
+    seeds = []
+    forward = HSAModel.forward
+    monkeypatch.setattr(
+        HSAModel,
+        "forward",
+        lambda self, ids, **x: seeds.append(int(x["gumbel_seed"])) or forward(self, ids, **x),
+    )
+    trainer = Trainer(tiny().train(), Recipe((OWN_CHUNKS,), accumulate=2), seed=1)
+    batches = StagedBatches(trainer.recipe, 0, word_tokens())
+    for step in range(2):
+        trainer.train_step(batches[step])
+    assert seeds == [(1 << 32) + i for i in range(4)]
+
+
+def test_bfloat16_weights_are_the_float32_ones_rounded_and_small_steps_are_kept():
+    stage = dataclasses.replace(OWN_CHUNKS, gumbel_noise=False)
+    batch = StagedBatches(Recipe((stage,)), 0, word_tokens())[0]
+    _, gradients, trainer = step_of(stage, dict(dtype="bfloat16", learning_rate=1e-6), batch)
+    before = tiny()
+    (read,) = trainer.models.values()
+    for (name, master), copy in zip(
+        trainer.model.named_parameters(), read.parameters(), strict=True
+    ):
+        assert master.dtype == gradients[name].dtype == torch.float32, name
+        assert copy.dtype == torch.bfloat16 and torch.equal(copy, master.bfloat16()), name
+    moved = trainer.model.embedding.weight - before.embedding.weight
+    assert 0 < moved.abs().max() < 2e-6
+    unchanged = read.embedding.weight == before.embedding.weight.bfloat16()
+    assert unchanged.float().mean() > 0.95  # bfloat16 alone would have lost these steps
+    plain = tiny(dtype=torch.bfloat16).train()
+    _, (loss, *_) = module.forward_and_loss(
+        plain, RECIPE, stage, ChunkQueue(0), *batch, gumbel_noise=False
+    )
+    loss.backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad.float()), name
+
+
+def test_a_run_with_every_option_is_resumed_and_tells_its_rows(tmp_path, monkeypatch):
+    options = dict(
+        accumulate=2, eval_every=3, dtype="bfloat16", checkpoint_blocks=True, loss_tokens=50
+    )
+    monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPE, **options))
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, **EXPERTS))
+    monkeypatch.setattr("hsa_mini.training.own.held_out.MAX_BATCHES", 1)
+    monkeypatch.setattr("hsa_mini.training.run.LOAD_BATCHES", 2)
+    rows = []
+    want = run_tiny(tmp_path / "whole", steps=6, on_log=rows.append)
+    for stop in (1, 4):
+        run_tiny(tmp_path / "cut", steps=6, stop_after=stop)
+    assert_same(run_tiny(tmp_path / "cut", steps=6), want)
+    text = (tmp_path / "whole" / "log.csv").read_text()
+    assert text.startswith(HEADER_WITH_HELD_OUT)
+    got = list(csv.DictReader(text.splitlines()))
+    assert [(row["step"], row["held_out"] != "nan") for row in got] == [
+        ("2", False), ("3", True), ("4", False), ("6", True)
+    ]  # fmt: skip
+    for row, told in zip(got, rows, strict=True):
+        assert {k: x for k, x in row.items() if x != "nan"} == {
+            k: str(x) if k == "step" else f"{x:.6g}" for k, x in told.items()
+        }
+    cut = list(csv.DictReader((tmp_path / "cut" / "log.csv").open()))
+    assert [{**row, "seconds": ""} for row in cut] == [{**row, "seconds": ""} for row in got]
+    how = json.loads((tmp_path / "cut" / "final" / "training.json").read_text())
+    assert {name: how["recipe"][name] for name in options} == options
 
 
 def test_a_stage_has_its_own_noise_crowd_and_choice(monkeypatch, tmp_path):

@@ -5,14 +5,14 @@ names the argument, what was given and what is accepted.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from hsa_mini.cli.models import shipped_models
 from hsa_mini.cli.report import one_line
 from hsa_mini.files.whole_file import check_writable
-from hsa_mini.paths import data_dir
+from hsa_mini.paths import results_dir, shipped_models
 
 # Limits of other packages. The parser cannot import those, because they load torch; a test checks
 # that the numbers are the same.
@@ -31,7 +31,12 @@ Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line, without the usage text."""
+    """A parser whose errors take one line, without the usage text. Options are not abbreviated,
+    because an option that comes later must not change what an older command means.
+    """
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         message = one_line(message.removeprefix("argument "))
@@ -82,6 +87,25 @@ def _in_range(
     return parse
 
 
+def add_model(command: argparse.ArgumentParser, presets: str) -> None:
+    """Add the name of a preset, and --config; `chosen_model` reads them."""
+    command.add_argument(
+        "preset", nargs="?", help=f"which model: {presets}, or a configuration file"
+    )
+    command.add_argument(
+        "--config", metavar="FILE.json", help="a configuration file (see hsa_mini/README.md)"
+    )
+
+
+def chosen_model(arguments: argparse.Namespace) -> str:
+    """The preset or the configuration file. Raises ValueError unless there is exactly one."""
+    given = [x for x in (arguments.preset, arguments.config) if x is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise ValueError(f"preset: got {got[:80]}, accepted is one preset or configuration file")
+    return given[0]
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add --device; `choose_device` checks it."""
     command.add_argument(
@@ -114,13 +138,13 @@ def check_choices(name: str, given: list[str], accepted: Collection[str]) -> Non
 def results_path(out: Path | None, checkpoint: str, ending: str) -> Path:
     """The file for the results of a command on a checkpoint: `out`, if it is given.
 
-    Otherwise NAME_ENDING.json: next to the shipped results if `checkpoint` is the name of a shipped
-    model, else in the current folder, where NAME is that of the checkpoint's folder, or of the
-    run whose `final` it is. Raises ValueError if the file cannot be written.
+    Otherwise NAME_ENDING.json: in `results_dir()` if `checkpoint` is the name of a shipped model,
+    else in the current folder, where NAME is that of the checkpoint's folder, or of the run whose
+    `final` it is. Raises ValueError if the file cannot be written.
     """
     path = out
     if path is None and checkpoint in shipped_models():
-        path = data_dir() / "results" / f"{checkpoint}_{ending}.json"
+        path = results_dir() / f"{checkpoint}_{ending}.json"
     elif path is None:
         folder = Path(checkpoint).resolve()
         name = folder.parent.name if folder.name == "final" else folder.name
@@ -130,13 +154,27 @@ def results_path(out: Path | None, checkpoint: str, ending: str) -> Path:
 
 
 def choose_device(name: str):
-    """The torch device with this name; "auto" is a GPU if there is one, else the CPU."""
+    """The torch device with this name; "auto" is a GPU if there is one, else the CPU.
+
+    Says so in one line on standard error if the kernels are not made for the GPU. Raises ValueError
+    for a device that is not there or not supported.
+    """
     import torch
 
+    from hsa_mini.ops.choice import runs_kernels
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count()
     accepted = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if name not in accepted:
-        raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}")
-    return torch.device(name)
+        apple = "; Apple's GPUs are not supported" if name == "mps" else ""
+        raise ValueError(f"--device: got {name!r}, accepted here are {', '.join(accepted)}{apple}")
+    device = torch.device(name)
+    if name != "cpu" and not runs_kernels(device):
+        print(
+            "the Triton kernels are for NVIDIA GPUs from Ampere on; on this GPU PyTorch does "
+            "their work",
+            file=sys.stderr,
+        )
+    return device

@@ -68,8 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hsa_mini.evaluation.demo import find_needle
-    from hsa_mini.viz import plots
 
+    try:
+        from hsa_mini.viz.plots import save_needle_strip
+    except ImportError:  # matplotlib comes with an extra, and the answer does not need it
+        save_needle_strip = None
     messages = sys.stderr if arguments.json == "-" else sys.stdout
     check_writable("--out", arguments.out, folder=True)
     check_json(arguments.json)
@@ -96,10 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
             first=first,
             progress=bar.update,
         )
-    picture = arguments.out / f"needle_{finding.tokens}_{finding.seed}.png"
-    plots.save_needle_strip(
-        picture, finding, f"{finding.question}   {printable(finding.answer.rstrip('.'))}"
-    )
+    picture = "none: matplotlib is not installed"
+    if save_needle_strip:
+        picture = arguments.out / f"needle_{finding.tokens}_{finding.seed}.png"
+        title = f"{finding.question}   {printable(finding.answer.rstrip('.'))}"
+        save_needle_strip(picture, finding, title)
     print(report(finding), file=messages)
     print(f"picture    {picture}", file=messages)
     write_json(arguments.json, finding.to_json())

@@ -6,8 +6,23 @@ imports no torch; a command imports what it needs when it runs.
 
 from hsa_mini.cli import demo, evaluate, fetch, generate, lab, perplexity, plan, train
 from hsa_mini.cli.arguments import Parser, Version
+from hsa_mini.cli.own_text import ask, index
+from hsa_mini.cli.reuse import convert, lm_eval
 
-COMMANDS = (demo, generate, train, evaluate, perplexity, lab, plan, fetch)  # in the order of --help
+COMMANDS = (
+    demo,
+    generate,
+    index,
+    ask,
+    train,
+    convert,
+    evaluate,
+    perplexity,
+    lm_eval,
+    lab,
+    plan,
+    fetch,
+)  # in the order of --help
 
 
 def build_parser() -> Parser:
@@ -15,12 +30,15 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="hsa-mini",
         description=(
-            "Hierarchical Sparse Attention: find needles, continue a text, train, evaluate, plan."
+            "Hierarchical Sparse Attention: find needles, continue a text, ask about it, train, "
+            "evaluate, plan."
         ),
     )
     parser.add_argument("--version", action=Version, help="show the versions in use and exit")
     commands = parser.add_subparsers(
-        dest="name", required=True, metavar="demo|generate|train|eval|perplexity|lab|plan|fetch"
+        dest="name",
+        required=True,
+        metavar="demo|generate|index|ask|train|convert|eval|perplexity|lm-eval|lab|plan|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)

@@ -14,8 +14,9 @@ from hsa_mini.cli.arguments import (
     integer,
     results_path,
 )
-from hsa_mini.cli.models import check_length, checkpoint_folder, read_model
+from hsa_mini.cli.models import check_length, read_model
 from hsa_mini.config import MAX_TOKENS
+from hsa_mini.paths import checkpoint_folder
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -59,9 +60,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: CHECKPOINT_TASK[_N_distractors][_border].json, in data/results for a "
-        "shipped model, else in the current folder; until the run is complete, finished lengths "
-        "are kept in FILE.unfinished, and the same command goes on after them",
+        help="default: CHECKPOINT_TASK[_N_distractors][_border].json, in data/results of a "
+        "checkout for a shipped model, else in the current folder; until the run is complete, "
+        "finished lengths are kept in FILE.unfinished, and the same command goes on after them",
     )
     add_device(command)
     return command
@@ -80,8 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     form = {"distractors": arguments.distractors, "border": arguments.border}
     path = results_path(arguments.out, arguments.checkpoint, _ending(arguments))
     device = choose_device(arguments.device)
-    model = read_model("checkpoint", arguments.checkpoint, device)
-    measured = fingerprint(checkpoint_folder(arguments.checkpoint))
+    folder = checkpoint_folder(arguments.checkpoint)
+    model = read_model("checkpoint", folder, device)
+    measured = fingerprint(folder)
     check_replaceable("--out", path, measured)
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **form)
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         evaluate(model, arguments.task, **options)
     else:
         del model  # each process loads its own
-        load = partial(read_model, "checkpoint", arguments.checkpoint, device)
+        load = partial(read_model, "checkpoint", folder, device)
         evaluate_side_by_side(load, arguments.task, jobs=arguments.jobs, **options)
     rows = unfinished.rows("rows", RetrievalRow)
     controls = unfinished.rows("control_rows", ControlRow)

@@ -5,7 +5,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, add_device, choose_device, integer, number
-from hsa_mini.cli.models import read_model
+from hsa_mini.cli.models import own_tokenizer, read_model
 from hsa_mini.cli.report import write_text
 
 MAX_PROMPT_TOKENS = 1 << 27  # the longest text that was tried; an endless one is refused
@@ -67,12 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = choose_device(arguments.device)
     most = MAX_PROMPT_TOKENS
-    prompt = load_text(arguments.prompt_file, max_tokens=most + 1, name="--prompt-file").tokens
+    ranks = own_tokenizer(arguments.checkpoint)
+    tokenizer = load_tokenizer(ranks and ranks.resolve())
+    text = load_text(
+        arguments.prompt_file, max_tokens=most + 1, name="--prompt-file", tokenizer=tokenizer
+    )
+    prompt = text.tokens
     if not 1 <= len(prompt) <= most:
         given = f"more than {most}" if len(prompt) else "0"
         raise ValueError(f"--prompt-file: got {given} tokens of text, accepted is 1 to {most}")
-    model = read_model("checkpoint", arguments.checkpoint, device)
-    tokenizer = load_tokenizer()
+    model = read_model("checkpoint", arguments.checkpoint, device, own_ranks=True)
     end = end_of_text(tokenizer)
     with tqdm(
         total=len(prompt), unit=" tokens", unit_scale=True, mininterval=0.2, delay=1, desc="prefill"

@@ -13,7 +13,7 @@ from hsa_mini.cli.arguments import (
     integer,
 )
 from hsa_mini.files.whole_file import check_writable
-from hsa_mini.paths import data_dir
+from hsa_mini.paths import results_dir
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="one line of JSON per run (default data/results/lab.jsonl)",
+        help="one line of JSON per run (default lab.jsonl in data/results of a checkout)",
     )
     add_device(command)
     return command
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     arms = list(dict.fromkeys(arguments.arms or ARMS))
     check_choices("--arms", arms, ARMS)
     check_choices("--scale", [arguments.scale], SCALES)
-    path = arguments.out or data_dir() / "results" / "lab.jsonl"
+    path = arguments.out or results_dir() / "lab.jsonl"
     check_writable("--out", path)
     device = choose_device(arguments.device)
     jobs = arguments.jobs or (3 if device.type == "cuda" else 1)

@@ -3,34 +3,45 @@
 from pathlib import Path
 
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.paths import data_dir
+from hsa_mini.files.whole_folder import read_manifest
+from hsa_mini.paths import RANKS_FILE, checkpoint_folder, shipped_models
 
 
-def shipped_models() -> dict[str, Path]:
-    """The folders of the models that come with the package, by name."""
-    home = data_dir() / "checkpoints"
-    if not home.is_dir():
-        return {}
-    return {path.name: path for path in sorted(home.iterdir()) if path.is_dir()}
+def own_tokenizer(given: str | Path) -> Path | None:
+    """The tokenizer's file of a model that has another tokenizer than the course's.
+
+    None also for a folder without a model, which `read_model` refuses.
+    """
+    folder = checkpoint_folder(given)
+    try:
+        names = read_manifest(folder)
+    except (ValueError, OSError):
+        return None
+    own = ("tokenizer.json", RANKS_FILE)
+    return next((folder / name for name in own if name in names), None)
 
 
-def checkpoint_folder(given: str) -> Path:
-    """The folder of the shipped model named `given`, or else the path `given` itself."""
-    return shipped_models().get(given, Path(given))
+def read_model(argument: str, given: str | Path, device, *, dtype=None, own_ranks: bool = False):
+    """The model that is shipped under the name `given`, or the one in the folder `given`; for the
+    dtype see `HSAModel.from_pretrained`.
 
-
-def read_model(argument: str, given: str, device):
-    """The model that is shipped under the name `given`, or the one in the folder `given`.
-
-    Raises ValueError, which names the argument, if there is none or if its vocabulary is too small.
+    own_ranks: a model with ranks of its own (see `own_tokenizer`) is accepted. Raises ValueError,
+    which names the argument, if there is no model, if its vocabulary is too small, or if its
+    tokenizer is not accepted.
     """
     from hsa_mini.data.tokenizer import load_tokenizer
     from hsa_mini.hsa_model import HSAModel
 
     folder = checkpoint_folder(given)
     try:
-        model = HSAModel.from_pretrained(folder, device=device)
-        symbols = load_tokenizer().n_vocab
+        model = HSAModel.from_pretrained(folder, device=device, dtype=dtype)
+        ranks = own_tokenizer(given)
+        if ranks is not None and not (own_ranks and ranks.name == RANKS_FILE):
+            raise ValueError(
+                f"{folder} has a {ranks.name} of its own, accepted is a model for the tokenizer of "
+                "this project (`hsa_mini.integrations.huggingface` reads the others)"
+            )
+        symbols = load_tokenizer(ranks and ranks.resolve()).n_vocab
         if model.config.vocab_size < symbols:
             raise ValueError(
                 f"{folder} knows {model.config.vocab_size} tokens, "

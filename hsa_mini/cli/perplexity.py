@@ -11,8 +11,9 @@ from hsa_mini.cli.arguments import (
     integer,
     results_path,
 )
-from hsa_mini.cli.models import checkpoint_folder, read_model
+from hsa_mini.cli.models import read_model
 from hsa_mini.config import MAX_TOKENS
+from hsa_mini.paths import checkpoint_folder
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -42,9 +43,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: CHECKPOINT_perplexity.json, in data/results for a shipped model, else in "
-        "the current folder; until the run is complete, finished lengths are kept in "
-        "FILE.unfinished, and the same command goes on after them",
+        help="default: CHECKPOINT_perplexity.json, in data/results of a checkout for a shipped "
+        "model, else in the current folder; until the run is complete, finished lengths are kept "
+        "in FILE.unfinished, and the same command goes on after them",
     )
     add_device(command)
     return command
@@ -61,8 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = results_path(arguments.out, arguments.checkpoint, "perplexity")
     device = choose_device(arguments.device)
-    model = read_model("checkpoint", arguments.checkpoint, device)
-    measured = fingerprint(checkpoint_folder(arguments.checkpoint))
+    folder = checkpoint_folder(arguments.checkpoint)
+    model = read_model("checkpoint", folder, device)
+    measured = fingerprint(folder)
     check_replaceable("--out", path, measured)
     lengths = sorted(set(arguments.lengths or LENGTHS))
     options = {"lengths": lengths, "stretches": arguments.stretches, "seed": arguments.seed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hsa_mini.cli.arguments import add_json, check_json, integer
+from hsa_mini.cli.arguments import add_json, add_model, check_json, chosen_model, integer
 from hsa_mini.cli.report import write_json
 from hsa_mini.config import MAX_TOKENS, PRESETS
 
@@ -19,7 +19,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "plan",
         help="what a model costs at a length: parameters, bytes, FLOP; the model is not made",
     )
-    command.add_argument("preset", help=f"which model: {', '.join(PRESETS)}")
+    add_model(command, ", ".join(PRESETS))
     command.add_argument(
         "--tokens",
         type=integer(1, MAX_TOKENS),
@@ -33,9 +33,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     from hsa_mini.model.cost_estimate import estimate_cost
+    from hsa_mini.training.own.settings import load_config
 
     check_json(arguments.json)
-    estimate = estimate_cost(arguments.preset, arguments.tokens)
+    given = chosen_model(arguments)
+    model = load_config(given) if given.endswith(".json") else given
+    estimate = estimate_cost(model, arguments.tokens)
     if arguments.json != "-":
         print(table(estimate))
     write_json(arguments.json, estimate.to_json())

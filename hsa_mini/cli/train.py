@@ -1,14 +1,27 @@
 """`train`: train a model from random weights, or continue a run that was cut off."""
 
 import argparse
+import json
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
-from hsa_mini.cli.arguments import MAX_SEED, MAX_STEPS, add_device, choose_device, integer
+from hsa_mini.cli.arguments import (
+    MAX_SEED,
+    MAX_STEPS,
+    add_device,
+    add_model,
+    choose_device,
+    chosen_model,
+    integer,
+    number,
+)
 from hsa_mini.files.whole_file import check_writable
+
+MAX_BATCH = 1 << 16  # sequences; more is a typing error
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -19,9 +32,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         description="Train a model from random weights, or continue a run that was cut off. Ctrl-C "
         "and SIGTERM save the state and stop; a second Ctrl-C stops without saving.",
     )
-    command.add_argument(
-        "preset", help="which model: nano, mini, mini_moe, mini_any, mini_any_moe, small_moe"
-    )
+    add_model(command, "nano, mini, mini_moe, mini_any, mini_any_moe or small_moe")
     command.add_argument(
         "--run",
         type=Path,
@@ -34,6 +45,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
     command.add_argument(
         "--seed", type=integer(0, MAX_SEED), default=0, help="seed of weights and data (default 0)"
     )
+    add_text(command)
+    add_recipe(command)
+    command.add_argument(
+        "--tensorboard", action="store_true", help="write curves for TensorBoard to DIR/tensorboard"
+    )
     command.add_argument(
         "--restart",
         action="store_true",
@@ -43,24 +59,97 @@ def add_parser(commands) -> argparse.ArgumentParser:
     return command
 
 
+def add_text(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what to train on."""
+    command.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="train on these files, folders and patterns ('x/*.txt'): text, .jsonl and .parquet "
+        "with a column `text`, or .bin with token ids (default: the course's text)",
+    )
+    command.add_argument(
+        "--tokenizer", metavar="FILE", help="ranks of tiktoken, or a tokenizer.json (with --data)"
+    )
+
+
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that replace values of the recipe."""
+    command.add_argument("--learning-rate", type=number(0, 1000), help="the largest one")
+    command.add_argument("--batch", type=integer(1, MAX_BATCH), help="sequences read at once")
+    command.add_argument(
+        "--accumulate",
+        type=integer(1, MAX_BATCH),
+        metavar="N",
+        help="add the gradients of N batches in one step",
+    )
+    command.add_argument(
+        "--eval-every",
+        type=integer(0, MAX_STEPS),
+        metavar="N",
+        help="measure the loss on held-out text every N steps (default 0: never)",
+    )
+    command.add_argument(
+        "--set",
+        type=change,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="replace any value: model.FIELD, train.FIELD, data.FIELD, stage.FIELD in every stage, "
+        "or stage.N.FIELD in one, counted from 0; VALUE is JSON or a plain word",
+    )
+
+
+def change(text: str) -> tuple[str, Any]:
+    """The argparse type of `--set`: NAME=VALUE -> the name and the value."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, accepted is NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def changes(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
+    """The values that the arguments replace, in the order in which they are replaced."""
+    given = {
+        "data.files": arguments.data,
+        "data.tokenizer": arguments.tokenizer,
+        "train.learning_rate": arguments.learning_rate,
+        "stage.batch": arguments.batch,
+        "train.accumulate": arguments.accumulate,
+        "train.eval_every": arguments.eval_every,
+    }
+    return [*((name, x) for name, x in given.items() if x is not None), *arguments.set]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status.
 
     SIGTERM saves the state and ends with status 0, Ctrl-C saves it and raises KeyboardInterrupt.
     """
-    folder = arguments.run or Path("runs") / arguments.preset
-    with StopSignals() as stop:
+    with StopSignals() as stop, ExitStack() as stack:
+        from hsa_mini.training.own.settings import load_settings
+        from hsa_mini.training.own.tensorboard import tensorboard
         from hsa_mini.training.run import train
 
+        device = choose_device(arguments.device)
+        settings = load_settings(chosen_model(arguments), changes(arguments))
+        folder = arguments.run or Path("runs") / settings.name
         check_writable("--run", folder, folder=True)
+        options = {}
+        if arguments.tensorboard:
+            options["on_log"] = stack.enter_context(tensorboard(folder / "tensorboard"))
         train(
-            arguments.preset,
+            settings,
             run=folder,
-            device=choose_device(arguments.device),
+            device=device,
             steps=arguments.steps,
             seed=arguments.seed,
             restart=arguments.restart,
             stop=stop,
+            **options,
         )
     if stop.stopped_after is not None:
         print(f"stopped after step {stop.stopped_after}; the same command goes on from there")
@@ -101,8 +190,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for received, handler in self._before.items():
+            signal.signal(received, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         second = self.received is not None

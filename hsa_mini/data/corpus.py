@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 from hsa_mini.checks import quoted
@@ -41,7 +42,9 @@ UP_TO_THE_LAST_WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of one split: `tokens` uint16 [n]. Every document ends with the end-of-text token."""
+    """Tokens of one split: `tokens` uint16 or uint32 [n]. Every document ends with the end-of-text
+    token.
+    """
 
     name: str
     tokens: np.ndarray
@@ -55,10 +58,8 @@ class Corpus:
         """The name, and the sha256 of the tokens in hexadecimal. Result files and the settings of a
         run hold it.
         """
-        return {
-            "name": self.name,
-            "sha256": hashlib.sha256(self.tokens.astype("<u2").tobytes()).hexdigest(),
-        }
+        tokens = self.tokens.astype(self.tokens.dtype.newbyteorder("<"), copy=False)
+        return {"name": self.name, "sha256": hashlib.sha256(tokens.data).hexdigest()}
 
 
 def load_corpus(split: str) -> Corpus:
@@ -111,23 +112,30 @@ def _encode(documents: Iterable[Document], folder: Path) -> None:
     write_folder(folder, files, kind=[KINDS])
 
 
-def load_text(path: str | Path, *, max_tokens: int, name: str = "path") -> Corpus:
+def load_text(
+    path: str | Path,
+    *,
+    max_tokens: int,
+    name: str = "path",
+    tokenizer: tiktoken.Encoding | None = None,
+) -> Corpus:
     """The first `max_tokens` tokens of a UTF-8 text file that the user names, or of standard input
     for "-".
 
     Little more is read than these tokens need, so the input may be endless. A byte order mark is
-    left out. Raises ValueError, which names the argument `name`, for a file that is missing or not
-    UTF-8 text.
+    left out. tokenizer: None is the course's. Raises ValueError, which names the argument `name`,
+    for a file that is missing or not UTF-8 text.
     """
     path = Path(path)
     accepted = "accepted is any UTF-8 text file"
     standard_input = str(path) == "-"
-    parts = [np.zeros(0, np.uint16)]
-    tokenizer = load_tokenizer()
+    tokenizer = tokenizer or load_tokenizer()
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    parts = [np.zeros(0, dtype)]
     try:
         with open(0 if standard_input else path, "rb", closefd=not standard_input) as file:
-            for text in _blocks(file):
-                parts.append(np.array(tokenizer.encode_ordinary(text), dtype=np.uint16))
+            for text in text_blocks(file):
+                parts.append(np.array(tokenizer.encode_ordinary(text), dtype=dtype))
                 if sum(map(len, parts)) >= max_tokens:
                     break
     except OSError as error:
@@ -137,7 +145,7 @@ def load_text(path: str | Path, *, max_tokens: int, name: str = "path") -> Corpu
     return Corpus(str(path), np.concatenate(parts)[:max_tokens], np.zeros(1, dtype=np.int64))
 
 
-def _blocks(file: BinaryIO) -> Iterator[str]:
+def text_blocks(file: BinaryIO) -> Iterator[str]:
     """The text of a file in parts, whose tokens joined are the tokens of the whole text.
 
     (A megabyte in which no word ends is cut anywhere.) Raises ValueError for what is not UTF-8.

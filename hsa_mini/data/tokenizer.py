@@ -29,7 +29,7 @@ PATTERN = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>")
 VOCAB_SIZE = 4096
 RANKS_SHA256 = "550d425df1d6bce69db52877fa3b9ad1a4469931568c59d2de38ca717b34a4f1"
-MAX_RANKS = (1 << 16) - len(SPECIAL_TOKENS)  # ids are stored as uint16
+MAX_RANKS = (1 << 20) - len(SPECIAL_TOKENS)
 MAX_RANKS_BYTES = 16 << 20
 
 

@@ -27,6 +27,7 @@ from hsa_mini.files.disk import (
 )
 from hsa_mini.files.lock import LOCK, locked
 from hsa_mini.files.reading import open_regular, read_bytes, read_json
+from hsa_mini.files.whole_file import write_file
 
 MANIFEST = "manifest.json"
 NEW = ".new"  # inside a folder: the files of a replacement that is written in place
@@ -133,6 +134,18 @@ def read_manifest(path: Path) -> dict[str, dict]:
     return entries
 
 
+def write_manifest(path: Path, names: Collection[str]) -> None:
+    """Write the manifest of files that another library has written into the folder `path`.
+
+    `read_folder` then verifies these files and ignores all others.
+    """
+    write_file(path / MANIFEST, _manifest({name: _entry(path / name) for name in names}))
+
+
+def _manifest(entries: dict[str, dict[str, str | int]]) -> bytes:
+    return (json.dumps(entries, indent=1) + "\n").encode()
+
+
 def _fill(fresh: Path, files: Mapping[str, Content], old: Path) -> None:
     """Write all files and the manifest into the empty folder `fresh`, and sync each."""
     (fresh / MANIFEST).touch()
@@ -144,7 +157,7 @@ def _fill(fresh: Path, files: Mapping[str, Content], old: Path) -> None:
             content(fresh / name)
             (fresh / name).chmod(usual_mode)  # safetensors does not ask the umask
     digests = {name: _entry(fresh / name) for name in files}
-    (fresh / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    (fresh / MANIFEST).write_bytes(_manifest(digests))
     for name in (*files, MANIFEST):
         copy_access(old / name, fresh / name)
         sync(fresh / name)

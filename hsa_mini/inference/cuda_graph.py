@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from hsa_mini.ops.choice import runs_kernels
+
 WARM_UP = 3  # plain calls before the recording; the first compiles kernels
 
 
@@ -18,7 +20,8 @@ class CUDAGraphRunner:
 
     Inputs are tensors of fixed shapes on one device. The function may change other tensors in
     place. It must neither synchronise with the CPU nor depend on a Python value that changes. Every
-    call does the work exactly once, recorded or not. On the CPU every call is a plain one.
+    call does the work exactly once, recorded or not. On the CPU, and on GPUs without kernels (see
+    `runs_kernels`), every call is a plain one.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
@@ -26,7 +29,7 @@ class CUDAGraphRunner:
         self.calls = 0
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not inputs[0].is_cuda:
+        if not runs_kernels(inputs[0].device):
             return self.function(*inputs)
         if self.calls < WARM_UP:
             self.calls += 1

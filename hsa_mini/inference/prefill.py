@@ -56,9 +56,10 @@ def prefill(
         raise ValueError(f"last: got {quoted(last)}, accepted is an integer of 1 to {shortest}")
     memory = ChunkMemory(model.config) if memory is None else memory
     starts = memory.lengths or (0,) * len(ids)
-    total = max(start + len(text) for start, text in zip(starts, texts)) + SEGMENT
+    total = max(start + len(text) for start, text in zip(starts, texts))
+    # Capacity for the answer too. A memory that has enough is not moved: its forks share it.
     sizes: dict[str, Any] = dict(
-        batch=len(ids), dtype=model.memory_dtype(ids.device), device=ids.device
+        batch=len(ids), dtype=model.memory_dtype(ids.device), device=ids.device, spare=SEGMENT
     )
     if memory.batch is not None:
         memory.reserve(total, **sizes)  # before the draft, which would keep the old buffers alive

@@ -78,7 +78,12 @@ def window_of_stage(scale: Scale, stage: Stage) -> dict:
 
 def mixture(**shares) -> TrainingChange:
     """Other shares of the training data."""
-    return lambda scale, stage: {"mixture": dataclasses.replace(stage.mixture, **shares)}
+
+    def change(scale: Scale, stage: Stage) -> dict:
+        assert stage.mixture is not None, "the laboratory trains on mixtures"
+        return {"mixture": dataclasses.replace(stage.mixture, **shares)}
+
+    return change
 
 
 def chains(scale: Scale, stage: Stage) -> dict:

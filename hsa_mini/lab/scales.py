@@ -45,9 +45,9 @@ class Scale:
         """
 
         def part(share: float, batch: int, steps: int) -> Stage:
-            mixture = dataclasses.replace(
-                self.stage.mixture, min_copy=round(share * self.stage.mixture.min_copy)
-            )
+            mixture = self.stage.mixture
+            assert mixture is not None, "the laboratory trains on mixtures"
+            mixture = dataclasses.replace(mixture, min_copy=round(share * mixture.min_copy))
             tokens = round(share * self.stage.tokens)
             near = max(round(share * window), 1)
             return dataclasses.replace(

@@ -36,6 +36,9 @@ class OtherChunks:
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     position_offset: int = 0
 
+    def visible_from(self, document_starts: torch.Tensor) -> torch.Tensor:
+        return document_starts
+
 
 class Variant(HSAModel):
     """An `HSAModel` whose layers `change` replaces and whose chunks are read by `attend`. It has no

@@ -18,12 +18,15 @@ Dimensions: B batch, S chunk size, C width, W window, J_r retrieval heads, R ret
 
 import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 from hsa_mini.config import HSAConfig
+from hsa_mini.files.whole_folder import Content
 from hsa_mini.memory.chunk_store import SPARE, ChunkStore
 from hsa_mini.memory.origin import Origin, fingerprint
 from hsa_mini.memory.rolling_cache import RollingKVCache
@@ -76,12 +79,12 @@ class ChunkMemory:
 
     # Capacity
 
-    def reserve(self, tokens: int, *, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make capacity for the chunks of `tokens` tokens of every sequence; see
-        `ChunkStore.reserve`.
+    def reserve(self, tokens: int, *, spare: int = 0, **sizes: Any) -> None:
+        """Make capacity for the chunks of `tokens` tokens of every sequence, and for `spare` tokens
+        more if the chunks have to move for this; for the sizes see `ChunkStore.reserve`.
         """
-        chunks = tokens // self.config.chunk_size
-        self.chunks.reserve(chunks, batch=batch, dtype=dtype, device=device)
+        S = self.config.chunk_size
+        self.chunks.reserve(tokens // S, spare=spare // S, **sizes)
 
     def ensure_capacity(self, tokens: int) -> None:
         """Make capacity for the chunks of `tokens` tokens if there is less; see
@@ -203,10 +206,10 @@ class ChunkMemory:
 
     # Files
 
-    def save(self, path: Path | str) -> None:
-        """Write this memory as a verified folder, so that a text need not be read again. Spare
-        capacity is left out. The folder names the weights of the model that made the memory, by
-        their fingerprint.
+    def save(self, path: Path | str, *, files: Mapping[str, Content] | None = None) -> None:
+        """Write this memory as a verified folder, with further `files` by name, so that a text need
+        not be read again. Spare capacity is left out. The folder names the weights of the model
+        that made the memory, by their fingerprint.
 
         Raises ValueError for a memory that has read nothing, and for one with NaN or infinite
         numbers.
@@ -233,27 +236,30 @@ class ChunkMemory:
         padding = [] if equal else [position - length for length in self.lengths]
         weights = fingerprint(self.origin)
         saved = SavedMemory(self.config, position, padding, weights, tensors)
-        write_memory(Path(path), saved)
+        write_memory(Path(path), saved, files or {})
 
     @classmethod
     def load(
-        cls, path: Path | str, *, device: torch.device | str = "cpu", offload: bool = False
+        cls,
+        path: Path | str | Mapping[str, Path],
+        *,
+        device: torch.device | str = "cpu",
+        offload: bool = False,
     ) -> "ChunkMemory":
-        """The memory of a folder that `save` wrote, for the model that made it; `offload`: see the
-        constructor. A model of other weights refuses it. A folder from before weights had a
-        fingerprint is taken by any model of its configuration, and a line of the log says so.
+        """The memory of a folder that `save` wrote (or of its verified files, by name), for the
+        model that made it; `offload`: see the constructor. Its forks share its spare capacity, an
+        eighth and 64 chunks. A model of other weights refuses it. An older folder without a
+        fingerprint is taken by any model of its configuration, as the log says.
 
         All is copied: what happens to the folder later changes nothing. But while `load` runs, the
-        file is mapped. If another program truncates it in these seconds, or the disk fails, the
-        system may end this process (SIGBUS). Python cannot catch that. `save` never truncates.
+        file is mapped. If another program truncates it then, or the disk fails, the system may end
+        this process (SIGBUS). `save` never truncates.
 
-        Raises ValueError for a folder that is missing, incomplete or altered, or whose parts
-        contradict each other; MemoryError if the chunks do not fit.
+        Raises ValueError for a folder that is missing, altered or contradicts itself; MemoryError.
         """
-        saved = read_memory(Path(path))
+        saved = read_memory(Path(path) if isinstance(path, str) else path)
         if saved.weights is None:
             log.warning("%s does not say which weights made it: they are not compared", path)
-        # Capacity for an eighth more, so that reading on does not copy the chunks at once again.
         tokens = saved.position * 9 // 8 + SPARE * saved.config.chunk_size
         memory = cls(saved.config, reserve_tokens=tokens, offload=offload)
         memory._fill(saved, torch.device(device))
@@ -291,6 +297,4 @@ class ChunkMemory:
 
 def _stacked(caches: tuple[RollingKVCache, ...]) -> RollingKVCache:
     """The caches of several sequences as one."""
-    return RollingKVCache(
-        torch.cat([cache.k for cache in caches]), torch.cat([cache.v for cache in caches])
-    )
+    return RollingKVCache(*(torch.cat(parts) for parts in zip(*caches)))

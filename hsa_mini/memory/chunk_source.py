@@ -18,7 +18,7 @@ from hsa_mini import ops
 
 
 class ChunkSource(Protocol):
-    """Anything with these three attributes."""
+    """Anything with these four attributes."""
 
     @property
     def landmarks(self) -> torch.Tensor:
@@ -28,6 +28,13 @@ class ChunkSource(Protocol):
     @property
     def position_offset(self) -> int | torch.Tensor:
         """Tokens in front of a sequence, an int or int64 [B]; a multiple of the chunk size."""
+        ...
+
+    @property
+    def visible_from(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`visible_from(document_starts)` -> [B, T]: the position, with `position_offset`, from
+        which on each token sees chunks. document_starts [B, T] are positions in the sequence.
+        """
         ...
 
     @property
@@ -46,6 +53,9 @@ class DeviceChunks(NamedTuple):
     v: torch.Tensor
     landmarks: torch.Tensor
     position_offset: int = 0
+
+    def visible_from(self, document_starts: torch.Tensor) -> torch.Tensor:
+        return document_starts
 
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return ops.chunk_attention(q, self.k, self.v, indices, weights)

@@ -76,8 +76,17 @@ class ChunkStore:
         kind = HostChunks if self.offload else DeviceChunks
         return kind(k, v, landmarks)
 
-    def reserve(self, chunks: int, *, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make capacity for `chunks` chunks of every sequence, those already held included.
+    def reserve(
+        self,
+        chunks: int,
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare: int = 0,
+    ) -> None:
+        """Make capacity for `chunks` chunks of every sequence, those already held included; if the
+        buffers have to move for this, for `spare` more.
 
         Raises MemoryError that says how many tokens fit, before anything is allocated. Buffers move
         one after the other, so that never more than one of them is held twice.
@@ -93,6 +102,7 @@ class ChunkStore:
         capacity = min((buffer.shape[1] for buffer in held), default=0)
         if held and chunks <= capacity:
             return
+        chunks += spare
         kv_shape = (c.chunk_size, c.hsa_kv_heads, c.hsa_head_dim)
         shapes = (kv_shape, kv_shape, (c.retrieval_heads, c.retrieval_dim))
         kv_place = torch.device("cpu") if self.offload else device

@@ -23,6 +23,9 @@ class HostChunks(NamedTuple):
     landmarks: torch.Tensor
     position_offset: int = 0
 
+    def visible_from(self, document_starts: torch.Tensor) -> torch.Tensor:
+        return document_starts
+
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return chunk_attention(q, self.k, self.v, indices, weights)
 

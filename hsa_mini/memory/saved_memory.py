@@ -14,6 +14,7 @@ J_r retrieval heads, R retrieval dimension.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from hsa_mini.checkpoint.tensors import is_finite, tensor_file
 from hsa_mini.checks import quoted
 from hsa_mini.config import MAX_TOKENS, HSAConfig
 from hsa_mini.files.reading import read_json
-from hsa_mini.files.whole_folder import read_folder, write_folder
+from hsa_mini.files.whole_folder import Content, read_folder, write_folder
 
 CONFIG = "config.json"
 POSITION = "position.json"
 TENSORS = "memory.safetensors"
+FILES = (TENSORS, CONFIG, POSITION)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,34 +46,38 @@ class SavedMemory:
     tensors: dict[str, torch.Tensor]
 
 
-def write_memory(path: Path, saved: SavedMemory) -> None:
-    """Write the folder `path`. Raises ValueError for a memory that `check_memory` refuses."""
+def write_memory(path: Path, saved: SavedMemory, further: Mapping[str, Content]) -> None:
+    """Write the folder `path`, with `further` files by name. Raises ValueError for a memory that
+    `check_memory` refuses.
+    """
     check_memory(saved)
     read = {"position": saved.position, "padding": saved.padding, "weights": saved.weights}
-    files = {CONFIG: saved.config.to_json().encode(), POSITION: f"{json.dumps(read)}\n".encode()}
-    write_folder(path, files | {TENSORS: tensor_file(saved.tensors)}, kind={TENSORS})
+    files: dict[str, Content] = {CONFIG: saved.config.to_json().encode()}
+    files[POSITION] = f"{json.dumps(read)}\n".encode()
+    files |= {TENSORS: tensor_file(saved.tensors), **further}
+    write_folder(path, files, kind={TENSORS})
 
 
-def read_memory(path: Path) -> SavedMemory:
-    """The memory in the folder `path`; its tensors are mapped from the file.
+def read_memory(path: Path | Mapping[str, Path]) -> SavedMemory:
+    """The memory in the folder `path`, or in verified files by name (see `read_folder`); its
+    tensors are mapped from the file.
 
     Raises ValueError that names the folder, and what is missing, altered or contradictory in it.
     """
-
-    def read(files: dict[str, Path]) -> SavedMemory:
-        config = read_json(files[CONFIG])
-        position = read_json(files[POSITION])
-        fields: list[Any] = [position.get(name) for name in ("position", "padding", "weights")]
-        try:
-            with safe_open(files[TENSORS], framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            saved = SavedMemory(HSAConfig.from_dict(config), *fields, tensors=tensors)
-            check_memory(saved)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"path: {path} cannot be read ({error})") from None
-        return saved
-
-    return read_folder(path, (TENSORS, CONFIG, POSITION), read)
+    if isinstance(path, Path):
+        return read_folder(path, FILES, read_memory)
+    config = read_json(path[CONFIG])
+    position = read_json(path[POSITION])
+    fields: list[Any] = [position.get(name) for name in ("position", "padding", "weights")]
+    try:
+        with safe_open(path[TENSORS], framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        saved = SavedMemory(HSAConfig.from_dict(config), *fields, tensors=tensors)
+        check_memory(saved)
+    except (SafetensorError, ValueError) as error:
+        folder = path[TENSORS].parent
+        raise ValueError(f"path: {folder} cannot be read ({error})") from None
+    return saved
 
 
 def check_memory(saved: SavedMemory) -> None:

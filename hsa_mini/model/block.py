@@ -48,9 +48,13 @@ class Block(nn.Module):
         cache: RollingKVCache | None,
         position: int,
         attend_chunks: AttendChunks | None = None,
+        document_starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RollingKVCache]:
-        """A segment x [B, T, C] from `position` on -> [B, T, C], and the window cache to keep."""
-        near, new_cache = self.swa(self.swa_norm(x), rope, cache, position)
+        """A segment x [B, T, C] from `position` on -> [B, T, C], and the window cache to keep.
+
+        document_starts [B, T]: see `SlidingWindowAttention.forward`.
+        """
+        near, new_cache = self.swa(self.swa_norm(x), rope, cache, position, document_starts)
         return self._behind_window(x + near, attend_chunks), new_cache
 
     def decode_step(

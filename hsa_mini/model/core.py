@@ -16,10 +16,10 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.memory.chunk_source import ChunkSource
 from hsa_mini.memory.chunk_store import ChunkStore
-from hsa_mini.memory.origin import check_origin
 from hsa_mini.model.block import Block
 from hsa_mini.model.chunk_encoder import ChunkEncoder, EncodedChunks
 from hsa_mini.model.hsa import HSA, Retrieval
+from hsa_mini.model.inputs import check_document_starts, check_memory
 from hsa_mini.model.moe import MoE
 from hsa_mini.model.norm import RMSNorm
 from hsa_mini.ops.rope import rope_table
@@ -118,40 +118,61 @@ class HSACore(nn.Module):
         ids: torch.Tensor,
         memory: ChunkMemory | None = None,
         *,
+        document_starts: torch.Tensor | None = None,
         chunk_source: Callable[[ChunkStore], ChunkSource] | None = None,
         gumbel_noise: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
+        with_logits: bool = True,
     ) -> Output:
         """ids int64 [B, T] -> `Output`; T of at least 1. The given memory is updated in place and
         returned. If the call fails, the memory is unchanged.
 
-        chunk_source: a function from the memory's chunks to the source that the HSA layers read
-        (default: these chunks). gumbel_noise: add Gumbel noise to the choice, in training mode
-        only. gumbel_seed: the seed of the noise, an int or an int64 tensor []; drawn from torch's
-        generator if None. Raises ValueError for a wrong shape, dtype, ids outside the vocabulary or
-        a memory of another batch or model.
+        document_starts: int [B, T], for rows of several documents: the position where each token's
+        document begins, a multiple of the chunk size counted from the memory's first token. No
+        token attends to or retrieves anything in front of it, so every document is read as if it
+        stood alone. RoPE needs no new start, because only distances matter to it. Later segments
+        need document_starts too. chunk_source: a function from the memory's chunks to the source
+        that the HSA layers read (default: these chunks). gumbel_noise: add Gumbel noise to the
+        choice, in training mode only. gumbel_seed: the seed of the noise, an int or an int64 tensor
+        []; drawn from torch's generator if None. with_logits=False: in place of the logits, the
+        output holds the hidden states [B, T, C] that `logits` takes, for a loss that makes logits
+        piece by piece. Raises ValueError for a wrong shape, dtype, ids outside the vocabulary,
+        wrong document starts or a memory of another batch or model.
         """
         self.check_ids(ids, memory, wait=False)
+        if document_starts is not None:
+            position = 0 if memory is None else memory.position
+            check_document_starts(document_starts, ids, position, self.config.chunk_size)
         if memory is not None and memory.batch is not None and not torch.is_grad_enabled():
             # Before the draft is made: it would keep the old buffers alive beside the new ones.
             memory.ensure_capacity(memory.position + ids.shape[1])
         draft = ChunkMemory(self.config) if memory is None else memory.draft()
-        hidden = self.lower_decoder(ids, draft)
+        hidden = self.lower_decoder(ids, draft, document_starts)
         encoded = self.append_chunks(hidden, draft)
         source = None if chunk_source is None else chunk_source(draft.chunks)
         hidden, retrievals = self.upper_decoder(
-            hidden, draft, source=source, gumbel_noise=gumbel_noise, gumbel_seed=gumbel_seed
+            hidden,
+            draft,
+            source=source,
+            document_starts=document_starts,
+            gumbel_noise=gumbel_noise,
+            gumbel_seed=gumbel_seed,
         )
-        logits = self.logits(hidden)
+        logits = self.logits(hidden) if with_logits else hidden
         aux = Aux(retrievals, encoded if self.training else None)
         if memory is None:
             return Output(logits, draft, aux)
         memory.commit(draft)
         return Output(logits, memory, aux)
 
-    def lower_decoder(self, ids: torch.Tensor, memory: ChunkMemory) -> torch.Tensor:
+    def lower_decoder(
+        self,
+        ids: torch.Tensor,
+        memory: ChunkMemory,
+        document_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """ids [B, T] behind what the memory has read -> hidden [B, T, C]. It updates the lower
-        window caches and nothing else.
+        window caches and nothing else. document_starts: as in `forward`.
 
         Raises ValueError for sequences of different lengths.
         """
@@ -164,7 +185,9 @@ class HSACore(nn.Module):
         rope = self._rope(position, ids.shape[1], ids.device)
         x = self.embedding(ids)
         for i, block in enumerate(self.lower):
-            x, memory.lower[i] = block(x, rope, memory.lower[i], position)
+            x, memory.lower[i] = block(
+                x, rope, memory.lower[i], position, document_starts=document_starts
+            )
         return x
 
     def append_chunks(self, hidden: torch.Tensor, memory: ChunkMemory) -> EncodedChunks | None:
@@ -192,13 +215,15 @@ class HSACore(nn.Module):
         memory: ChunkMemory,
         *,
         source: ChunkSource | None = None,
+        document_starts: torch.Tensor | None = None,
         gumbel_noise: bool = True,
         gumbel_seed: int | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[Retrieval, ...]]:
         """hidden [B, T, C], the lower decoder's output for the last T tokens read -> [B, T, C], and
         the retrievals.
 
-        source: the chunks that the HSA layers read instead of the memory's chunks.
+        source: the chunks that the HSA layers read instead of the memory's chunks. document_starts:
+        as in `forward`.
         """
         position = memory.position - hidden.shape[1]
         if not (self.training and self.config.exploration and gumbel_noise):
@@ -217,6 +242,7 @@ class HSACore(nn.Module):
                 gumbel_seed=None
                 if gumbel_seed is None
                 else gumbel_seed * self.config.groups + group,
+                document_starts=document_starts,
             )
             return out
 
@@ -224,7 +250,9 @@ class HSACore(nn.Module):
             # The group is bound here: activation checkpointing calls the block once more in the
             # backward pass.
             attend = partial(attend_chunks, i // self.config.layers_per_group)
-            hidden, memory.upper[i] = block(hidden, rope, memory.upper[i], position, attend)
+            hidden, memory.upper[i] = block(
+                hidden, rope, memory.upper[i], position, attend, document_starts
+            )
         return hidden, tuple(retrievals.values())
 
     def default_source(self, memory: ChunkMemory, position: int) -> ChunkSource:
@@ -261,25 +289,8 @@ class HSACore(nn.Module):
                     f"ids: got {smallest} to {largest}, "
                     f"accepted are 0 to {self.config.vocab_size - 1}"
                 )
-        if memory is None:
-            return
-        if memory.config != self.config:
-            raise ValueError(
-                "memory: got one of another configuration, accepted is one that this model made"
-            )
-        check_origin(memory.origin, self)
-        if memory.batch is None:
-            return
-        if memory.batch != ids.shape[0]:
-            raise ValueError(
-                f"memory: got a batch of {memory.batch}, accepted is that of ids ({ids.shape[0]})"
-            )
-        got = memory.chunks.landmarks
-        dtype = self.memory_dtype(ids.device)
-        if (got.dtype, got.device) != (dtype, ids.device):
-            raise ValueError(
-                f"memory: got {got.dtype} on {got.device}, accepted is {dtype} on {ids.device}"
-            )
+        if memory is not None:
+            check_memory(memory, ids, self, self.config, self.memory_dtype(ids.device))
 
     def memory_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of the chunks that this model encodes: that of its weights, or of autocast."""

@@ -55,12 +55,14 @@ class HSA(nn.Module):
         position: int,
         block_query: torch.Tensor | None = None,
         gumbel_seed: int | torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Retrieval, torch.Tensor | None]:
         """A segment whose first token stands at `position` of its sequence.
 
         block_query [B, 1, J_r, R]: if tokens retrieve in blocks of `query_block`, the query of the
         first token of the block that x continues. The third result is the one to pass with the next
-        segment (None if every token retrieves alone).
+        segment (None if every token retrieves alone). document_starts [B, T]: the position where
+        each token's document begins, a multiple of the chunk size.
         """
         config = self.config
         q, queries = self._queries(x, source.landmarks.dtype)
@@ -70,6 +72,11 @@ class HSA(nn.Module):
         if late:
             assert block_query is not None
             choosers = torch.cat((block_query.expand(-1, late, -1, -1), queries), dim=1)
+        if document_starts is not None:
+            document_starts = source.visible_from(document_starts)
+            # A block of queries lies in one document.
+            earlier = document_starts[:, :1].expand(-1, late)
+            document_starts = torch.cat((earlier, document_starts), dim=1)
         # Autocast would round the scores to bfloat16. Only their inputs may be rounded.
         with torch.autocast(x.device.type, enabled=False):
             indices, weights = ops.retrieve(
@@ -82,6 +89,7 @@ class HSA(nn.Module):
                 gumbel_seed=gumbel_seed,
                 exclude_window=config.window if config.exclude_window else 0,
                 query_block=config.query_block,
+                document_starts=document_starts,
             )
             # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
             indices = indices[:, late:].expand(-1, -1, config.hsa_kv_heads, -1)

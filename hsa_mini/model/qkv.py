@@ -1,4 +1,5 @@
-"""Queries, keys and values of an attention layer: projections, QK norm (arXiv 2010.04245), RoPE.
+"""Queries, keys and values of an attention layer: projections, QK norm (arXiv 2010.04245) unless
+`qk_norm` is False, RoPE.
 
 Dimensions: T tokens, C width, H heads, J key/value heads, D head dimension.
 """
@@ -24,8 +25,12 @@ class QKV(nn.Module):
         self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.q_norm = self._norm(config)
+        self.k_norm = self._norm(config)
+
+    @staticmethod
+    def _norm(config: HSAConfig) -> nn.Module:
+        return RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.project(x)

@@ -1,7 +1,7 @@
 """The operations of the model. The layers call these names and never choose a backend.
 
-On an NVIDIA GPU, in 16 bits and where the sizes allow, the Triton kernels of `hsa_kernels` and
-PyTorch's FlexAttention do the work. Everywhere else it is plain PyTorch
+On an NVIDIA GPU from Ampere on, in 16 bits and where the sizes allow, the Triton kernels of
+`hsa_kernels` and PyTorch's FlexAttention do the work. Everywhere else it is plain PyTorch
 (`hsa_mini.ops.torch_backend`). `backend("torch")` uses PyTorch only.
 """
 
@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hsa_mini import reference
 from hsa_mini.ops import choice, torch_backend
-from hsa_mini.ops.choice import backend, needs_gradient, use_kernels
+from hsa_mini.ops.choice import backend, needs_gradient, runs_kernels, use_kernels
 from hsa_mini.reference.checks import (
     check_chunk_attention,
     check_decode,
@@ -44,7 +44,13 @@ def in_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether the kernels do the work for heads q [B, T, H, D] and chunks k [B, N, S, J, D]."""
     H, D = q.shape[2:]
     S, J = k.shape[2:4]
-    return use_kernels(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J)
+    if not use_kernels(q, 16 <= D <= 256 and 16 <= S <= 128 and H <= 64 * J):
+        return False
+    if choice.current() == "kernels":
+        return True
+    from hsa_kernels.common.checks import tile_fits  # imported late, because Triton may be missing
+
+    return tile_fits(q, k)
 
 
 def _rows(memory: torch.Tensor) -> torch.Tensor:
@@ -66,6 +72,7 @@ def retrieve(
     gumbel_seed=None,
     exclude_window=0,
     query_block=1,
+    document_starts=None,
 ):
     """`reference.retrieve`: same arguments, same numbers."""
     check_retrieve(
@@ -78,6 +85,7 @@ def retrieve(
         gumbel_seed,
         exclude_window,
         query_block,
+        document_starts,
     )
     options: dict[str, Any] = dict(
         chunk_size=chunk_size,
@@ -87,6 +95,7 @@ def retrieve(
         gumbel_seed=gumbel_seed,
         exclude_window=exclude_window,
         query_block=query_block,
+        document_starts=document_starts,
     )
     tokens = retrieval_q.shape[:-1].numel() // query_block
     if use_kernels(retrieval_q, tokens >= MIN_RETRIEVE_TOKENS and top_k <= MAX_KEPT):
@@ -152,7 +161,7 @@ def grouped_experts(
 
 def fetch(store: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """store [N, ...] in host memory, rows int64 [M] -> store[rows] [M, ...] on rows' device."""
-    automatic = choice.current() == "auto" and rows.is_cuda and store.is_pinned()
+    automatic = choice.current() == "auto" and runs_kernels(rows.device) and store.is_pinned()
     if choice.current() == "kernels" or (automatic and choice.kernels() is not None):
         return choice.kernels().fetch(store, rows)
     return store[rows.to(store.device)].to(rows.device)
@@ -173,17 +182,17 @@ def window_decode_attention(q, k, v, positions):
     return torch_backend.window_decode_attention(q, k, v, positions)
 
 
-def sliding_window_attention(q, k, v, *, window):
+def sliding_window_attention(q, k, v, *, window, document_starts=None):
     """`reference.sliding_window_attention`: same arguments, same numbers."""
-    check_sliding_window(q, k, v, window)
+    check_sliding_window(q, k, v, window, document_starts)
     flexible = (
-        q.is_cuda
+        runs_kernels(q.device)
         and choice.current() == "auto"
         and q.shape[1] >= MIN_WINDOW_TOKENS
         and q.shape[3] in (16, 32, 64, 128)
     )
     if flexible and q.dtype in (torch.float16, torch.bfloat16):
-        if q.shape[1] == k.shape[1] <= window:  # plain causal attention
+        if document_starts is None and q.shape[1] == k.shape[1] <= window:  # plain causal attention
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
@@ -191,5 +200,7 @@ def sliding_window_attention(q, k, v, *, window):
         # imported late, because FlexAttention loads PyTorch's compiler
         from hsa_mini.ops.flex_window import sliding_window_attention
 
-        return sliding_window_attention(q, k, v, window=window)
-    return torch_backend.sliding_window_attention(q, k, v, window=window)
+        return sliding_window_attention(q, k, v, window=window, document_starts=document_starts)
+    return torch_backend.sliding_window_attention(
+        q, k, v, window=window, document_starts=document_starts
+    )

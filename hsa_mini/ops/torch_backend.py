@@ -36,6 +36,7 @@ def retrieve(
     gumbel_seed=None,
     exclude_window=0,
     query_block=1,
+    document_starts=None,
 ):
     """`reference.retrieve`, a block of tokens at a time: scores [T, N] are never held at once."""
     check_retrieve(
@@ -48,6 +49,7 @@ def retrieve(
         gumbel_seed,
         exclude_window,
         query_block,
+        document_starts,
     )
     B, T, J, _ = retrieval_q.shape
     block = _tokens_per_block(retrieval_q, B * J * landmarks.shape[1], query_block)
@@ -62,6 +64,9 @@ def retrieve(
             gumbel_seed=gumbel_seed,
             exclude_window=exclude_window,
             query_block=query_block,
+            document_starts=None
+            if document_starts is None
+            else document_starts[:, start : start + block],
         )
         for start in range(0, max(T, 1), block)
     ]
@@ -139,15 +144,16 @@ def _attend_all(q, k, v, indices, weights, *, scale):
     return out.unflatten(2, (T, H // J)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
-def sliding_window_attention(q, k, v, *, window):
+def sliding_window_attention(q, k, v, *, window, document_starts=None):
     """`reference.sliding_window_attention`, linear in T: L queries see their own W + L keys."""
-    check_sliding_window(q, k, v, window)
+    check_sliding_window(q, k, v, window, document_starts)
     B, T, H, D = q.shape
     J = k.shape[2]
     if T == 0:
         return q
     cached = min(k.shape[1] - T, window)
-    k, v = (x[:, x.shape[1] - T - cached :] for x in (k, v))
+    dropped = k.shape[1] - T - cached  # keys that no query sees
+    k, v = (x[:, dropped:] for x in (k, v))
     L = min(window, T)
     blocks = -(-T // L)
     late = blocks * L - T  # queries that fill the last block
@@ -165,7 +171,13 @@ def sliding_window_attention(q, k, v, *, window):
     bands = band if cached == window else _without_padding(band, j, window - cached, blocks, L)
     keys, values = (x.repeat_interleave(H // J, dim=2).flatten(0, 1) for x in (keys, values))
     rows = queries.transpose(2, 3).flatten(0, 1)  # [B*blocks, H, L, D]
-    if bands.dim() == 3:
+    if document_starts is not None:
+        # Counted in the padded keys, as j + start of the block: [B, T] -> [B, blocks, L, 1]
+        firsts = pad(document_starts, (0, late)) - dropped + window - cached
+        blocks_of_keys = j + torch.arange(blocks, device=j.device)[:, None, None] * L
+        bands = bands & (blocks_of_keys >= firsts.unflatten(1, (blocks, L, 1)))
+        bands = bands.flatten(0, 1)[:, None]  # [B, blocks, L, W+L] -> [B*blocks, 1, L, W+L]
+    elif bands.dim() == 3:
         bands = bands[:, None].repeat(B, 1, 1, 1)
     out = scaled_dot_product_attention(rows, keys, values, attn_mask=bands)
     return out.transpose(1, 2).reshape(B, blocks * L, H, D)[:, :T]
@@ -181,13 +193,14 @@ def update_window_cache(q, k, v, cache_k, cache_v, slots, q_gain, k_gain, table,
     """One new token of every sequence enters its window.
 
     q [B, 1, H, D], k and v [B, 1, J, D] are the projections of the token. q and k are normed
-    (`q_gain`, `k_gain` [D], `eps`) and rotated by the table of their positions (`ops.rope`). k and
-    v are written into slots int64 [B] of cache_k and cache_v [B, W, J, D], in place. Returns q.
+    (`q_gain`, `k_gain` [D], `eps`), unless the gain is None, and rotated by the table of their
+    positions (`ops.rope`). k and v are written into slots int64 [B] of cache_k and cache_v [B, W,
+    J, D], in place. Returns q.
     Raises ValueError for wrong shapes or dtypes.
     """
     check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     q, k = (
-        apply_rope(rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table)
+        apply_rope(x if gain is None else rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps), table)
         for x, gain in ((q, q_gain), (k, k_gain))
     )
     slot = slots[:, None, None, None].expand_as(k)

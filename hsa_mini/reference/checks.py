@@ -62,6 +62,7 @@ def check_retrieve(
     gumbel_seed,
     exclude_window,
     query_block,
+    document_starts=None,
 ) -> None:
     """The arguments of `retrieve`."""
     sizes: dict[str, int] = {}
@@ -89,6 +90,7 @@ def check_retrieve(
         check_same("gumbel_seed", gumbel_seed, "retrieval_q", retrieval_q, dtype=False)
     elif gumbel_seed is not None:
         check_integer("gumbel_seed", gumbel_seed, 0)
+    check_document_starts(document_starts, "retrieval_q", retrieval_q, sizes)
 
 
 def check_chunk_attention(q, k, v, indices, weights) -> None:
@@ -117,6 +119,13 @@ def check_decode(retrieval_q, landmarks, q, k, v, chunk_size) -> None:
     check_tensor("v", v, "B N S J D", sizes)
 
 
+def check_document_starts(document_starts, name, other, sizes: dict[str, int]) -> None:
+    """Document starts [B, T], or None, for `other`, the argument `name`, of B and T in `sizes`."""
+    if document_starts is not None:
+        check_tensor("document_starts", document_starts, "B T", sizes, (torch.int32, torch.int64))
+        check_same("document_starts", document_starts, name, other, dtype=False)
+
+
 def check_heads(heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(
@@ -124,7 +133,7 @@ def check_heads(heads: int, kv_heads: int) -> None:
         )
 
 
-def check_sliding_window(q, k, v, window) -> None:
+def check_sliding_window(q, k, v, window, document_starts=None) -> None:
     """The arguments of `sliding_window_attention`."""
     sizes: dict[str, int] = {}
     check_tensor("q", q, "B T H D", sizes)
@@ -138,6 +147,7 @@ def check_sliding_window(q, k, v, window) -> None:
         raise ValueError(
             f"k: got {sizes['P+T']} keys, accepted are at least the {sizes['T']} tokens of q"
         )
+    check_document_starts(document_starts, "q", q, sizes)
 
 
 def check_window_decode(q, k, v, positions) -> None:

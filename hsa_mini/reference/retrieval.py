@@ -20,20 +20,22 @@ def retrieve(
     gumbel_seed: int | torch.Tensor | None = None,
     exclude_window: int = 0,
     query_block: int = 1,
+    document_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
 
     retrieval_q [B, T, J, R], landmarks [B, N, J, R] -> indices int32 [B, T, J, K] (-1: empty slot)
-    and weights [B, T, J, K] (0 where empty; float64 for float64 inputs, else float32; they carry
-    the gradient).
+    and weights [B, T, J, K] (0 where empty; float64 for float64, else float32; with a gradient).
 
     offset: position of token 0, an int or an int tensor [B].
     weighting: "softmax" over the kept scores, or "stick_breaking" (slots are then ordered from the
     newest chunk to the oldest).
     gumbel_seed: seed of noise that is added for the choice alone; an int or an int64 tensor [].
     exclude_window: chunks that lie wholly inside this many last tokens are not visible.
-    query_block: this many tokens share the choice and the weights of the first. Ties go to the
-    newest chunk; NaN is the largest score. ValueError: wrong shapes, dtypes, devices or ranges.
+    query_block: this many tokens share the choice and the weights of the first.
+    document_starts: int [B, T], the position where each token's document begins; chunks that begin
+    before it are not visible. Ties go to the newest chunk; NaN is the largest score. ValueError:
+    wrong shapes, dtypes, devices or ranges.
 
     NOTE: differs from the paper because its condition `i <= floor(t/S)`, read with indices from 0,
     would show a token the chunk that holds its own future. Here chunk i is visible from token
@@ -41,7 +43,7 @@ def retrieve(
     """
     check_retrieve(
         retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window,
-        query_block,
+        query_block, document_starts,
     )  # fmt: skip
     B, T, J, R = retrieval_q.shape
     N = landmarks.shape[1]
@@ -50,18 +52,16 @@ def retrieve(
     positions = shifted(steps, offset).expand(B, -1)
     chooser = retrieval_q[:, ::query_block].to(dtype)
     scores = torch.einsum("btjr,bnjr->btjn", chooser, landmarks.to(dtype)) / R**0.5
-    scores = scores.masked_fill(
-        ~visible_chunks(positions, N, chunk_size, exclude_window)[:, :, None], float("-inf")
-    )
+    starts = None if document_starts is None else document_starts[:, ::query_block]
+    visible = visible_chunks(positions, N, chunk_size, exclude_window, starts)
+    scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     with torch.no_grad():
-        choice = (
-            scores if gumbel_seed is None else scores + gumbel_noise(gumbel_seed, positions, J, N)
-        )
+        noise = None if gumbel_seed is None else gumbel_noise(gumbel_seed, positions, J, N)
+        choice = scores if noise is None else scores + noise
         indices = newest_top_k(choice, min(top_k, N))
         if weighting == "stick_breaking":
             indices = indices.sort(dim=-1, descending=True).values
     weights = weigh(scores.gather(-1, indices.clamp(min=0)), indices < 0, weighting)
-
     indices = torch.nn.functional.pad(indices, (0, top_k - indices.shape[-1]), value=-1).int()
     weights = torch.nn.functional.pad(weights, (0, top_k - weights.shape[-1]))
     if query_block > 1:
@@ -79,12 +79,14 @@ def shifted(steps: torch.Tensor, offset: int | torch.Tensor) -> torch.Tensor:
 
 
 def visible_chunks(
-    positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0
-) -> torch.Tensor:
-    """positions [..., T] -> bool [..., T, N]: complete, and not wholly in the excluded window."""
+    positions: torch.Tensor, chunks: int, chunk_size: int, exclude_window: int = 0,
+    document_starts: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """positions [..., T] -> bool [..., T, N]: complete, outside of the window, in the document."""
     start = torch.arange(chunks, device=positions.device) * chunk_size
     complete = start + chunk_size <= positions[..., None]
-    return complete & (start <= positions[..., None] - exclude_window)
+    seen = complete & (start <= positions[..., None] - exclude_window)
+    return seen if document_starts is None else seen & (start >= document_starts[..., None])
 
 
 def newest_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:

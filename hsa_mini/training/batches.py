@@ -1,40 +1,62 @@
 """Batches of a recipe: a function of (seed, step), drawn in advance while a GPU computes."""
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hsa_mini.data.corpus import Corpus
 from hsa_mini.training.mixture import TrainingBatches, check_step
-from hsa_mini.training.recipes import Recipe
+from hsa_mini.training.own.batches import DocumentBatches
+from hsa_mini.training.recipes import Recipe, Stage
+
+log = logging.getLogger(__name__)
 
 WORKERS = 4  # processes that draw batches for a GPU
 AHEAD = 4  # batches that each of them draws before they are needed
 
 
 class StagedBatches(Dataset):
-    """The batches of a whole recipe: item `step` is drawn by the `TrainingBatches` of its stage."""
+    """The batches of a whole recipe: item `step` is drawn by the `TrainingBatches` of its stage, or
+    by `DocumentBatches` if the stage has no mixture. It holds `recipe.accumulate` batches in one.
+    """
 
-    def __init__(self, recipe: Recipe, seed: int, text: np.ndarray | None = None) -> None:
-        """text: see `TrainingBatches`."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        text: np.ndarray | None = None,
+        *,
+        documents: Corpus | None = None,
+        chunk_size: int = 1,
+    ) -> None:
+        """text: see `TrainingBatches`. documents, chunk_size: see `DocumentBatches`."""
         self.recipe = recipe
-        self.batches = {
-            stage: TrainingBatches(
-                stage.mixture,
-                batch=stage.batch,
-                tokens=stage.tokens,
-                steps=recipe.steps,
-                seed=seed,
-                text=text,
-            )
-            for stage in dict.fromkeys(recipe.stages)
-        }
+        self.batches: dict[Stage, Dataset] = {}
+        for stage in dict.fromkeys(recipe.stages):
+            sizes = {"batch": stage.batch * recipe.accumulate, "tokens": stage.tokens, "seed": seed}
+            if stage.mixture is not None:
+                self.batches[stage] = TrainingBatches(
+                    stage.mixture, **sizes, steps=recipe.steps, text=text
+                )
+                continue
+            assert documents is not None, "a stage without a mixture needs documents"
+            packed = DocumentBatches(documents, **sizes, chunk_size=chunk_size)
+            self.batches[stage] = packed
+            if packed.split:
+                log.warning(
+                    "data: %d of %d documents are longer than a row of %d tokens and were split",
+                    packed.split,
+                    len(documents.starts),
+                    stage.tokens,
+                )
 
     def __len__(self) -> int:
         return self.recipe.steps
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         check_step(step, self.recipe.steps)
         return self.batches[self.recipe.stage(step)][step]
 

@@ -51,7 +51,8 @@ class CrossBatchChunks:
 
     Order for sequence b: the queue, then the other sequences cyclically from b+1, then its own
     chunks. Order for the first `isolated` sequences: their own chunks first, so that they see no
-    others.
+    others. A sequence that sees others also sees earlier documents of its own row, which are other
+    texts like them.
 
         sequence 1 of 3:    | queue: M | sequence 2: N | sequence 0: N | sequence 1: N |
     """
@@ -85,6 +86,7 @@ class CrossBatchChunks:
             v = torch.cat((queued_v, v))
             queued = encoder.landmarks(cls_states[None]).to(landmarks.dtype).expand(B, -1, -1, -1)
             self.landmarks = torch.cat((queued, self.landmarks), dim=1)
+        self.isolated = isolated
         self.skipped = None  # shift of an isolated sequence's indices: the chunks in front
         if isolated:
             own_first = self.landmarks[:isolated].roll(N, dims=1)
@@ -94,6 +96,11 @@ class CrossBatchChunks:
             self.skipped = (~sees_others * in_front)[:, None, None, None]
         self.k = k[None]  # [1, M + B*N, S, J, D]: one copy for all sequences
         self.v = v[None]
+
+    def visible_from(self, document_starts: torch.Tensor) -> torch.Tensor:
+        """0 for the sequences that see others. See `memory.chunk_source`."""
+        isolated = torch.arange(len(document_starts), device=document_starts.device) < self.isolated
+        return document_starts * isolated[:, None]
 
     def attend(self, q: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`ops.chunk_attention` for q [B, T, H, D], indices into `landmarks` and weights [B, T, J,

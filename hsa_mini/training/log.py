@@ -1,10 +1,15 @@
 """The log of a training run: a CSV file with one row every few steps."""
 
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Self
 
+from hsa_mini.checkpoint.training_state import state_folder
 from hsa_mini.files.whole_file import write_file
+
+log = logging.getLogger(__name__)
 
 LOG = "log.csv"
 # The columns of the file for the fields of `StepFigures`, in order. `imbalance` is
@@ -12,6 +17,9 @@ LOG = "log.csv"
 FIGURES = ("loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance")
 COLUMNS = ("step", *FIGURES, "learning_rate", "seconds")
 HEADER = ",".join(COLUMNS) + "\n"
+# With held-out text there is one more column; it is nan in rows without a measurement.
+HELD_OUT = "held_out"
+HEADER_WITH_HELD_OUT = ",".join((*COLUMNS, HELD_OUT)) + "\n"
 
 
 class Log:
@@ -37,17 +45,36 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, step: int, numbers: dict[str, float], rate: float, seconds: float) -> None:
-        """Append the row of a step; numbers: see `StepFigures.numbers`."""
-        figures = (f"{x:.6g}" for x in (*numbers.values(), rate, seconds))
-        row = ",".join((str(step), *figures)) + "\n"
-        self.text += row
-        self._file.write(row)
+    def write(self, row: dict[str, float]) -> None:
+        """Append a row, by column; a column that is missing is nan."""
+        columns = self.text[: self.text.index("\n")].split(",")[1:]
+        figures = (f"{row.get(name, math.nan):.6g}" for name in columns)
+        line = ",".join((str(row["step"]), *figures)) + "\n"
+        self.text += line
+        self._file.write(line)
         self._file.flush()
 
     def sync(self) -> None:
         """Wait until all rows have reached the disk."""
         os.fsync(self._file.fileno())
+
+
+def restored_log(run: Path, step: int, header: str) -> str:
+    """The text of the log up to the state after `step` steps; warnings say what was lost.
+
+    header: that of a new log. Raises ValueError if only a damaged log holds these rows.
+    """
+    path = run / LOG
+    kept = state_folder(run, step) / LOG
+    if not path.is_file():
+        log.warning("run: %s is missing: it is written anew, as far as it is known", path)
+        return kept.read_text() if kept.exists() else header
+    if not kept.exists():  # a state of an earlier version
+        return rows_until(path, step)
+    text = kept.read_text()
+    if not path.read_text(errors="replace").startswith(text):
+        log.warning("run: %s is damaged: it is restored from %s", path, kept)
+    return text
 
 
 def rows_until(path: Path, step: int) -> str:

@@ -1,10 +1,14 @@
 """How the presets are trained: a recipe is a list of stages and the settings of one optimizer."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from hsa_mini.checks import check_integer, check_number, quoted
 from hsa_mini.config import HSAConfig
 from hsa_mini.training.mixture import Mixture
+
+MAX_NUMBER = 10**9  # in a recipe; more is a typing error
+MAX_BETA = 1 - 1e-9  # AdamW accepts no 1
 
 
 @dataclass(frozen=True)
@@ -15,11 +19,14 @@ class Stage:
     that it retrieves among that many chunks of earlier batches, the chunks of all other sequences
     of its batch, and its own. isolated: this many sequences of each batch see only their own chunks
     even so. They keep the model used to the beginning of a text, where nothing has been read
-    before.
+    before. mixture: None means whole documents, packed into rows, in which nothing attends or
+    retrieves across the border of a document.
+
+    Raises ValueError for values out of range.
     """
 
     steps: int
-    batch: int  # sequences
+    batch: int  # sequences that are read at once
     tokens: int  # of a sequence
     window: int | None = None  # W; None: the preset's
     top_k: int | None = None  # K; None: the preset's
@@ -27,7 +34,16 @@ class Stage:
     queue_chunks: int | None = None
     isolated: int = 0
     text_weight: float = 1.0  # of plain text in the loss; copies and answers have weight 1
-    mixture: Mixture = field(default_factory=Mixture)
+    mixture: Mixture | None = field(default_factory=Mixture)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch", 1), ("tokens", 1), ("isolated", 0)):
+            check_integer(name, getattr(self, name), least, MAX_NUMBER)
+        for name, least in (("window", 1), ("top_k", 1), ("queue_chunks", 0)):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least, MAX_NUMBER)
+        _check_choice("gumbel_noise", self.gumbel_noise, (True, False))
+        check_number("text_weight", self.text_weight, 0, MAX_NUMBER)
 
     def config(self, preset: HSAConfig) -> HSAConfig:
         """The preset with the window and K of this stage."""
@@ -44,6 +60,8 @@ class Recipe:
     """Stages, trained one after the other with one optimizer.
 
     The learning rate warms up linearly, stays constant, and decays linearly to 0.
+
+    Raises ValueError for values out of range.
     """
 
     stages: tuple[Stage, ...]
@@ -54,6 +72,28 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
     balance_rate: float = 1e-3  # change of an expert's bias in one step
+    accumulate: int = 1  # batches whose gradients are added in one step
+    eval_every: int = 0  # steps between two measurements of the held-out loss; 0: none
+    dtype: str = "float32"  # of weights and gradients; the optimizer's are float32
+    checkpoint_blocks: bool = False  # keep only the inputs of blocks for the backward pass
+    loss_tokens: int = 0  # make logits of this many tokens at a time; 0: of all at once
+
+    def __post_init__(self) -> None:
+        if not self.stages or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise ValueError(f"stages: got {quoted(self.stages)}, accepted is at least one stage")
+        for name in ("warmup", "accumulate"):
+            check_integer(name, getattr(self, name), 1, MAX_NUMBER)
+        for name in ("eval_every", "loss_tokens"):
+            check_integer(name, getattr(self, name), 0, MAX_NUMBER)
+        for name in ("learning_rate", "weight_decay", "clip", "balance_rate"):
+            check_number(name, getattr(self, name), 0, MAX_NUMBER)
+        check_number("decay", self.decay, 0, 1)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: got {quoted(self.betas)}, accepted are two numbers")
+        for i, beta in enumerate(self.betas):
+            check_number(f"betas[{i}]", beta, 0, MAX_BETA)
+        _check_choice("checkpoint_blocks", self.checkpoint_blocks, (True, False))
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
     @property
     def steps(self) -> int:
@@ -89,6 +129,14 @@ class Recipe:
         return replace(self, stages=tuple(replace(s, steps=n) for s, n in zip(self.stages, shares)))
 
 
+def _check_choice(name: str, value: Any, accepted: tuple) -> None:
+    if type(value) is not type(accepted[0]) or value not in accepted:
+        known = " and ".join(map(str, accepted))
+        raise ValueError(f"{name}: got {quoted(value)}, accepted are {known}")
+
+
+# Files of earlier versions lack these settings. They hold them only where they are not the default.
+ADDED = ("accumulate", "eval_every", "dtype", "checkpoint_blocks", "loss_tokens")
 # Files of earlier versions hold these keys, and a run is resumed only if its settings are equal.
 KEYS_IN_FILES = {
     "gumbel_noise": "explore",
@@ -114,7 +162,9 @@ def recipe_settings(recipe: Recipe) -> dict:
             return type(value)(map(renamed, value))
         return value
 
-    return renamed(asdict(recipe))
+    values = asdict(recipe)
+    defaults = {f.name: f.default for f in fields(recipe) if f.name in ADDED}
+    return renamed({k: x for k, x in values.items() if k not in ADDED or x != defaults[k]})
 
 
 # First the model learns to find a needle among 16 chunks, with noise. Then it has to find one among

@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,31 +29,41 @@ from hsa_mini.checkpoint.training_state import (
     load_progress,
     not_finite,
     save_progress,
-    state_folder,
     state_folders,
 )
-from hsa_mini.checks import quoted
-from hsa_mini.config import PRESETS
-from hsa_mini.data.corpus import load_corpus
+from hsa_mini.data.corpus import Corpus, load_corpus
+from hsa_mini.data.own_corpus import load_own_corpus, split_off, tokenizer_files
 from hsa_mini.files.lock import locked
 from hsa_mini.files.whole_file import write_file
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.training.batches import StagedBatches, prefetch
 from hsa_mini.training.finite import FiniteSteps
-from hsa_mini.training.log import HEADER, LOG, Log, rows_until
-from hsa_mini.training.recipes import RECIPES, recipe_settings
-from hsa_mini.training.state_check import check_progress
+from hsa_mini.training.log import (
+    FIGURES,
+    HEADER,
+    HEADER_WITH_HELD_OUT,
+    HELD_OUT,
+    LOG,
+    Log,
+    restored_log,
+)
+from hsa_mini.training.own.held_out import HeldOut
+from hsa_mini.training.own.settings import Settings, load_settings
+from hsa_mini.training.recipes import recipe_settings
+from hsa_mini.training.state_check import check_progress, check_settings
+from hsa_mini.training.step import StepFigures
 from hsa_mini.training.trainer import Trainer
 
 FINAL = "final"
 LOAD_BATCHES = 16  # to measure expert loads: those of a single batch vary too much
+SHOWN = ("loss", "answer_accuracy", HELD_OUT)  # figures beside the progress bar
 MAX_FILE_BYTES = 15 << 20  # of weights in one file; the repository allows 16 MiB
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    name: str,
+    settings: str | Settings,
     *,
     run: Path,
     device: torch.device,
@@ -62,36 +73,53 @@ def train(
     checkpoint_seconds: float = 120.0,
     log_every: int = 50,
     stop: Callable[[int], bool] = lambda step: False,
+    on_log: Callable[[dict[str, float]], object] = lambda row: None,
 ) -> HSAModel:
-    """Train preset `name` in folder `run`, from its newest whole state on; returns the model.
+    """Train a preset, or the model of any settings, in folder `run`, from its newest whole state
+    on; returns the model.
 
     steps: replaces the recipe's number of steps. restart: remove the states in the folder and begin
-    at step 0. stop: asked after every step whether to save the state and return. The log is
-    `run/log.csv`; the finished model is `run/final`, in bfloat16.
+    at step 0. stop: asked after every step whether to save the state and return. on_log: called
+    with every row of the log, by column. The log is `run/log.csv`; the finished model is
+    `run/final`, in bfloat16.
 
     Warnings say what was damaged or missing, in one line each. Raises ValueError for an unknown
-    preset, and for a folder that another process holds, that holds a run with other settings, or
-    where training would begin anew over what is there. Raises FloatingPointError, and saves no
-    state, if the loss or a weight is not finite.
+    preset, for text that is not accepted (see `load_own_corpus`), and for a folder that another
+    process holds, that holds a run with other settings, or where training would begin anew over
+    what is there. Raises FloatingPointError, and saves no state, if the loss or a weight is not
+    finite.
     """
-    if name not in RECIPES:
-        raise ValueError(f"preset: got {quoted(name)}, accepted are {', '.join(RECIPES)}")
-    recipe = RECIPES[name] if steps is None else RECIPES[name].scaled(steps)
+    if isinstance(settings, str):
+        settings = load_settings(settings)
+    if steps is not None:
+        settings = replace(settings, recipe=settings.recipe.scaled(steps))
+    recipe = settings.recipe
+    corpus, held_out = _texts(settings)
+    tokenizer = tokenizer_files(settings.data)
+    chunk_size = settings.config.chunk_size
+    batches = StagedBatches(recipe, seed, corpus.tokens, documents=corpus, chunk_size=chunk_size)
+    measure = None if held_out is None else HeldOut(held_out, recipe, settings.config)
     with locked(run, "run"):
         torch.manual_seed(seed)
-        trainer = Trainer(HSAModel(PRESETS[name]).to(device).train(), recipe, seed=seed)
-        corpus = load_corpus("train")
-        settings = {"preset": name, "seed": seed, "recipe": recipe_settings(recipe)}
-        settings["corpus"] = corpus.identity
+        trainer = Trainer(HSAModel(settings.config).to(device).train(), recipe, seed=seed)
+        identity = {**settings.identity(), "seed": seed, "corpus": corpus.identity}
         if restart:
             discard_progress(run)
-        text, seconds = _resume(trainer, run, settings, restart=restart)
-        batches = StagedBatches(recipe, seed, corpus.tokens)
+        text, seconds = _resume(trainer, run, identity, restart=restart)
         with Log(run / LOG, text) as rows:
-            work = _Run(run, trainer, batches, settings, rows, seconds)
-            if work.take_steps(log_every, checkpoint_seconds, stop):
-                work.save_final()
+            work = _Run(run, trainer, batches, measure, identity, rows, seconds)
+            if work.take_steps(log_every, checkpoint_seconds, stop, on_log):
+                work.save_final(tokenizer)
     return trainer.model
+
+
+def _texts(settings: Settings) -> tuple[Corpus, Corpus | None]:
+    """What is trained on, and what the held-out loss reads, if it is measured."""
+    measured = settings.recipe.eval_every > 0
+    if settings.data is None:
+        return load_corpus("train"), load_corpus("validation") if measured else None
+    corpus = load_own_corpus(settings.data, settings.config.vocab_size)
+    return split_off(corpus, settings.data.held_out) if measured else (corpus, None)
 
 
 class _Run:
@@ -102,6 +130,7 @@ class _Run:
         folder: Path,
         trainer: Trainer,
         batches: StagedBatches,
+        held_out: HeldOut | None,
         settings: dict,
         rows: Log,
         seconds: float,
@@ -110,12 +139,17 @@ class _Run:
         self.folder = folder
         self.trainer = trainer
         self.batches = batches
+        self.held_out = held_out
         self.settings = settings
         self.rows = rows
         self.began = time.monotonic() - seconds
 
     def take_steps(
-        self, log_every: int, checkpoint_seconds: float, stop: Callable[[int], bool]
+        self,
+        log_every: int,
+        checkpoint_seconds: float,
+        stop: Callable[[int], bool],
+        on_log: Callable[[dict[str, float]], object],
     ) -> bool:
         """Take the steps that are left, or stop when asked to; returns whether all were taken."""
         trainer = self.trainer
@@ -136,12 +170,13 @@ class _Run:
                 finite.note(step, figures)
                 bar.update()
                 last = step == recipe.steps
-                if step % log_every == 0 or last:
+                measured = recipe.eval_every and (step % recipe.eval_every == 0 or last)
+                if step % log_every == 0 or last or measured:
                     self.check(finite)
-                    numbers = figures.numbers()
-                    self.rows.write(step, numbers, recipe.rate(step - 1), self.seconds())
-                    accuracy = numbers["answer_accuracy"]
-                    bar.set_postfix(loss=f"{numbers['loss']:.3f}", answers=f"{accuracy:.1%}")
+                    row = self.row(figures, measure=bool(measured))
+                    self.rows.write(row)
+                    on_log(row)
+                    bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
                 stopped = stop(step)
                 if stopped or last or time.monotonic() - saved > checkpoint_seconds:
                     self.check(finite)
@@ -150,6 +185,16 @@ class _Run:
                 if stopped:
                     return False
         return True
+
+    def row(self, figures: StepFigures, *, measure: bool) -> dict[str, float]:
+        """The row of the log for the step just taken; measure: with the held-out loss."""
+        trainer = self.trainer
+        row = {"step": trainer.step, **dict(zip(FIGURES, figures.numbers().values()))}
+        if measure and self.held_out is not None:
+            stage = trainer.recipe.stage(trainer.step - 1)
+            row[HELD_OUT] = self.held_out.loss(trainer.models[stage], stage)
+        row["learning_rate"] = trainer.recipe.rate(trainer.step - 1)
+        return {**row, "seconds": self.seconds()}
 
     def seconds(self) -> float:
         """How long this run has been trained."""
@@ -172,7 +217,7 @@ class _Run:
 
     def stop_at(self, step: int, what: str) -> NoReturn:
         """Save the batch of a step, counted from 1 as in the log, and raise FloatingPointError."""
-        ids, parts = self.batches[step - 1]
+        ids, parts, *_ = self.batches[step - 1]
         path = self.folder / f"batch-{step}.safetensors"
         write_file(path, save({"ids": ids, "parts": parts, "step": torch.tensor(step)}))
         states = state_folders(self.folder)
@@ -181,8 +226,11 @@ class _Run:
             f"and the last finite state is {states[-1] if states else 'the beginning'}"
         )
 
-    def save_final(self) -> None:
-        """Write the finished model: weights, the log, and training.json (how they were made)."""
+    def save_final(self, tokenizer: dict[str, str]) -> None:
+        """Write the finished model: weights, the log, and training.json (how they were made).
+
+        tokenizer: the file of the user's tokenizer, name -> content, if there is one.
+        """
         trainer = self.trainer
         recipe = trainer.recipe
         how = {
@@ -197,7 +245,10 @@ class _Run:
             steps = range(recipe.steps - count, recipe.steps)
             counted = prefetch(self.batches, steps, device=trainer.device)
             how["imbalance"] = trainer.max_over_mean_loads(counted)
+        if tokenizer:
+            (how["tokenizer"],) = tokenizer
         texts = {LOG: self.rows.text, "training.json": json.dumps(how, indent=1) + "\n"}
+        texts |= tokenizer
         trainer.model.save_pretrained(
             self.folder / FINAL, dtype=torch.bfloat16, texts=texts, shard_bytes=MAX_FILE_BYTES
         )
@@ -208,6 +259,7 @@ def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tu
 
     Returns the text of the log up to that state, and the seconds trained until then.
     """
+    header = HEADER_WITH_HELD_OUT if trainer.recipe.eval_every else HEADER
     state = load_progress(run)
     if state is None:
         if (run / FINAL).exists() and not restart:
@@ -218,9 +270,9 @@ def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tu
         if (run / LOG).exists():
             log.warning("run: %s holds no state: training begins at step 0, with a new log", run)
         clear_up(run, 0)
-        return HEADER, 0.0
+        return header, 0.0
     tensors, progress = state
-    _check_settings(run, progress.get("settings"), settings)
+    check_settings(run, progress.get("settings"), settings)
     try:
         check_progress(progress, steps=trainer.recipe.steps)
         trainer.load_state_dict(tensors, step=progress["step"])
@@ -228,36 +280,6 @@ def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tu
         raise ValueError(
             f"run: the newest state in {run} does not fit ({error}); accepted is --restart"
         ) from None
-    text = _rows_until(run, trainer.step)
+    text = restored_log(run, trainer.step, header)
     clear_up(run, trainer.step)
     return text, progress["seconds"]
-
-
-def _check_settings(run: Path, found: object, settings: dict) -> None:
-    """Raise ValueError if what a state holds as its settings are not those of this run."""
-    found = found if isinstance(found, dict) else {}
-    for key, value in json.loads(json.dumps(settings)).items():
-        if key == "corpus" and key not in found:  # a state of an earlier version
-            log.warning("run: %s does not say which corpus it read; it goes on with %s", run, value)
-        elif found.get(key) != value:
-            values = f": got {value}, the run has {quoted(found.get(key))}"
-            raise ValueError(
-                f"run: {run} holds a run of other settings; accepted is an empty folder, one of "
-                "the same settings, or --restart, which removes its states "
-                f"({key}{'' if key == 'recipe' else values})"
-            )
-
-
-def _rows_until(run: Path, step: int) -> str:
-    """The text of the log up to the state after `step` steps."""
-    path = run / LOG
-    kept = state_folder(run, step) / LOG
-    if not path.is_file():
-        log.warning("run: %s is missing: it is written anew, as far as it is known", path)
-        return kept.read_text() if kept.exists() else HEADER
-    if not kept.exists():  # a state of an earlier version
-        return rows_until(path, step)
-    text = kept.read_text()
-    if not path.read_text(errors="replace").startswith(text):
-        log.warning("run: %s is damaged: it is restored from %s", path, kept)
-    return text

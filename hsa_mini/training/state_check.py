@@ -2,8 +2,11 @@
 with half of a state, or with numbers of another run, it would train on without any error.
 """
 
+import json
+import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -11,6 +14,8 @@ from hsa_mini.checkpoint.tensors import is_finite
 from hsa_mini.checks import quoted
 from hsa_mini.config import HSAConfig
 from hsa_mini.training.cross_batch import ChunkQueue
+
+log = logging.getLogger(__name__)
 
 
 def check_progress(progress: dict, *, steps: int) -> None:
@@ -22,6 +27,21 @@ def check_progress(progress: dict, *, steps: int) -> None:
     is_number = isinstance(seconds, int | float)
     if not is_number or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds: got {quoted(seconds)}, accepted is a number of at least 0")
+
+
+def check_settings(run: Path, found: object, settings: dict) -> None:
+    """Raise ValueError if what a state holds as its settings are not those of this run."""
+    found = found if isinstance(found, dict) else {}
+    for key, value in json.loads(json.dumps(settings)).items():
+        if key == "corpus" and key not in found:  # a state of an earlier version
+            log.warning("run: %s does not say which corpus it read; it goes on with %s", run, value)
+        elif found.get(key) != value:
+            values = f": got {value}, the run has {quoted(found.get(key))}"
+            raise ValueError(
+                f"run: {run} holds a run of other settings; accepted is an empty folder, one of "
+                "the same settings, or --restart, which removes its states "
+                f"({key}{'' if key == 'recipe' else values})"
+            )
 
 
 def check_state(

@@ -7,6 +7,7 @@ Dimensions: B batch, T tokens; ids and parts have T+1 tokens (inputs and targets
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.model.core import Output
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
-from hsa_mini.training.loss import mixture_loss
+from hsa_mini.training.loss import Loss, mixture_loss, mixture_loss_in_pieces, part_counts
+from hsa_mini.training.optimizer import MasterWeights
 from hsa_mini.training.recipes import Recipe, Stage
 
 
@@ -45,28 +47,77 @@ def train_step(
     parts: torch.Tensor,
     rate: torch.Tensor,
     noise: torch.Tensor,
+    document_starts: torch.Tensor | None = None,
+    *,
+    master: MasterWeights | None = None,
 ) -> StepFigures:
     """Train `model` on one batch of `stage`; returns the figures of the step, still on the device.
 
-    ids int64 and parts int8 are [B, T+1]. The learning rate `rate` and the noise seed `noise` are
-    tensors [].
+    ids int64, parts int8 and document_starts, if rows hold several documents, are [B, T+1]. The
+    part of a document's first token is NONE: no other document predicts it. The batch is read in
+    `recipe.accumulate` parts of equal size, whose gradients are added. The learning rate `rate` and
+    the noise seed `noise` of the first part are tensors []. master: the weights that `optimizer`
+    changes, if they are not those of `model`.
     """
     for group in optimizer.param_groups:
         group["lr"].copy_(rate)
-    output = forward_with_queue(
-        model, stage, queue, ids[:, :-1], gumbel_noise=stage.gumbel_noise, gumbel_seed=noise
-    )
-    loss, (text, copy, answer), accuracy = mixture_loss(
-        output.logits, ids[:, 1:], parts[:, 1:], text_weight=stage.text_weight
-    )
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    counts = part_counts(parts[:, 1:])
+    starts = repeat(None) if document_starts is None else document_starts.chunk(recipe.accumulate)
+    sums: list[torch.Tensor] = []
+    micro_batches = zip(ids.chunk(recipe.accumulate), parts.chunk(recipe.accumulate), starts)
+    for i, (some_ids, some_parts, some_starts) in enumerate(micro_batches):
+        options = {"gumbel_noise": stage.gumbel_noise, "gumbel_seed": noise + i}
+        output, (loss, means, accuracy) = forward_and_loss(
+            model, recipe, stage, queue, some_ids, some_parts, some_starts, counts, **options
+        )
+        loss.backward()
+        if master is not None:
+            master.take_gradients()
+        if queue.size:
+            fill_queue(queue, output)
+        found = (loss.detach(), *means, accuracy)
+        sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+    trained = model.parameters() if master is None else master.masters
+    norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if queue.size:
-        fill_queue(queue, output)
+    if master is not None:
+        master.write_back()
     load = balance_experts(model, recipe.balance_rate, ids.device)
-    return StepFigures(loss.detach(), text, copy, answer, accuracy, norm, load)
+    return StepFigures._make((*sums, norm, load))
+
+
+def forward_and_loss(
+    model: HSAModel,
+    recipe: Recipe,
+    stage: Stage,
+    queue: ChunkQueue,
+    ids: torch.Tensor,
+    parts: torch.Tensor,
+    document_starts: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    **options,
+) -> tuple[Output, Loss]:
+    """The output for ids [B, T+1] without the last token, and the loss of the tokens that follow.
+
+    counts: see `mixture_loss`. options: those of the model's forward pass.
+    """
+    if document_starts is not None:
+        options["document_starts"] = document_starts[:, :-1]
+    pieces = recipe.loss_tokens
+    output = forward_with_queue(model, stage, queue, ids[:, :-1], with_logits=not pieces, **options)
+    targets = ids[:, 1:]
+    parts = parts[:, 1:]
+    weights = {"text_weight": stage.text_weight, "counts": counts}
+    if not pieces:
+        return output, mixture_loss(output.logits, targets, parts, **weights)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        with autocast(ids.device):
+            return model.logits(hidden)
+
+    hidden = output.logits
+    return output, mixture_loss_in_pieces(head, hidden, targets, parts, tokens=pieces, **weights)
 
 
 def forward_with_queue(
@@ -78,8 +129,13 @@ def forward_with_queue(
         source = partial(
             CrossBatchChunks, encoder=model.encoder, queue=queue, isolated=stage.isolated
         )
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.device.type == "cuda"):
+    with autocast(ids.device):
         return model(ids, chunk_source=source, **options)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; nothing elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def fill_queue(queue: ChunkQueue, output: Output) -> None:
@@ -106,14 +162,16 @@ def balance_experts(model: HSAModel, rate: float, device: torch.device) -> torch
 
 @torch.no_grad()
 def max_over_mean_loads(
-    model: HSAModel, stage: Stage, queue: ChunkQueue, batches: Iterable[torch.Tensor]
+    model: HSAModel, stage: Stage, queue: ChunkQueue, batches: Iterable[tuple[torch.Tensor, ...]]
 ) -> list[float]:
-    """The max-over-mean load of every MoE layer over all batches [B, T+1], without training.
+    """The max-over-mean load of every MoE layer over all batches (ids, parts) or (ids, parts,
+    document_starts), without training.
 
     `model` must be fresh: it has counted no tokens yet.
     """
-    for ids in batches:
-        forward_with_queue(model, stage, queue, ids[:, :-1], gumbel_noise=False)
+    for ids, _, *starts in batches:
+        options = {"document_starts": starts[0][:, :-1]} if starts else {}
+        forward_with_queue(model, stage, queue, ids[:, :-1], gumbel_noise=False, **options)
     return [
         round(layer.statistics().max_over_mean_load.item(), 3)
         for layer in model.modules()

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue
-from hsa_mini.training.optimizer import make_optimizer
+from hsa_mini.training.optimizer import MasterWeights, make_optimizer
 from hsa_mini.training.recipes import Recipe
 from hsa_mini.training.state_check import check_state
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
@@ -36,13 +37,21 @@ class Trainer:
         self.step = 0
         self.optimizer = make_optimizer(model, recipe)
         self.queue = ChunkQueue(recipe.queue_chunks)
+        self.master = MasterWeights(model) if recipe.dtype == "bfloat16" else None
+        read = model if self.master is None else self.master.model
         self.models = {
-            stage: with_shared_parameters(model, stage.config(model.config))
+            stage: with_shared_parameters(read, stage.config(model.config))
             for stage in recipe.stages
         }
+        if recipe.checkpoint_blocks:
+            for stage_model in self.models.values():
+                checkpoint_blocks(stage_model)
+        options = {"master": self.master}
         self._steps = {
             stage: CUDAGraphRunner(
-                partial(train_step, stage_model, self.optimizer, recipe, stage, self.queue)
+                partial(
+                    train_step, stage_model, self.optimizer, recipe, stage, self.queue, **options
+                )
             )
             for stage, stage_model in self.models.items()
         }
@@ -52,26 +61,28 @@ class Trainer:
         return next(self.model.parameters()).device
 
     def train_step(self, batch: tuple[torch.Tensor, ...]) -> StepFigures:
-        """Train on the batch (ids, parts) of the current step, then advance by one step.
+        """Train on the batch (ids, parts) or (ids, parts, document starts) of the current step,
+        then advance by one step.
 
         The figures stay on the device. Read them before the next step, which overwrites them on a
         GPU.
         """
         # A blocking copy would wait for the GPU, which would then be idle at the start of every
         # step.
-        ids, parts = (part.to(self.device, non_blocking=True) for part in batch)
+        ids, parts, *starts = (part.to(self.device, non_blocking=True) for part in batch)
         rate = torch.full((), self.recipe.rate(self.step), device=self.device)
-        noise = torch.full((), noise_seed(self.seed, self.step), device=self.device)
-        figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise)
+        first = self.step * self.recipe.accumulate  # every part of a step has noise of its own
+        noise = torch.full((), noise_seed(self.seed, first), device=self.device)
+        figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise, *starts)
         self.step += 1
         return StepFigures(*figures)
 
     def max_over_mean_loads(self, batches: Iterable[tuple[torch.Tensor, ...]]) -> list[float]:
         """The max-over-mean load of every MoE layer over batches of the last stage; no training."""
         stage = self.recipe.stages[-1]
-        counting = with_shared_parameters(self.model, stage.config(self.model.config))
-        ids = (batch[0].to(self.device) for batch in batches)
-        return max_over_mean_loads(counting, stage, self.queue, ids)
+        counting = with_shared_parameters(self.models[stage], self.models[stage].config)
+        there = (tuple(part.to(self.device) for part in batch) for batch in batches)
+        return max_over_mean_loads(counting, stage, self.queue, there)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All state in one flat dictionary: model, optimizer, chunk queue, torch's generator."""
@@ -96,6 +107,8 @@ class Trainer:
         check_state(tensors, step=step, weights=weights, **parts)
         for name, value in weights.items():
             value.copy_(tensors[f"model.{name}"])
+        if self.master is not None:
+            self.master.write_back()
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
@@ -120,6 +133,14 @@ def with_shared_parameters(model: HSAModel, config: HSAConfig) -> HSAModel:
         if isinstance(layer, MoE):
             layer.count_tokens()
     return twin
+
+
+def checkpoint_blocks(model: HSAModel) -> None:
+    """Keep only the input of each block for the backward pass, which computes the rest again."""
+    for block in (*model.lower, *model.upper):
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def _model_state(model: HSAModel) -> dict[str, torch.Tensor]:

@@ -12,13 +12,14 @@ from functools import partial
 import torch
 from ceilings import PRODUCT, flops_per_second
 from timing import measure, peak_bytes
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
-from hsa_mini import PRESETS, ChunkMemory, HSAModel
+from hsa_mini import PRESETS, HSAModel
 from hsa_mini.lab.variants import NO_HSA, WithoutHSA
 from hsa_mini.model.cost_estimate import training_flops
 from hsa_mini.model.moe import MoE
+from hsa_mini.training.loss import mixture_loss_in_pieces
+from hsa_mini.training.mixture import TEXT
+from hsa_mini.training.trainer import checkpoint_blocks
 
 TOKENS = 1 << 14  # "16k" in the keys of the results
 PREDICTED = 2048  # tokens whose logits are held at once
@@ -26,18 +27,9 @@ PREDICTED = 2048  # tokens whose logits are held at once
 
 def loss_of(model: HSAModel, ids: torch.Tensor) -> torch.Tensor:
     """Mean loss of ids [B, T+1], with the logits of `PREDICTED` tokens at a time."""
-    memory = ChunkMemory(model.config)
-    hidden = model.lower_decoder(ids[:, :-1], memory)
-    model.append_chunks(hidden, memory)
-    hidden, _ = model.upper_decoder(hidden, memory)
-
-    def total(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(
-            model.logits(hidden).float().flatten(0, 1), targets.flatten(), reduction="sum"
-        )
-
-    parts = zip(hidden.split(PREDICTED, dim=1), ids[:, 1:].split(PREDICTED, dim=1))
-    return sum(checkpoint(total, *part, use_reentrant=False) for part in parts) / ids[:, 1:].numel()
+    hidden = model(ids[:, :-1], with_logits=False).logits
+    parts = torch.full_like(ids[:, 1:], TEXT)
+    return mixture_loss_in_pieces(model.logits, hidden, ids[:, 1:], parts, tokens=PREDICTED)[0]
 
 
 def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
@@ -47,8 +39,7 @@ def make_step(model: HSAModel, tokens: int) -> Callable[[], torch.Tensor]:
         model.config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0)
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-    for block in (*model.lower, *model.upper):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    checkpoint_blocks(model)
     mixtures = [layer for layer in model.modules() if isinstance(layer, MoE)]
     for layer in mixtures:
         layer.count_tokens()

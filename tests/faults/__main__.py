@@ -50,7 +50,7 @@ def main() -> int:
         attack = importlib.import_module(f"faults.{name}").attack
         count = COUNTS[name][arguments.quick]
         began = time.monotonic()
-        with tqdm(desc=name, unit="case", disable=False, mininterval=1) as bar:
+        with tqdm(desc=name, unit="case", disable=False, mininterval=1, miniters=1) as bar:
             report = attack(count, arguments.seed, bar.update)
         reports.append((report, time.monotonic() - began))
     print(f"\n{'attack':<14}{'cases':>8}{'faults':>8}{'seconds':>9}")

@@ -13,6 +13,8 @@ from hsa_mini.checkpoint.training_state import load_progress, save_progress
 from hsa_mini.data import tokenizer
 from hsa_mini.data.corpus import load_text
 from hsa_mini.evaluation.results import read_results
+from hsa_mini.index.stored import read_index
+from hsa_mini.index.texts import find_files
 from hsa_mini.lab.records import append_record, read_records
 from hsa_mini.model.cost_estimate import estimate_cost
 from hsa_mini.provenance import write_results
@@ -30,7 +32,7 @@ WORDS = (
 )  # fmt: skip
 PATHS = (
     "new.json", "new/deep/x.json", "out.json", "good.txt", "short.txt", "empty.txt", "latin.txt",
-    "link", "loop", "nowhere", "models", "model", "few", "memory", "proj", "empty", "fifo",
+    "link", "loop", "nowhere", "models", "model", "few", "memory", "index", "proj", "empty", "fifo",
     "mounted", "mounted/x", "mounted.json", "full", "full/x.json", "readonly", "readonly/x.json",
     "readonly/thesis.tex", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/stdin",
     "/dev/stdout", "/dev/fd/2", "/dev/new", "/proc/self/x", "/proc/self/status", "/", ".", "..", "",
@@ -38,8 +40,9 @@ PATHS = (
     "missing", "lab.jsonl",
 )  # fmt: skip
 ENDLESS = ("fifo", "-", "/dev/stdin")  # who reads them may wait
-# Options of each command: the good values. An option in ALWAYS is never left out, because its
-# default takes long.
+FOLDERS_OF_MUCH = ("/", "..", ".", "../..", "~")  # to read all their files takes long
+# Arguments of each command: the good values. One in ALWAYS is never left out, because its default
+# takes long.
 GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
     "plan": {"": ("nano", "mini", "ul_0_5b"), "--tokens": ("1", "70000"), "--json": PATHS[:3]},
     "demo": {
@@ -60,6 +63,22 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--top-k": ("0", "5"),
         "--top-p": ("0.5", "1"),
         "--seed": ("0", "7"),
+        "--device": ("cpu", "auto"),
+    },
+    "index": {
+        "TEXT": ("good.txt", "link", "proj", "short.txt"),
+        "DIR": ("index", "new", "empty", "mounted"),
+        "--checkpoint": ("model", "models"),
+        "--restart": (),
+        "--device": ("cpu", "auto"),
+    },
+    "ask": {
+        "DIR": ("index",),
+        "QUESTION": ("What is the secret code of QXZB?", "a phrase"),
+        "--retrieve-only": (),
+        "--chunks": ("0", "3"),
+        "--checkpoint": ("model", "models"),
+        "--json": ("new.json", "out.json", "-"),
         "--device": ("cpu", "auto"),
     },
     "train": {
@@ -88,6 +107,15 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--out": ("new.json", "out.json", "mounted.json"),
         "--device": ("cpu", "auto"),
     },
+    "lm-eval": {
+        "": ("model", "models"),
+        "--tasks": ("ruler_fwe", "niah_single_1,ruler_fwe"),
+        "--lengths": ("1024", "1100"),
+        "--samples": ("1",),
+        "--seed": ("0", "7"),
+        "--out": ("new.json", "out.json", "mounted.json"),
+        "--device": ("cpu", "auto"),
+    },
     "lab": {
         "--scale": ("tiny",),
         "--arms": ("no_noise",),
@@ -100,6 +128,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ALWAYS = {"", "--tokens", "--haystack", "--prompt-file", "--max-new-tokens", "--steps", "--lengths"}
 ALWAYS |= {"--samples", "--stretches", "--scale", "--arms", "--seeds", "--checkpoint", "--out"}
+ALWAYS |= {"--tasks", "TEXT", "DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,22 +163,24 @@ def _command(rng: random.Random) -> Call:
     for option, good in GRAMMAR[name].items():
         if option not in ALWAYS and rng.random() < 0.5:
             continue
-        words += [option] * bool(option)
+        words += [option] * option.startswith("-")
         if good:
             words.append(rng.choice(good) if rng.randrange(100) < GOOD_PERCENT else _nasty(rng))
     if rng.random() < 0.1:
         words.insert(rng.randrange(len(words) + 1), _nasty(rng))
     if rng.random() < 0.05:
         del words[rng.randrange(len(words))]
-    long = any(word.isdecimal() and int(word[:12]) > 5000 for word in words)
+    long = any(word.isdecimal() and int(word[:12]) > 4000 for word in words)
     long = long or any(word in ENDLESS for word in words) or not _complete(words)
+    long = long or (name == "index" and any(word in FOLDERS_OF_MUCH for word in words))
     return Call(name, tuple(words), lambda: cli.main(words), tuple(words[1:]), True, long)
 
 
 def _complete(words: list[str]) -> bool:
     """Whether every option is there whose default takes long."""
     wanted = ALWAYS & set(GRAMMAR.get(words[0] if words else "", {}))
-    return wanted - {""} <= set(words) and "1e9" not in words
+    options = {word for word in wanted if word.startswith("-")}
+    return options <= set(words) and "1e9" not in words
 
 
 def _nasty(rng: random.Random) -> str:
@@ -197,6 +228,8 @@ def _api(rng: random.Random) -> Call:
         "append_record": ((path,), lambda: append_record(Path(path), {"arm": "a"})),
         "read_results": ((path,), lambda: read_results(Path(path)) and None),
         "write_results": ((path,), lambda: write_results(Path(path), torch.device("cpu"), x=1)),
+        "read_index": ((path,), lambda: read_index(Path(path), torch.device("cpu")) and None),
+        "find_files": ((path,), lambda: find_files(Path(path), without=Path("x")) and None),
         "load_text": ((path,), lambda: load_text(path, max_tokens=1000) and None),
         "load_ranks": ((path,), lambda: tokenizer.load_ranks.__wrapped__(Path(path)) and None),
         "save_ranks": ((path,), lambda: tokenizer.save_ranks({b"a": 0}, Path(path))),
@@ -208,7 +241,7 @@ def _api(rng: random.Random) -> Call:
     words, work = calls[name]
     reads_pipe = path in ENDLESS and name == "load_text"
     numbers = {"generate": settings, "place": sizes}.get(name, {}).values()
-    long = reads_pipe or any(value > 5000 for value in numbers)
+    long = reads_pipe or any(value > 5000 for value in numbers) or path in FOLDERS_OF_MUCH
     return Call(name, words, work, (path,), long=long)
 
 

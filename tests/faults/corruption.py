@@ -17,13 +17,14 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-from material import build, tiny
+from material import build, tiny, words
 
 from faults.processes import Outcome, in_child
 from faults.report import Progress, Report
 from faults.writers import (
     SMALL,
     archives_in,
+    index_model,
     load_corpus,
     put_archives,
     tiny_preset,
@@ -33,6 +34,9 @@ from hsa_mini import ChunkMemory, HSAModel
 from hsa_mini.data import tokenizer
 from hsa_mini.data.corpus import SPLITS
 from hsa_mini.evaluation.results import read_results
+from hsa_mini.index.ask import ask, find
+from hsa_mini.index.build import build_index
+from hsa_mini.index.stored import check_model, read_index
 from hsa_mini.lab.records import append_record, read_records
 from hsa_mini.paths import data_dir
 
@@ -90,6 +94,26 @@ def _read_memory(folder: Path) -> str:
     memory = ChunkMemory.load(folder / "memory")
     model = HSAModel.from_pretrained(folder.parent / "of_memory")
     return _digest(model(IDS[:, :5], memory).logits)
+
+
+def _make_index(folder: Path) -> None:
+    (folder.parent / "text.txt").write_text(words(200))
+    build_index(index_model(), folder.parent / "text.txt", folder / "index", checkpoint="model")
+
+
+def _read_index(folder: Path) -> object:
+    index = read_index(folder / "index", torch.device("cpu"))
+    model = index_model()
+    check_model(index, model, folder)
+    return [replies(model, index, "Who?") | {"seconds": 0} for replies in (_asked, _found)]
+
+
+def _asked(*arguments) -> dict:
+    return ask(*arguments).to_json()
+
+
+def _found(*arguments) -> dict:
+    return find(*arguments).to_json()
 
 
 def _make_run(folder: Path) -> None:
@@ -162,6 +186,7 @@ SUBJECTS = [
         _read_model,
     ),
     Subject("memory", _make_memory, _read_memory),
+    Subject("index", _make_index, _read_index),
     Subject("training run", _make_run, _read_run),
     Subject("archives", put_archives, _read_corpus),
     Subject("encoded corpus", _make_corpus, _read_encoded),

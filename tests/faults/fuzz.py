@@ -4,6 +4,8 @@ No call ends with a traceback, hangs, leaves a half-written file, changes a file
 told to write, or changes a device.
 """
 
+import contextlib
+import importlib
 import os
 import random
 from collections.abc import Callable
@@ -32,7 +34,11 @@ def attack(count: int, seed: int, progress: Progress) -> Report:
     report.skipped = sandbox.unavailable() or ""
     if report.skipped:
         return report
-    estimate_cost("nano", 1)  # what torch imports late is imported here, once for all children
+    # What takes long to import is imported here, once for all children.
+    estimate_cost("nano", 1)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("hsa_mini.integrations.ruler")
+        importlib.import_module("hsa_mini.integrations.tasks")
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
         outcomes = workers.map(lambda batch: _sandboxed(batch, seed), batches)

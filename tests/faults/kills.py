@@ -1,4 +1,4 @@
-"""Signals at random moments of training, saving, evaluating and encoding a corpus.
+"""Signals at random moments of training, saving, evaluating, indexing and encoding a corpus.
 
 Afterwards nothing that was finished is lost, the next run finishes with the result of an
 undisturbed one, and no debris stays.
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-from material import tiny
+from material import tiny, words
 from safetensors.torch import load_file
 
 from faults.processes import Counter, Outcome, in_child
@@ -27,6 +27,7 @@ from faults.writers import (
     BY_NAME,
     STEPS,
     archives_in,
+    index_model,
     load_corpus,
     names_in,
     put_archives,
@@ -36,6 +37,7 @@ from hsa_mini import cli
 from hsa_mini.checkpoint.training_state import load_progress
 from hsa_mini.data.corpus import SPLITS
 from hsa_mini.evaluation import runner
+from hsa_mini.index import build, stored
 from hsa_mini.training import run, trainer
 
 SECONDS = 120  # for a run that nobody disturbs
@@ -67,7 +69,7 @@ def attack(count: int, seed: int, progress: Progress, only: Sequence[str] = ()) 
     """`count` kills, equally many of each kind of work."""
     report = Report("kills")
     with tiny_preset():
-        works = [Training(), Evaluating(), Encoding(), *map(Rewriting, REWRITTEN)]
+        works = [Training(), Evaluating(), Indexing(), Encoding(), *map(Rewriting, REWRITTEN)]
         chosen = [work for work in works if not only or work.name in only]
         for i, work in enumerate(chosen):
             share = count // len(chosen) + (i < count % len(chosen))
@@ -243,6 +245,53 @@ class Evaluating:
             self.allowed += QUESTIONS * len(LENGTHS)
         else:
             self.allowed += asked and (asked % QUESTIONS or QUESTIONS)
+        return None
+
+
+class Indexing:
+    """`index`, which saves after every block."""
+
+    name = "indexing"
+
+    def __init__(self) -> None:
+        self.saved = Counter()  # the tokens that the last index had read
+
+    def prepare(self, folder: Path) -> None:
+        self.saved.value = 0
+        index_model().save_pretrained(folder / "model")
+        (folder / "text.txt").write_text(words(1000))
+
+    def run(self, folder: Path) -> int:
+        save = stored.Index.save
+
+        def counted(index, *arguments):
+            save(index, *arguments)
+            self.saved.value = index.memory.position
+
+        often = functools.partial(build.build_index, save_seconds=0.0)
+        with (
+            mock.patch.object(stored.Index, "save", counted),
+            mock.patch.object(build, "build_index", often),
+            mock.patch.object(build, "BLOCK", 200),
+        ):
+            model = ["--checkpoint", str(folder / "model"), "--device", "cpu"]
+            return cli.main(["index", str(folder / "text.txt"), str(folder / "index"), *model])
+
+    def result(self, folder: Path) -> object:
+        index = stored.read_index(folder / "index", torch.device("cpu"))
+        chunks = index.memory.chunks
+        caches = (x for cache in (*index.memory.lower, *index.memory.upper) for x in cache)
+        digest = hashlib.sha256()
+        for part in (chunks.k, chunks.v, chunks.landmarks, index.memory.tail, *caches):
+            digest.update(part.numpy().tobytes())
+        return index.complete, index.text.tokens.tolist(), digest.hexdigest()
+
+    def kept(self, folder: Path) -> str | None:
+        found = 0
+        if self.saved.value or (folder / "index" / "index").exists():
+            found = stored.read_index(folder / "index", torch.device("cpu")).memory.position
+        if found < self.saved.value:
+            return f"an index of {self.saved.value} tokens was saved, one of {found} is found"
         return None
 
 

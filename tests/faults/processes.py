@@ -12,12 +12,15 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 GRACE = 10.0  # seconds in which an interrupted child has to end
 MEMORY = 6 << 30  # bytes that a child may take on top of its parent's
@@ -122,6 +125,8 @@ def _be_child(
             for handle in (1, 2)
         )
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        # The parent's lock is shared by processes: a child that is killed would leave it locked.
+        tqdm.set_lock(threading.RLock())
         if limited:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

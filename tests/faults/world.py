@@ -13,6 +13,7 @@ from material import tiny, words
 from faults import sandbox
 from hsa_mini import ChunkMemory
 from hsa_mini.data.tokenizer import RANKS_FILE
+from hsa_mini.index.build import build_index
 from hsa_mini.paths import data_dir
 
 Seen = dict[str, tuple]  # path -> kind, and size and time of a file or the target of a link
@@ -64,6 +65,8 @@ class World:
         }
         for name, text in texts.items():
             (self.template / name).write_text(text)
+        index = self.template / "index"
+        build_index(model, self.template / "good.txt", index, checkpoint="model")
         (self.template / "latin.txt").write_bytes(b"caf\xe9" * 200)
         (self.template / "proj").mkdir()
         (self.template / "proj" / "thesis.tex").write_text("years of work")

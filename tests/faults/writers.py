@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
-from material import TINY, pinned, small_archives, tiny, word_corpus
+from material import TINY, pinned, small_archives, tiny, word_corpus, words
 
 from hsa_mini import PRESETS, ChunkMemory, HSAModel
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
@@ -24,6 +24,8 @@ from hsa_mini.data import tokenizer
 from hsa_mini.data.corpus import SPLITS, load_corpus
 from hsa_mini.files import whole_folder
 from hsa_mini.files.whole_folder import MANIFEST, fingerprint, read_folder, write_folder
+from hsa_mini.index.build import build_index
+from hsa_mini.index.stored import read_index
 from hsa_mini.lab.records import append_record, read_records
 from hsa_mini.provenance import write_results
 from hsa_mini.training.mixture import Mixture
@@ -263,6 +265,30 @@ def archives_in(folder: Path) -> Iterator[None]:
         yield
 
 
+INDEXED = {name: size for name, size in SMALL.items() if name != "vocab_size"}
+
+
+def index_model() -> HSAModel:
+    """The model whose index is written: it reads the tokens of texts."""
+    return tiny(**INDEXED)
+
+
+def _save_index(folder: Path, version: int) -> None:
+    """Of a text that grows with every version."""
+    (folder / "text.txt").write_text(words(60 * version))
+    build_index(index_model(), folder / "text.txt", folder / "index", checkpoint="model")
+
+
+def _read_index(folder: Path) -> int | None:
+    if not (folder / "index" / "index").exists():
+        return None
+    index = read_index(folder / "index", CPU)
+    text = tokenizer.load_tokenizer().decode(index.text.tokens.tolist())
+    version = len(text.split()) // 60
+    assert text == words(60 * version) and index.complete, "mixed"
+    return version
+
+
 READ_CORPUS = (
     "data.corpus", "evaluation.perplexity", "evaluation.runner", "lab.measure",
     "lab.run", "training.mixture", "training.run",
@@ -288,6 +314,7 @@ WRITERS = [
     Writer("weights", _save_model, _read_model),
     Writer("weights in shards", _save_shards, _read_model),
     Writer("memory", _save_memory, _read_memory),
+    Writer("index", _save_index, _read_index),
     Writer("training state", _save_state, _read_state),
     Writer(
         "results",

@@ -55,6 +55,20 @@ def test_sliding_window_equals_the_reference(backend, T, P, W, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("T", "P", "W"), [(1024, 0, 128), (1500, 700, 1000), (1280, 0, 2000)])
+def test_the_window_ends_at_the_border_of_the_document(backend, T, P, W, dtype):
+    tensors = draw(2, T, 4, 64), draw(2, P + T, 2, 64, seed=1), draw(2, P + T, 2, 64, seed=2)
+    for step in (100, 256, 400):  # new documents in every batch, as in training
+        own = torch.arange(P, P + T, device="cuda")
+        starts = torch.stack((own // step * step, (own + 37) // step * step - 37))
+        options = dict(window=W, document_starts=starts)
+        ours = gradients(ops.sliding_window_attention, tensors, dtype, **options)
+        exact = gradients(reference.sliding_window_attention, tensors, torch.float64, **options)
+        for part, expected in zip(ours, exact):
+            assert relative_error(part, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("N", [15, 200])  # attend to all, gather
 def test_chunk_attention_equals_the_reference(backend, N, dtype):
     tensors = draw(2, 500, 16, 64), draw(2, N, 64, 1, 64, seed=1), draw(2, N, 64, 1, 64, seed=2)

@@ -8,10 +8,11 @@ import os
 
 import torch
 
-from hsa_kernels.common.tiles import padded
+from hsa_kernels.common.tiles import HOPPER, SHARED_MEMORY, capability, padded, shared_memory
 
 DEBUG = os.environ.get("HSA_KERNELS_DEBUG") == "1"
 
+MIN_CAPABILITY = (8, 0)  # Ampere: the first GPUs with bfloat16
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -22,6 +23,11 @@ def check_kernel(**tensors: torch.Tensor) -> None:
     """
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
+    name, tensor = next(iter(tensors.items()))  # all lie on the same GPU
+    if (got := capability(tensor)) < MIN_CAPABILITY:
+        raise ValueError(
+            f"{name}: got a GPU of capability {got}, accepted is {MIN_CAPABILITY} or later"
+        )
     if "q" in tensors and tensors["k"].dim() == 5:
         _check_chunks(tensors["q"], tensors["k"])
 
@@ -54,13 +60,32 @@ def _check_chunks(q: torch.Tensor, k: torch.Tensor) -> None:
     ):
         if not low <= got <= high:
             raise ValueError(f"{name}: got {what}={got}, accepted are {low} to {high}")
-    # The backward pass keeps several tiles of this many numbers in shared memory.
-    numbers = 1 << 14 if G <= 16 else 1 << 13
-    if k.is_cuda and k.dtype == torch.float32 and padded(S) * padded(D) > numbers:
+    if q.is_cuda and not tile_fits(q, k):
         raise ValueError(
-            f"k: got S={S} and D={D} in float32, "
-            f"accepted is S*D up to {numbers} for H/J={G} (or 16 bits)"
+            f"k: got S={S} and D={D} in {str(k.dtype).removeprefix('torch.')}, "
+            f"accepted is S*D up to {_max_tile(q, G)} for H/J={G} on this GPU"
         )
+
+
+def tile_fits(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the shared memory of q's GPU holds the tiles of chunks k [B, N, S, J, D] of queries
+    q [B, T, H, D], in every kernel.
+    """
+    S, J, D = k.shape[2:]
+    return padded(S) * padded(D) <= _max_tile(q, q.shape[2] // J)
+
+
+def _max_tile(q: torch.Tensor, G: int) -> int:
+    """The most numbers of a chunk's tile. The backward pass of chunk attention decides, because it
+    keeps several tiles of this many numbers in shared memory; `tests/test_compile.py` tries it.
+    """
+    shared = shared_memory(q)
+    hopper = SHARED_MEMORY[HOPPER]
+    a100 = SHARED_MEMORY[8, 0]
+    numbers = {hopper: 1 << 15, a100: 1 << 14}.get(shared, 1 << 13)
+    if q.dtype == torch.float32:
+        return numbers // (2 if G <= 16 else 4)
+    return numbers // 2 if G > 32 and shared == a100 else numbers
 
 
 def check_indices(indices: torch.Tensor, chunks: int) -> None:

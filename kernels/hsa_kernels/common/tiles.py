@@ -14,6 +14,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
+HOPPER = (9, 0)
+# Bytes of shared memory that one program can have, by compute capability (CUDA's documentation).
+SHARED_MEMORY = {
+    **dict.fromkeys([(8, 0), (8, 7)], 163 << 10),
+    **dict.fromkeys([HOPPER, (10, 0), (10, 1), (10, 3), (11, 0)], 227 << 10),
+}
+MIN_SHARED_MEMORY = 99 << 10  # of every other GPU from capability 8.0 on
 
 
 def padded(size: int) -> int:
@@ -59,28 +66,32 @@ class Sizes(NamedTuple):
     DP: int
     SP: int
     dtype: torch.dtype
+    shared: int  # bytes of shared memory
 
     @classmethod
     def of(cls, q: torch.Tensor, k: torch.Tensor) -> "Sizes":
         """q [B, T, H, D], k [B, N, S, J, D] -> their sizes, with tiles of R = 64 rows.
 
         64 rows fill a tensor core. No tensor core multiplies float32, so there a tile has 16 rows.
+        Large chunks leave space for 32 rows where there is less shared memory than on Hopper.
         """
         H, D = q.shape[2:]
         S, J = k.shape[2:4]
         GP = triton.next_power_of_2(H // J)
-        rows = 16 if q.dtype == torch.float32 else 64
-        return cls(
+        sizes = cls(
             J=J,
             G=H // J,
             D=D,
             S=S,
-            M=max(rows // GP, 1),
+            M=1,
             GP=GP,
             DP=padded(D),
             SP=padded(S),
             dtype=q.dtype,
+            shared=shared_memory(q),
         )
+        rows = 32 if sizes.is_tight else 64
+        return sizes._replace(M=max((16 if q.dtype == torch.float32 else rows) // GP, 1))
 
     @property
     def tile_bytes(self) -> int:
@@ -93,6 +104,11 @@ class Sizes(NamedTuple):
         return self.tile_bytes <= 1 << 14
 
     @property
+    def is_tight(self) -> bool:
+        """Whether a large tile has to do with less shared memory than on Hopper."""
+        return not self.is_small and self.shared < SHARED_MEMORY[HOPPER]
+
+    @property
     def is_full(self) -> bool:
         """Whether a chunk's tile has no padding."""
         return (self.S, self.D) == (self.SP, self.DP)
@@ -102,19 +118,26 @@ class Sizes(NamedTuple):
 
         There are two stages where the tiles of two steps fit into shared memory.
         """
-        return dict(
-            num_warps=4 if self.is_small else 8, num_stages=2 if self.tile_bytes <= 1 << 15 else 1
-        )
+        deep = self.tile_bytes <= 1 << 15 and not self.is_tight
+        return dict(num_warps=4 if self.is_small else 8, num_stages=2 if deep else 1)
 
     def constants(self) -> dict:
         """The `tl.constexpr` arguments of a kernel, by name."""
         sizes = self._asdict()
+        del sizes["shared"]
         return sizes | {"PRECISION": precision(sizes.pop("dtype"))}
 
 
-def before_hopper(x: torch.Tensor) -> bool:
-    """Whether x lies on a GPU older than Hopper."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0)
+def capability(x: torch.Tensor) -> tuple[int, int]:
+    """Compute capability of the GPU on which x lies. On the CPU, Triton's interpreter does as on
+    Hopper.
+    """
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else HOPPER
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes of shared memory that one program can have on x's GPU."""
+    return SHARED_MEMORY.get(capability(x), MIN_SHARED_MEMORY)
 
 
 def copies_tiles(x: torch.Tensor) -> bool:
@@ -122,7 +145,7 @@ def copies_tiles(x: torch.Tensor) -> bool:
     a matrix.
     """
     return (
-        not before_hopper(x)
+        capability(x) >= HOPPER
         and x.data_ptr() % 16 == 0
         and x.stride(0) % (x.shape[3] * x.shape[4]) == 0
     )

@@ -15,7 +15,7 @@ import triton
 
 from hsa_kernels.common.checks import check_kernel
 from hsa_kernels.common.selection import MAX_KEYS
-from hsa_kernels.common.tiles import before_hopper, padded, precision, scaled, to_log2
+from hsa_kernels.common.tiles import HOPPER, capability, padded, precision, scaled, to_log2
 from hsa_kernels.decoding.attend import decode_attend_kernel, decode_sum_kernel
 from hsa_kernels.decoding.score import decode_score_kernel
 from hsa_mini.reference.checks import check_decode, check_retrieve
@@ -50,7 +50,7 @@ def _decode(
     parts = torch.empty(B, J, K, G, D, device=q.device)
     # From Hopper on, the third launch starts while the second runs: its programs are few, and they
     # wait on the GPU.
-    overlap = q.is_cuda and not before_hopper(q)
+    overlap = q.is_cuda and capability(q) >= HOPPER
     launch_early = dict(launch_pdl=True) if overlap else {}
     position = (offset, N, S)
     sizes = dict(J=J, TILE=TILE, TILES=TILES, OFFSETS=offsets is not None)

@@ -32,12 +32,12 @@ def _gumbel(seed, chunk, position, head, batch):
 
 @triton.jit
 def retrieve_fwd_kernel(
-    retrieval_q, landmarks, offsets, seeds, indices, scores, buffers, stride_l, offset, step,
-    first, T, N, chunk_size,
+    retrieval_q, landmarks, offsets, seeds, first_chunks, indices, scores, buffers, stride_l,
+    offset, step, first, T, N, chunk_size,
     exclude_window, scale, J: tl.constexpr, R: tl.constexpr, K: tl.constexpr, RP: tl.constexpr,
     KP: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
-    OFFSETS: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSETS: tl.constexpr, NOISE: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: the K best chunks, and their scores, of BT tokens and one head.
 
@@ -52,7 +52,8 @@ def retrieve_fwd_kernel(
     - Outputs: indices int32 and scores fp32 [B, T, J, K].
     - Scratch: buffers, one candidate buffer per program (see `candidates.py`).
     - The launch: first, its first token.
-    - Visibility: chunk_size, exclude_window.
+    - Visibility: chunk_size, exclude_window; first_chunks int32 [B, T], the first chunk of
+      every token's document, if DOCUMENTS.
     - Scale: scale, R^-0.5.
     - Sizes: T, N and the constants that the module's docstring explains.
     """
@@ -88,7 +89,12 @@ def retrieve_fwd_kernel(
     complete = tl.minimum(
         (offset + (tl.minimum(first + (i_t + 1) * BT, T) - 1) * step) // chunk_size, N
     ).to(tl.int32)
-    for start in range((tl.cdiv(complete, BN) - 1) * BN, -1, -BN):
+    stop = -1
+    if DOCUMENTS:
+        # [BT]; tokens beyond T see no chunk
+        b_first = tl.load(first_chunks + i_b.to(tl.int64) * T + o_t, mask=o_t < T, other=N)
+        stop = tl.min(b_first, 0) // BN * BN - 1
+    for start in range((tl.cdiv(complete, BN) - 1) * BN, stop, -BN):
         # 3a. Compute the scores of a tile.
         o_n = start + BN - 1 - tl.arange(0, BN)  # [BN], the newest chunk first
         m_l = (o_n < N)[:, None] & (o_r < R)[None, :]
@@ -108,6 +114,8 @@ def retrieve_fwd_kernel(
         o_first = o_n.to(tl.int64) * chunk_size  # [BN], the first token of each chunk
         visible = (o_first + chunk_size)[None, :] <= position[:, None]
         visible &= (o_first[None, :] <= position[:, None] - exclude_window) & (o_n < N)[None, :]
+        if DOCUMENTS:
+            visible &= o_n[None, :] >= b_first[:, None]
         better = visible & (b_key > b_floor[:, None])
         b_new = better.to(tl.int32)
         put(buffer, o_own, b_count[:, None] + tl.cumsum(b_new, 1) - 1, better, b_key,

@@ -27,6 +27,7 @@ def _retrieve_scores(
     retrieval_q: torch.Tensor, landmarks: torch.Tensor, offsets: torch.Tensor | None, offset: int,
     step: int, chunk_size: int,
     top_k: int, exclude_window: int, seed: torch.Tensor | None,
+    first_chunks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Indices int32 and clean scores fp32 [B, T, J, K] of the chunks kept; -1 and -inf in empty
     slots.
@@ -48,11 +49,12 @@ def _retrieve_scores(
     )
     for first in range(0, T, together):
         retrieve_fwd_kernel[triton.cdiv(min(together, T - first), BT), J, B](
-            retrieval_q, landmarks, offsets, seed, indices, scores, buffers, landmarks.stride(0),
-            offset, step, first, T, N,
+            retrieval_q, landmarks, offsets, seed, first_chunks, indices, scores, buffers,
+            landmarks.stride(0), offset, step, first, T, N,
             chunk_size, exclude_window, R**-0.5, J=J, R=R, K=top_k, RP=padded(R), KP=KP, BT=BT,
             BN=BN, CAP=CAP,
             OFFSETS=offsets is not None, NOISE=seed is not None,
+            DOCUMENTS=first_chunks is not None,
             PRECISION=precision(retrieval_q.dtype),
             **_options(retrieval_q, noise=seed is not None),
         )  # fmt: skip
@@ -83,7 +85,7 @@ def _retrieve_backward(
 
 
 @_retrieve_scores.register_fake
-def _(retrieval_q, landmarks, offsets, offset, step, chunk_size, top_k, exclude_window, seed):
+def _(retrieval_q, landmarks, offsets, offset, step, chunk_size, top_k, *_):
     shape = (*retrieval_q.shape[:3], top_k)
     indices = retrieval_q.new_empty(shape, dtype=torch.int32)
     return indices, retrieval_q.new_empty(shape, dtype=torch.float32)
@@ -101,7 +103,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, _, grad_scores):
-    return (*_retrieve_backward(*ctx.saved_tensors, grad_scores.contiguous()), *(None,) * 7)
+    return (*_retrieve_backward(*ctx.saved_tensors, grad_scores.contiguous()), *(None,) * 8)
 
 
 _retrieve_scores.register_autograd(_backward, setup_context=_setup)
@@ -132,6 +134,7 @@ def retrieve(
     gumbel_seed: int | torch.Tensor | None = None,
     exclude_window: int = 0,
     query_block: int = 1,
+    document_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `top_k` best visible chunks of every token and weigh them. Eq. (1).
 
@@ -142,22 +145,18 @@ def retrieve(
     for wrong shapes, dtypes, devices, layouts or ranges.
     """
     check_retrieve(
-        retrieval_q,
-        landmarks,
-        chunk_size,
-        top_k,
-        offset,
-        weighting,
-        gumbel_seed,
-        exclude_window,
-        query_block,
-    )
+        retrieval_q, landmarks, chunk_size, top_k, offset, weighting, gumbel_seed, exclude_window,
+        query_block, document_starts,
+    )  # fmt: skip
     check_kernel(retrieval_q=retrieval_q, landmarks=landmarks)
     # A candidate buffer holds four times as many chunks as are kept.
     if (kept := min(top_k, landmarks.shape[1])) > MAX_KEYS // 4:
         raise ValueError(f"top_k: got K={kept}, accepted are up to {MAX_KEYS // 4}")
     T = retrieval_q.shape[1]
     chooser = retrieval_q if query_block == 1 else retrieval_q[:, ::query_block].contiguous()
+    first_chunks = None
+    if document_starts is not None:  # rounded up
+        first_chunks = (-(-document_starts[:, ::query_block] // chunk_size)).int().contiguous()
     offsets, first = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)
     if isinstance(gumbel_seed, int):
         signed = (gumbel_seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the low 64 bits
@@ -172,6 +171,7 @@ def retrieve(
         top_k,
         exclude_window,
         gumbel_seed,
+        first_chunks,
     )
     weights = weigh(scores, indices < 0, weighting)
     if query_block > 1:

@@ -17,12 +17,15 @@ from hsa_mini.reference.checks import check_update_window_cache
 
 @triton.jit
 def _norm_and_rotate(x, gain, cos, sin, o, m, eps, D: tl.constexpr):
-    """RMSNorm and rotary embedding of one head: x [D] -> its two halves, each [HP]."""
+    """RMSNorm (unless gain is None) and rotary embedding of one head: x [D] -> its two halves,
+    each [HP].
+    """
     b_1 = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
     b_2 = tl.load(x + D // 2 + o, mask=m, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt((tl.sum(b_1 * b_1, 0) + tl.sum(b_2 * b_2, 0)) / D + eps)
-    b_1 *= scale * tl.load(gain + o, mask=m, other=0.0).to(tl.float32)
-    b_2 *= scale * tl.load(gain + D // 2 + o, mask=m, other=0.0).to(tl.float32)
+    if gain is not None:
+        scale = 1.0 / tl.sqrt((tl.sum(b_1 * b_1, 0) + tl.sum(b_2 * b_2, 0)) / D + eps)
+        b_1 *= scale * tl.load(gain + o, mask=m, other=0.0).to(tl.float32)
+        b_2 *= scale * tl.load(gain + D // 2 + o, mask=m, other=0.0).to(tl.float32)
     b_cos = tl.load(cos + o, mask=m, other=0.0).to(tl.float32)
     b_sin = tl.load(sin + o, mask=m, other=0.0).to(tl.float32)
     return b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin
@@ -39,7 +42,7 @@ def update_window_cache_kernel(
     cache.
 
     - Inputs: q [B, 1, H, D], k and v [B, 1, J, D], as projected.
-    - Norm: q_gain and k_gain [D], eps.
+    - Norm: q_gain and k_gain [D] or None, eps.
     - Rotation: cos and sin [B, 1, D/2].
     - Outputs: out [B, 1, H, D]; cache_k and cache_v [B, W, J, D], with stride_k and stride_v from
       one batch entry to the next, at slots int64 [B].
@@ -78,8 +81,8 @@ def update_window_cache(
     once. No gradient.
 
     q [B, 1, H, D], k and v [B, 1, J, D], cache_k and cache_v [B, W, J, D] (written in place), slots
-    int64 [B], q_gain and k_gain [D], table: cos and sin [1 or B, 1, D/2] -> q [B, 1, H, D], normed
-    and rotated. Raises ValueError for wrong shapes, dtypes, devices or layouts.
+    int64 [B], q_gain and k_gain [D] or None, table: cos and sin [1 or B, 1, D/2] -> q [B, 1, H, D],
+    normed and rotated. Raises ValueError for wrong shapes, dtypes, devices or layouts.
     """
     check_update_window_cache(q, k, v, cache_k, cache_v, slots)
     check_kernel(q=q, k=k, v=v)

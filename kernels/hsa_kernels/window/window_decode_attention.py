@@ -20,10 +20,15 @@ import triton
 import triton.language as tl
 
 from hsa_kernels.common.checks import check_kernel
-from hsa_kernels.common.tiles import padded, precision, to_log2
+from hsa_kernels.common.tiles import (
+    HOPPER,
+    SHARED_MEMORY,
+    padded,
+    precision,
+    shared_memory,
+    to_log2,
+)
 from hsa_mini.reference.checks import check_window_decode
-
-BW = 64
 
 
 @triton.jit
@@ -123,6 +128,8 @@ def window_decode_attention(
     B, _, H, D = q.shape
     W, J = k.shape[1:3]
     G = H // J
+    tight = q.dtype == torch.float32 and shared_memory(q) < SHARED_MEMORY[HOPPER]
+    BW = 32 if tight else 64
     NW = triton.cdiv(W, BW)
     parts = torch.empty(B, J, NW, G, D, device=q.device)
     maxima, sums = (torch.empty(B, J, NW, G, device=q.device) for _ in range(2))

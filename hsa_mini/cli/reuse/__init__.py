@@ -1,0 +1,1 @@
+"""Commands that join this package with others."""
