@@ -20,7 +20,8 @@ setup: $(READY) ## Build .venv and fetch the text corpora (once, minutes; then i
 	@$(PY) -m hsa_mini fetch
 
 lab: setup ## Open the notebooks in JupyterLab (reachable from this machine only)
-	$(PY) -m jupyterlab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT) $(ARGS)
+	JUPYTER_CONFIG_PATH="$(CURDIR)/notebooks/.jupyter" $(PY) -m jupyterlab --ip=127.0.0.1 \
+		--LabApp.default_url=/lab/tree/$(firstword $(NOTEBOOKS)) $(ALLOW_ROOT) $(ARGS)
 
 demo: setup ## Let the shipped model find one sentence in a long text
 	$(PY) -m hsa_mini demo $(ARGS)

@@ -439,7 +439,7 @@ print(f"quoting tokens that keep the chunk they quote: {100 * hits:.0f} %")
 #
 # A bright cell is a high score. A dot marks a chunk that was kept. Each of the two quotations looks like a staircase:
 # while the token moves through the quotation, the best chunk moves with it. Move the mouse over the map, or click it
-# and press the arrow keys. The right half shows the weight that the token gives to each of its chunks.
+# and press the arrow keys. The bars beside or below the map show the weight that the token gives to each of its chunks.
 #
 # Raise $K$. Then turn on the noise, and see how `sharpness` protects the choice. It multiplies the queries, so the
 # differences between scores grow, while the noise stays the same. A trained model learns its own sharpness.

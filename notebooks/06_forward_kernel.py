@@ -370,11 +370,12 @@ def count(indices, M=4):
 def example(T=32, S=4, K=3, G=4, D=16, group=1, seed=0):
     """Random q [T, G, D], k and v [N, S, D], indices and weights [T, K]; `group` neighbours share their scores."""
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(shape, generator=generator) for shape in ((T, G, D), (T // S, S, D), (T // S, S, D)))
     scores = torch.rand(T // group, T // S, generator=generator).repeat_interleave(group, dim=0)
     visible = reference.retrieval.visible_chunks(torch.arange(T), T // S, S)
     best = scores.masked_fill(~visible, -1.0).topk(K)
     weights = torch.rand(T, K, generator=generator).masked_fill(best.values < 0, 0.0)
+    # q comes last: another G must not change the choices.
+    k, v, q = (torch.randn(shape, generator=generator) for shape in ((T // S, S, D), (T // S, S, D), (T, G, D)))
     return q, k, v, best.indices.masked_fill(best.values < 0, -1).int(), weights
 
 

@@ -653,5 +653,5 @@ print(f"partial results for all pairs of {length_name(both['T'])} tokens at once
 #
 # We can now read chunks quickly, forward and backward. But before a token can read chunks, it has to *choose* them: 64
 # out of up to 262,144, and a table of all scores would fill the memory many times over. [Notebook
-# 08](08_retrieval_and_decode_kernels.ipynb) finds the best chunks without ever storing the scores. It takes about 30
+# 08](08_retrieval_and_decode_kernels.ipynb) finds the best chunks without ever storing the scores. It takes about 35
 # minutes.

@@ -108,9 +108,9 @@ for W in (4, 11, 12):
 
 # %% [markdown]
 # **You should see** a cliff: with W = 11 the window contains *none* of the words, with W = 12 it contains *all*. If the
-# window can see the answer during training, retrieval has no reason to learn it. That is the paper's **seesaw**: a
-# model trained with a long window learns less retrieval. The window has to stay shorter than the copied passage, at
-# least until retrieval works.
+# window can see the answer during training, retrieval has less reason to learn it. The paper calls this a **seesaw**:
+# its models with a long window learned less retrieval. So our recipes keep the window shorter than the copied passage.
+# That is a precaution: in small models [notebook 13](13_laboratory.ipynb) did not reproduce the seesaw.
 #
 # ### Move it
 #
@@ -425,9 +425,10 @@ print("our learning rate == the package's, in every step of every recipe:", equa
 #
 # The similarity has limits. The paper trains a *language* model, which also retrieves. We train a *retriever*, which
 # also knows some language. Our questions have exactly the form that the evaluation uses, and our text weighs less than
-# copies and answers. We have minutes on one GPU, not trillions of tokens, so we have no other choice. What carries over
+# copies and answers. We have minutes on one GPU, not trillions of tokens, so we have no other choice. What we take over
 # is the order: **first a task that only retrieval can solve, with every chunk within reach; then few chunks; then many
-# chunks to choose from.**
+# chunks to choose from.** The paper needed such a beginning. In small models [notebook 13](13_laboratory.ipynb) did not
+# reproduce that: a model without any warm-up learned to retrieve as well.
 #
 # ## Train it
 #
@@ -877,7 +878,8 @@ for b in range(3):
 #
 # Why not train with the queue from the beginning? At first the choice is a matter of luck. Among 16 chunks, with 8
 # kept, luck helps often, and the loss shows that it has helped. Among thousands it hardly ever does. **First find, then
-# find among many**: that is the order of the stages of `mini`.
+# find among many**: that is the order of the stages of `mini`. It is an argument, not a measurement: the laboratory has
+# no run with the reverse order.
 #
 # ## Exercises
 #

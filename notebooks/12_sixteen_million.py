@@ -392,13 +392,23 @@ if missing:
 # ### Move it
 #
 # A cell of the map is one length and one depth. It shows how many of its questions had right answers, and below, in
-# percent, the interval of the true share. Choose a map, a length and a depth. A cell of ten questions proves little,
-# even when all answers are right.
+# percent, the interval of the true share. The colour is the lower end of this interval: what the cell *proves*. A cell of
+# two questions proves little, even when both answers are right. The colours begin just below the darkest cell of a map,
+# so look at the colour bar before you compare two maps. Choose a map, a length and a depth. In the maps with distractors
+# or a border the questions are harder ("What breaks it", below, explains them).
 
 
 # %%
+HARDER = {
+    f"{path.stem.split('_s_niah_')[0]}, S-NIAH, {path.stem.split('_s_niah_')[1].replace('_', ' ')}": read_results(path)
+    for path in sorted((data_dir() / "results").glob("*_s_niah_*.json"))
+    if not path.stem.endswith("_far")
+}
+MAPS = results | HARDER
+
+
 def draw_heat(figure, file, tokens, depth):
-    rows = results[file][0]
+    rows = MAPS[file][0]
     cell = [row for row in rows if (row.tokens, row.depth) == (tokens, depth)]
     heat_map(figure.subplots(), rows, at=(tokens, depth) if cell else None)
     where = f"{file}, {length_name(tokens)} tokens, depth {depth:.2f}:"
@@ -414,7 +424,7 @@ explore(
     draw_heat,
     alt="A heat map: lengths from left to right, depths from top to bottom. Every cell shows the right answers and the interval.",
     size=(8.5, 3.7),
-    file=list(results),
+    file=list(MAPS),
     tokens=Control([(length_name(T), T) for T in ASKED], start=LENGTHS[-1], label="tokens"),
     depth=Control([(f"{depth:.2f}", depth) for depth in DEPTHS], start=DEPTHS[0], label="depth"),
 )
@@ -441,7 +451,7 @@ def in_words(file):
 shown = [f"mini, {title}" for title in TITLES.values() if f"mini, {title}" in results]
 figure = make_figure(0.7 + 3.0 * len(shown), 2.9)
 for axes, file in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
-    heat_map(axes, at_the_papers_lengths(file), brief=True)
+    heat_map(axes, at_the_papers_lengths(file), low=0.5, brief=True)
     axes.set_title(file, fontsize=12)
     axes.label_outer()
 show(figure, f"Heat maps of right answers, lengths by depths. {' '.join(map(in_words, shown))}")
@@ -527,11 +537,9 @@ show(figure, f"Shares right with their 95% intervals in 4,096 tokens. {words}.")
 # with `python -m hsa_mini eval mini --distractors 64` (or 1024) and `--border`:
 
 # %%
-for what in ("distractors", "border"):
-    for path in sorted((data_dir() / "results").glob(f"*_s_niah_*{what}.json")):
-        rows, _, hardware = read_results(path)
-        shares = ", ".join(f"{length_name(row['tokens'])} {row['correct']}/{row['samples']}" for row in by_length(rows))
-        print(f"{path.stem}: {shares} (on {hardware})")
+for file, (rows, _, hardware) in HARDER.items():
+    shares = ", ".join(f"{length_name(row['tokens'])} {row['correct']}/{row['samples']}" for row in by_length(rows))
+    print(f"{file}: {shares} (on {hardware})")
 
 # %% [markdown]
 # ## Perplexity, and what it does not show

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "evaluation": LIBRARY,
     "integrations": LIBRARY,
     "lab": LIBRARY | {"training", "evaluation"},
-    "viz": LIBRARY | {"training", "evaluation", "lab"},
+    "viz": LIBRARY | {"index", "training", "evaluation", "lab"},
     "cli": LIBRARY | {"index", "training", "evaluation", "integrations", "lab", "viz"},
     "__main__": {"cli"},
     # The facade: its names are imported when they are used.

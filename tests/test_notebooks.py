@@ -694,11 +694,13 @@ def test_links_lead_somewhere(source):
 
 
 @each_notebook
-def test_figures_have_a_text(source):
+def test_below_every_figure_stand_its_words(source):
     for cell in executed(source).cells:
-        for output in cell.get("outputs", ()):
+        outputs = cell.get("outputs", [])
+        for i, output in enumerate(outputs):
             if "image/png" in output.get("data", {}):
-                assert output.metadata.get("image/png", {}).get("alt", "").strip(), cell.source
+                words = output.metadata["image/png"]["alt"].split()
+                assert words and outputs[i + 1].data["text/plain"].split() == words, cell.source
 
 
 @each_notebook
@@ -745,6 +747,16 @@ def test_opening_says_what_how_long_and_needs(source):
     assert opening.startswith(f"# {source.stem[:2]} · ")
     for promise in ("you will be able to", "minutes", "CPU cores", "**Needs:**"):
         assert promise in opening, promise
+
+
+@each_notebook
+def test_minutes_of_the_next_notebook_are_its_own(source):
+    """What a notebook says of the one after it."""
+    text = " ".join("\n".join(cells(source, "markdown")).split("What comes next")[-1].split())
+    said = re.search(r"\]\((\d\d_\w+)\.ipynb\).*?(\d+) minutes", text)
+    if source != SOURCES[-1]:
+        opening = " ".join(cells(FOLDER / f"{said[1]}.py", "markdown")[0].split())
+        assert re.search(r"\*\*Time:\*\* (\d+) minutes to read", opening)[1] == said[2]
 
 
 @each_notebook

@@ -5,6 +5,8 @@ import base64
 import io
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ pytest.importorskip("anywidget")
 pytest.importorskip("matplotlib")
 
 import ipywidgets
+from IPython.core.events import EventManager, available_events
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from hsa_mini.evaluation.results import RetrievalRow
@@ -52,6 +56,7 @@ from hsa_mini.viz import (
     training,
     widgets,
 )
+from hsa_mini.viz.jupyter import turns
 
 PNG = b"\x89PNG\r\n"
 WORDS = ["the", "code", "is", "7", "birds", "sing", "at", "dawn", "what", "is", "the", "code"]
@@ -119,8 +124,66 @@ def test_readers_without_a_kernel_get_picture_summary_and_alt():
     data, metadata = line_explorer()._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
     assert base64.b64decode(data["image/png"]).startswith(PNG)
-    assert data["text/plain"] == "token 0, softmax"
-    assert metadata == {"image/png": {"alt": "A line. token 0, softmax"}}
+    assert data["text/plain"] == "A line. token 0, softmax"
+    alt = "A line. token 0, softmax"
+    assert metadata == {"image/png": {"alt": alt}, "needs_background": "light"}
+
+
+def overlap_explorer(**options):
+    """Its summary is the values, and how many drawings had begun and not ended: 1 in good order."""
+    running = []
+
+    def draw(figure, a, b):
+        running.append(a)
+        time.sleep(0.002)
+        figure.subplots().plot([a, b])
+        summary = f"{a} {b}, {len(running)} at once"
+        running.pop()
+        return summary
+
+    return explore(draw, alt="Two numbers.", size=(1, 1), a=(0, 9), b=(0, 9), **options)
+
+
+def move(explorer, name):
+    for value in range(1, 10):
+        explorer.controls[name].value = value
+
+
+def test_two_threads_take_turns_and_the_latest_values_win(monkeypatch):
+    monkeypatch.setattr(widgets, "PATIENCE_SECONDS", 60)
+    explorer = overlap_explorer()
+    summaries = []
+    explorer.summary.observe(lambda change: summaries.append(change.new), "value")
+    threads = [threading.Thread(target=move, args=(explorer, name)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert summaries[-1] == "9 9, 1 at once" == explorer.summary.value
+    assert {summary[3:] for summary in summaries} == {", 1 at once"}
+    assert len(explorer.figure.axes) == 1
+
+
+def test_no_picture_is_drawn_while_a_cell_runs(monkeypatch):
+    """What moves meanwhile says that the kernel is busy, and is drawn once when the cell ends."""
+
+    class Shell:
+        events = EventManager(None, available_events)
+
+    monkeypatch.setattr(turns, "get_ipython", lambda: Shell)
+    monkeypatch.setattr(widgets, "PATIENCE_SECONDS", 0.01)
+    explorer = overlap_explorer()
+    Shell.events.trigger("post_execute")  # the cell with the picture ends
+    move(explorer, "a")
+    assert explorer.summary.value == "9 0, 1 at once"
+    Shell.events.trigger("pre_execute")
+    thread = threading.Thread(target=move, args=(explorer, "b"))
+    thread.start()
+    thread.join(0.1)
+    assert explorer.summary.value == widgets.BUSY and thread.is_alive()
+    Shell.events.trigger("post_execute")
+    thread.join()
+    assert explorer.summary.value == "9 9, 1 at once"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +252,7 @@ def test_the_maps_still_picture_follows_the_token():
     explorer = explore_map(compute, alt="A map.", token=4, K=(1, 3))
     chunk = compute(1)[1][4, 0].item()
     data, metadata = explorer._repr_mimebundle_()
-    assert data["text/plain"] == f"Token 4 keeps chunk {chunk} with 1.00."
+    assert data["text/plain"] == f"A map. Token 4 keeps chunk {chunk} with 1.00."
     assert metadata["image/png"]["alt"].startswith("A map. Token 4")
     explorer.picture.token = 0
     assert "keeps nothing" in explorer._repr_mimebundle_()[0]["text/plain"]
@@ -235,18 +298,36 @@ def test_64_colours_are_enough_for_marks_and_words():
 # ---- show, and what viz must not import
 
 
-def test_show_displays_png_and_alt(monkeypatch):
+def test_show_displays_png_and_the_words_as_alt_and_caption(monkeypatch):
     displayed = []
     monkeypatch.setattr(
         widgets, "display", lambda data, **options: displayed.append((data, options))
     )
-    show(make_figure(2, 1), "An empty figure.")
-    ((data, options),) = displayed
-    assert (
-        base64.b64decode(data["image/png"]).startswith(PNG)
-        and data["text/plain"] == "An empty figure."
-    )
-    assert options == {"metadata": {"image/png": {"alt": "An empty figure."}}, "raw": True}
+    words = " ".join(["An empty figure."] * 9)
+    show(make_figure(2, 1), words)
+    (data, options), (below, _) = displayed
+    assert base64.b64decode(data["image/png"]).startswith(PNG) and list(data) == ["image/png"]
+    assert options["metadata"]["image/png"]["alt"] == words and options["raw"]
+    assert list(below) == ["text/plain"]
+    assert below["text/plain"].count("\n") == 1 and " ".join(below["text/plain"].split()) == words
+
+
+def test_an_ipynb_keeps_a_picture_and_its_caption_in_place_of_a_widget():
+    data, metadata = line_explorer()._repr_mimebundle_()
+    png = {"image/png": data["image/png"]}
+    notebook = new_notebook(metadata={"widgets": {"state": 1}})
+    notebook.cells = [
+        new_markdown_cell("words"),
+        new_code_cell(outputs=[new_output("display_data", dict(data), metadata=metadata)]),
+        new_code_cell(outputs=[new_output("display_data", {stills.VIEW: {}, "text/plain": "x"})]),
+    ]
+    for _ in range(2):  # what was kept once is kept as it is
+        stills.keep_stills(notebook)
+        picture, below = notebook.cells[1].outputs
+        assert picture.data == png and picture.metadata == metadata
+        assert below.data == {"text/plain": "A line. token 0, softmax"}
+        assert stills.VIEW in notebook.cells[2].outputs[0].data  # it has no picture
+        assert "widgets" not in notebook.metadata
 
 
 def test_pyplot_is_never_loaded():
@@ -421,8 +502,10 @@ def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
         (1, 0): "4 of 20\n8-42%",
         (1, 1): "-",
     }
-    shares = ax.images[0].get_array()
-    assert shares[:, 0].tolist() == [1.0, 0.9] and shares[0, 1] == 0.2 and shares.mask[1, 1]
+    proven = ax.images[0].get_array()
+    want = [wilson_interval(*counts)[0] for counts in ((10, 10), (9, 10), (4, 20))]
+    assert [proven[0, 0], proven[1, 0], proven[0, 1]] == want and proven.mask[1, 1]
+    assert ax.images[0].get_clim() == (0.0, 1)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "64K"]
     assert [patch.get_xy() for patch in ax.patches] == [(0.5, -0.5)]
     small = axes()
@@ -431,6 +514,16 @@ def test_every_cell_of_the_heat_map_has_its_count_and_its_interval():
         texts(small) == ["10/10", "4/20", "9/10", "-"]
         and len(small.figure.axes) == len(ax.figure.axes) - 1
     )
+
+
+def test_where_every_answer_is_right_the_colour_shows_how_many_were_asked():
+    ax = axes()
+    rows = [RetrievalRow(T, 0.5, n, n, n, T, 1) for T, n in ((4096, 50), (65536, 2))]
+    results.heat_map(ax, rows)
+    many, few = ax.images[0].get_array()[0]
+    assert few < 0.4 < 0.9 < many and ax.images[0].get_clim() == (0.2, 1)
+    results.heat_map(ax, rows[:1], low=0.5)
+    assert ax.images[1].get_clim() == (0.5, 1)
 
 
 def test_curves_stand_at_the_share_with_its_interval_and_beside_what_was_published():
@@ -723,17 +816,12 @@ def test_a_live_picture_is_drawn_again_in_its_place(monkeypatch):
     picture = live.LivePicture(draw, alt="A line.")
     for x in ([1], [1, 2], [1, 2, 3]):
         picture.paint(x)
-    assert [how for how, *_ in shown] == ["display", "update", "update"] and shown[0][2][
-        "display_id"
-    ] is True
-    assert [data["text/plain"] for _, data, _ in shown] == [
-        "A line. 1 seen.",
-        "A line. 2 seen.",
-        "A line. 3 seen.",
-    ]
-    assert all(
-        options["metadata"]["image/png"]["alt"] == data["text/plain"] for _, data, options in shown
-    )
-    assert len({data["image/png"] for _, data, _ in shown}) == 3 and len(
+    words = ["A line. 1 seen.", "A line. 2 seen.", "A line. 3 seen."]
+    assert [how for how, *_ in shown] == ["display"] * 2 + ["update"] * 4
+    assert all(options["display_id"] is True for *_, options in shown[:2])
+    pictures, below = shown[::2], shown[1::2]
+    assert [data for _, data, _ in below] == [{"text/plain": text} for text in words]
+    assert [options["metadata"]["image/png"]["alt"] for *_, options in pictures] == words
+    assert len({data["image/png"] for _, data, _ in pictures}) == 3 and len(
         set(map(id, figures))
     ) == 1 == len(picture.figure.axes)

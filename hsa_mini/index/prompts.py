@@ -34,12 +34,20 @@ class Prompt:
     end: str = "\n"
     max_new_tokens: int = MAX_ANSWER
 
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """The tokens that end the answer."""
+        return _tokens_with(self.end) if self.end else ()
+
     def answer(self, generate: Callable[..., Generation]) -> str:
         """The answer that `generate(max_new_tokens=, stop=)` makes."""
-        stop = _tokens_with(self.end) if self.end else ()
-        made = generate(max_new_tokens=self.max_new_tokens, stop=stop)
+        made = generate(max_new_tokens=self.max_new_tokens, stop=self.stop)
+        return self.in_words(made.ids[0].tolist())
+
+    def in_words(self, ids: list[int]) -> str:
+        """The answer in these generated tokens."""
         tokenizer = load_tokenizer()
-        text = tokenizer.decode([i for i in made.ids[0].tolist() if i != end_of_text(tokenizer)])
+        text = tokenizer.decode([i for i in ids if i != end_of_text(tokenizer)])
         return (text.partition(self.end)[0] if self.end else text).strip().removesuffix(".")
 
 
@@ -54,6 +62,27 @@ def make_prompt(question: str) -> Prompt:
     if found := NAMES.fullmatch(question):
         return Prompt(Chain(found[1], ("",)).question.text, True, ".")
     return Prompt(f"\n{question}\n")
+
+
+def right_answer(question: str, text: str) -> str | None:
+    """What `text` answers to a question in a trained form, in the words of `Prompt.in_words`; None
+    if the text does not say it, or the question has no such form.
+    """
+    question = question.strip()
+    if found := CODES.fullmatch(question):
+        keys = re.findall("[A-Z]{4}", found[1])
+        said = [re.search(rf"secret code of {key} is ([^\s.]+)", text) for key in keys]
+        needles = [Needle(key, value[1]) for key, value in zip(keys, said) if value]
+        return ask(needles).answer.removesuffix(".") if len(needles) == len(keys) else None
+    names = []
+    if found := NAMES.fullmatch(question):
+        given = f"The number {found[1]}"
+        while said := re.search(rf"{given} is given to ([A-Z]{{4}})\b", text):
+            if said[1] in names:
+                break
+            names.append(said[1])
+            given = f"The number of {said[1]}"
+    return ", ".join(names) or None
 
 
 @functools.cache

@@ -1,4 +1,17 @@
-// Invisible: adds what ipywidgets leaves out, so that a screen reader and the keyboard can use the widgets.
+// Invisible: adds what ipywidgets leaves out, so that a screen reader and the keyboard can use the widgets,
+// and pictures are dark where JupyterLab is dark.
+
+// An image on white is turned over: white becomes nearly black, and the colours keep their hue.
+const DARK = `body[data-jp-theme-light="false"] :is(.hsa-picture img, img.jp-needs-light-background)
+  { filter: invert(0.93) hue-rotate(180deg); }`;
+
+function darken() {
+  if (document.getElementById("hsa-dark")) return;
+  const style = document.createElement("style");
+  style.id = "hsa-dark";
+  style.textContent = DARK;
+  document.head.append(style);
+}
 
 function label(box, alt) {
   for (const image of box.querySelectorAll("img")) image.alt = alt;
@@ -18,6 +31,7 @@ function label(box, alt) {
 
 function render({ model, el }) {
   el.style.display = "none";
+  darken();
   const observer = new MutationObserver(() => apply());
   let box = null;
   const apply = () => label(box, model.get("alt"));

@@ -20,13 +20,15 @@ class LivePicture:
         self.draw = draw
         self.alt = alt
         self.figure = make_figure(*size)
-        self._place = None
+        self._places: list = []
 
     def paint(self, *values) -> None:
         """Show the picture of these values, in place of the previous one."""
         self.figure.clear()
-        data, options = as_display(self.figure, f"{self.alt} {self.draw(self.figure, *values)}")
-        if self._place is None:
-            self._place = display(data, display_id=True, **options)
+        text = f"{self.alt} {self.draw(self.figure, *values)}"
+        shown = as_display(self.figure, text)
+        if self._places:
+            for place, (data, options) in zip(self._places, shown):
+                place.update(data, **options)
         else:
-            self._place.update(data, **options)
+            self._places = [display(data, display_id=True, **options) for data, options in shown]

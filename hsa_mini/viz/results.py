@@ -41,13 +41,20 @@ CURVE_LOOKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (RED, "^", "-."))
 
 
 def heat_map(
-    ax: Axes, rows: Sequence, *, at: tuple[int, float] | None = None, brief: bool = False
+    ax: Axes,
+    rows: Sequence,
+    *,
+    at: tuple[int, float] | None = None,
+    low: float | None = None,
+    brief: bool = False,
 ) -> None:
     """Lengths from left to right, depths downwards. A cell has its counts and its interval.
 
-    rows: `RetrievalRow`s of an evaluation. at: (tokens, depth) of a cell to frame. brief: omit the
-    intervals and the colour bar, for several maps side by side. A cell that was not evaluated is
-    grey, with a dash.
+    The colour is the lower end of the interval, so a right answer to each of two questions looks
+    different from one to each of fifty. rows: `RetrievalRow`s of an evaluation. at: (tokens, depth)
+    of a cell to frame. low: where the colours begin (by default just below the lowest cell); they
+    end at 1. brief: omit the intervals and the colour bar, for several maps side by side. A cell
+    that was not evaluated is grey, with a dash.
     """
     lengths = sorted({row.tokens for row in rows})
     depths = sorted({row.depth for row in rows})
@@ -57,12 +64,15 @@ def heat_map(
         cell = depths.index(row.depth), lengths.index(row.tokens)
         correct[cell] += row.correct
         asked[cell] += row.samples
-    unknown = np.full(asked.shape, np.nan)
-    shares = np.ma.masked_invalid(np.divide(correct, asked, out=unknown, where=asked > 0))
+    proven = np.ma.masked_array(np.zeros(asked.shape), mask=asked == 0)
+    for y, x in np.argwhere(asked):
+        proven[y, x] = wilson_interval(int(correct[y, x]), int(asked[y, x]))[0]
+    if low is None:
+        low = max(math.floor(10 * proven.min() - 0.5) / 10, 0.0)
     ax.set_facecolor(PALE)
-    image = ax.imshow(shares, cmap=HEAT, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    for y, x in np.ndindex(shares.shape):
-        ink = INK if not asked[y, x] or shares[y, x] > 0.5 else "white"
+    image = ax.imshow(proven, cmap=HEAT, vmin=low, vmax=1, aspect="auto", interpolation="nearest")
+    for y, x in np.ndindex(proven.shape):
+        ink = INK if not asked[y, x] or proven[y, x] > (low + 1) / 2 else "white"
         text = _cell_text(int(correct[y, x]), int(asked[y, x]), brief)
         ax.text(x, y, text, ha="center", va="center", fontsize=8, color=ink, linespacing=1.1)
     if at is not None:
@@ -72,7 +82,7 @@ def heat_map(
     ax.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
     ax.set(xlabel="tokens", ylabel="depth")
     if not brief:
-        ax.figure.colorbar(image, ax=ax, label="share right", pad=0.01, fraction=0.03)
+        ax.figure.colorbar(image, ax=ax, label="lower end of the interval", pad=0.01, fraction=0.03)
 
 
 def _cell_text(correct: int, asked: int, brief: bool) -> str:

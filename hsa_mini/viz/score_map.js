@@ -6,8 +6,20 @@ const HEAT = [
   [0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
   [155, 148, 118], [188, 174, 108], [222, 201, 88], [254, 232, 56],
 ];
-const RED = "#D55E00", BLUE = "#0072B2", INK = "#222222", PALE = "#EDEDED";
-const HEIGHT = 360, TOP = 26, BOTTOM = 44, LEFT = 52, GAP = 84;
+const RED = "#D55E00", BLUE = "#0072B2";
+const HEIGHT = 360, TOP = 26, BOTTOM = 44, LEFT = 52, GAP = 84, NUMBER = 60;
+const NARROW = 680; // below this width the bars stand under the map
+
+// The colours of JupyterLab's theme; those after || are for pages without one.
+function theme(canvas) {
+  const style = getComputedStyle(canvas);
+  const value = (name) => style.getPropertyValue(name).trim();
+  return {
+    paper: value("--jp-layout-color0") || "#FFFFFF",
+    ink: value("--jp-content-font-color1") || "#222222",
+    pale: value("--jp-layout-color2") || "#EDEDED",
+  };
+}
 
 function color(share) {
   const place = Math.min(Math.max(share, 0), 1) * (HEAT.length - 1);
@@ -43,24 +55,28 @@ function paintMap({ T, N, scores }) {
   return picture;
 }
 
-function draw(canvas, numbers, map, token) {
+function draw(canvas, width, numbers, map, token) {
   const ratio = window.devicePixelRatio || 1;
-  const width = Math.max(canvas.clientWidth, 320);
+  const narrow = width < NARROW;
+  const height = narrow ? 2 * HEIGHT - BOTTOM : HEIGHT, split = narrow ? width - 10 : width * 0.68;
+  canvas.style.height = `${height}px`;
   canvas.width = width * ratio;
-  canvas.height = HEIGHT * ratio;
+  canvas.height = height * ratio;
   const pen = canvas.getContext("2d");
+  const look = theme(canvas);
   pen.scale(ratio, ratio);
-  pen.fillStyle = "white";
-  pen.fillRect(0, 0, width, HEIGHT);
-  const box = { x: LEFT, y: TOP, w: width * 0.68 - LEFT, h: HEIGHT - TOP - BOTTOM };
-  drawMap(pen, box, numbers, map, token);
-  drawBars(pen, { x: width * 0.68 + GAP, y: TOP, w: width * 0.32 - GAP - 60, h: box.h }, numbers, token);
+  pen.fillStyle = look.paper;
+  pen.fillRect(0, 0, width, height);
+  const box = { x: LEFT, y: TOP, w: split - LEFT, h: HEIGHT - TOP - BOTTOM };
+  const bars = narrow ? { ...box, y: TOP + HEIGHT } : { ...box, x: split + GAP, w: width - split - GAP };
+  drawMap(pen, look, box, numbers, map, token);
+  drawBars(pen, look, { ...bars, w: bars.w - NUMBER }, numbers, token);
   return box;
 }
 
-function drawMap(pen, box, { T, N, K, indices }, map, token) {
+function drawMap(pen, look, box, { T, N, K, indices }, map, token) {
   const cell = [box.w / T, box.h / N];
-  pen.fillStyle = PALE;
+  pen.fillStyle = look.pale;
   pen.fillRect(box.x, box.y, box.w, box.h);
   pen.imageSmoothingEnabled = false;
   pen.drawImage(map, box.x, box.y, box.w, box.h);
@@ -73,7 +89,7 @@ function drawMap(pen, box, { T, N, K, indices }, map, token) {
   const at = box.x + (token + 0.5) * cell[0];
   pen.fillStyle = "white";
   pen.fillRect(at - 0.75, box.y, 1.5, box.h);
-  pen.fillStyle = INK;
+  pen.fillStyle = look.ink;
   pen.beginPath();
   pen.moveTo(at, box.y);
   pen.lineTo(at - 7, box.y - 12);
@@ -84,13 +100,13 @@ function drawMap(pen, box, { T, N, K, indices }, map, token) {
   const step = Math.max(1, 10 ** Math.floor(Math.log10(T / 3)));
   for (let t = 0; t < T; t += step) pen.fillText(t, box.x + (t + 0.5) * cell[0], box.y + box.h + 18);
   pen.fillText("token", box.x + box.w / 2, box.y + box.h + 37);
-  axis(pen, box, N);
+  axis(pen, look, box, N);
 }
 
 // Bars of the weights, in the same rows as the map.
-function drawBars(pen, box, { N, K, indices, weights }, token) {
+function drawBars(pen, look, box, { N, K, indices, weights }, token) {
   const row = box.h / N;
-  pen.fillStyle = INK;
+  pen.fillStyle = look.ink;
   pen.font = "13px sans-serif";
   pen.textAlign = "left";
   pen.fillText(`weights of token ${token}`, box.x, box.y - 10);
@@ -100,14 +116,14 @@ function drawBars(pen, box, { N, K, indices, weights }, token) {
     const y = box.y + indices[slot] * row, length = weights[slot] * box.w;
     pen.fillStyle = BLUE;
     pen.fillRect(box.x, y + 0.1 * row, length, 0.8 * row);
-    pen.fillStyle = INK;
+    pen.fillStyle = look.ink;
     pen.fillText(weights[slot].toFixed(2), box.x + length + 5, y + row / 2 + 4);
   }
-  axis(pen, box, N);
+  axis(pen, look, box, N);
 }
 
-function axis(pen, box, N) {
-  pen.fillStyle = INK;
+function axis(pen, look, box, N) {
+  pen.fillStyle = look.ink;
   pen.textAlign = "right";
   const step = Math.max(1, Math.ceil(N / 8));
   for (let i = 0; i < N; i += step) pen.fillText(i, box.x - 6, box.y + ((i + 0.5) * box.h) / N + 4);
@@ -130,17 +146,17 @@ function describe({ K, indices, weights }, token) {
 function render({ model, el }) {
   const canvas = document.createElement("canvas");
   const line = document.createElement("div");
-  canvas.style.cssText = `width: 100%; max-width: 1150px; height: ${HEIGHT}px; display: block; cursor: crosshair`;
+  canvas.style.cssText = `width: 100%; max-width: 1150px; display: block; cursor: crosshair`;
   line.style.cssText = "padding: 4px 0; font-size: 14px";
   for (const [name, value] of Object.entries({
     tabindex: "0", role: "slider", "aria-label": model.get("alt"), "aria-valuemin": "0", "data-lm-suppress-shortcuts": "true",
   })) canvas.setAttribute(name, value);
-  el.append(line, canvas);
+  el.append(canvas, line);
 
-  let numbers, map, box;
+  let numbers, map, box, width = 320;
   const redraw = () => {
     const token = Math.min(model.get("token"), numbers.T - 1);
-    box = draw(canvas, numbers, map, token);
+    box = draw(canvas, width, numbers, map, token);
     line.textContent = describe(numbers, token);
     canvas.setAttribute("aria-valuemax", numbers.T - 1);
     canvas.setAttribute("aria-valuenow", token);
@@ -173,11 +189,18 @@ function render({ model, el }) {
   });
   model.on("change:token", redraw);
   model.on("change:data", reload);
-  const resized = new ResizeObserver(redraw);
+  // The width is not read while the theme changes, because the page has no layout for a moment.
+  const resized = new ResizeObserver(([{ contentRect }]) => {
+    width = Math.max(contentRect.width, 320);
+    redraw();
+  });
+  const themed = new MutationObserver(() => requestAnimationFrame(redraw));
   reload();
   resized.observe(canvas);
+  themed.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
   return () => {
     resized.disconnect();
+    themed.disconnect();
     model.off("change:token", redraw);
     model.off("change:data", reload);
   };

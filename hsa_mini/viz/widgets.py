@@ -7,6 +7,7 @@ figures do not pile up in memory, and notebooks run without a display.
 
 import base64
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hsa_mini.checks import quoted
+from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import score_map, weight_bars
 from hsa_mini.viz.style import as_array
 
 DPI = 110
+MIN_SCALE = 0.7  # labels stay readable
+PATIENCE_SECONDS = 0.5
+BUSY = "The kernel is busy. The picture follows."
 HERE = Path(__file__).parent
 
 
@@ -70,15 +75,32 @@ def to_png(figure: Figure, colors: int = 256) -> bytes:
 
 
 def show(figure: Figure, alt: str, *, colors: int = 256) -> None:
-    """Display a still figure. `alt` describes it in words. colors: as in `to_png`."""
-    data, options = as_display(figure, alt, colors)
-    display(data, **options)
+    """Display a still figure and its caption `alt`, which describes it. colors: as in `to_png`."""
+    for data, options in as_display(figure, alt, colors):
+        display(data, **options)
 
 
-def as_display(figure: Figure, alt: str, colors: int = 256) -> tuple[dict, dict]:
-    """The arguments of IPython's `display`: the picture with its text, and the options."""
-    data = {"image/png": base64.b64encode(to_png(figure, colors)).decode(), "text/plain": alt}
-    return data, {"metadata": {"image/png": {"alt": alt}}, "raw": True}
+def as_display(figure: Figure, alt: str, colors: int = 256) -> list[tuple[dict, dict]]:
+    """The arguments of IPython's `display` for the picture and for the caption below it.
+
+    Most readers of notebooks drop the text of an image, so it is also a caption.
+    """
+    picture = base64.b64encode(to_png(figure, colors)).decode()
+    metadata = picture_metadata(alt)
+    return [
+        ({"image/png": picture}, {"metadata": metadata, "raw": True}),
+        ({"text/plain": caption(alt)}, {"raw": True}),
+    ]
+
+
+def picture_metadata(alt: str) -> dict:
+    """Of a PNG in JupyterLab: what it shows, and that it is drawn on white."""
+    return {"image/png": {"alt": alt}, "needs_background": "light"}
+
+
+def caption(text: str) -> str:
+    """The text in lines that fit below a picture."""
+    return textwrap.fill(text, 110)
 
 
 def explore(
@@ -116,8 +138,13 @@ class Explorer(ipywidgets.VBox):
         self.picture = picture
         self.controls = {name: _make_control(name, control) for name, control in controls.items()}
         self.summary = ipywidgets.Label(layout=ipywidgets.Layout(height="auto"))
-        self.paint()  # an error here is not caught: the first drawing must work
-        super().__init__([*self.controls.values(), self.summary, picture, Labels(alt=alt)])
+        TURNS.include_cells()
+        with TURNS.lock:
+            self._painted = self.values
+            self.paint(self._painted)  # an error is not caught: the first drawing must work
+        box = ipywidgets.Box([picture], layout=ipywidgets.Layout(overflow="auto"))
+        box.add_class("hsa-picture")
+        super().__init__([*self.controls.values(), box, self.summary, Labels(alt=alt)])
         for control in self.controls.values():
             control.observe(self._repaint, "value")
 
@@ -126,8 +153,8 @@ class Explorer(ipywidgets.VBox):
         """The value of each control, by name."""
         return {name: control.value for name, control in self.controls.items()}
 
-    def paint(self) -> None:
-        """Draw the picture for the current `values`."""
+    def paint(self, values: dict[str, Any]) -> None:
+        """Draw the picture for these values of the controls."""
         raise NotImplementedError
 
     def still(self) -> tuple[bytes, str]:
@@ -135,20 +162,30 @@ class Explorer(ipywidgets.VBox):
         raise NotImplementedError
 
     def _repaint(self, _change) -> None:
+        """Draw the latest values. Another thread may have drawn them while this one waited."""
+        if not TURNS.lock.acquire(timeout=PATIENCE_SECONDS):
+            self.summary.value = BUSY
+            TURNS.lock.acquire()
         try:
-            self.paint()
+            values = self.values
+            if values != self._painted or self.summary.value == BUSY:
+                self._painted = values
+                self.paint(values)
         except Exception as error:
             # An error in a callback would not be shown anywhere, so the summary shows it.
-            settings = ", ".join(f"{name}={value}" for name, value in self.values.items())
+            settings = ", ".join(f"{name}={value}" for name, value in values.items())
             self.summary.value = f"Could not draw {settings}: {type(error).__name__}: {error}"
+        finally:
+            TURNS.lock.release()
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget for a live notebook; the picture and its summary for every other reader."""
         data = dict(super()._repr_mimebundle_(**kwargs) or {})
         png, summary = self.still()
-        data["text/plain"] = summary
+        text = f"{self.alt} {summary}"
+        data["text/plain"] = caption(text)
         data["image/png"] = base64.b64encode(png).decode()
-        return data, {"image/png": {"alt": f"{self.alt} {summary}"}}
+        return data, picture_metadata(text)
 
 
 class FigureExplorer(Explorer):
@@ -159,12 +196,15 @@ class FigureExplorer(Explorer):
     ) -> None:
         self.draw = draw
         self.figure = make_figure(*size)
-        layout = ipywidgets.Layout(max_width="100%", align_self="flex-start")
-        super().__init__(controls, ipywidgets.Image(format="png", layout=layout), alt)
+        # Where there is less room, the picture scrolls.
+        width = f"{MIN_SCALE * DPI * size[0]:.0f}px"
+        layout = ipywidgets.Layout(max_width="100%", min_width=width, align_self="flex-start")
+        picture = ipywidgets.Image(format="png", layout=layout)
+        super().__init__(controls, picture, alt)
 
-    def paint(self) -> None:
+    def paint(self, values: dict[str, Any]) -> None:
         self.figure.clear()
-        summary = self.draw(self.figure, **self.values)
+        summary = self.draw(self.figure, **values)
         self.picture.value = to_png(self.figure)
         self.summary.value = summary
 
@@ -177,10 +217,11 @@ class MapExplorer(Explorer):
 
     def __init__(self, compute: Callable[..., tuple], alt: str, token: int, controls: dict) -> None:
         self.compute = compute
-        super().__init__(controls, ScoreMap(token=token, alt=alt), alt)
+        canvas = ScoreMap(token=token, alt=alt, layout=ipywidgets.Layout(width="100%"))
+        super().__init__(controls, canvas, alt)
 
-    def paint(self) -> None:
-        scores, indices, weights = map(as_array, self.compute(**self.values))
+    def paint(self, values: dict[str, Any]) -> None:
+        scores, indices, weights = map(as_array, self.compute(**values))
         self.picture.data = {
             "shape": [*scores.shape, indices.shape[1]],
             "scores": scores.astype("<f4").tobytes(),
@@ -190,7 +231,8 @@ class MapExplorer(Explorer):
         self.summary.value = ""  # the canvas shows its own summary
 
     def still(self) -> tuple[bytes, str]:
-        scores, indices, weights = map(as_array, self.compute(**self.values))
+        with TURNS.lock:
+            scores, indices, weights = map(as_array, self.compute(**self.values))
         token = self.picture.token
         figure = make_figure(11, 4)
         left, right = figure.subplots(1, 2, width_ratios=(2.4, 1))

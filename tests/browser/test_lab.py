@@ -1,6 +1,7 @@
-"""The course in a real JupyterLab.
+"""The course in a real JupyterLab, and the retrieval explorer.
 
 Stored pictures are visible before anything runs, all cells run, and the keyboard moves a picture.
+Two controls may move at once. What a reader saves keeps the pictures and the kernel's name.
 
 Works on a copy of the notebooks, with settings of its own. CHROMIUM names the browser if it is not
 on the PATH.
@@ -15,9 +16,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab")
@@ -49,21 +53,75 @@ PICTURE = """slider => {
   const picture = slider.closest('.widget-vbox').querySelector('img, canvas');
   return picture.tagName === 'IMG' ? picture.src : picture.toDataURL();
 }"""
+# Every text that a line shows from now on, in a list.
+WATCH = """line => {
+  const seen = [line.textContent];
+  const look = () => seen.push(line.textContent);
+  new MutationObserver(look).observe(line, { childList: true, subtree: true, characterData: true });
+  return seen;
+}"""
+PRESS_BOTH = """sliders => sliders.forEach(slider => slider.dispatchEvent(
+  new KeyboardEvent('keydown', { key: 'ArrowRight', bubbles: true, cancelable: true })
+))"""
+# How many colours a canvas has in its last columns, and the colour of its first pixel.
+EDGE = """canvas => {
+  const pen = canvas.getContext('2d');
+  const edge = new Uint32Array(pen.getImageData(canvas.width - 3, 0, 3, canvas.height).data.buffer);
+  return [new Set(edge).size, [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3)];
+}"""
 # "none" puts every cell into the page. By default JupyterLab leaves out the cells that are not
 # visible.
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
+
+
+# Drawings that overlap in time would say so. The last cell runs while the controls move.
+TWO_CONTROLS = new_notebook(
+    cells=[
+        new_code_cell(
+            """
+import time
+from hsa_mini.viz import explore
+running = []
+def draw(figure, a, b):
+    running.append(a)
+    time.sleep(0.02)
+    figure.subplots().plot([a, b])
+    summary = f"a {a}, b {b}, at once {len(running)}"
+    running.pop()
+    return summary
+"""
+        ),
+        new_code_cell("explore(draw, alt='Two numbers.', size=(3, 2), a=(0, 40), b=(0, 40))"),
+        new_code_cell("running.append('cell'); time.sleep(3); running.pop()"),
+    ],
+    metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A JupyterLab that runs, and the folder that it shows."""
+
+    address: str
+    root: Path
+
+    def shut_down_kernels(self) -> None:
+        for session in json.load(urllib.request.urlopen(f"{self.address}/api/sessions")):
+            address = f"{self.address}/api/sessions/{session['id']}"
+            urllib.request.urlopen(urllib.request.Request(address, method="DELETE")).close()
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab that runs on a copy of the notebooks until the tests end."""
+    """A JupyterLab that runs on a copy of the notebooks until the tests end."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(
         ROOT / "notebooks", home / "root" / "notebooks", ignore=shutil.ignore_patterns(".*")
     )
+    shutil.copy(ROOT / "pyproject.toml", home / "root")  # it pairs each .ipynb with a .py
+    nbformat.write(TWO_CONTROLS, home / "root" / "two_controls.ipynb")
     for name, values in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +133,12 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
     command += ["--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
-    command += ["--LabApp.news_url=", f"--ServerApp.root_dir={home / 'root'}"]
+    command += [f"--ServerApp.root_dir={home / 'root'}"]
     log = (home / "log").open("w")
     server = subprocess.Popen(command, cwd=home, env=_environment(home), stdout=log, stderr=log)
     try:
         _wait_for(f"{address}/api/status", server, home / "log")
-        yield address
+        yield Lab(address, home / "root")
     finally:
         server.terminate()  # the server first ends its kernels
         try:
@@ -106,6 +164,7 @@ def _environment(home: Path) -> dict:
         **os.environ,
         **own,
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTER_CONFIG_PATH": str(ROOT / "notebooks" / ".jupyter"),
         "PYTHONPATH": path,
     }
 
@@ -128,19 +187,23 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(params=NOTEBOOKS)
-def page(request, lab, browser):
-    """One notebook, opened and idle. Its kernel is shut down afterwards to free its memory."""
-    page = browser.new_page(viewport={"width": 1300, "height": 1000})
-    page.goto(f"{lab}/doc/tree/notebooks/{request.param}?reset")
-    page.wait_for_selector(IDLE, timeout=OPEN_SECONDS * 1000)
-    page.name = request.param
-    yield page
-    page.close()
-    for session in json.load(urllib.request.urlopen(f"{lab}/api/sessions")):
-        urllib.request.urlopen(
-            urllib.request.Request(f"{lab}/api/sessions/{session['id']}", method="DELETE")
-        ).close()
+@pytest.fixture
+def open_notebook(lab, browser):
+    """A function that opens a notebook of the lab: path -> page. The kernels are shut down after
+    the test to free their memory.
+    """
+    pages = []
+
+    def open_page(path: str):
+        pages.append(browser.new_page(viewport={"width": 1300, "height": 1000}))
+        pages[-1].goto(f"{lab.address}/doc/tree/{path}?reset")
+        pages[-1].wait_for_selector(IDLE, timeout=OPEN_SECONDS * 1000)
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
+    lab.shut_down_kernels()
 
 
 def menu(page, name: str, entry: str) -> None:
@@ -148,11 +211,23 @@ def menu(page, name: str, entry: str) -> None:
     page.locator(".lm-Menu-item", has=page.get_by_text(entry, exact=True)).click()
 
 
+def start_all(page) -> None:
+    """Run all cells. JupyterLab drops the request, without a word, until it has met the kernel."""
+    begun = page.locator(PROMPTS, has_text=re.compile(r"\[[*\d]+\]:"))
+    for _ in range(OPEN_SECONDS // 5):
+        menu(page, "Run", "Run All Cells")
+        try:
+            return begun.first.wait_for(timeout=5000)
+        except sync_api.TimeoutError:
+            continue
+    pytest.fail("no cell began to run")
+
+
 def run_all(page, cells: int) -> None:
     """Clear all outputs, run all cells, and wait until every code cell has its number."""
     menu(page, "Edit", "Clear Outputs of All Cells")
     expect(page.locator(".jp-OutputArea-output")).to_have_count(0)
-    menu(page, "Run", "Run All Cells")
+    start_all(page)
     numbered = page.locator(PROMPTS, has_text=re.compile(r"\[\d+\]:"))
     expect(numbered).to_have_count(cells, timeout=RUN_SECONDS * 1000)
     page.wait_for_selector(IDLE, timeout=OPEN_SECONDS * 1000)
@@ -173,12 +248,11 @@ def press_right(page, slider) -> None:
     assert slider.evaluate("slider => slider === document.activeElement")
 
 
-def test_a_notebook_runs_and_answers_to_the_keyboard(page):
-    stored = json.loads((ROOT / "notebooks" / page.name).read_text(encoding="utf-8"))["cells"]
-    cells = [cell for cell in stored if cell["cell_type"] == "code"]
-    pictures = sum(
-        "image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]
-    )
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_and_answers_to_the_keyboard(open_notebook, name):
+    page = open_notebook(f"notebooks/{name}")
+    cells = code_cells(name)
+    pictures = pictures_of(cells)
     assert pictures > 0
     expect(page.locator(".jp-OutputArea .jp-RenderedImage img")).to_have_count(
         pictures, timeout=OPEN_SECONDS * 1000
@@ -193,3 +267,195 @@ def test_a_notebook_runs_and_answers_to_the_keyboard(page):
     if any("explore_map(" in "".join(cell["source"]) for cell in cells):
         press_right(page, page.locator("canvas[role=slider]").first)
     assert page.locator(".widget-vbox > .widget-label", has_text="Could not draw").count() == 0
+
+
+def test_two_controls_move_at_once_and_the_latest_values_win(open_notebook):
+    """Also while a cell runs, and just after the kernel's start: then it draws in two threads."""
+    page = open_notebook("two_controls.ipynb")
+    start_all(page)
+    page.wait_for_selector(f"{SLIDER}[aria-label]", timeout=OPEN_SECONDS * 1000)
+    said = page.locator(".widget-vbox > .widget-label")
+    sliders = [page.locator(SLIDER).nth(i).element_handle() for i in (0, 1)]
+    seen = page.evaluate_handle(WATCH, said.element_handle())
+    for _ in range(20):
+        page.evaluate(PRESS_BOTH, sliders)
+        page.wait_for_timeout(25)
+    expect(said).to_have_text("a 20, b 20, at once 1", timeout=REDRAW_SECONDS * 1000)
+    drawn = [text for text in seen.json_value() if text.startswith("a ")]
+    assert {text.split(", ")[2] for text in drawn} == {"at once 1"}
+
+
+def test_what_a_reader_saves_keeps_pictures_and_kernel_name(open_notebook, lab):
+    name = "03_retrieval"
+    file = lab.root / "notebooks" / f"{name}.ipynb"
+    before, source = json.loads(file.read_text()), file.with_suffix(".py").read_text()
+    page = open_notebook(f"notebooks/{name}.ipynb")
+    run_all(page, len(code_cells(f"{name}.ipynb")))
+    views = page.locator(".jp-OutputArea .widget-vbox").count()
+    assert views > 0
+    page.locator(".jp-CodeCell .cm-content").first.click()
+    page.keyboard.type("# mine\n")
+    menu(page, "File", "Save Notebook")
+    deadline = time.monotonic() + REDRAW_SECONDS
+    while "# mine" not in file.with_suffix(".py").read_text() and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    page.close()
+    lab.shut_down_kernels()
+
+    after = json.loads(file.read_text())
+    assert after["metadata"]["kernelspec"] == before["metadata"]["kernelspec"]
+    assert file.with_suffix(".py").read_text().replace("# mine\n", "", 1) == source
+    assert pictures_of(after["cells"]) == pictures_of(before["cells"])
+    again = open_notebook(f"notebooks/{name}.ipynb")
+    images = again.locator(".jp-OutputArea .jp-RenderedImage img")
+    expect(images).to_have_count(pictures_of(before["cells"]), timeout=OPEN_SECONDS * 1000)
+    assert again.get_by_text("Error displaying widget").count() == 0
+
+
+def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
+    page = open_notebook("notebooks/03_retrieval.ipynb")
+    page.set_viewport_size({"width": 800, "height": 900})
+    run_all(page, len(code_cells("03_retrieval.ipynb")))
+    menu(page, "Settings", "Theme")
+    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
+    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+    canvas = page.locator(".jp-OutputArea canvas[role=slider]")
+    right_edge, corner = canvas.evaluate(EDGE)
+    assert right_edge == 1  # one colour: nothing is cut there
+    assert max(corner) < 60
+    images = page.locator(".jp-OutputArea img")
+    assert images.count() > 1
+    for image in images.all():
+        assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
+    for image in page.locator(".hsa-picture img").all():  # its labels stay readable
+        assert image.evaluate("image => image.clientWidth / image.naturalWidth") > 0.69
+
+
+def code_cells(name: str) -> list[dict]:
+    stored = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in stored if cell["cell_type"] == "code"]
+
+
+def pictures_of(cells: list[dict]) -> int:
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+# ---- The retrieval explorer
+
+EXPLORER = """
+from pathlib import Path
+from hsa_mini import HSAModel
+from hsa_mini.viz import explore_retrieval
+explore_retrieval(HSAModel.from_pretrained("mini"), Path({text!r}))
+"""
+STATUS = ".hsa-status"
+SUMMARY = ".hsa-summary"
+CHOSEN = ".hsa-token[aria-checked=true]"
+
+
+@pytest.fixture
+def explorer(lab, open_notebook):
+    """The explorer in a notebook of its own, and what the browser's console has complained of."""
+    cell = new_code_cell(EXPLORER.format(text=str(ROOT / "CONTRIBUTING.md")))
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(new_notebook(cells=[cell], metadata=kernel), lab.root / "explorer.ipynb")
+    page = open_notebook("explorer.ipynb")
+    page.errors = []
+    page.on("console", lambda line: line.type == "error" and page.errors.append(line.text))
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("dialog", lambda dialog: page.errors.append(dialog.message))
+    run_all(page, 1)
+    page.wait_for_selector(CHOSEN, timeout=RUN_SECONDS * 1000)
+    return page
+
+
+def ask(page, want: str, **fields: str) -> None:
+    """Fill in fields by their labels, ask by keyboard, and wait for a status that begins so."""
+    for name, value in fields.items():
+        page.get_by_label(name.replace("_", " ")).and_(page.locator("textarea")).fill(value)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(STATUS)).to_have_text(re.compile(want), timeout=RUN_SECONDS * 1000)
+
+
+def test_the_explorer_asks_a_typed_needle_and_follows_its_tokens_by_keyboard(explorer):
+    page = explorer
+    needle = "<img src=x onerror=alert(1)> The secret code of WQNH is 394149."
+    ask(page, "^Right", Needle_sentence=needle, Question="What is the secret code of WQNH?")
+    expect(page.locator(".hsa-token.right")).to_have_text(list("394149"))
+    assert page.locator(".hsa img, .hsa script").count() == 0  # markup stays text
+
+    # Every level says that its shares add up to 1: scores, weights, attention, blend, next token.
+    expect(page.locator(".hsa h4 small", has_text=re.compile("up to 1.000"))).to_have_count(4)
+    assert all("up to 1.000" in chunk for chunk in titles(page))
+
+    page.locator(CHOSEN).focus()
+    seen = {page.locator(SUMMARY).text_content()}
+    for digit in "394149":
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.textContent") == digit
+        seen.add(page.locator(SUMMARY).text_content())
+    page.keyboard.press("ArrowUp")
+    expect(page.locator(SUMMARY)).to_contain_text("HSA layer 0")
+    page.keyboard.press("Home")
+    expect(page.locator(SUMMARY)).to_contain_text("token 1 of the question")
+    assert len(seen) == 7
+
+    page.get_by_role("slider", name="Scores of all chunks").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    last = int(
+        page.get_by_role("slider", name="Scores of all chunks").get_attribute("aria-valuemax")
+    )
+    expect(page.get_by_text(f"Chunk {last - 1}: ", exact=False)).to_be_visible()
+    page.keyboard.press("Escape")
+    assert page.evaluate(
+        "document.activeElement === document.body || !document.activeElement.closest('.hsa')"
+    )
+    assert unnamed(page) == []
+    assert page.errors == []
+
+
+def test_the_explorer_keeps_its_picture_and_says_what_it_needs(lab, explorer):
+    page = explorer
+    before = page.locator(SUMMARY).text_content()
+    ask(page, "^The picture shows the last question. needle: got no text", Needle_sentence=" ")
+    needle = "The secret code of QXZB is 482913."
+    empty = "^The picture shows the last question. question: got no text"
+    ask(page, empty, Needle_sentence=needle, Question="")
+    page.get_by_label("Haystack (or a file)").evaluate("area => area.value = 'a'.repeat(1e7)")
+    ask(page, "^haystack: got 10,000,000 bytes", Question="Where?")
+    assert page.locator(SUMMARY).text_content() == before
+    assert page.errors == []
+
+    lab.shut_down_kernels()
+    page.get_by_label("Haystack (or a file)").fill("word " * 200)
+    ask(page, "^The kernel is busy or has stopped", Question="Where?")
+    page.locator(CHOSEN).focus()
+    page.keyboard.press("ArrowLeft")  # the picture needs no kernel
+    assert page.locator(SUMMARY).text_content() != before
+
+
+def test_the_explorer_shows_the_last_of_two_questions_and_wrong_answers_as_wrong(explorer):
+    page = explorer
+    page.get_by_label("Question", exact=True).fill("What is the secret code of QXZB? ")
+    page.keyboard.press("Control+Enter")
+    ask(page, "^Wrong", Question="What is the secret code of WQNH?")
+    expect(page.locator(".hsa-token.wrong")).to_have_count(7)
+    expect(page.locator(".hsa-tokens strong")).to_have_text("✗ wrong")
+    assert page.get_by_label("Question", exact=True).input_value().endswith("WQNH?")
+    assert page.errors == []
+
+
+def titles(page) -> list[str]:
+    """What every kept chunk says on hover and to a screen reader."""
+    found = page.locator(".hsa-chunk:not([hidden]) canvas")
+    return [canvas.get_attribute("aria-label") for canvas in found.all()]
+
+
+def unnamed(page) -> list[str]:
+    """The controls of the explorer without an accessible name."""
+    return page.evaluate("""() => [...document.querySelectorAll(
+      '.hsa :is(button, input, select, textarea, [tabindex="0"])')]
+      .filter(node => !(node.ariaLabel || node.labels?.length || node.textContent.trim()))
+      .map(node => node.outerHTML)""")

@@ -21,6 +21,7 @@ from hsa_mini.provenance import write_results
 from hsa_mini.tasks.forms import TASKS
 from hsa_mini.tasks.placement import place
 
+MANY = 1000  # tokens or steps that may take long
 COMMANDS_PERCENT = 70
 GOOD_PERCENT = 80  # of the values
 INTEGERS = (-(1 << 70), -1, 0, 1, 2, 3, 63, 64, 65, 4096, 10**6, 10**9, (1 << 32), 10**30)
@@ -170,7 +171,8 @@ def _command(rng: random.Random) -> Call:
         words.insert(rng.randrange(len(words) + 1), _nasty(rng))
     if rng.random() < 0.05:
         del words[rng.randrange(len(words))]
-    long = any(word.isdecimal() and int(word[:12]) > 4000 for word in words)
+    numbers = (word.replace("_", "")[:12] for word in words)
+    long = any(number.isdecimal() and int(number) >= MANY for number in numbers)
     long = long or any(word in ENDLESS for word in words) or not _complete(words)
     long = long or (name == "index" and any(word in FOLDERS_OF_MUCH for word in words))
     return Call(name, tuple(words), lambda: cli.main(words), tuple(words[1:]), True, long)
@@ -199,6 +201,7 @@ def _path(rng: random.Random) -> str:
 def _api(rng: random.Random) -> Call:
     """A call of the package with values of the right type."""
     path = _path(rng)
+    records = f"{path}l" if path.endswith(".json") else path  # no line belongs behind a JSON object
     integer = _integer(rng)
     number = rng.choice(NUMBERS)
     field = rng.choice(dataclasses.fields(HSAConfig)).name
@@ -225,7 +228,7 @@ def _api(rng: random.Random) -> Call:
         "load_progress": ((path,), lambda: load_progress(Path(path)) and None),
         "save_progress": ((path,), lambda: save_progress(Path(path), 3, {}, {"step": 3})),
         "read_records": ((path,), lambda: read_records(Path(path)) and None),
-        "append_record": ((path,), lambda: append_record(Path(path), {"arm": "a"})),
+        "append_record": ((path,), lambda: append_record(Path(records), {"arm": "a"})),
         "read_results": ((path,), lambda: read_results(Path(path)) and None),
         "write_results": ((path,), lambda: write_results(Path(path), torch.device("cpu"), x=1)),
         "read_index": ((path,), lambda: read_index(Path(path), torch.device("cpu")) and None),
@@ -241,7 +244,7 @@ def _api(rng: random.Random) -> Call:
     words, work = calls[name]
     reads_pipe = path in ENDLESS and name == "load_text"
     numbers = {"generate": settings, "place": sizes}.get(name, {}).values()
-    long = reads_pipe or any(value > 5000 for value in numbers) or path in FOLDERS_OF_MUCH
+    long = reads_pipe or any(value >= MANY for value in numbers) or path in FOLDERS_OF_MUCH
     return Call(name, words, work, (path,), long=long)
 
 

@@ -22,7 +22,7 @@ from faults.world import World
 from faults.writers import tiny_preset
 from hsa_mini.model.cost_estimate import estimate_cost
 
-SECONDS = 30  # for a call that should be short
+SECONDS = 60  # for a call that should be short, on a busy machine too
 SECONDS_OF_LONG_CALLS = 2  # until a call that may be long is interrupted
 MAX_LINE = 1000  # characters of an error
 BATCH = 50  # calls between two messages of the sandboxed process

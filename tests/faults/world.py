@@ -169,7 +169,8 @@ def _half_written(path: Path) -> str | None:
         return None
     if content.startswith(b"\x89PNG"):
         return None if content.endswith(b"IEND\xaeB`\x82") else f"{path} is half a picture"
-    if content.startswith(b"{") and not (_is_json([content]) or _is_json(content.splitlines())):
+    is_text = content.startswith(b"{") and path.suffix != ".bin"
+    if is_text and not (_is_json([content]) or _is_json(content.splitlines())):
         return f"{path} is half a JSON file"
     return None if content or path.name == ".lock" else f"{path} is empty"
 

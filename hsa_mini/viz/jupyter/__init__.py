@@ -1,0 +1,1 @@
+"""What pictures need of Jupyter: turns between threads, and notebooks that are saved with them."""
