@@ -12,6 +12,10 @@ def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float,
 
     Without samples it is 0 to 1.
     """
+    return _wilson(correct, samples, z)
+
+
+def _wilson(correct: float, samples: float, z: float) -> tuple[float, float]:
     if samples == 0:
         return 0.0, 1.0
     share = correct / samples
@@ -44,3 +48,22 @@ def _summary(tokens: int, rows: Sequence[RetrievalRow]) -> dict:
         "low": low,
         "high": high,
     }
+
+
+def cluster_interval(clusters: Sequence[tuple[int, int]], z: float = 1.96) -> tuple[float, float]:
+    """The Wilson interval of a share over clusters (correct, samples) whose samples may be alike,
+    as the questions about one text are.
+
+    It is that of samples / d independent ones. The design effect d, at least 1, is the variance of
+    the share as estimated between clusters over its variance if all samples were independent. From
+    equal shares nothing can be estimated: then d is 1.
+    """
+    correct = sum(some for some, _ in clusters)
+    samples = sum(some for _, some in clusters)
+    effect = 1.0
+    if 0 < correct < samples and len(clusters) > 1:
+        share = correct / samples
+        between = sum((right - share * size) ** 2 for right, size in clusters)
+        between *= len(clusters) / (len(clusters) - 1) / samples**2
+        effect = max(between / (share * (1 - share) / samples), 1.0)
+    return _wilson(correct / effect, samples / effect, z)

@@ -70,12 +70,17 @@ def is_reserved(word: str) -> bool:
 
 
 @functools.cache
-def _split(words: tuple[str, ...], held_out: bool) -> list[str]:
+def _part(words: tuple[str, ...], held_out: bool) -> list[str]:
     return [word for word in words if is_reserved(word) == held_out]
 
 
+def split(words: Sequence[str], held_out: bool) -> list[str]:
+    """The words that are for evaluation only, or the others."""
+    return _part(tuple(words), held_out)
+
+
 def _pick(rng: Random, words: Sequence[str], held_out: bool) -> str:
-    return rng.choice(_split(tuple(words), held_out))
+    return rng.choice(split(words, held_out))
 
 
 @functools.cache

@@ -108,6 +108,16 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--out": ("new.json", "out.json", "mounted.json"),
         "--device": ("cpu", "auto"),
     },
+    "tasks": {
+        "": ("model", "models"),
+        "--tasks": ("qa1", "thread_2,fwe"),
+        "--lengths": ("2048", "2100"),
+        "--texts": ("1",),
+        "--questions": ("1",),
+        "--seed": ("0", "7"),
+        "--out": ("new.json", "out.json", "mounted.json"),
+        "--device": ("cpu", "auto"),
+    },
     "lm-eval": {
         "": ("model", "models"),
         "--tasks": ("ruler_fwe", "niah_single_1,ruler_fwe"),
@@ -129,7 +139,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ALWAYS = {"", "--tokens", "--haystack", "--prompt-file", "--max-new-tokens", "--steps", "--lengths"}
 ALWAYS |= {"--samples", "--stretches", "--scale", "--arms", "--seeds", "--checkpoint", "--out"}
-ALWAYS |= {"--tasks", "TEXT", "DIR"}
+ALWAYS |= {"--tasks", "--texts", "TEXT", "DIR"}
 
 
 @dataclasses.dataclass(frozen=True)

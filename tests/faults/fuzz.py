@@ -37,7 +37,6 @@ def attack(count: int, seed: int, progress: Progress) -> Report:
     # What takes long to import is imported here, once for all children.
     estimate_cost("nano", 1)
     with contextlib.suppress(ImportError):
-        importlib.import_module("hsa_mini.integrations.ruler")
         importlib.import_module("hsa_mini.integrations.tasks")
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
