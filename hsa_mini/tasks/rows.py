@@ -32,6 +32,7 @@ SHARES = {"facts": 0.54, "attributes": 0.06, "updates": 0.10, "all": 0.06, "earl
           "chains": 0.13}  # fmt: skip
 MAX_FACTS = 60
 MIN_FACT_TOKENS = 160  # a sequence of fewer has no place for most facts and their questions
+MIN_RULER_TOKENS = 512
 SPAN_FORMS = (
     ('What follows "{span}"?\n{span}', "\n"), ("Continue: {span}", "\n"), ("{span}", "\n"),
     ('Quote the text from "{span}" on.\n"{span}', '"'), ("And how did it go on? {span}", "\n"),
@@ -201,5 +202,7 @@ def min_tokens(kinds: Collection[str]) -> int:
         "chains": sum(map(len, map(encode, chain.sentences))) + question_tokens(chain.question) - 1,
         "facts": MIN_FACT_TOKENS,
         "spans": MIN_FACT_TOKENS,
+        "ruler": MIN_RULER_TOKENS,
+        **dict.fromkeys(("stories", "threads", "notes"), MIN_FACT_TOKENS),
     }
     return max((fewest.get(kind, 1) for kind in kinds), default=1)

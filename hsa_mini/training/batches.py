@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hsa_mini.checks import check_step
 from hsa_mini.data.corpus import Corpus
-from hsa_mini.training.mixture import TrainingBatches, check_step
+from hsa_mini.training.mixture import TrainingBatches
 from hsa_mini.training.own.batches import DocumentBatches
 from hsa_mini.training.recipes import Recipe, Stage
 

@@ -7,16 +7,18 @@ Dimensions: B batch, T tokens; a sequence has T+1 (inputs and targets overlap).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hsa_mini.checks import check_integer, check_number
+from hsa_mini.checks import check_integer, check_number, check_step
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hsa_mini.tasks.chains import draw_chains
+from hsa_mini.tasks.long.rows import TOLD, ruler_row
 from hsa_mini.tasks.needles import Needle, ask, draw_needles
 from hsa_mini.tasks.rows import (
     ANSWER,
@@ -34,7 +36,8 @@ from hsa_mini.tasks.rows import (
 from hsa_mini.tasks.sentences import MAX_KEYS, TRAINING, Question, encode, is_held_out
 
 PARTS = {NONE: "none", TEXT: "text", COPY: "copy", ANSWER: "answer"}  # names
-SHARES = ("self_copy", "needles", "chains", "facts", "spans")  # the kinds of sequence but text
+LONG = ("ruler", *TOLD)  # the kinds for the tasks in long texts (see `tasks/long/rows.py`)
+SHARES = ("self_copy", "needles", "chains", "facts", "spans", *LONG)  # of all kinds but text
 SIMILAR_KEYS = 0.3  # share of the needle sequences in which some keys differ in one letter only
 
 TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of each token [T+1]
@@ -44,8 +47,7 @@ TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of ea
 class Mixture:
     """How sequences are drawn: the share of each kind, and the limits of each kind.
 
-    self_copy, needles, chains, facts and spans are shares of the sequences; the remaining
-    sequences are plain text.
+    SHARES are shares of the sequences; the remaining sequences are plain text.
     """
 
     self_copy: float = 0.35
@@ -53,6 +55,10 @@ class Mixture:
     chains: float = 0.0
     facts: float = 0.0  # facts in many forms (see `tasks/rows.py`)
     spans: float = 0.0  # real text, and questions about what follows some of its spans
+    ruler: float = 0.0
+    stories: float = 0.0
+    threads: float = 0.0
+    notes: float = 0.0
     two_codes: float = 0.25  # share of the needle questions that ask for two needles at once
     # Share of the haystacks that are generated instead of drawn from a real text: random tokens,
     # few symbols, one passage over and over, or needles only.
@@ -120,24 +126,25 @@ class TrainingBatches(Dataset):
         ids, parts = (np.stack(column) for column in zip(*rows))
         return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(parts.astype(np.int8))
 
-    # ---- the four kinds of sequence
+    # ---- the kinds of sequence
 
     def sequence(self, rng: np.random.Generator) -> TrainingSequence:
         """One sequence of a kind drawn by the shares of the mixture."""
-        mixture = self.mixture
-        kinds = (
-            (mixture.self_copy, self.self_copy),
-            (mixture.needles, self.needle_questions),
-            (mixture.chains, self.chain_questions),
-            (mixture.facts, self.fact_questions),
-            (mixture.spans, self.span_questions),
-        )
+        kinds = {
+            "self_copy": self.self_copy,
+            "needles": self.needle_questions,
+            "chains": self.chain_questions,
+            "facts": self.fact_questions,
+            "spans": self.span_questions,
+            "ruler": partial(self.span_questions, rewrite=ruler_row),
+            **{name: partial(self.fact_questions, draw=draw) for name, draw in TOLD.items()},
+        }
         kind = rng.random()
         up_to = 0.0
-        for share, draw in kinds:
-            up_to += share
+        for name in SHARES:
+            up_to += getattr(self.mixture, name)
             if kind < up_to:
-                return draw(rng)
+                return kinds[name](rng)
         return self.real_text(rng, self.tokens + 1), np.full(self.tokens + 1, TEXT)
 
     def self_copy(self, rng: np.random.Generator) -> TrainingSequence:
@@ -190,20 +197,20 @@ class TrainingBatches(Dataset):
         shuffled = [sentences[i] for i in rng.permutation(len(sentences))]
         return self.hide(rng, shuffled, [chains[i].question for i in asked])
 
-    def fact_questions(self, rng: np.random.Generator) -> TrainingSequence:
+    def fact_questions(self, rng: np.random.Generator, draw=draw_told) -> TrainingSequence:
         """Facts in one of many forms, and questions about them."""
         draws = Random(int(rng.integers(1 << 62)))
         total = self.tokens + 1
-        items = told_items(draws, int(total * draws.choice((0.4, 0.6, 0.8, 0.95))), draw_told)
+        items = told_items(draws, int(total * draws.choice((0.4, 0.6, 0.8, 0.95))), draw)
         count = total - sum(len(ids) for item in items for ids, _ in item)
         made_up = rng.random() < self.mixture.made_up / 2
         text = self.made_up(rng, count) if made_up else self.real_text(rng, count)
         return row(draws, items, text.tolist(), NONE if made_up else TEXT)
 
-    def span_questions(self, rng: np.random.Generator) -> TrainingSequence:
+    def span_questions(self, rng: np.random.Generator, rewrite=span_row) -> TrainingSequence:
         """Real text, and questions about what follows some of its spans."""
         draws = Random(int(rng.integers(1 << 62)))
-        return span_row(draws, self.real_text(rng, self.tokens + 1).tolist())
+        return rewrite(draws, self.real_text(rng, self.tokens + 1).tolist())
 
     # ---- sentences and questions among text
 
@@ -291,9 +298,3 @@ class TrainingBatches(Dataset):
         pools = (encode("0123456789,. \n"), np.arange(256), np.arange(self.ordinary))
         pool = pools[rng.integers(3)]
         return rng.choice(rng.choice(pool, int(rng.integers(2, 65))), tokens)
-
-
-def check_step(step: int, steps: int) -> None:
-    """Raise IndexError, which ends a loop over batches, for a step that is not among `steps`."""
-    if not 0 <= step < steps:
-        raise IndexError(f"step: got {step}, accepted is 0 to {steps - 1}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from hsa_mini.checks import check_integer, check_number, quoted
 from hsa_mini.config import HSAConfig
-from hsa_mini.training.mixture import Mixture
+from hsa_mini.training.mixture import LONG, Mixture
 
 MAX_NUMBER = 10**9  # in a recipe; more is a typing error
 MAX_BETA = 1 - 1e-9  # AdamW accepts no 1
@@ -147,8 +147,8 @@ KEYS_IN_FILES = {
     "max_questions": "questions_most",
     "min_copy": "copy_least",
 }
-# Fields that are left out of files where they change nothing: earlier versions did not have them.
-ADDED = ("facts", "spans")
+# Shares that are left out of files where they are 0: earlier versions did not have them.
+ADDED_SHARES = ("facts", "spans", *LONG)
 
 
 def recipe_settings(recipe: Recipe) -> dict:
@@ -156,7 +156,7 @@ def recipe_settings(recipe: Recipe) -> dict:
 
     def renamed(value: Any) -> Any:
         if isinstance(value, dict):
-            kept = {key: x for key, x in value.items() if x or key not in ADDED}
+            kept = {key: x for key, x in value.items() if x or key not in ADDED_SHARES}
             return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in kept.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(renamed, value))

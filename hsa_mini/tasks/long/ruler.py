@@ -115,8 +115,13 @@ def draw(rng: random.Random, kind: str) -> str:
     return rng.choice(compounds())
 
 
-def draw_needles(rng: random.Random, niah: Niah) -> tuple[list[str], dict[str, list[str]]]:
-    """The sentences in the order in which they stand in the text, and the values by key."""
+def draw_needles(
+    rng: random.Random, niah: Niah, draw: Callable[[random.Random, str], str] = draw
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The sentences in the order in which they stand in the text, and the values by key.
+
+    draw: makes a key or a value of one of the kinds of `draw`.
+    """
     values: dict[str, list[str]] = {}
     needles = []
     for _ in range(niah.key_count):

@@ -93,10 +93,9 @@ def ruler_texts(
 
 def chain_text(draws: Draws, lines: int, letters: int = 5) -> Whole:
     """A chain of `NAMES` variables in that many lines of noise."""
-    names = _names(draws.choices, NAMES, letters)
+    names = draw_names(draws.choices, NAMES, letters)
     value = str(draws.numbers.randint(10000, 99999))
-    links = (f"VAR {b} = VAR {a} " for a, b in pairwise(names))
-    chain = [f"VAR {names[0]} = {value}", *links]
+    chain = chain_links(value, names)
     sentences = [f"{NOISE}\n"] * lines
     if len(sentences) <= len(chain):
         parts = [part for line in sentences for part in line.split(".")]
@@ -105,11 +104,22 @@ def chain_text(draws: Draws, lines: int, letters: int = 5) -> Whole:
     for i, (place, link) in enumerate(zip(places, chain)):
         sentences.insert(place + i, link)
     body = " ".join(sentences).replace(". \n", ".\n")
+    return Whole(f"{CHAIN_OPENING}{body}", (ask_names(value, names),))
+
+
+def chain_links(value: str, names: list[str]) -> list[str]:
+    """The assignments of a chain, in its order."""
+    links = (f"VAR {b} = VAR {a} " for a, b in pairwise(names))
+    return [f"VAR {names[0]} = {value}", *links]
+
+
+def ask_names(value: str, names: list[str]) -> Asked:
+    """The question for all variables of a chain."""
     question, prefix = (part.format(value=value) for part in (CHAIN_QUESTION, CHAIN_PREFIX))
-    return Whole(f"{CHAIN_OPENING}{body}", (Asked(question, prefix, tuple(names)),))
+    return Asked(question, prefix, tuple(names))
 
 
-def _names(rng: random.Random, number: int, letters: int) -> list[str]:
+def draw_names(rng: random.Random, number: int, letters: int) -> list[str]:
     """Different names of capital letters."""
     while True:
         names = ["".join(rng.choices(string.ascii_uppercase, k=letters)) for _ in range(number)]
@@ -176,7 +186,7 @@ def list_texts(draws: Draws, tokens: int, samples: int) -> Iterator[Whole]:
 
     def measure(words: int) -> int:
         made = make(words)
-        return size_of(made, f" {_numbered(made.questions[0].answers)}")
+        return size_of(made, f" {numbered(made.questions[0].answers)}")
 
     size, step = largest(measure, most, 10, greatest=len(listed()))
     for _ in range(samples):
@@ -188,10 +198,10 @@ def _listed(draws: Draws, words: int, often: int, seldom: int) -> tuple[str, lis
     chosen = draws.choices.sample(listed(), words)
     items = chosen[:COMMON] * often + chosen[COMMON:] * seldom
     draws.lists.shuffle(items)
-    return _numbered(items), chosen[:COMMON]
+    return numbered(items), chosen[:COMMON]
 
 
-def _numbered(words: Sequence[str]) -> str:
+def numbered(words: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
 
 
@@ -204,25 +214,25 @@ def code_texts(draws: Draws, tokens: int, samples: int) -> Iterator[Whole]:
     def in_full(body: str) -> str:
         return f"{CODE_OPENING}{body}{CODE_QUESTION}{CODE_PREFIX}"
 
-    words = _coded_words(draws.choices, tokens // 50)
+    words = coded_words(draws.choices, tokens // 50)
     size = tokens // CODE_LETTERS
     if tokens > MAX_TRIED:
-        size = int(0.99 * tokens / count(in_full(_coded(words, size))) * size)
+        size = int(0.99 * tokens / count(in_full(coded(words, size))) * size)
         step = size // 100
     else:
-        while count(in_full(_coded(words, size))) < tokens:
+        while count(in_full(coded(words, size))) < tokens:
             size += step
         size -= step
     for _ in range(samples):
-        words = _coded_words(draws.choices, tokens // 50)
+        words = coded_words(draws.choices, tokens // 50)
         shorter = size
-        while count(in_full(body := _coded(words, shorter))) > tokens:
+        while count(in_full(body := coded(words, shorter))) > tokens:
             shorter -= step
         asked = Asked(CODE_QUESTION, CODE_PREFIX, tuple(words[1:4]))
         yield Whole(f"{CODE_OPENING}{body}", (asked,))
 
 
-def _coded_words(rng: random.Random, number: int) -> list[str]:
+def coded_words(rng: random.Random, number: int) -> list[str]:
     """Different words, the most frequent first; the first of all is the noise."""
 
     def word() -> str:
@@ -236,7 +246,7 @@ def _coded_words(rng: random.Random, number: int) -> list[str]:
     return ["...", *words[1:]]
 
 
-def _coded(words: list[str], number: int) -> str:
+def coded(words: list[str], number: int) -> str:
     """About `number` words; the k-th most frequent one is a share of 1 / (k^2 zeta(2))."""
     ranks = np.arange(1, len(words) + 1)
     counts = (number * ranks**-2.0 / (math.pi**2 / 6)).astype(int)
