@@ -123,7 +123,7 @@ def word_tokens(count: int = 20_000, seed: str = "text") -> np.ndarray:
     return np.array(load_tokenizer().encode_ordinary(words(count, seed)), dtype=np.uint16)
 
 
-def word_corpus(split: str) -> corpus.Corpus:
+def word_corpus(split: str, *, longer: bool = False) -> corpus.Corpus:
     """Stands in for `load_corpus`."""
     return corpus.Corpus(f"words/{split}", word_tokens(seed=split), np.zeros(1, dtype=np.int64))
 

@@ -48,6 +48,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="questions of a task about each text, where a text answers so many (default 5)",
     )
     command.add_argument(
+        "--longer",
+        action="store_true",
+        help="take real text from the longer corpus (see fetch --longer)",
+    )
+    command.add_argument(
         "--seed",
         type=integer(0, MAX_SEED - 1),
         default=1,
@@ -84,11 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if {*names} & {*WHOLE, *IN_TEXT}:
         listed()  # refuses if the package of RULER's words is missing
+    corpus = load_corpus("validation", longer=arguments.longer)
     folder = checkpoint_folder(arguments.checkpoint)
     model = read_model("checkpoint", folder, device)
     measured = fingerprint(folder)
     check_replaceable("--out", path, measured)
-    corpus = load_corpus("validation")
     origin = {"checkpoint": measured, "corpus": corpus.identity}
     options = {key: getattr(arguments, key) for key in ("texts", "questions", "seed")}
     run = describe_run(device, **origin, **options, tasks=names, lengths=lengths)
