@@ -75,7 +75,8 @@ def answered(asked: ruler.Asked, answer: str) -> Pieces:
 
 def listed(values: tuple[str, ...]) -> str:
     """The values as in a sentence."""
-    return f"{', '.join(values[:-1])}, and {values[-1]}." if len(values) > 1 else f"{values[0]}."
+    *others, last = values
+    return f"{', '.join(others)}, and {last}." if others else f"{last}."
 
 
 def scattered(rng: Random, sentences: list[str], filler: list[int], part: int) -> Pieces:
