@@ -40,7 +40,7 @@ from hsa_mini.training.finite import FiniteSteps
 from hsa_mini.training.log import COLUMNS, FIGURES, HEADER_WITH_HELD_OUT
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
-from hsa_mini.training.optimizer import make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.recipes import KEYS_IN_FILES, RECIPES, Recipe, Stage, recipe_settings
 from hsa_mini.training.run import train
 from hsa_mini.training.step import StepFigures, noise_seed, train_step

@@ -17,7 +17,8 @@ from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.model.moe import MoE
 from hsa_mini.ops.choice import runs_kernels
 from hsa_mini.training.cross_batch import ChunkQueue
-from hsa_mini.training.optimizer import MasterWeights, make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
+from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.recipes import Recipe
 from hsa_mini.training.state_check import check_state
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step

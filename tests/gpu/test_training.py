@@ -13,7 +13,7 @@ import torch
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.training.cross_batch import ChunkQueue
-from hsa_mini.training.optimizer import make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.recipes import RECIPES
 from hsa_mini.training.step import train_step
 from hsa_mini.training.trainer import Trainer, with_shared_parameters
