@@ -17,12 +17,7 @@ from hsa_mini.model.core import Output
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import Loss, mixture_loss, mixture_loss_in_pieces, part_counts
-<<<<<<< HEAD
-from hsa_mini.training.optimizer import MasterWeights
-=======
-from hsa_mini.training.mixture import ANSWER
 from hsa_mini.training.optimizers.master_weights import MasterWeights
->>>>>>> bb509832ed379b863bc7897b385d798e0606f7d0
 from hsa_mini.training.recipes import Recipe, Stage
 
 
