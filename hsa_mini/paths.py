@@ -12,6 +12,7 @@ from hsa_mini.checks import quoted
 log = logging.getLogger(__name__)
 
 RANKS_FILE = "tokenizer.tiktoken"  # every data folder has it
+TOKENIZER_FILE = "tokenizer.json"  # of Hugging Face
 INSTALLED = "shipped"  # the data folder inside the package of a wheel
 
 

@@ -19,7 +19,7 @@ from hsa_mini import ChunkMemory
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import NONE, TEXT
-from hsa_mini.training.optimizer import make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.step import train_step
 

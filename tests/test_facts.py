@@ -82,14 +82,22 @@ def test_the_latest_value_of_a_key_is_asked_for(times):
             assert not any(value in s for s in about[:-1] if len(value) > 3)
 
 
-def test_all_values_of_a_key_are_named_in_the_order_of_the_text():
-    for seed in range(60):
-        facts, found = problem(Random(seed), HeldOut(), "tell_all_values", times=4)
+def test_all_values_of_a_key_are_named_in_any_order():
+    in_order = 0
+    several = 0
+    for seed in range(120):
+        facts, found = problem(Random(seed), HeldOut(), "tell_all_values")
         for question in found.questions:
-            places = [found.sentences.index(sentence) for sentence in question.needed]
-            assert places == sorted(places) and len(places) == 4
-            values = [f.value for f in facts if f.value in question.answer]
-            assert len(values) >= 4
+            needed = [
+                f.value for s in question.needed for f in facts if f.value in s and len(f.value) > 3
+            ]
+            if len(needed) != len(question.needed) or len(needed) < 2:
+                continue
+            places = [question.answer.find(value) for value in needed]
+            assert min(places) >= 0
+            several += 1
+            in_order += places == sorted(places)
+    assert 0 < in_order < several
 
 
 def test_the_noun_decides_between_the_values_of_one_key():

@@ -22,6 +22,7 @@ import pytest
 import torch
 from material import TINY, tiny, word_corpus, word_tokens
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hsa_mini import PRESETS, HSAModel, provenance
@@ -39,7 +40,7 @@ from hsa_mini.training.finite import FiniteSteps
 from hsa_mini.training.log import COLUMNS, FIGURES, HEADER_WITH_HELD_OUT
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
-from hsa_mini.training.optimizer import make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.recipes import KEYS_IN_FILES, RECIPES, Recipe, Stage, recipe_settings
 from hsa_mini.training.run import train
 from hsa_mini.training.step import StepFigures, noise_seed, train_step
@@ -757,6 +758,66 @@ def test_a_step_in_parts_equals_the_step_of_the_whole_batch(changes, tolerance, 
         )
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_compiled_step_equals_a_plain_one_and_every_part_compiles_whole(
+    checkpointed, monkeypatch
+):
+    """Traced, but not fused: Inductor's own code is tested on a GPU."""
+    compiled = []
+
+    def trace(function, **options):
+        compiled.append(function)
+        return torch_compile(function, backend="eager", fullgraph=True, **options)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr("hsa_mini.training.trainer.runs_kernels", lambda device: True)
+    batch = StagedBatches(Recipe((UNEVEN,)), 0, word_tokens())[0]
+    want, gradients, _ = step_of(UNEVEN, {}, batch)
+    assert not compiled
+    monkeypatch.setattr("hsa_mini.inference.cuda_graph.runs_kernels", lambda device: False)
+    changes = {"compile_blocks": True, "checkpoint_blocks": checkpointed}
+    got, others, trainer = step_of(UNEVEN, changes, batch)
+    assert len(compiled) == len(trainer.model.lower) + len(trainer.model.upper) + 1
+    assert torch.equal(torch.stack(got), torch.stack(want))
+    torch.testing.assert_close(others, gradients, rtol=0, atol=0)
+
+
+def test_muon_equals_the_library_where_that_can_be_used():
+    """Stacked matrices move like each of them alone, and the rest of the model as under AdamW."""
+    model = tiny(**EXPERTS)
+    rest = tiny(**EXPERTS)
+    rest.load_state_dict(model.state_dict())
+    recipe = Recipe((UNEVEN,), muon=2.5, weight_decay=0.1)
+    optimizer = make_optimizer(model, recipe)
+    adamw = make_optimizer(rest, dataclasses.replace(recipe, muon=0.0))
+    matrices = optimizer.param_groups[0]["params"]
+    names = [name for name, p in model.named_parameters() if any(p is m for m in matrices)]
+    assert {"lower.0.mlp.down.weight", "upper.0.mlp.down", "encoder.landmark.weight"} <= {*names}
+    assert not any("router" in name or "norm" in name or "embedding" in name for name in names)
+
+    def alone(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.detach().reshape(-1, *x.shape[-2:]).unbind()
+
+    flat = [nn.Parameter(part.clone()) for m in matrices for part in alone(m)]
+    # The library scales the weight decay with the learning rate, as AdamW does.
+    muon = torch.optim.Muon(flat, lr=2.5e-3, weight_decay=0.1 / 2.5, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for parameter, twin in zip(model.parameters(), rest.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            twin.grad = parameter.grad.clone()
+        gradients = [part for m in matrices for part in alone(m.grad)]
+        for parameter, gradient in zip(flat, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        for one in (optimizer, adamw, muon):
+            one.step()
+    found = [part for m in matrices for part in alone(m)]
+    torch.testing.assert_close(found, [p.detach() for p in flat], rtol=0, atol=1e-4)
+    others = {name: p for name, p in rest.named_parameters() if name not in names}
+    same = {name: p for name, p in model.named_parameters() if name in others}
+    torch.testing.assert_close(same, others, rtol=0, atol=0)
+
+
 def test_the_batch_of_a_step_holds_the_batches_that_are_accumulated():
     recipe = Recipe((UNEVEN,), accumulate=3)
     whole = Recipe((dataclasses.replace(UNEVEN, batch=12),))
@@ -807,7 +868,13 @@ def test_bfloat16_weights_are_the_float32_ones_rounded_and_small_steps_are_kept(
 
 def test_a_run_with_every_option_is_resumed_and_tells_its_rows(tmp_path, monkeypatch):
     options = dict(
-        accumulate=2, eval_every=3, dtype="bfloat16", checkpoint_blocks=True, loss_tokens=50
+        muon=2.0,
+        accumulate=2,
+        eval_every=3,
+        dtype="bfloat16",
+        compile_blocks=True,
+        checkpoint_blocks=True,
+        loss_tokens=50,
     )
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPE, **options))
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, **EXPERTS))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hsa_mini.config import MAX_TOKENS
 from hsa_mini.files.whole_folder import read_manifest
-from hsa_mini.paths import RANKS_FILE, checkpoint_folder, shipped_models
+from hsa_mini.paths import RANKS_FILE, TOKENIZER_FILE, checkpoint_folder, shipped_models
 
 
 def own_tokenizer(given: str | Path) -> Path | None:
@@ -17,7 +17,7 @@ def own_tokenizer(given: str | Path) -> Path | None:
         names = read_manifest(folder)
     except (ValueError, OSError):
         return None
-    own = ("tokenizer.json", RANKS_FILE)
+    own = (TOKENIZER_FILE, RANKS_FILE)
     return next((folder / name for name in own if name in names), None)
 
 

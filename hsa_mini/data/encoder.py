@@ -10,7 +10,6 @@ from pathlib import Path
 from hsa_mini.data.tokenizer import MAX_RANKS_BYTES, end_of_text, load_tokenizer, ranks_digest
 from hsa_mini.files.reading import read_bytes
 
-JSON_FILE = "tokenizer.json"
 # The names of the token that ends a document, in tokenizers of others.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 

@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hsa_mini.data.corpus import Corpus
-from hsa_mini.data.encoder import JSON_FILE, TextEncoder, load_encoder
+from hsa_mini.data.encoder import TextEncoder, load_encoder
 from hsa_mini.data.own_text import OwnText, read_documents, readable_files
 from hsa_mini.files.whole_folder import MANIFEST, read_folder, write_folder
-from hsa_mini.paths import RANKS_FILE, cache_dir
+from hsa_mini.paths import RANKS_FILE, TOKENIZER_FILE, cache_dir
 
 TOKENS = "tokens.bin"
 STARTS = "starts.npy"
@@ -68,7 +68,7 @@ def tokenizer_files(text: OwnText | None) -> dict[str, str]:
     if text is None or text.tokenizer is None:
         return {}
     path = Path(text.tokenizer)
-    name = JSON_FILE if path.suffix == ".json" else RANKS_FILE
+    name = TOKENIZER_FILE if path.suffix == ".json" else RANKS_FILE
     return {name: path.read_text(encoding="utf-8")}
 
 

@@ -114,12 +114,6 @@ def in_the_middle(rng: Random) -> t.Told:
     return t.tell_early_questions(rng, wording, first_facts(rng, FACTS), 1, ASKED)
 
 
-def all_values(rng: Random) -> t.Told:
-    """RULER's question for the four values of a key; another key has four too."""
-    wording = draw_wording(rng, KEYS, in_digits=True, told="ruler", asked="ruler")
-    return t.tell_all_values(rng, wording, first_facts(rng, 8, ruler=True), 1, times=4)
-
-
 def ruler(kind: str, keys: words.Kind, values: words.Kind) -> Callable[[Random], t.Told]:
     noun = ruler_frames.NOUN.format(type=kind)
     return partial(one, keys=keys, values=values, noun=noun, told="ruler", asked="ruler")
@@ -144,7 +138,6 @@ FORMS: dict[str, Callable[[Random], t.Told]] = {
     "RULER words": ruler("word", words.hyphenated, words.hyphenated),
     "RULER uuids": ruler("uuid", words.uuid, words.uuid),
     "RULER 4 keys": partial(several, count=4, told="ruler"),
-    "RULER 4 values": all_values,
     "chain of 3": partial(chain, names=3),
     "chain of 4": partial(chain, names=4),
     "chain of 5": partial(chain, names=5),

@@ -9,8 +9,8 @@ from typing import Any
 from hsa_mini.checkpoint.weights import CONFIG
 from hsa_mini.checks import quoted
 from hsa_mini.files.reading import read_bytes
+from hsa_mini.paths import TOKENIZER_FILE
 
-TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 OTHERS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", GENERATION)
@@ -25,24 +25,24 @@ def read_companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     lies outside the vocabulary, it uses less than half of the vocabulary, or it ends a text by
     another token than the configuration.
     """
-    if not (folder / TOKENIZER).is_file():
-        raise ValueError(f"folder: {folder} has no {TOKENIZER}, accepted is a fast tokenizer")
-    names = [name for name in (TOKENIZER, *OTHERS) if (folder / name).is_file()]
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise ValueError(f"folder: {folder} has no {TOKENIZER_FILE}, accepted is a fast tokenizer")
+    names = [name for name in (TOKENIZER_FILE, *OTHERS) if (folder / name).is_file()]
     contents = {name: read_bytes(folder / name, max_bytes=MAX_BYTES) for name in names}
     try:
         texts = {name: content.decode() for name, content in contents.items()}
-        ids = _ids(json.loads(texts[TOKENIZER]))
+        ids = _ids(json.loads(texts[TOKENIZER_FILE]))
         symbols = max(ids.values()) + 1
         end = json.loads(texts.get(TOKENIZER_CONFIG, "{}")).get("eos_token")
         end = end.get("content") if isinstance(end, dict) else end
         end_id = ids.get(str(end))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{folder / TOKENIZER}: accepted is a file of `tokenizers`") from None
+        raise ValueError(f"{folder / TOKENIZER_FILE}: accepted is a file of `tokenizers`") from None
     vocabulary = config["vocab_size"]
     if not vocabulary <= 2 * symbols <= 2 * vocabulary:
         raise ValueError(
-            f"{folder / TOKENIZER}: got {symbols} tokens, accepted are {(vocabulary + 1) // 2} to "
-            f"{vocabulary} for the vocabulary of the weights"
+            f"{folder / TOKENIZER_FILE}: got {symbols} tokens, accepted are "
+            f"{(vocabulary + 1) // 2} to {vocabulary} for the vocabulary of the weights"
         )
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]

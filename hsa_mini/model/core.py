@@ -22,6 +22,7 @@ from hsa_mini.model.hsa import HSA, Retrieval
 from hsa_mini.model.inputs import check_document_starts, check_memory
 from hsa_mini.model.moe import MoE
 from hsa_mini.model.norm import RMSNorm
+from hsa_mini.model.recency import START
 from hsa_mini.ops.rope import rope_table
 
 
@@ -91,14 +92,15 @@ class HSACore(nn.Module):
 
         Matrices are normal with variance 1/fan-in. Those that write into the residual stream are
         smaller in deeper models. Gains of norms are 1, the router's bias is 0, and a tied head is
-        the embedding. The preference for newer chunks is 1 for every token.
+        the embedding. The preference for newer chunks is the same for every token.
         """
         if self.config.tied:
             self.head.weight = self.embedding.weight
         depth = self.config.lower_layers + self.config.upper_layers
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 and name != "encoder.cls":
-                parameter.fill_(1.0)  # the gain of a norm, or the bias of `recency`
+                is_recency = name.endswith("recency.bias")
+                parameter.fill_(START if is_recency else 1.0)  # 1: the gain of a norm
                 continue
             fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
             std = fan_in**-0.5

@@ -6,6 +6,8 @@ tells them apart.
 
 import torch
 
+START = 2.5  # the strength in a fresh model; training moves it little
+
 
 def prefer_newer(
     indices: torch.Tensor, weights: torch.Tensor, strength: torch.Tensor

@@ -114,16 +114,14 @@ def tell_updates(
     return Told(tuple(told), questions)
 
 
-def tell_all_values(
-    rng: Random, wording: Wording, facts: list[Fact], wanted: int, *, times: int = 0
-) -> Told:
-    """Keys with several values: all of them are asked for, from the last one back.
+def tell_all_values(rng: Random, wording: Wording, facts: list[Fact], wanted: int) -> Told:
+    """Keys with several values: all of them are asked for, in any order.
 
-    Weights that prefer the newest chunk can find them in this order, and in no other.
+    HSA knows no positions, so a model can know which values are left, but not which came first.
     """
     groups: list[list[Fact]] = []
     while facts:
-        number = times or rng.choice((1, 2, 3, 4))
+        number = rng.choice((1, 2, 3, 4))
         group = facts[:number]
         facts = facts[number:]
         groups.append([replace(fact, key=group[0].key) for fact in group])
@@ -136,7 +134,7 @@ def tell_all_values(
         first = groups[i][0]
         question = first.say(worded(rng, wording, wording.all_values))
         lead = first.say(worded(rng, wording, wording.all_leads), values="\0")
-        values = ", ".join(fact.value for fact in reversed(groups[i]))
+        values = ", ".join(fact.value for fact in rng.sample(groups[i], len(groups[i])))
         questions.append(put(rng, question, lead, "\0", values, tuple(told[i])))
     return Told(tuple(next(left[i]) for i in order), tuple(questions))
 

@@ -80,21 +80,33 @@ def draw_wording(
             all_leads=(ruler_frames.ALL_LEAD,),
         )
     if asked == "random":
-        leads = tuple(cut_behind_value(random_sentence(rng, in_digits)) for _ in range(4))
-        leads = tuple(lead for lead in (*leads, *wording.told) if _value_comes_last(lead))
-        questions = tuple(random_question(rng) for _ in range(4))
-        return replace(wording, questions=questions, leads=leads or wording.leads)
+        return replace(
+            wording,
+            questions=tuple(random_question(rng, "{key}") for _ in range(4)),
+            leads=random_leads(rng, wording, in_digits, "{key}", "{value}"),
+            reversed=tuple(random_question(rng, "{value}") for _ in range(4)),
+            reversed_leads=random_leads(rng, wording, in_digits, "{value}", "{key}"),
+        )
     return wording
 
 
-def cut_behind_value(sentence: str) -> str:
-    """The sentence up to its value. What followed at random could not be predicted."""
-    head = sentence.split("{value}")[0]
-    return head + "{value}" + '"' * head.endswith('"') + "."
+def random_leads(
+    rng: Random, wording: Wording, in_digits: bool, asked: str, answer: str
+) -> tuple[str, ...]:
+    """Leads that end with the slot `answer`: some with the slot `asked` in front, some without."""
+    sentences = [random_sentence(rng, in_digits) for _ in range(6)]
+    leads = [
+        cut_behind(sentence, answer)
+        for sentence in (*sentences, *wording.told)
+        if -1 < sentence.find(asked) < sentence.find(answer)
+    ]
+    return (*leads, *(random_lead(rng, answer) for _ in range(1 + len(leads) // 2)))
 
 
-def _value_comes_last(lead: str) -> bool:
-    return lead.find("{value}") > lead.find("{key}")
+def cut_behind(sentence: str, slot: str) -> str:
+    """The sentence up to this slot. What followed at random could not be predicted."""
+    head = sentence.split(slot)[0]
+    return head + slot + '"' * head.endswith('"') + "."
 
 
 def _declared(rng: Random, held_out: HeldOut, in_digits: bool) -> Wording:
@@ -106,12 +118,16 @@ def _declared(rng: Random, held_out: HeldOut, in_digits: bool) -> Wording:
         told = tuple(noisy(rng, frame) for frame in told)
     if rng.random() < 0.15:
         told = tuple(opened(rng, frame, held_out.told) for frame in told)
+    # In training, a third of the leads consists of random words.
+    free = 0 if held_out.asked else 12
+    leads = tuple(random_lead(rng, "{value}") for _ in range(free))
+    reversed_leads = tuple(random_lead(rng, "{key}") for _ in range(free // 2))
     return Wording(
         told=told,
         questions=asked_frames.QUESTION.of(held_out.asked),
-        leads=asked_frames.LEADS.of(held_out.asked),
+        leads=asked_frames.LEADS.of(held_out.asked) + leads,
         reversed=asked_frames.REVERSED.of(held_out.asked),
-        reversed_leads=asked_frames.REVERSED_LEADS.of(held_out.asked),
+        reversed_leads=asked_frames.REVERSED_LEADS.of(held_out.asked) + reversed_leads,
         several=asked_frames.SEVERAL.of(held_out.asked),
         several_leads=asked_frames.SEVERAL_LEADS,
         all_values=asked_frames.ALL_VALUES.of(held_out.asked),
@@ -130,6 +146,7 @@ def opened(rng: Random, frame: str, held_out: bool) -> str:
 
 
 LINKS = (" is", ":", " =", " ->", " was", " is:", "=", " equals", " is called", " has")
+ENDS_OF_LEADS = (".", ".", "\n")
 
 
 def random_sentence(rng: Random, in_digits: bool) -> str:
@@ -154,12 +171,20 @@ def random_sentence(rng: Random, in_digits: bool) -> str:
     return body.lstrip()
 
 
-def random_question(rng: Random) -> str:
-    """A question of random words around the key; sometimes none, so that the lead asks."""
+def random_lead(rng: Random, answer: str) -> str:
+    """Random words in front of the slot `answer`: what is asked stands in the question alone."""
+    some = " ".join(rng.choices(words.vocabulary(), k=rng.choice((1, 1, 2, 3, 5))))
+    some = some.capitalize() if rng.random() < 0.5 else some
+    link = rng.choice((":", ":", *LINKS))
+    return f"{some}{link} {answer}{rng.choice(ENDS_OF_LEADS)}"
+
+
+def random_question(rng: Random, slot: str) -> str:
+    """A question of random words around the slot; sometimes none, so that the lead asks."""
     if rng.random() < 0.25:
         return ""
     some = rng.choices(words.vocabulary(), k=rng.randint(0, 6))
-    some.insert(rng.randint(0, len(some)), "{key}")
+    some.insert(rng.randint(0, len(some)), slot)
     return " ".join(some) + rng.choice(("?", ".", ":", "", " ?"))
 
 
@@ -170,12 +195,13 @@ def random_chain(rng: Random) -> tuple[str, str, str, str]:
         return "".join(f" {x}" for x in rng.choices(words.vocabulary(), k=rng.randint(least, most)))
 
     end = rng.choice((".", ";", "\n", "."))
-    first, second = ("{a}", "{b}") if rng.random() < 0.7 else ("{b}", "{a}")
+    first, second = ("{a}", "{b}") if rng.random() < 0.5 else ("{b}", "{a}")
+    start, goal = ("{value}", "{a}") if rng.random() < 0.6 else ("{a}", "{value}")
     middle = some(1, 3)
     ends = some(0, 2)
-    head = f"{some(0, 2)} {{value}}{some(1, 3)} {{a}}{end}"
-    link = f"{some(0, 2)} {first}{middle} {second}{ends}{end}"
-    asked = random_question(rng).replace("{key}", "{value}") or "{value}?"
+    head = f"{some(0, 3)} {start}{some(0, 3)} {goal}{end}"
+    link = f"{some(0, 3)} {first}{middle} {second}{ends}{end}"
+    asked = random_question(rng, "{value}") or "{value}?"
     return (
         head.lstrip(),
         link.lstrip(),

@@ -68,6 +68,7 @@ class Recipe:
     learning_rate: float = 1e-3
     warmup: int = 200  # steps
     decay: float = 0.4  # share of the steps
+    muon: float = 0.0  # updates of the blocks' matrices under Muon, per update of AdamW; 0: AdamW
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest norm of the gradient
@@ -75,6 +76,7 @@ class Recipe:
     accumulate: int = 1  # batches whose gradients are added in one step
     eval_every: int = 0  # steps between two measurements of the held-out loss; 0: none
     dtype: str = "float32"  # of weights and gradients; the optimizer's are float32
+    compile_blocks: bool = False  # on a GPU with kernels, which takes a minute
     checkpoint_blocks: bool = False  # keep only the inputs of blocks for the backward pass
     loss_tokens: int = 0  # make logits of this many tokens at a time; 0: of all at once
 
@@ -85,14 +87,15 @@ class Recipe:
             check_integer(name, getattr(self, name), 1, MAX_NUMBER)
         for name in ("eval_every", "loss_tokens"):
             check_integer(name, getattr(self, name), 0, MAX_NUMBER)
-        for name in ("learning_rate", "weight_decay", "clip", "balance_rate"):
+        for name in ("learning_rate", "muon", "weight_decay", "clip", "balance_rate"):
             check_number(name, getattr(self, name), 0, MAX_NUMBER)
         check_number("decay", self.decay, 0, 1)
         if len(self.betas) != 2:
             raise ValueError(f"betas: got {quoted(self.betas)}, accepted are two numbers")
         for i, beta in enumerate(self.betas):
             check_number(f"betas[{i}]", beta, 0, MAX_BETA)
-        _check_choice("checkpoint_blocks", self.checkpoint_blocks, (True, False))
+        for name in ("compile_blocks", "checkpoint_blocks"):
+            _check_choice(name, getattr(self, name), (True, False))
         _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
     @property
@@ -136,7 +139,10 @@ def _check_choice(name: str, value: Any, accepted: tuple) -> None:
 
 
 # Files of earlier versions lack these settings. They hold them only where they are not the default.
-ADDED = ("accumulate", "eval_every", "dtype", "checkpoint_blocks", "loss_tokens")
+ADDED = (
+    "muon", "accumulate", "eval_every", "dtype", "compile_blocks", "checkpoint_blocks",
+    "loss_tokens",
+)  # fmt: skip
 # Files of earlier versions hold these keys, and a run is resumed only if its settings are equal.
 KEYS_IN_FILES = {
     "gumbel_noise": "explore",

@@ -49,7 +49,7 @@ def check_state(
     *,
     step: int,
     weights: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     queue: ChunkQueue,
     config: HSAConfig,
 ) -> None:
@@ -84,7 +84,7 @@ def check_state(
 def _accepted(
     step: int,
     weights: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     queue: ChunkQueue,
     config: HSAConfig,
 ) -> dict[str, tuple]:
@@ -95,10 +95,12 @@ def _accepted(
         accepted[f"model.{name}"] = (value.shape, value.dtype)
     if not step:
         return accepted
-    parameters = (value for group in optimizer.param_groups for value in group["params"])
-    for i, value in enumerate(parameters):
-        accepted[f"optimizer.{i}.step"] = ((), torch.float32)
-        for moment in ("exp_avg", "exp_avg_sq"):
+    parameters = ((group, p) for group in optimizer.param_groups for p in group["params"])
+    for i, (group, value) in enumerate(parameters):
+        of_adamw = "betas" in group
+        if of_adamw:
+            accepted[f"optimizer.{i}.step"] = ((), torch.float32)
+        for moment in ("exp_avg", "exp_avg_sq") if of_adamw else ("momentum_buffer",):
             accepted[f"optimizer.{i}.{moment}"] = (value.shape, value.dtype)
     if queue.size:
         kv = (queue.size, config.chunk_size, config.hsa_kv_heads, config.hsa_head_dim)

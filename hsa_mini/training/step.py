@@ -17,7 +17,7 @@ from hsa_mini.model.core import Output
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import Loss, mixture_loss, mixture_loss_in_pieces, part_counts
-from hsa_mini.training.optimizer import MasterWeights
+from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.recipes import Recipe, Stage
 
 

@@ -15,8 +15,10 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
 from hsa_mini.model.moe import MoE
+from hsa_mini.ops.choice import runs_kernels
 from hsa_mini.training.cross_batch import ChunkQueue
-from hsa_mini.training.optimizer import MasterWeights, make_optimizer
+from hsa_mini.training.optimizers.factory import make_optimizer
+from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.recipes import Recipe
 from hsa_mini.training.state_check import check_state
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
@@ -43,8 +45,10 @@ class Trainer:
             stage: with_shared_parameters(read, stage.config(model.config))
             for stage in recipe.stages
         }
-        if recipe.checkpoint_blocks:
-            for stage_model in self.models.values():
+        for stage_model in self.models.values():
+            if recipe.compile_blocks and runs_kernels(self.device):
+                compile_blocks(stage_model)
+            if recipe.checkpoint_blocks:
                 checkpoint_blocks(stage_model)
         options = {"master": self.master}
         self._steps = {
@@ -133,6 +137,16 @@ def with_shared_parameters(model: HSAModel, config: HSAConfig) -> HSAModel:
         if isinstance(layer, MoE):
             layer.count_tokens()
     return twin
+
+
+def compile_blocks(model: HSAModel) -> None:
+    """Let Inductor fuse what stands between the matrix products and the kernels of each block and
+    of the encoder. Blocks of one kind share their code.
+    """
+    # HSA layers of different groups are compiled apart, because their noise differs.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for part in (*model.lower, *model.upper, model.encoder):
+        part.forward = torch.compile(part.forward, dynamic=False)
 
 
 def checkpoint_blocks(model: HSAModel) -> None:

@@ -31,4 +31,5 @@ class LivePicture:
             for place, (data, options) in zip(self._places, shown):
                 place.update(data, **options)
         else:
-            self._places = [display(data, display_id=True, **options) for data, options in shown]
+            places = [display(data, display_id=True, **options) for data, options in shown]
+            self._places = [place for place in places if place]  # outside of Jupyter there is none

@@ -26,7 +26,7 @@ from hsa_mini.integrations.huggingface.cache import HSACache
 from hsa_mini.integrations.huggingface.configuration import HSAPretrainedConfig
 from hsa_mini.integrations.huggingface.padding import Padding, rolled
 from hsa_mini.memory.chunk_memory import ChunkMemory
-from hsa_mini.paths import checkpoint_folder, shipped_models
+from hsa_mini.paths import checkpoint_folder
 
 PREFIX = "model."  # of a weight's name here; files hold the names of `HSAModel`
 REMOTE = "modeling_hsa_mini.py"  # what `trust_remote_code=True` runs
@@ -167,16 +167,15 @@ class HSAForCausalLM(PreTrainedModel, GenerationMixin):
         """
         report = kwargs.pop("output_loading_info", False)
         kwargs.pop("use_safetensors", None)
-        folder = checkpoint_folder(pretrained_model_name_or_path or "")
+        given = pretrained_model_name_or_path or ""
+        folder = checkpoint_folder(given)
         if (folder / CONFIG).is_file() and not (folder / GENERATION_CONFIG_NAME).is_file():
             # transformers would take `top_k` of `HSAConfig` for an option of sampling.
             config = HSAPretrainedConfig.from_pretrained(folder)
             kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
 
         def load(*_) -> Any:
-            path = pretrained_model_name_or_path
-            if isinstance(path, str) and path in shipped_models():
-                path = folder
+            path = pretrained_model_name_or_path if folder == Path(given) else folder
             return super(HSAForCausalLM, cls).from_pretrained(
                 path, *args, output_loading_info=True, use_safetensors=True, **kwargs
             )

@@ -230,7 +230,7 @@ SEVERAL_LEADS = (
     ("They are", " {value} for {key}", ", {value} for {key}", "."),
     ("Answer:", " {value}", ", {value}", "\n"),
 )
-# All values of one key, from the last one back.
+# All values of one key.
 ALL_VALUES = Frames(
     (
         "What are all the {nouns} of {key}?",
