@@ -125,7 +125,8 @@ def draw_needles(
     values: dict[str, list[str]] = {}
     needles = []
     for _ in range(niah.key_count):
-        key = draw(rng, niah.keys)
+        while (key := draw(rng, niah.keys)) in values:
+            pass
         values[key] = [draw(rng, niah.values) for _ in range(niah.value_count)]
         needles += [needle(niah, key, value) for value in values[key]]
     random.Random(ORDER).shuffle(needles)
