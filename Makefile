@@ -28,7 +28,7 @@ demo: setup ## Let the shipped model find one sentence in a long text
 
 test: setup lint ## Check the code, run the tests, then run every notebook (no GPU needed)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal
-	$(if $(wildcard notebooks/*.ipynb),$(PY) -m pytest -q --nbval-lax --nbval-cell-timeout=60 notebooks/,@echo 'no notebooks to run')
+	$(if $(wildcard notebooks/*.ipynb),HSA_MINI_TOKENS=16384 $(PY) -m pytest -q --nbval-lax --nbval-cell-timeout=60 notebooks/,@echo 'no notebooks to run')
 
 # The .ipynb are generated, so neither tool reads them.
 lint: $(READY) ## Check style, format and types (changes no file)
@@ -55,7 +55,7 @@ test-browser: setup ## Run the tests that drive JupyterLab in Chromium (which mu
 notebooks: setup ## Generate each .ipynb from its .py and execute it
 ifneq ($(NOTEBOOKS),)
 	$(PY) -m jupytext --to ipynb --update $(NOTEBOOKS:.ipynb=.py)
-	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=60 \
+	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
 		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 		--NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor \
 		--NotebookExporter.preprocessors=hsa_mini.viz.stills.KeepStills $(NOTEBOOKS)

@@ -87,10 +87,13 @@ class HSAConfig:
     expert_width: int = 0
     tied: bool = True  # the output head shares the embedding's weights
     rope_base: float = 10_000.0
+    rope_factors: tuple[float, ...] = ()  # of RoPE's frequencies, one per pair; (): all are 1
     norm_eps: float = 1e-6
     embedding_std: float = 0.02  # of the embedding and of [CLS] before training
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_factors, list):  # as JSON has it
+            object.__setattr__(self, "rope_factors", tuple(self.rope_factors))
         self._check_fields()
         self._check_products()
         for name, divisor in (("heads", "kv_heads"), ("hsa_heads", "hsa_kv_heads")):
@@ -130,11 +133,23 @@ class HSAConfig:
                 check_integer(name, value, 0 if name in MAY_BE_0 else 1, MAX_SIZE)
             elif field.type is float:
                 check_number(name, value, *RANGES[name])
+            elif name == "rope_factors":
+                self._check_rope_factors()
             else:
                 accepted = CHOICES.get(name, (True, False))
                 if type(value) is not field.type or value not in accepted:
                     known = " and ".join(map(str, accepted))
                     raise ValueError(f"{name}: got {quoted(value)}, accepted are {known}")
+
+    def _check_rope_factors(self) -> None:
+        factors = self.rope_factors
+        if type(factors) is not tuple or len(factors) not in (0, self.head_dim // 2):
+            raise ValueError(
+                f"rope_factors: got {quoted(factors)}, accepted are none or one number for each "
+                "pair of head_dim"
+            )
+        for factor in factors:
+            check_number("rope_factors", factor, 0.0, 1.0)
 
     def _check_products(self) -> None:
         """Sizes whose product no computer holds, or which would take hours to count."""

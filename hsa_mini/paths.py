@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 RANKS_FILE = "tokenizer.tiktoken"  # every data folder has it
 TOKENIZER_FILE = "tokenizer.json"  # of Hugging Face
+TOKENIZER_CONFIG = "tokenizer_config.json"  # which goes with it
 INSTALLED = "shipped"  # the data folder inside the package of a wheel
 
 

@@ -21,6 +21,8 @@
 #
 # **Time:** 15 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is. You know that
 # softmax turns numbers into shares that add up to 1. You need no GPU and no trained model.
+#
+# [← 00 start](00_start.ipynb) · [02 chunks →](02_chunks.ipynb)
 
 # %%
 from functools import partial
@@ -30,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hsa_mini import PRESETS
 from hsa_mini.reference import chunk_attention, decode, retrieve, sliding_window_attention
-from hsa_mini.viz import Control, explore, make_figure, plots, show
+from hsa_mini.viz import Control, explore, plots, show
+from hsa_mini.viz.course import side_by_side
+from hsa_mini.viz.style import length_name
 
 # %% [markdown]
 # ## Twelve tokens
@@ -318,13 +322,11 @@ def sees(layer, x):
 
 
 # %%
-figure = make_figure(11, 4.4)
 window_of_4 = partial(window_layer, window=4)
 layers_to_compare = {"full attention": full_layer, "window of 4": window_of_4, "HSA, K = 1": hsa_layer}
-for ax, (name, layer) in zip(figure.subplots(1, 3), layers_to_compare.items()):
-    plots.reach_map(ax, sees(layer, x), tokens=WORDS, token=11, title=name)
+maps = {name: sees(layer, x) for name, layer in layers_to_compare.items()}
 show(
-    figure,
+    side_by_side.reach_maps(maps, tokens=WORDS, token=11),
     "Three triangular maps show which token sees which. Full attention fills the whole triangle. The window of 4 fills "
     "a band along the diagonal. HSA fills whole chunks that are complete, including far ones, and it leaves the newest "
     "tokens empty.",
@@ -352,17 +354,23 @@ def layer_named(method, window, K):
     return {"full": full_layer, "window": near, "HSA": far, "window + HSA": both}[method]
 
 
-def draw_reach(figure, method, window, K, token):
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    changed = sees(layer_named(method, window, K), x)
-    plots.reach_map(left, changed, tokens=WORDS, token=token, title=method)
+def weights_by_chunk(token, K):
+    """What retrieval gives to each of the three chunks."""
     indices, weights = choose_chunks(x, 4, K)
-    per_chunk = [weights[token][indices[token] == i].sum().item() for i in range(3)]
-    plots.chunk_grid(right, WORDS, 4, token=token, weights=per_chunk)
-    right.set_title(f"what retrieval gives to token {token}", fontsize=11)
+    return [weights[token][indices[token] == i].sum().item() for i in range(3)]
+
+
+def count_seen(method, token, changed):
+    """What a token sees, in words."""
     count = changed[token].sum().item()
     seven = "yes" if changed[token, 3] else "no"
     return f"{method}: token {token} ({WORDS[token]}) sees {count} of {token + 1} tokens. Does it see the 7? {seven}."
+
+
+def draw_reach(figure, method, window, K, token):
+    changed = sees(layer_named(method, window, K), x)
+    side_by_side.reach_and_chunks(figure, changed, weights_by_chunk(token, K), WORDS, 4, token=token, title=method)
+    return count_seen(method, token, changed)
 
 
 # %%
@@ -437,24 +445,33 @@ print("formula :", hsa_flop(tokens, S, K, H, D, R))
 LENGTHS = [2**n for n in range(12, 25)]
 
 
-def draw_costs(figure, length, K):
+def costs_of(K):
+    """FLOP of one token in one layer, by method, at all LENGTHS."""
     H, D = big.hsa_heads, big.hsa_head_dim
-    costs = {
+    return {
         "full attention": [full_flop(T, H, D) for T in LENGTHS],
         "HSA": [hsa_flop(T, big.chunk_size, K, H, D, big.retrieval_dim) for T in LENGTHS],
         f"window of {big.window}": [window_flop(T, big.window, H, D) for T in LENGTHS],
     }
-    plots.cost_curves(figure.subplots(), LENGTHS, costs, at=length, ylabel="FLOP, one token, one layer")
-    full, hsa, window = (costs[name][LENGTHS.index(length)] for name in costs)
+
+
+def compare_costs(length, K):
+    """The costs at one length, in words."""
+    full, hsa, window = (flop[LENGTHS.index(length)] for flop in costs_of(K).values())
     flop = f"full {full:.1e} FLOP, HSA {hsa:.1e}, window {window:.1e}"
-    return f"At {plots.length_name(length)} tokens, K={K}: {flop}; full / HSA = {full / hsa:.1f}."
+    return f"At {length_name(length)} tokens, K={K}: {flop}; full / HSA = {full / hsa:.1f}."
+
+
+def draw_costs(figure, length, K):
+    plots.cost_curves(figure.subplots(), LENGTHS, costs_of(K), at=length, ylabel="FLOP, one token, one layer")
+    return compare_costs(length, K)
 
 
 explore(
     draw_costs,
     alt="FLOP of one new token against context length, on logarithmic axes: the curve of full attention rises, the "
     "curves of window and HSA hardly rise.",
-    length=Control([(plots.length_name(n), n) for n in LENGTHS], start=million_16, label="context length"),
+    length=Control([(length_name(n), n) for n in LENGTHS], start=million_16, label="context length"),
     K=Control([1, 4, 16, 64, 256], start=64, label="chunks kept K"),
 )
 
@@ -498,32 +515,67 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 # %% [markdown]
 # ## Exercises
 #
-# **1. A stack of window layers.** Feed the output of one window layer into the next. How many layers with `W = 4` does
-# it take until a change of token 3 changes the output of token 11? Predict the number from $L \cdot (W - 1)$ first.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.why import check_first_gain, check_layers_needed, check_window_attention
+
+# %% [markdown]
+# **1. A stack of window layers.** *Difficulty 1, importance 4, 5 minutes.* Feed the output of one window layer into the
+# next. How many layers with a window of $W$ does it take until information has travelled `distance` tokens?
+
+
+# %%
+def layers_needed(distance, window):
+    """The smallest number of window layers through which token t can see token t - distance."""
+    # your code
+
+
+check_layers_needed(layers_needed)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
-# The distance is 8 and one layer reaches 3 tokens back. Two layers reach 6 tokens, which is not enough. Three layers
-# reach 9.
+# One layer reaches $W - 1$ tokens back. With `W = 4` and a distance of 8, two layers reach 6 tokens, which is not
+# enough, and three layers reach 9. The experiment agrees: it changes token 3 and looks at token 11.
 #
 # ```python
+# def layers_needed(distance, window):
+#     return -(-distance // (window - 1))  # rounded up
+#
+#
 # def stack(x, layers, window=4):
 #     for _ in range(layers):
 #         x = window_layer(x, window)
 #     return x
 #
+#
+# check_layers_needed(layers_needed)
 # for layers in (1, 2, 3):
 #     print(layers, output_change(partial(stack, layers=layers), x, changed=3, seen_by=11) > 0)
 # assert output_change(partial(stack, layers=2), x, 3, 11) == 0.0
-# assert output_change(partial(stack, layers=3), x, 3, 11) > 0.0
+# assert output_change(partial(stack, layers=layers_needed(8, 4)), x, 3, 11) > 0.0
 # ```
 #
 # </details>
-#
-# **2. Where does HSA begin to pay off?** From which text length on is HSA cheaper than full attention, with the sizes
-# of the large model and $K = 64$? Solve it on paper, then check your result with `full_flop` and `hsa_flop`.
-#
+
+# %% [markdown]
+# **2. Where does HSA begin to pay off?** *Difficulty 3, importance 3, 10 minutes.* From which text length on is HSA
+# cheaper than full attention? The length is a multiple of $S$. Solve it on paper for the sizes of the large model and
+# $K = 64$. Then write the function with `full_flop` and `hsa_flop`.
+
+
+# %%
+def first_gain(S, K, H, D, R):
+    """The smallest multiple of S tokens at which `hsa_flop` is below `full_flop`."""
+    # your code
+
+
+check_first_gain(first_gain)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
@@ -532,15 +584,52 @@ print(f"full attention needs {full_bytes / (shared + windows):.0f} times as much
 # whole number of chunks beyond it is $T = 4160$.
 #
 # ```python
-# def first_gain(K, S=64, H=16, D=128, R=128):
+# def first_gain(S, K, H, D, R):
 #     return next(T for T in range(S, 10**6, S) if hsa_flop(T, S, K, H, D, R) < full_flop(T, H, D))
 #
-# print(first_gain(K=64))
-# assert first_gain(K=64) == 4160
+#
+# check_first_gain(first_gain)
+# print(first_gain(S=64, K=64, H=16, D=128, R=128))
+# assert first_gain(S=64, K=64, H=16, D=128, R=128) == 4160
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **3. A window in one mask.** *Difficulty 2, importance 5, 10 minutes.* Change `full_attention` so that token $t$ reads
+# only the $W$ keys that end at its own.
+
+
+# %%
+def window_attention(q, k, v, window):
+    """Token t reads tokens t - window + 1 to t: q, k, v [T, D] -> [T, D]."""
+    # your code
+
+
+check_window_attention(window_attention)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
 #
+# The future is above the diagonal: `triu(1)`. What lies too far back is below it: `tril(-window)`. Both get a score of
+# $-\infty$ *before* the softmax, so that the other shares add up to 1.
+#
+# ```python
+# def window_attention(q, k, v, window):
+#     scores = q @ k.T / q.shape[-1] ** 0.5  # [T, T]
+#     everything = torch.ones_like(scores, dtype=torch.bool)
+#     hidden = everything.triu(1) | everything.tril(-window)
+#     return scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ v
+#
+#
+# check_window_attention(window_attention)
+# assert torch.allclose(window_attention(x, x, x, 4), window_layer(x, 4))
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## What comes next
 #
 # Our landmark was the mean of a chunk. Is that a good summary? [Notebook 02, *What does a chunk say about

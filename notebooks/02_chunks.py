@@ -24,6 +24,8 @@
 # **Time:** 20 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 01](01_why.ipynb), or its last
 # idea: a token chooses a few chunks by their landmarks and reads only the tokens of those chunks. You should have seen
 # an attention layer before.
+#
+# [← 01 why](01_why.ipynb) · [map of the course](00_start.ipynb) · [03 retrieval →](03_retrieval.ipynb)
 
 # %%
 import dataclasses
@@ -33,7 +35,8 @@ from torch.nn.functional import cosine_similarity
 
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.reference import retrieve, sliding_window_attention
-from hsa_mini.viz import Control, explore, make_figure, plots, show
+from hsa_mini.viz import Control, explore, plots, show
+from hsa_mini.viz.course import side_by_side
 
 # %% [markdown]
 # ## Twelve tokens, three chunks
@@ -138,17 +141,27 @@ print("token 11 chooses chunk", indices[11].item(), "=", " ".join(WORDS[indices[
 
 
 # %%
-def draw_chunks(figure, S, token, K):
+def weights_by_chunk(S, token, K):
+    """What a token gives to each chunk of S words."""
     chunks, _ = split_into_chunks(hidden, S)
     indices, weights = choose(hidden, mean_landmarks(chunks), S, K)
-    per_chunk = [weights[token][indices[token] == i].sum().item() for i in range(len(chunks))]
-    plots.chunk_grid(figure.subplots(), WORDS, S, token=token, weights=per_chunk)
+    return [weights[token][indices[token] == i].sum().item() for i in range(len(chunks))]
+
+
+def name_best(S, token, weights):
+    """The chunk with the largest weight, in words."""
     this_token = f"Token {token} ({WORDS[token]}) with S={S}"
-    if indices[token, 0] < 0:
+    if not any(weights):
         return f"{this_token}: no chunk is complete before it, so it retrieves nothing."
-    best = max(range(len(chunks)), key=per_chunk.__getitem__)
+    best = max(range(len(weights)), key=weights.__getitem__)
     words = " ".join(WORDS[best * S : best * S + S])
-    return f"{this_token}: chunk {best} has the largest weight ({per_chunk[best]:.2f}): {words}."
+    return f"{this_token}: chunk {best} has the largest weight ({weights[best]:.2f}): {words}."
+
+
+def draw_chunks(figure, S, token, K):
+    weights = weights_by_chunk(S, token, K)
+    plots.chunk_grid(figure.subplots(), WORDS, S, token=token, weights=weights)
+    return name_best(S, token, weights)
 
 
 explore(
@@ -381,16 +394,24 @@ SUMMARIES = {
 }
 
 
-def draw_orders(figure, order, chunk):
+def angles_of(order, chunk):
+    """Degrees between the summaries of a chunk before and after reordering."""
     original = chunks[chunk : chunk + 1]
     reordered = original[:, list(ORDERS[order])]
-    angles = [angle_between(summary(original), summary(reordered)) for summary in SUMMARIES.values()]
-    ax = figure.subplots()
-    plots.weight_bars(ax, angles, list(SUMMARIES), limit=60, digits=0)
-    ax.set_xlabel("angle between the summaries before and after, in degrees")
+    return [angle_between(summary(original), summary(reordered)) for summary in SUMMARIES.values()]
+
+
+def name_angles(order, chunk, angles):
+    """The order and the angles, in words."""
     words = " ".join(WORDS[chunk * 4 + i] for i in ORDERS[order])
     named = (f"{name} {angle:.0f}°" for name, angle in zip(SUMMARIES, angles))
     return f"Order: {words}. Angles: {', '.join(named)}."
+
+
+def draw_orders(figure, order, chunk):
+    angles = angles_of(order, chunk)
+    side_by_side.angle_bars(figure.subplots(), angles, list(SUMMARIES))
+    return name_angles(order, chunk, angles)
 
 
 explore(
@@ -425,14 +446,13 @@ for name, source in sources.items():
     print(f"{name}: similarity of chunk 1 to `code`: {similarity:.2f}")
 
 # %%
-figure = make_figure(9, 3.2)
 labels = [" ".join(WORDS[i * 3 : i * 3 + 3]) for i in range(4)]
-for ax, (name, source) in zip(figure.subplots(1, 2), sources.items()):
+similarities = {}
+for name, source in sources.items():
     means = mean_landmarks(split_into_chunks(source, 3)[0])
-    plots.weight_bars(ax, cosine_similarity(hidden[11][None], means), labels, limit=0.7)
-    ax.set(title=name, xlabel="similarity to `code`")
+    similarities[name] = cosine_similarity(hidden[11][None], means)
 show(
-    figure,
+    side_by_side.bars(similarities, labels, limit=0.7, xlabel="similarity to `code`"),
     "Two bar charts show how similar each of four chunks of three words is to the query code. With bare words, the "
     "similarity of 7 birds sing is zero. After a window layer, it is not.",
 )
@@ -449,22 +469,45 @@ show(
 #   reads all tokens of the chunk.
 #
 # The paper and this project take $S = 64$. The toy text takes $S = 4$.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# **1. Is `[CLS]` needed?** The encoder gives keys. Take the *mean of the keys* as the landmark, without any `[CLS]`
-# output. Is it blind to order, like the mean of the words? Guess first, then use `shuffled`, `encoder` and
-# `count_distinct`.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.chunks import check_mean_of_keys, check_sizes_that_keep_whole, check_turn
+
+# %% [markdown]
+# **1. Is `[CLS]` needed?** *Difficulty 1, importance 3, 5 minutes.* The encoder gives keys. Take the mean of a chunk's
+# keys as its landmark, without any `[CLS]` output. Is this landmark blind to order, like the mean of the words? Guess
+# first. Then use `shuffled`, `encoder` and `count_distinct`.
+
+
+# %%
+def mean_of_keys(k):
+    """k [N, S, D] -> one landmark for each chunk [N, D]."""
+    # your code
+
+
+check_mean_of_keys(mean_of_keys)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
 # It is not blind. The positions have already changed the output of each token before the mean is taken.
 #
 # ```python
+# def mean_of_keys(k):
+#     return k.mean(dim=1)
+#
+#
+# check_mean_of_keys(mean_of_keys)
 # keys = encoder(shuffled[None]).k[0, :, :, 0]  # [24, S, D]
-# print(count_distinct(keys.mean(dim=1)))
-# assert count_distinct(keys.mean(dim=1)) == 24
+# print(count_distinct(mean_of_keys(keys)))
+# assert count_distinct(mean_of_keys(keys)) == 24
 # ```
 #
 # So why do we use `[CLS]`? A heading and a page have different jobs. The outputs of the tokens are made to be *read*.
@@ -472,25 +515,72 @@ show(
 # each token the same share.
 #
 # </details>
-#
-# **2. Which chunk sizes keep the fact whole?** For which $S$ from 1 to 6 do `code` (token 1) and `7` (token 3) lie in
-# one chunk? From which token on can that chunk be read?
-#
+
+# %% [markdown]
+# **2. Which chunk sizes keep the fact whole?** *Difficulty 1, importance 4, 5 minutes.* For which $S$ do `code` (token
+# 1) and `7` (token 3) lie in one chunk? From which token on can that chunk be read?
+
+
+# %%
+def sizes_that_keep_whole(first, last, sizes):
+    """The chunk sizes from 1 to `sizes` for which tokens `first` and `last` lie in one chunk, as a list."""
+    # your code
+
+
+check_sizes_that_keep_whole(sizes_that_keep_whole)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
 # Token $t$ lies in chunk $\lfloor t/S \rfloor$. Chunk 0 can be read from token $S$ on, when it is complete.
 #
 # ```python
-# whole = [S for S in range(1, 7) if 1 // S == 3 // S]
-# print(whole)  # [4, 5, 6], readable from token 4, 5 and 6 on
-# for S in whole:
+# def sizes_that_keep_whole(first, last, sizes):
+#     return [S for S in range(1, sizes + 1) if first // S == last // S]
+#
+#
+# check_sizes_that_keep_whole(sizes_that_keep_whole)
+# print(sizes_that_keep_whole(1, 3, 6))  # [4, 5, 6], readable from token 4, 5 and 6 on
+# for S in sizes_that_keep_whole(1, 3, 6):
 #     indices, _ = choose(hidden, mean_landmarks(split_into_chunks(hidden, S)[0]), S, top_k=1)
 #     assert int((indices[:, 0] == 0).nonzero()[0]) == S
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **3. Turn one vector.** *Difficulty 3, importance 3, 10 minutes.* Write RoPE for a single vector. Pair $p$ is made of
+# numbers $p$ and $p + D/2$. It turns by the angle $t \cdot \text{base}^{-2p/D}$, from the first axis towards the second.
+
+
+# %%
+def turn(x, position, base):
+    """x [D] at this position -> the turned vector [D]."""
+    # your code
+
+
+check_turn(turn)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
 #
+# ```python
+# def turn(x, position, base):
+#     D = len(x)
+#     angle = position * base ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)  # [D/2]
+#     first, second = x.chunk(2)
+#     return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()))
+#
+#
+# check_turn(turn)
+# assert torch.allclose(turn(q, 5, 10_000.0), turned_q[5])
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## What comes next
 #
 # Every chunk now has a heading. [Notebook 03, *Which chunks matter to this token?*](03_retrieval.ipynb) explains

@@ -21,6 +21,8 @@
 #
 # **Time:** 25 minutes to read, 10 seconds to run on two CPU cores. **Needs:** [notebook 02](02_chunks.ipynb), or just
 # this: a chunk is $S$ tokens, and a landmark is one vector that stands for a chunk.
+#
+# [← 02 chunks](02_chunks.ipynb) · [map of the course](00_start.ipynb) · [04 fusion →](04_fusion.ipynb)
 
 # %%
 import torch
@@ -475,14 +477,35 @@ explore_map(
 #
 # Why does the *first* token of the block choose, and not the mean of the block? The mean would contain the future of
 # every token except the last. The exercises try both options.
-#
+
+# %% [markdown]
 # ## Exercises
 #
-# **1. Leave out what the window sees.** With `exclude_window=W`, chunk $i$ is visible only if it also begins at token
-# $t - W$ or before. Extend `visible_chunks` and compare it with the package for $W$ from 0 to 12. (Compare it with
-# `reference.retrieval.visible_chunks(positions, chunks, chunk_size, exclude_window)`.) Which chunks can token 11 still
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.retrieval import (
+    check_deciding_token,
+    check_retrieval_weights,
+    check_visible_outside,
+)
+
+# %% [markdown]
+# **1. Leave out what the window sees.** *Difficulty 2, importance 3, 10 minutes.* With `exclude_window=W`, chunk $i$ is
+# visible only if it also begins at token $t - W$ or before. Extend `visible_chunks`. Which chunks can token 11 still
 # see with $W = 8$?
-#
+
+
+# %%
+def visible_outside(T, N, chunk_size, window):
+    """[T, N]: True where chunk i is complete before token t and begins at token t - window or before."""
+    # your code
+
+
+check_visible_outside(visible_outside)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
@@ -493,6 +516,8 @@ explore_map(
 #     begins_before_window = torch.arange(N) * chunk_size <= torch.arange(T)[:, None] - window
 #     return visible_chunks(T, N, chunk_size) & begins_before_window
 #
+#
+# check_visible_outside(visible_outside)
 # for window in range(13):
 #     theirs = reference.retrieval.visible_chunks(torch.arange(T), N, S, window)
 #     assert torch.equal(visible_outside(T, N, S, window), theirs)
@@ -500,10 +525,22 @@ explore_map(
 # ```
 #
 # </details>
-#
-# **2. Share a choice.** Use `query_block=4` on the twelve tokens with $K = 1$. Which token's query decides for token
-# 11? Prove it: change one query and see that token 11 keeps another chunk.
-#
+
+# %% [markdown]
+# **2. Share a choice.** *Difficulty 1, importance 2, 5 minutes.* With `query_block=n` the first token of each block of
+# $n$ tokens chooses for the whole block. Which token's query decides for token $t$? Prove it with `query_block=4` and
+# $K = 1$ on the twelve tokens: change one query and see that token 11 keeps another chunk.
+
+
+# %%
+def deciding_token(t, block):
+    """The number of the token whose query decides for token t."""
+    # your code
+
+
+check_deciding_token(deciding_token)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
@@ -512,12 +549,18 @@ explore_map(
 # keeps chunk 0. A change of token 11's own query has no effect.
 #
 # ```python
+# def deciding_token(t, block):
+#     return t // block * block
+#
+#
 # def chunk_of_11(queries):
 #     indices, _ = retrieve(queries[None, :, None], landmarks[None, :, None], chunk_size=S, top_k=1, query_block=4)
 #     return indices[0, 11, 0, 0].item()
 #
+#
+# check_deciding_token(deciding_token)
 # first = queries.clone()
-# first[8] = queries[11]
+# first[deciding_token(11, 4)] = queries[11]
 # own = queries.clone()
 # own[11] = 0
 # print(chunk_of_11(queries), chunk_of_11(first), chunk_of_11(own))  # 1 0 1
@@ -525,7 +568,48 @@ explore_map(
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **3. Retrieval without loops.** *Difficulty 3, importance 5, 15 minutes.* Write Eq. (1) with tensors: score all chunks,
+# hide those that are not complete, keep the best $K$, and turn the kept scores into weights. Return one weight for each
+# chunk, and 0 for every chunk that is not kept. A token that sees no chunk gets only zeros. (The examples contain no
+# ties.)
+
+
+# %%
+def retrieval_weights(queries, landmarks, chunk_size, top_k):
+    """queries [T, R], landmarks [N, R] -> the weight of every chunk for every token [T, N]."""
+    # your code
+
+
+check_retrieval_weights(retrieval_weights)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
 #
+# Everything that is hidden or not kept gets a score of $-\infty$ before the softmax. A row that holds nothing else
+# becomes NaN, so those cells get 0 at the end.
+#
+# ```python
+# def retrieval_weights(queries, landmarks, chunk_size, top_k):
+#     T = len(queries)
+#     N = len(landmarks)
+#     scores = queries @ landmarks.T / queries.shape[1] ** 0.5
+#     visible = visible_chunks(T, N, chunk_size)
+#     scores = scores.masked_fill(~visible, float("-inf"))
+#     best = scores.topk(min(top_k, N)).indices
+#     kept = torch.zeros_like(visible).scatter(1, best, True) & visible
+#     return scores.masked_fill(~kept, float("-inf")).softmax(dim=1).masked_fill(~kept, 0.0)
+#
+#
+# check_retrieval_weights(retrieval_weights)
+# assert torch.allclose(retrieval_weights(queries, landmarks, S, 2), per_chunk(*retrieve_plainly(queries, landmarks, S, 2), N))
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## What comes next
 #
 # We know which chunks a token keeps and how much weight each of them gets. [Notebook 04, *How are chunks read and

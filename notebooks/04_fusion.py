@@ -19,7 +19,9 @@
 # * show why this blend teaches the model *which chunks to retrieve*, and why the most natural alternative does not.
 #
 # **Time:** 25 minutes to read, 15 seconds to run on two CPU cores. **Needs:** You know what a matrix is and what
-# softmax does. Notebook 03 helps. This notebook repeats the parts of it that it needs.
+# softmax does. [Notebook 03](03_retrieval.ipynb) helps; this notebook repeats the parts of it that it needs.
+#
+# [← 03 retrieval](03_retrieval.ipynb) · [map of the course](00_start.ipynb) · [05 layer →](05_layer.ipynb)
 
 # %%
 from dataclasses import dataclass
@@ -569,18 +571,74 @@ show(
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Set K = 1. What is the gradient of the landmark now? Think first, then try `gradient_of_landmarks` with
-# `top_k=1`.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.fusion import check_attend_with_sink, check_blend, check_score_gradient
+
+# %% [markdown]
+# **1. Blend without a loop.** *Difficulty 2, importance 5, 10 minutes.* One token has kept $K$ chunks. Read all of them
+# at once and blend the results.
+
+
+# %%
+def blend(q, k, v, weights, scale):
+    """Eq. (2) for one token and one head: q [D], k and v [K, S, D], weights [K] -> [D]."""
+    # your code
+
+
+check_blend(blend)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
-# Exactly zero. A softmax over one score is 1, whatever the score is, so the loss does not depend on the score. In the
-# formula: with one chunk, $o_{t,i} = O_t$, and the bracket vanishes. Chunks can compete only if there are at least two.
-# A mixture of experts that chooses one expert has the same problem. Its remedy is another gate: the share of the expert
-# among *all* experts, or a sigmoid. HSA's other weighting, `weighting="stick_breaking"`, has the same remedy: its
-# weight for a single chunk is a sigmoid of the score.
+# `k @ q` gives the scores of all chunks, one row per chunk. The softmax runs over each row.
 #
 # ```python
+# def blend(q, k, v, weights, scale):
+#     inside = (k @ q * scale).softmax(dim=1)  # [K, S]
+#     results = (inside[:, :, None] * v).sum(dim=1)  # [K, D]
+#     return weights @ results
+#
+#
+# check_blend(blend)
+# kept = indices[0, 11, 0].long()
+# ours = blend(toy.q[0, 11, 0], toy.k[0, kept, :, 0], toy.v[0, kept, :, 0], weights[0, 11, 0], 9**-0.5)
+# assert torch.allclose(ours, out[0, 11, 0])
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **2. The gradient of a score.** *Difficulty 3, importance 5, 10 minutes.* Write the formula of this notebook for one
+# token: the gradient of each kept chunk's score. Then set $K = 1$. What is the gradient of the landmark now? Think
+# first, then try it.
+
+
+# %%
+def score_gradient(weights, results, g):
+    """weights [K], results of the chunks [K, D], gradient g of the blend [D] -> gradient of the scores [K]."""
+    # your code
+
+
+check_score_gradient(score_gradient)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# With $K = 1$ it is exactly zero. A softmax over one score is 1, whatever the score is, so the loss does not depend on
+# the score. In the formula: with one chunk, $o_{t,i} = O_t$, and the bracket vanishes. Chunks can compete only if there
+# are at least two. A mixture of experts that chooses one expert has the same problem. Its remedy is another gate: the
+# share of the expert among *all* experts, or a sigmoid. HSA's other weighting, `weighting="stick_breaking"`, has the
+# same remedy: its weight for a single chunk is a sigmoid of the score.
+#
+# ```python
+# def score_gradient(weights, results, g):
+#     return weights * ((results - weights @ results) @ g)
+#
+#
+# check_score_gradient(score_gradient)
 # for weighting in ("softmax", "stick_breaking"):
 #     landmarks = toy.landmarks.clone().requires_grad_()
 #     chosen = retrieve(toy.retrieval_q, landmarks, chunk_size=S, top_k=1, weighting=weighting)
@@ -591,11 +649,22 @@ show(
 # ```
 #
 # </details>
-#
-# **2.** `birds sing at dawn` contains nothing about the code, and it still takes 18% of the blend. Must that be so?
-# Give every chunk a fifth token that contains *nothing*: its key is 0 and its value is 0. What is the result of the
-# chunk of birds now, and what is the share of `7`?
-#
+
+# %% [markdown]
+# **3. An empty token.** *Difficulty 2, importance 2, 10 minutes.* `birds sing at dawn` contains nothing about the code,
+# and it still takes 18% of the blend. Must that be so? Give every chunk a fifth token that contains *nothing*: its key
+# is 0 and its value is 0. What is the result of the chunk of birds now, and what is the share of `7`?
+
+
+# %%
+def attend_with_sink(q, k, v, scale):
+    """Like `attend_chunk`, with one more token whose key and value are zeros: q [D], k and v [S, D] -> [D]."""
+    # your code
+
+
+check_attend_with_sink(attend_with_sink)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # The shares of a softmax add up to 1, so some tokens must get attention. The empty token can take a part of it, and
@@ -608,10 +677,16 @@ show(
 # ```python
 # from torch.nn.functional import pad
 #
-# k, v = (pad(x, (0, 0, 0, 0, 0, 1)) for x in (toy.k, toy.v))  # [1, N, S, 1, D] -> [1, N, S+1, 1, D]
-# with_sink = chunk_attention(toy.q, k, v, indices, weights)[0, 11, 0]
-# print({word: round(x, 3) for word, x in zip(toy.vocabulary, with_sink.tolist())})
-# assert round(with_sink.max().item(), 3) == 0.682
+#
+# def attend_with_sink(q, k, v, scale):
+#     return attend_chunk(q, pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1)), scale)  # [S, D] -> [S+1, D]
+#
+#
+# check_attend_with_sink(attend_with_sink)
+# read = [attend_with_sink(toy.q[0, 11, 0], toy.k[0, i, :, 0], toy.v[0, i, :, 0], 9**-0.5) for i in (0, 1)]
+# shares = torch.tensor([1.5, 0.0], dtype=torch.float64).softmax(0) @ torch.stack(read)
+# print({word: round(x, 3) for word, x in zip(toy.vocabulary, shares.tolist())})
+# assert round(shares.max().item(), 3) == 0.682
 # ```
 #
 # </details>

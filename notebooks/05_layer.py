@@ -23,6 +23,8 @@
 # **Time:** 25 minutes to read, half a minute to run on two CPU cores. **Needs:** notebooks [03](03_retrieval.ipynb) and
 # [04](04_fusion.ipynb), or at least this: retrieval gives every token K chunks with weights. The last part uses the
 # trained model that comes with the repository.
+#
+# [← 04 fusion](04_fusion.ipynb) · [map of the course](00_start.ipynb) · [06 forward kernel →](06_forward_kernel.ipynb)
 
 # %%
 import json
@@ -283,14 +285,18 @@ def share_by_distance(base=None):
     return nearby[:, 15], shares[:, 0], shares[:, 15], shares[:, -1]
 
 
+def name_worst(base, trained, beyond):
+    """The lowest share beyond what training shows, in words."""
+    rope_line = f"RoPE, base {base:,.0f}: the share of `7` falls to {beyond.min():.2f} beyond distance {trained}"
+    return f"{rope_line}; without positions: 1.00."
+
+
 def draw_distances(figure, base, trained=1024):
     """Share of `7` against distance, with RoPE of this base and without positions."""
     distances, *with_rope = share_by_distance(base)
     no_positions = share_by_distance()[2]
     mechanism.distance_curves(figure, distances, with_rope, no_positions, base=base, trained=trained)
-    worst = with_rope[0][distances > trained].min().item()
-    rope_line = f"RoPE, base {base:,.0f}: the share of `7` falls to {worst:.2f} beyond distance {trained}"
-    return f"{rope_line}; without positions: 1.00."
+    return name_worst(base, trained, with_rope[0][distances > trained])
 
 
 # %% [markdown]
@@ -349,14 +355,19 @@ def look_both_ways(distance, window, keep=2):
     return per_chunk, *(share_of("7", out[0, 0, 0]) for out in (near, far))
 
 
-def draw_reach(figure, window, distance):
-    """The tokens that the last token sees; below, how much of `7` each of the two ways finds."""
-    per_chunk, near, far = look_both_ways(distance, window)
-    words = " ".join(text_with_needle(distance)).split()
-    mechanism.window_and_retrieval(figure, words, per_chunk, [near, far], chunk_size=S, window=window)
+def name_shares(window, distance, near, far):
+    """Where the needle is, and what each way finds, in words."""
     where = "inside" if distance < window else "outside"
     shares = f"Share of `7`: {near:.2f} from the window, {far:.2f} from retrieval."
     return f"Needle {distance} tokens back, {where} the window of {window}. {shares}"
+
+
+def draw_reach(figure, window, distance):
+    """The tokens that the last token sees; below, how much of `7` each of the two ways finds."""
+    per_chunk, *shares = look_both_ways(distance, window)
+    words = " ".join(text_with_needle(distance)).split()
+    mechanism.window_and_retrieval(figure, words, per_chunk, shares, chunk_size=S, window=window)
+    return name_shares(window, distance, *shares)
 
 
 # %% [markdown]
@@ -523,17 +534,22 @@ for number, kept in enumerate(finding.retrieved_chunks):
 
 
 # %%
+def name_chunk(rank, number, chunk):
+    """A chunk that an HSA layer kept, in words."""
+    kept = best_first(number)
+    score = finding.scores[number, chunk]
+    what = "it holds the needle" if chunk in finding.needle_chunks else "the needle is not in it"
+    return f"HSA layer {number}: chunk {chunk} is number {rank} of {len(kept)} by score ({score:.1f}); {what}."
+
+
 def draw_reading(figure, rank, number):
     """The scores of one HSA layer, and the text of one of the chunks that it kept."""
     kept = best_first(number)
-    scores = finding.scores[number]
     chunk = kept[rank - 1]
-    needle = finding.needle_chunks
     text = textwrap.fill(" ".join(finding.chunk_text(chunk).split()), 92)
-    name = f"HSA layer {number}"
-    mechanism.scores_and_text(figure, scores, kept, needle, title=name, shown=chunk, text=text)
-    what = "it holds the needle" if chunk in needle else "the needle is not in it"
-    return f"{name}: chunk {chunk} is number {rank} of {len(kept)} by score ({scores[chunk]:.1f}); {what}."
+    look = dict(title=f"HSA layer {number}", shown=chunk, text=text)
+    mechanism.scores_and_text(figure, finding.scores[number], kept, finding.needle_chunks, **look)
+    return name_chunk(rank, number, chunk)
 
 
 explore(
@@ -547,21 +563,41 @@ explore(
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Chunk attention has no positions. Does that mean that it cannot tell "dog bites man" from "man bites dog"
-# inside a chunk? Permute the four tokens of the needle, keys and values together, and compare the outputs. Then say
-# where a real model gets the order inside a chunk from.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.mechanism.layer import check_reach, check_score_at_distance, check_shuffle_tokens
+
+# %% [markdown]
+# **1. Order inside a chunk.** *Difficulty 1, importance 3, 10 minutes.* Chunk attention has no positions. Does that
+# mean that it cannot tell "dog bites man" from "man bites dog" inside a chunk? Permute the tokens of every chunk, keys
+# and values together, and compare the outputs. Then say where a real model gets the order inside a chunk from.
+
+
+# %%
+def shuffle_tokens(k, v, order):
+    """Put token order[i] of each chunk in place i: k and v [N, S, D], order a list of S numbers -> new k and v."""
+    # your code
+
+
+check_shuffle_tokens(shuffle_tokens)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # The output is the same, because a sum does not depend on its order.
 #
 # ```python
+# def shuffle_tokens(k, v, order):
+#     return k[:, order], v[:, order]
+#
+#
+# check_shuffle_tokens(shuffle_tokens)
 # q, k, v = read_by_rule([NEEDLE, FILLERS[0], QUESTION])
 # chosen = retrieve(q, norm(v.sum(dim=2)), chunk_size=S, top_k=2, offset=11)
-# order = [2, 0, 3, 1]
-# permuted = chunk_attention(q, k[:, :, order], v[:, :, order], *chosen)
-# print(torch.allclose(chunk_attention(q, k, v, *chosen), permuted))
-# assert torch.allclose(chunk_attention(q, k, v, *chosen), permuted)
+# shuffled = [x[None, :, :, None] for x in shuffle_tokens(k[0, :, :, 0], v[0, :, :, 0], [2, 0, 3, 1])]
+# assert torch.allclose(chunk_attention(q, k, v, *chosen), chunk_attention(q, *shuffled, *chosen))
 # ```
 #
 # But keys and values are not raw words. Layers *with* positions compute them: the lower decoder has a window with RoPE,
@@ -570,22 +606,78 @@ explore(
 # from the chunk to the token that reads it is left out.
 #
 # </details>
-#
-# **2.** How far can the shipped model see without retrieval? Each window layer carries information over at most W − 1
-# tokens. Compute the reach of all its layers from `config`. Then compute how many such layers 65,536 tokens would need.
-#
+
+# %% [markdown]
+# **2. How far without retrieval?** *Difficulty 1, importance 4, 5 minutes.* How far can the shipped model see without
+# retrieval? Each window layer carries information over at most W − 1 tokens. Then compute how many such layers 65,536
+# tokens would need.
+
+
+# %%
+def reach(lower_layers, upper_layers, window):
+    """How many tokens back the last layer sees through windows alone."""
+    # your code
+
+
+check_reach(reach)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# step = config.window - 1
-# reach = (config.lower_layers + config.upper_layers) * step
-# layers_needed = -(-TOKENS // step)  # rounded up
-# print(reach, "tokens;", layers_needed, "layers")
-# assert reach < TOKENS <= layers_needed * step
+# def reach(lower_layers, upper_layers, window):
+#     return (lower_layers + upper_layers) * (window - 1)
+#
+#
+# check_reach(reach)
+# of_model = reach(config.lower_layers, config.upper_layers, config.window)
+# layers_needed = -(-TOKENS // reach(1, 0, config.window))  # rounded up
+# print(of_model, "tokens;", layers_needed, "layers")
+# assert of_model < TOKENS <= reach(layers_needed, 0, config.window)
 # ```
 #
 # And even with that many layers, information would be lost on the way. In the shipped model, all information from
 # beyond its reach came through retrieval: there is no other way.
+#
+# </details>
+
+# %% [markdown]
+# **3. A score from the distance alone.** *Difficulty 4, importance 3, 15 minutes.* RoPE turns the query by $t\,\theta_p$
+# and the key by $u\,\theta_p$. Compute the score of the turned vectors from $q$, $k$ and the distance $t - u$, without
+# using $t$ or $u$. Pair $p$ is made of numbers $p$ and $p + D/2$. (A pair is an arrow in the plane. It is enough to turn
+# one of the two arrows.)
+
+
+# %%
+def score_at_distance(q, k, distance, base):
+    """The dot product of q [D] and k [D] with RoPE, if the query stands `distance` tokens after the key."""
+    # your code
+
+
+check_score_at_distance(score_at_distance)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# As complex numbers the arrows are $q_p$ and $k_p$. Their dot product is the real part of $q_p \overline{k_p}$, and a turn
+# is a product with $e^{i (t-u) \theta_p}$.
+#
+# ```python
+# def score_at_distance(q, k, distance, base):
+#     D = len(q)
+#     theta = base ** (-torch.arange(0, D, 2, dtype=q.dtype) / D)  # [D/2]
+#     q_0, q_1 = q.chunk(2)
+#     k_0, k_1 = k.chunk(2)
+#     along = q_0 * k_0 + q_1 * k_1  # |q| |k| cos(angle between them)
+#     across = q_0 * k_1 - q_1 * k_0
+#     return (along * (distance * theta).cos() + across * (distance * theta).sin()).sum()
+#
+#
+# check_score_at_distance(score_at_distance)
+# q, k = torch.randn(2, 64, dtype=torch.float64)
+# turned = [rope(x[None, None], torch.tensor([t]))[0, 0] for x, t in ((q, 1007), (k, 3))]
+# assert torch.allclose(score_at_distance(q, k, 1004, 10_000.0), turned[0] @ turned[1], atol=1e-3)
+# ```
 #
 # </details>
 
@@ -596,4 +688,4 @@ explore(
 # our loops are slow, and so is plain PyTorch.
 #
 # [Notebook 06](06_forward_kernel.ipynb), *Where do the milliseconds go?*, turns chunk attention into a GPU kernel, line
-# by line, in about 30 minutes. Or see the same model find a needle in a million tokens: `make demo`.
+# by line, in about 40 minutes. Or see the same model find a needle in a million tokens: `make demo`.

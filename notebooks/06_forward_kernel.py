@@ -15,14 +15,16 @@
 #
 # After this notebook you will be able to
 #
-# * read and write a small GPU kernel in Triton, and run it without a GPU,
+# * read and write a small GPU kernel in Triton, run it without a GPU, and see which program moves which bytes,
 # * explain why chunk attention needs no rescaling, unlike every other attention kernel,
 # * do the same work in three schedules, and count the bytes and the multiplications of each schedule,
 # * read a roofline picture, and name the length from which HSA beats full attention on a real GPU.
 #
-# **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 04](04_fusion.ipynb). You
+# **Time:** 40 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 04](04_fusion.ipynb). You
 # need no GPU: without one, Triton's interpreter runs the kernels, slowly and correctly. With an NVIDIA GPU the kernels
 # run on the GPU, and the last part measures them.
+#
+# [← 05 layer](05_layer.ipynb) · [map of the course](00_start.ipynb) · [07 backward kernel →](07_backward_kernel.ipynb)
 
 # %%
 import json
@@ -49,6 +51,8 @@ from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.kernels import job_table, meter_bars
 from hsa_mini.viz.plots import crossover, length_name, roofline
+from hsa_mini.viz.programs.picture import program_map
+from hsa_mini.viz.programs.record import record
 
 DEVICE = "cuda" if GPU else "cpu"
 print("kernels run", f"on {torch.cuda.get_device_name()}" if GPU else "in Triton's interpreter, on the processor")
@@ -114,20 +118,172 @@ def read_by_rule(text, S=4):
 twelve = read_by_rule("the code is 7 | birds sing at dawn | what is the code")  # q, k, v, indices, weights
 
 # %% [markdown]
-# ## A kernel of a few lines
+# ## Triton, step by step
 #
 # Triton is Python that is compiled to GPU code. A kernel is the text of **one program**. The program gets its own
 # number from `tl.program_id`. It works on **tiles**: blocks of numbers with fixed sizes, each loaded in one step.
 # Inside a kernel `q`, `k` and the other arguments are not tensors. Each is the address of the first number of a tensor,
-# and the kernel computes the addresses of the other numbers. A comment like `# [S, D]` gives the shape of a tile.
+# and the kernel computes the addresses of the other numbers. A comment like `# [S, D]` gives the shape of a tile. The
+# names follow a pattern: `o_` is a tile of offsets, `m_` is a mask, `b_` is a tile of numbers.
 #
-# The names follow a pattern: `o_` is a tile of offsets, `b_` is a tile of numbers.
+# Six small kernels lead to chunk attention. Each has one new idea, and beside it stands a **spec**: the same result in
+# plain PyTorch. The picture below a kernel shows which program moves which bytes. Nobody drew it: `record` runs the
+# kernel in the interpreter and notes every address that a program asks for.
+
+# %%
+LADDER = {}
+
+
+def climb(step, kernel, grid, spec, **arguments):
+    """Run a kernel that writes `out`, compare `out` with the spec, and record what each program moves."""
+    kernel[grid](**arguments)
+    print(f"{step}: kernel == spec: {torch.allclose(arguments['out'], spec, atol=1e-5)}")
+    LADDER[step] = record(kernel, grid, **arguments)
+
+
+def show_step(step, program, words, size=(9, 1.6)):
+    """The picture of one program. Orange: it loads. Dark blue: it stores. Light blue: other programs do."""
+    figure = make_figure(*size)
+    summary = program_map(figure, LADDER[step], program)
+    show(figure, f"{words} {summary}")
+
+
+def on_device(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+# %% [markdown]
+# ### Step 1: add two vectors
 #
-# We start one program per token. It loops over the token's K slots. A slot holds one chunk that the token kept, or -1
-# if the slot is empty:
+# Twelve numbers, and programs of four. Program 1 works on numbers 4 to 7. Nothing says in which order the three programs
+# run, so none may need the result of another.
+#
+# **You should see** `True`, and a program that loads 32 bytes: four numbers of `x` and four of `y`, of 4 bytes each.
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
+@triton.jit
+def add_kernel(x, y, out, BLOCK: tl.constexpr):
+    """One program adds BLOCK numbers."""
+    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o_x, tl.load(x + o_x) + tl.load(y + o_x))
+
+
+x = on_device(12)
+y = x.flip(0)
+climb("1 add", add_kernel, (3,), x + y, x=x, y=y, out=torch.empty_like(x), BLOCK=4)
+
+# %%
+show_step("1 add", 1, "Three rows of twelve numbers. Program 1 has the middle four of each.", size=(9, 1))
+
+# %% [markdown]
+# ### Step 2: load a tile with a mask
+#
+# A tile has two dimensions if the offsets have two: `[:, None]` makes a column of row numbers, `[None, :]` makes a row
+# of column numbers, and the sum is the table of all addresses. The sizes of a tile must be powers of two. Our text has
+# eleven tokens of nine numbers, and the tiles are `[4, 16]`. A **mask** says which addresses exist. The others are not
+# loaded, and get the value `other`.
+#
+# What happens without the mask for the columns? Behind number 8 of a row lies number 0 of the *next row*. The kernel
+# would load it without any error.
+#
+# **You should see** `True`. Program 2 has only three rows: its masks keep out a whole row and seven columns.
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+@triton.jit
+def pad_kernel(x, out, T, D, S: tl.constexpr, WIDTH: tl.constexpr):
+    """One program copies S rows of x [T, D] into rows of WIDTH numbers. It writes zeros where x has ended."""
+    o_t = (tl.program_id(0) * S + tl.arange(0, S))[:, None]  # [S, 1]
+    o_d = tl.arange(0, WIDTH)[None, :]  # [1, WIDTH]
+    m_x = (o_t < T) & (o_d < D)  # x has T rows of D numbers
+    b_x = tl.load(x + o_t * D + o_d, mask=m_x, other=0.0)  # [S, WIDTH]
+    tl.store(out + o_t * WIDTH + o_d, b_x)
+
+
+x = on_device(11, 9)
+padded = pad(x, (0, 7, 0, 1))
+climb("2 mask", pad_kernel, (3,), padded, x=x, out=torch.empty_like(padded), T=11, D=9, S=4, WIDTH=16)
+
+# %%
+show_step("2 mask", 2, "x has eleven rows of nine numbers, out has twelve rows of sixteen.", size=(6, 2.6))
+
+# %% [markdown]
+# ### Step 3: the softmax of a row
+#
+# `tl.max` and `tl.sum` reduce a tile along one axis. The row has three scores and the tile has four places. Which value
+# must the fourth place get? Not 0: a score of 0 would take a share. The softmax gives nothing to $-\infty$.
+#
+# **You should see** `True`.
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+@triton.jit
+def softmax_kernel(x, out, N, WIDTH: tl.constexpr):
+    """One program computes the softmax of one row of x [T, N]."""
+    row = tl.program_id(0)
+    o_n = tl.arange(0, WIDTH)
+    m_n = o_n < N  # the tile is wider than the row
+    b_x = tl.load(x + row * N + o_n, mask=m_n, other=-float("inf"))  # [WIDTH]
+    b_p = tl.exp(b_x - tl.max(b_x, 0))  # no number above 1, so nothing overflows
+    tl.store(out + row * N + o_n, b_p / tl.sum(b_p, 0), mask=m_n)
+
+
+x = on_device(12, 3)
+climb("3 softmax", softmax_kernel, (12,), x.softmax(dim=1), x=x, out=torch.empty_like(x), N=3, WIDTH=4)
+
+# %%
+show_step("3 softmax", 5, "Twelve rows of three numbers. Program 5 loads and stores row 5.", size=(3.4, 2.6))
+
+# %% [markdown]
+# ### Step 4: a matrix product
+#
+# `tl.dot` multiplies two tiles. On a GPU a special unit does this, and it wants at least 16 numbers in each dimension.
+# We score 32 queries against 32 keys. The grid has **two** dimensions: a program has the row and the column of its tile.
+# Look at the addresses of the keys: rows and columns are exchanged, so the tile arrives transposed. (`"ieee"` asks for
+# exact float32. A GPU would round the numbers before it multiplies.)
+#
+# **You should see** `True`. All programs together load 8,192 bytes, though `q` and `k` have 4,096: every number is
+# loaded by two programs. Larger tiles would load less. This is what "use it often" means.
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+@triton.jit
+def scores_kernel(q, k, out, N, M: tl.constexpr, D: tl.constexpr):
+    """One program scores M of the queries q [T, D] against M of the keys k [N, D]."""
+    o_q = tl.program_id(0) * M + tl.arange(0, M)
+    o_k = tl.program_id(1) * M + tl.arange(0, M)
+    o_d = tl.arange(0, D)
+    b_q = tl.load(q + o_q[:, None] * D + o_d[None, :])  # [M, D]
+    b_k = tl.load(k + o_k[None, :] * D + o_d[:, None])  # [D, M]
+    tl.store(out + o_q[:, None] * N + o_k[None, :], tl.dot(b_q, b_k, input_precision="ieee"))
+
+
+q = on_device(32, 16)
+k = q.flip(0)
+climb("4 dot", scores_kernel, (2, 2), q @ k.T, q=q, k=k, out=q.new_empty(32, 32), N=32, M=16, D=16)
+
+# %%
+show_step(
+    "4 dot", 1, "Program 1 loads the upper half of q and the lower half of k, and stores the upper right quarter of out.", size=(8, 3.2)
+)
+
+# %% [markdown]
+# ### Step 5: one token's chunk
+#
+# Now the twelve tokens. Each program has one token, and reads the best chunk that its token kept. The new idea: **an
+# address can depend on a number that was loaded before.** First the program loads the number of the chunk, then the
+# chunk. A kernel may call another function that is marked `@triton.jit`.
+#
+# **You should see** `True`.
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
 @triton.jit
 def attend_chunk(b_q, b_k, b_v, scale):
     """Softmax attention of one query [D] inside one chunk, with k and v [S, D] -> [D]."""
@@ -136,6 +292,45 @@ def attend_chunk(b_q, b_k, b_v, scale):
     return tl.sum(b_p[:, None] * b_v, 0) / tl.sum(b_p, 0)  # [D]
 
 
+@triton.jit
+def best_chunk_kernel(q, k, v, best, out, scale, S: tl.constexpr, D: tl.constexpr):
+    """One program reads the best chunk of one token. A token without a chunk gets zeros."""
+    t = tl.program_id(0)
+    o_d = tl.arange(0, D)
+    b_q = tl.load(q + t * D + o_d)  # [D]
+    b_out = tl.zeros([D], tl.float32)
+    i = tl.load(best + t)
+    if i >= 0:  # -1: the token sees no chunk
+        o_kv = (i * S + tl.arange(0, S))[:, None] * D + o_d[None, :]  # [S, D]: where the chunk lies in memory
+        b_out = attend_chunk(b_q, tl.load(k + o_kv), tl.load(v + o_kv), scale)
+    tl.store(out + t * D + o_d, b_out)
+
+
+def read_best(q, k, v, best, scale):
+    """The spec: one token after the other."""
+    out = torch.zeros_like(q)
+    for t, i in enumerate(best.tolist()):
+        if i >= 0:
+            out[t] = (k[i] @ q[t] * scale).softmax(dim=0) @ v[i]
+    return out
+
+
+q, k, v, indices, weights = twelve
+best = indices[:, 0].contiguous()  # [T]: the first slot holds the best chunk
+spec = read_best(q, k, v, best, 1 / 3)
+climb("5 chunk", best_chunk_kernel, (12,), spec, q=q, k=k, v=v, best=best, out=torch.empty_like(q), scale=1 / 3, S=4, D=16)
+
+# %%
+show_step("5 chunk", 11, "Program 11 loads row 11 of q, one number of best, and chunk 0 of k and v: the first four rows.", size=(10, 2.4))
+
+# %% [markdown]
+# ### Step 6: all chunks of a token
+#
+# Two things are added: a loop over the token's K slots, and the weight of each chunk. A slot holds one chunk that the
+# token kept, or -1 if the slot is empty. This is chunk attention.
+
+
+# %%
 @triton.jit
 def chunk_attention_kernel(q, k, v, indices, weights, out, scale, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
     """One program computes the output of one token: the weighted sum over the chunks that it kept."""
@@ -176,13 +371,38 @@ def expected(q, k, v, indices, weights, scale):
 # %%
 # NBVAL_CHECK_OUTPUT
 out = run_token_kernel(*twelve, scale=9**-0.5)
-print("kernel == reference:", torch.allclose(out, expected(*twelve, scale=9**-0.5), atol=1e-6))
+inputs = dict(q=q, k=k, v=v, indices=indices, weights=weights, out=torch.empty_like(q))
+climb("6 chunks", chunk_attention_kernel, (12,), expected(*twelve, scale=9**-0.5), **inputs, scale=9**-0.5, K=2, S=4, D=16)
 print("share of `7` at token 11:", round(out[11, 3].item(), 3))
 
 # %% [markdown]
+# ### See every program
+#
+# Here are the six kernels together. Select a kernel and one of its programs. Orange cells are loaded, dark blue cells are
+# stored, and light blue cells belong to other programs.
+
+
+# %%
+def draw_program(figure, step, program):
+    """The tensors of a kernel, with what one program loads and stores."""
+    return program_map(figure, LADDER[step], min(program, LADDER[step].programs - 1))
+
+
+explore(
+    draw_program,
+    alt="The tensors of a kernel side by side as grids. Orange: loaded by the program. Dark blue: stored. Light blue: other programs.",
+    size=(10, 3),
+    program=Control((0, 11), start=4),
+    step=Control(list(LADDER), start="6 chunks", label="kernel"),
+)
+
+# %% [markdown]
+# In kernel 6, move the program from 0 to 11. Programs 0 to 3 load no chunk, 4 to 7 load one, 8 to 11 load both. So chunk
+# 0 is loaded eight times, though it never changes. The rest of this notebook is about these repeated loads.
+#
 # ## Nothing is rescaled
 #
-# Look at the loop again. It only ever adds to `b_out`. In ordinary attention this would be wrong, because *one* softmax
+# Look at the loop of `chunk_attention_kernel` again. It only ever adds to `b_out`. In ordinary attention this would be wrong, because *one* softmax
 # runs over all keys, and its sum is known only at the end. A kernel that reads those keys chunk by chunk carries a
 # running maximum and a running sum. Each time the maximum grows, it has to shrink everything that it summed before.
 # This is called *online softmax*. Here it is in PyTorch, with a counter for the shrinking step:
@@ -778,9 +998,27 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Give a block more tokens. In the example with random choices, how do the bytes and the FLOP of *by token block*
-# change for M = 1, 2, 4, 8, 16 and 32? Which schedule is M = 1? What happens at M = 32?
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.kernels.forward import check_merged_chunks, check_numbers_moved, check_run_norm
+
+# %% [markdown]
+# **1. Blocks of more tokens.** *Difficulty 2, importance 3, 10 minutes.* Give a block more tokens. How often does *by
+# token block* load a chunk? This is the number *merged* of the formula. Then, in the example with random choices, how do
+# the bytes and the FLOP change for M = 1, 2, 4, 8, 16 and 32? Which schedule is M = 1? What happens at M = 32?
+
+
+# %%
+def merged_chunks(indices, M):
+    """indices [T, K], -1 for an empty slot -> how many chunks the blocks of M tokens load, added up."""
+    # your code
+
+
+check_merged_chunks(merged_chunks)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # M = 1 is the schedule by token, in bytes and in FLOP. As M grows, the bytes fall and the FLOP rise. With M = 32 there
@@ -788,6 +1026,11 @@ else:
 # chunk attention has become full attention. The best M is where both ceilings require the same time.
 #
 # ```python
+# def merged_chunks(indices, M):
+#     return sum(len(block[block >= 0].unique()) for block in indices.split(M))
+#
+#
+# check_merged_chunks(merged_chunks)
 # inputs = example()
 # single_token = Meter()
 # token_schedule(single_token, *inputs)
@@ -795,31 +1038,94 @@ else:
 #     meter = Meter()
 #     token_block_schedule(meter, *inputs, M=M)
 #     print(M, sum(meter.bytes), sum(meter.flop))
+#     assert sum(meter.flop) == merged_chunks(inputs[3], M) * M * 4 * 4 * 4 * 16
 #     if M == 1:
 #         assert (meter.bytes, meter.flop) == (single_token.bytes, single_token.flop)
-# assert sum(meter.flop) == 32 * count(inputs[3])["touched"] * 4 * 4 * 4 * 16
 # ```
 #
 # </details>
-#
-# **2.** A partial result is written once and read once. Could a program by chunk add its part directly to `out`? What
-# would go wrong, and what would it save? Use the terms of `traffic`.
-#
+
+# %% [markdown]
+# **2. Additions without partial results.** *Difficulty 3, importance 3, 10 minutes.* A partial result is written once
+# and read once. Could a program by chunk add its part directly to `out`? What would go wrong, and what would it save?
+# Count the numbers that both methods move, besides the chunks.
+
+
+# %%
+def numbers_moved(pairs, T, G, D):
+    """Numbers that pass between memory and programs: with partial results, with additions to `out` (two integers)."""
+    # your code
+
+
+check_numbers_moved(numbers_moved)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # Many programs run at once, and several may need to add to the row of the same token. Each would load the row, add, and
 # store it. Then one of two additions could be lost. With *atomic* additions the hardware does the three steps as one.
-# But they still read and write the row: for each pair they move q once and the row of GD numbers twice, the same `3 *
-# row`. And they happen in the order in which programs arrive. That order differs from run to run, and so do the last
+# But they still read and write the row: for each pair they move q once and the row of GD numbers twice, the same three
+# rows. And they happen in the order in which programs arrive. That order differs from run to run, and so do the last
 # bits of the sum ([notebook 07](07_backward_kernel.ipynb) shows it). The real cost of partial results is *memory*: K
-# rows for each token in work. Atomic additions save that memory, but only the term `T * row` of the bytes.
+# rows for each token in work. Atomic additions save that memory, but only T rows of the bytes.
 #
 # ```python
-# pairs, G, D, T = 1000, 16, 128, 50
-# with_partial_results = pairs * 3 * G * D + T * G * D
-# with_atomics = pairs * 3 * G * D
+# def numbers_moved(pairs, T, G, D):
+#     row = G * D
+#     return pairs * 3 * row + T * row, pairs * 3 * row
+#
+#
+# check_numbers_moved(numbers_moved)
+# with_partial_results, with_atomics = numbers_moved(pairs=1000, T=50, G=16, D=128)
 # print(f"{with_partial_results / with_atomics:.3f}")
 # assert with_partial_results / with_atomics < 1.02
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3. Write a kernel.** *Difficulty 3, importance 5, 15 minutes.* The function `norm` divides a row by the root of its
+# mean square. Write it in Triton: one program per row, with a mask as in steps 2 and 3. `run_norm` launches your kernel.
+# Before that it fills the result with NaN, so that you see what was not stored.
+
+
+# %%
+@triton.jit
+def norm_kernel(x, out, D, WIDTH: tl.constexpr):
+    """One program divides one row of x [T, D] by the root of its mean square. WIDTH: a power of two, at least D."""
+    # your code
+
+
+def run_norm(x):
+    """x [T, D] -> [T, D], one program per row. Behind x and behind the result lie more numbers, all NaN."""
+    T, D = x.shape
+    WIDTH = triton.next_power_of_2(D)
+    room = torch.full((2, T * D + WIDTH), torch.nan, device=DEVICE)
+    room[0, : T * D] = x.flatten()
+    norm_kernel[(T,)](room[0], room[1], D, WIDTH=WIDTH)
+    if not room[1, T * D :].isnan().all():
+        raise IndexError("a program stores behind the last row: the store needs a mask")
+    return room[1, : T * D].view(T, D).cpu()
+
+
+check_run_norm(run_norm)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# The tile is wider than the row. Beyond the row it holds zeros, which add nothing to the sum of the squares. So the sum
+# is divided by D, and not by WIDTH.
+#
+# ```python
+# @triton.jit
+# def norm_kernel(x, out, D, WIDTH: tl.constexpr):
+#     row = tl.program_id(0)
+#     o_d = tl.arange(0, WIDTH)
+#     b_x = tl.load(x + row * D + o_d, mask=o_d < D, other=0.0)
+#     tl.store(out + row * D + o_d, b_x / tl.sqrt(tl.sum(b_x * b_x, 0) / D), mask=o_d < D)
+#
+#
+# check_run_norm(run_norm)
 # ```
 #
 # </details>
@@ -830,5 +1136,5 @@ else:
 # The forward pass computes the model's answer. Training also needs the backward pass: gradients of queries, keys,
 # values, and of the **weights**, which is how the loss teaches retrieval. [Notebook 07](07_backward_kernel.ipynb)
 # derives the gradients by hand, checks each against autograd, and inverts the table of jobs without a single atomic
-# addition. It takes about 30 minutes. After it, [notebook 08](08_retrieval_and_decode_kernels.ipynb) makes retrieval
+# addition. It takes about 35 minutes. After it, [notebook 08](08_retrieval_and_decode_kernels.ipynb) makes retrieval
 # fast.

@@ -21,8 +21,10 @@
 # * turn "which chunks did this token choose" into "which tokens chose this chunk", without a loop over all pairs,
 # * explain why the order of a sum matters to a computer, and how to avoid atomic additions.
 #
-# **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** notebooks [04](04_fusion.ipynb) and
+# **Time:** 35 minutes to read, half a minute to run on two CPU cores. **Needs:** notebooks [04](04_fusion.ipynb) and
 # [06](06_forward_kernel.ipynb), and knowing what a derivative is. You need no GPU.
+#
+# [← 06 forward kernel](06_forward_kernel.ipynb) · [map of the course](00_start.ipynb) · [08 retrieval and decode kernels →](08_retrieval_and_decode_kernels.ipynb)
 
 # %%
 import json
@@ -34,6 +36,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this variable when a kernel is imported
 
+import triton
+import triton.language as tl
 from torch.nn.functional import pad, rms_norm
 
 import hsa_kernels
@@ -45,6 +49,8 @@ from hsa_mini.reference.retrieval import visible_chunks
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.kernels import choice_table, index_rows, learning_curves
 from hsa_mini.viz.plots import length_name
+from hsa_mini.viz.programs.picture import program_map
+from hsa_mini.viz.programs.record import record
 
 DEVICE = "cuda" if GPU else "cpu"
 print("kernels run", f"on {torch.cuda.get_device_name()}" if GPU else "in Triton's interpreter, on the processor")
@@ -434,6 +440,69 @@ explore(
 )
 
 # %% [markdown]
+# ## A kernel for one gradient
+#
+# With the index, a gradient is a small kernel, like those of notebook 06. One program has one chunk. It goes through the
+# list of this chunk, one entry at a time, and sums dv where no other program adds to it. It computes the shares $p$
+# again. The new idea: **the length of the loop is a number that was loaded.**
+#
+# **You should see** `True`.
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+@triton.jit
+def dv_kernel(q, k, g, weights, entries, starts, out, scale, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """One program sums dv [S, D] of one chunk over the tokens that kept it."""
+    i = tl.program_id(0)
+    o_d = tl.arange(0, D)
+    o_kv = (i * S + tl.arange(0, S))[:, None] * D + o_d[None, :]  # [S, D]
+    b_k = tl.load(k + o_kv)
+    b_dv = tl.zeros([S, D], tl.float32)
+    for place in range(tl.load(starts + i), tl.load(starts + i + 1)):
+        entry = tl.load(entries + place)  # t * K + slot
+        b_s = tl.sum(b_k * tl.load(q + entry // K * D + o_d)[None, :], 1) * scale  # [S]
+        b_p = tl.exp(b_s - tl.max(b_s, 0))
+        b_p = tl.load(weights + entry) * b_p / tl.sum(b_p, 0)  # [S]: w p
+        b_dv += b_p[:, None] * tl.load(g + entry // K * D + o_d)[None, :]
+    tl.store(out + o_kv, b_dv)
+
+
+names = "q", "k", "v", "indices", "weights", "g"
+tensors = {name: x.float().to(DEVICE) for name, x in zip(names, example) if name not in ("v", "indices")}
+entries, starts = (x.to(DEVICE) for x in invert_by_hand(example[3], 6))
+index = dict(entries=entries.view(example[3].shape), starts=starts, out=torch.empty_like(tensors["k"]))
+dv_kernel[(6,)](**tensors, **index, scale=8**-0.5, K=3, S=4, D=8)
+print("dv of the kernel == by hand:", torch.allclose(index["out"].cpu().double(), gradients(*example, scale=8**-0.5)[2], atol=1e-5))
+
+# %% [markdown]
+# ### Move it
+#
+# The picture was recorded from the run. Orange cells are loaded by the program of a chunk, dark blue ones are stored, and
+# light blue cells belong to other programs. Move from chunk 0 to chunk 5. Every chunk loads *its* rows of `k` and stores
+# its rows of `out`, and no two programs store to the same place. The rows of `q` and `g` lie where the tokens are that
+# kept the chunk. Who has more work, an early chunk or a late one?
+
+# %%
+recorded = record(dv_kernel, (6,), **tensors, **index, scale=8**-0.5, K=3, S=4, D=8)
+
+
+def draw_chunk(figure, chunk):
+    """What the program of one chunk loads and stores."""
+    return program_map(figure, recorded, chunk)
+
+
+explore(
+    draw_chunk,
+    alt="The tensors of the kernel for dv as grids. Orange: loaded by the program of the chunk. Dark blue: stored by it.",
+    size=(9.5, 3.4),
+    chunk=Control((0, 5), start=1, label="chunk"),
+)
+
+# %% [markdown]
+# An early chunk is visible to more tokens, so its list is longer, and its program takes longer. Segments, as in the
+# picture of the index, divide such a list among several programs. Then several programs hold parts of one sum.
+#
 # ## Why no atomic additions
 #
 # Several programs hold parts of the same sum: of the dq of a token, and of the dk and dv of a popular chunk. The
@@ -611,8 +680,26 @@ print(f"partial results for all pairs of {length_name(both['T'])} tokens at once
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Add up the gradient of a chunk's keys over its S tokens, `dk.sum(dim=1)`. What do you find? Why must it be so?
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.kernels.backward import check_count_programs, check_invert, check_softmax_backward
+
+# %% [markdown]
+# **1. Through the softmax.** *Difficulty 2, importance 5, 10 minutes.* Write $p\,(dp - \delta)$ for E entries at once.
+# Then add up the gradient of a chunk's keys over its S tokens, `dk.sum(dim=1)`. What do you find? Why must it be so?
+
+
+# %%
+def softmax_backward(p, dp):
+    """Shares p and their gradient dp, both [E, S] -> the gradient of the scores [E, S] (without w)."""
+    # your code
+
+
+check_softmax_backward(softmax_backward)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # The sum is zero for every chunk. If you add the same vector to all keys of a chunk, all its scores change by the same
@@ -621,16 +708,68 @@ print(f"partial results for all pairs of {length_name(both['T'])} tokens at once
 # attention the softmax runs over all keys, and only a shift of *all* of them has no effect.
 #
 # ```python
+# def softmax_backward(p, dp):
+#     delta = (p * dp).sum(dim=1, keepdim=True)  # [E, 1]
+#     return p * (dp - delta)
+#
+#
+# check_softmax_backward(softmax_backward)
 # dq, dk, dv, dweights = gradients(*example, scale=8**-0.5)
 # print(dk.sum(dim=1).abs().max(), dk.abs().max())
 # assert dk.sum(dim=1).abs().max() < 1e-12 < dk.abs().max()
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **2. The inverted index by sorting.** *Difficulty 3, importance 4, 15 minutes.* Write `invert_by_hand` without a loop.
+# An entry is $t \cdot K + \text{slot}$. Sort the entries by chunk with a *stable* sort. The empty slots come last.
+
+
+# %%
+def invert_by_sorting(indices, chunks):
+    """indices [T, K] -> entries [T*K] sorted by chunk, then token; where each list starts [chunks + 1]."""
+    # your code
+
+
+check_invert(invert_by_sorting)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
 #
-# **2.** How long should a segment be? For sizes 1, 2, 4, 8 and 32, count the programs of the random example, the
-# entries of the longest program, and how often the k and v of some chunk are loaded.
+# An empty slot gets the key `chunks`, which is above every chunk. `starts` needs no sort: it adds up the lengths of the
+# lists.
 #
+# ```python
+# def invert_by_sorting(indices, chunks):
+#     flat = indices.flatten().long()
+#     entries = flat.masked_fill(flat < 0, chunks).argsort(stable=True)
+#     lengths = torch.bincount(flat[flat >= 0], minlength=chunks)
+#     return entries, torch.cat((torch.zeros(1, dtype=torch.int64), lengths)).cumsum(dim=0)
+#
+#
+# check_invert(invert_by_sorting)
+# for ours, by_hand in zip(invert_by_sorting(example[3], 6), invert_by_hand(example[3], 6)):
+#     assert torch.equal(ours, by_hand)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **3. How long should a segment be?** *Difficulty 2, importance 2, 10 minutes.* Count the programs for lists of given
+# lengths. Then, for segments of 1, 2, 4, 8 and 32, count the programs of the random example, the entries of the longest
+# program, and how often the k and v of some chunk are loaded.
+
+
+# %%
+def count_programs(lengths, size):
+    """How many programs work on lists of these lengths, if each gets at most `size` entries of one list."""
+    # your code
+
+
+check_count_programs(count_programs)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # Every program loads the k and v of its chunk once, and produces one part of dk and dv. So the number of loads equals
@@ -640,10 +779,16 @@ print(f"partial results for all pairs of {length_name(both['T'])} tokens at once
 # segment may be long.
 #
 # ```python
+# def count_programs(lengths, size):
+#     return sum(-(-length // size) for length in lengths)  # each rounded up
+#
+#
+# check_count_programs(count_programs)
+# lengths = invert_by_hand(example[3], 6)[1].diff().tolist()
 # for size in (1, 2, 4, 8, 32):
 #     jobs = programs(example[3], 6, size)
 #     print(size, len(jobs), max(len(entries) for _, entries in jobs))
-# assert len(jobs) == len(example[3][example[3] >= 0].unique())
+#     assert len(jobs) == count_programs(lengths, size)
 # ```
 #
 # </details>
@@ -653,5 +798,5 @@ print(f"partial results for all pairs of {length_name(both['T'])} tokens at once
 #
 # We can now read chunks quickly, forward and backward. But before a token can read chunks, it has to *choose* them: 64
 # out of up to 262,144, and a table of all scores would fill the memory many times over. [Notebook
-# 08](08_retrieval_and_decode_kernels.ipynb) finds the best chunks without ever storing the scores. It takes about 35
+# 08](08_retrieval_and_decode_kernels.ipynb) finds the best chunks without ever storing the scores. It takes about 40
 # minutes.

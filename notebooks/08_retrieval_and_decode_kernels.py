@@ -22,10 +22,12 @@
 # * draw noise that does not depend on how the work is cut into tiles,
 # * decode one new token in two phases, prove that nothing is missed, and compute how fast it could be at best.
 #
-# **Time:** 35 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 03](03_retrieval.ipynb), and
+# **Time:** 40 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 03](03_retrieval.ipynb), and
 # Triton, which is installed with the rest on Linux. You need no GPU: without one, Triton's interpreter runs the same
 # kernels on the processor, slowly. [Notebook 06](06_forward_kernel.ipynb) explains more about kernels, but nothing here
 # depends on it.
+#
+# [← 07 backward kernel](07_backward_kernel.ipynb) · [map of the course](00_start.ipynb) · [09 memory →](09_memory.ipynb)
 
 # %%
 import json
@@ -37,6 +39,9 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this variable when a kernel is imported
+
+import triton
+import triton.language as tl
 
 import hsa_kernels
 from hsa_kernels.decoding.operator import TILE, TILES
@@ -53,6 +58,8 @@ from hsa_mini.viz.kernels import (
     tile_columns,
 )
 from hsa_mini.viz.plots import GREY, length_name
+from hsa_mini.viz.programs.picture import program_map
+from hsa_mini.viz.programs.record import record
 
 MEASURED = json.loads((data_dir() / "results" / "kernels.json").read_text())  # used at the end of this notebook
 
@@ -221,6 +228,54 @@ print("streaming == torch.topk:", all(found))
 print("ties go to the newest  :", all(agrees((2 * x).round(), K=8, capacity=20) for x in lists))
 
 # %% [markdown]
+# ## A kernel that stores no score
+#
+# The smallest kernel with this idea has $K = 1$. One program has one query. Tiles of landmarks pass by, the newest first.
+# Only the best score so far (the floor) and the number of its chunk stay. The scores of a tile exist inside the program,
+# and are never written to memory.
+#
+# **You should see** `True`: the kernel finds the newest best chunk of 12 queries among 20 chunks. The numbers are whole,
+# so that ties occur.
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+@triton.jit
+def best_chunk_kernel(queries, landmarks, out, N, TILE: tl.constexpr, R: tl.constexpr):
+    """One program finds the chunk with the best score for one query; the newest one among ties."""
+    t = tl.program_id(0)
+    o_r = tl.arange(0, R)
+    b_q = tl.load(queries + t * R + o_r)  # [R]
+    floor = -float("inf")
+    best = -1
+    for first in range(0, N, TILE):
+        o_n = N - 1 - first - tl.arange(0, TILE)  # [TILE]: the newest first
+        b_l = tl.load(landmarks + o_n[:, None] * R + o_r[None, :], mask=o_n[:, None] >= 0, other=0.0)
+        b_s = tl.where(o_n >= 0, tl.sum(b_l * b_q[None, :], 1), -float("inf"))  # [TILE]
+        highest = tl.max(b_s, 0)
+        best = tl.where(highest > floor, N - 1 - first - tl.argmax(b_s, 0), best)  # exceeds, not reaches
+        floor = tl.maximum(floor, highest)
+    tl.store(out + t, best)
+
+
+few = torch.Generator().manual_seed(0)
+whole = (torch.randint(-2, 3, (rows, 8), generator=few).float() for rows in (12, 20))
+streamed = dict(zip(("queries", "landmarks"), (x.to(DEVICE) for x in whole)), out=torch.empty(12, dtype=torch.int32, device=DEVICE))
+best_chunk_kernel[(12,)](**streamed, N=20, TILE=8, R=8)
+scores = (streamed["queries"] @ streamed["landmarks"].T).cpu()
+print("kernel == newest best chunk:", streamed["out"].tolist() == [newest_top_k(row, 1).item() for row in scores])
+
+# %%
+recorded = record(best_chunk_kernel, (12,), **streamed, N=20, TILE=8, R=8)
+figure = make_figure(7, 3)
+summary = program_map(figure, recorded, 5)
+show(figure, f"Program 5 loads one query and all landmarks, and stores one number. No program stores a score. {summary}")
+
+# %% [markdown]
+# The third tile has only four landmarks, and masks keep out the addresses of the others. Each of the 12 programs loads
+# all landmarks again. The package's [kernel](../kernels/hsa_kernels/retrieval/forward.py) shares a tile of landmarks among a block
+# of queries, with `tl.dot`, and keeps K chunks instead of one. The rest of this notebook builds that.
+#
 # ## How often is the buffer full?
 #
 # Say $n$ chunks were read when the floor was last raised. In random order, the next chunk is among the $K$ best so far
@@ -923,10 +978,27 @@ else:
 # %% [markdown]
 # ## Exercises
 #
-# **1. The worst stream.** If scores rise with age, every chunk comes in. Find a formula for the number of choices among
-# $N$ chunks with a buffer for `capacity` candidates, and check it with `stream_top_k`. How many choices would 16M
-# tokens need with $K = 64$ and a capacity of 256? And is the answer still right?
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.kernels.retrieval import check_merge, check_misses, check_worst
+
+# %% [markdown]
+# **1. The worst stream.** *Difficulty 3, importance 2, 10 minutes.* If scores rise with age, every chunk comes in. Find
+# a formula for the number of choices among $N$ chunks with a buffer for `capacity` candidates. How many choices would
+# 16M tokens need with $K = 64$ and a capacity of 256? And is the answer still right?
+
+
+# %%
+def worst(N, K, capacity):
+    """How often the buffer becomes full if every chunk comes in."""
+    # your code
+
+
+check_worst(worst)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
@@ -938,6 +1010,7 @@ else:
 #     return 0 if N < capacity else 1 + (N - capacity) // (capacity - K)
 #
 #
+# check_worst(worst)
 # for N, K, capacity in ((1000, 8, 32), (999, 5, 6), (20, 4, 30), (262_144, 64, 256)):
 #     rising = [float(N - n) for n in range(N)]  # the last one is read first and is the lowest
 #     kept, log = stream_top_k(rising, K, capacity)
@@ -950,11 +1023,22 @@ else:
 # Real texts lie in between, and much closer to random.
 #
 # </details>
-#
-# **2. One tile fewer.** The proof needs $K$ tiles. Would $K - 1$ tiles be enough, since a tile often holds two of the
-# best chunks? Build scores for which $K - 1$ tiles miss one of the best $K$. Then count: in how many of 1,000 random
-# rows (1,024 chunks, tiles of 16, $K = 6$) would $K - 1$ tiles have been enough?
-#
+
+# %% [markdown]
+# **2. One tile fewer.** *Difficulty 3, importance 3, 10 minutes.* The proof needs $K$ tiles. Would $K - 1$ tiles be
+# enough, since a tile often holds two of the best chunks? Write a function that says when they miss a chunk. Then count:
+# in how many of 1,000 random rows (1,024 chunks, tiles of 16, $K = 6$) would $K - 1$ tiles have been enough?
+
+
+# %%
+def misses(scores, K, tile):
+    """Is one of the K best scores [N] outside the K - 1 tiles with the best maxima? N is a multiple of `tile`."""
+    # your code
+
+
+check_misses(misses)
+
+# %% [markdown]
 # <details>
 # <summary>Solution</summary>
 #
@@ -962,11 +1046,11 @@ else:
 #
 # ```python
 # def misses(scores, K, tile):
-#     """Is one of the K best chunks outside the K - 1 tiles with the best maxima?"""
 #     tiles = scores.view(-1, tile).amax(1).topk(K - 1).indices.tolist()
 #     return any(n // tile not in tiles for n in scores.topk(K).indices.tolist())
 #
 #
+# check_misses(misses)
 # spread = torch.zeros(1024)
 # spread[::16][:6] = torch.arange(1.0, 7.0)  # the first chunk of each of the first six tiles
 # assert misses(spread, 6, 16)
@@ -978,6 +1062,46 @@ else:
 # ```
 #
 # They are enough only when two of the best chunks share a tile. An exact result needs all $K$ tiles.
+#
+# </details>
+
+# %% [markdown]
+# **3. Merge a tile.** *Difficulty 2, importance 4, 10 minutes.* The simplest streaming choice keeps exactly $K$
+# candidates and merges every tile of scores into them. Write one merge. (The examples contain no ties.)
+
+
+# %%
+def merge(scores, chunks, tile, first):
+    """The K best so far and their chunks, both [K], and a tile of scores of chunks first, first + 1, ... -> new ones.
+
+    Both results are sorted from the best score to the lowest.
+    """
+    # your code
+
+
+check_merge(merge)
+
+# %% [markdown]
+# <details>
+# <summary>Solution</summary>
+#
+# ```python
+# def merge(scores, chunks, tile, first):
+#     joined = torch.cat((scores, tile))
+#     numbers = torch.cat((chunks, first + torch.arange(len(tile))))
+#     best = joined.topk(len(scores))
+#     return best.values, numbers[best.indices]
+#
+#
+# check_merge(merge)
+# row = torch.randn(1024, generator=random)
+# kept, numbers = row[-8:].sort(descending=True).values, 1016 + row[-8:].argsort(descending=True)
+# for first in range(1008, -8, -8):  # newest first
+#     kept, numbers = merge(kept, numbers, row[first : first + 8], first)
+# assert numbers.tolist() == row.topk(8).indices.tolist()
+# ```
+#
+# Every tile costs a choice here, 127 choices for 1,024 chunks. The buffer with a floor needs only a few.
 #
 # </details>
 

@@ -24,6 +24,8 @@
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
 # least windows, chunks and retrieval. You need no GPU. The last part uses the trained model that comes with the
 # repository.
+#
+# [← 08 retrieval and decode kernels](08_retrieval_and_decode_kernels.ipynb) · [map of the course](00_start.ipynb) · [10 model and experts →](10_model_and_experts.ipynb)
 
 # %%
 import dataclasses
@@ -41,15 +43,15 @@ from hsa_mini.model.cost_estimate import estimate_cost, scaled
 from hsa_mini.paths import data_dir
 from hsa_mini.reference import chunk_attention
 from hsa_mini.viz import Control, explore, make_figure, show
+from hsa_mini.viz.course import side_by_side
 from hsa_mini.viz.kernels import (
     computed_layers,
-    design_bars,
     fetched_map,
     memory_strip,
     reach_by_kind,
     tail_errors,
 )
-from hsa_mini.viz.plots import BLUE, GREY, ORANGE, length_name
+from hsa_mini.viz.style import length_name
 
 # %% [markdown]
 # ## The question in plain words
@@ -326,17 +328,21 @@ print("with the library, tokens outside the windows of all blocks affect it too:
 
 
 # %%
-def draw_reach(figure, window, library, top_k):
+def reach(window, library, top_k):
     """What reaches each of 40 tokens, separately for windows and for retrieval."""
     model = make(dataclasses.replace(TINY, window=window, top_k=top_k))
     moved = affected(model, forty, library=library)
     blocks = model.config.upper_layers + (model.config.lower_layers if library else 0)
     distance = torch.arange(40)[:, None] - torch.arange(40)
     near = distance <= blocks * (window - 1)
-    kinds = {"through windows": moved & near, "only through retrieval": moved & ~near}
+    return {"through windows": moved & near, "only through retrieval": moved & ~near}
+
+
+def draw_reach(figure, window, library, top_k):
+    kinds = reach(window, library, top_k)
     reach_by_kind(figure.subplots(), kinds, TINY.chunk_size)
-    far = int((moved & ~near)[-1].sum())
-    return f"W = {window}: {int(moved[-1].sum())} of 40 tokens affect the last token, {far} only through retrieval."
+    near, far = (int(kind[-1].sum()) for kind in kinds.values())
+    return f"W = {window}: {near + far} of 40 tokens affect the last token, {far} only through retrieval."
 
 
 explore(
@@ -364,19 +370,24 @@ def needed(U, W, block):
     return (U - 1 - block) * (W - 1) + 1
 
 
-def draw_building(figure, tokens, window):
+LAYERS = [f"lower {i}" for i in range(TINY.lower_layers)] + ["chunks"]
+LAYERS += [f"upper {i}" + " + HSA" * (i % 2 == 0) for i in range(TINY.upper_layers)]
+
+
+def computed(tokens, window):
     """What each layer of the tiny model computes for the last logits."""
     _, memory, aux = prefill(make(dataclasses.replace(TINY, window=window)), random.repeat(1, 2)[:, :tokens])
     U = TINY.upper_layers
     read = {i for retrieval in aux.retrievals for i in retrieval.indices[0, -1].flatten().tolist()}
-    tail = min(U * (window - 1) + 1, tokens)
-    names = [f"lower {i}" for i in range(TINY.lower_layers)] + ["chunks"]
-    names += [f"upper {i}" + " + HSA" * (i % 2 == 0) for i in range(U)]
     outputs = [needed(U, window, i) for i in range(U)]
-    sizes = dict(chunk_size=TINY.chunk_size, chunks=len(memory.chunks), tail=tail)
-    computed_layers(figure, names, tokens, retrieved=read, needed=outputs, **sizes)
-    skipped = f"the upper decoder skips {1 - tail / tokens:.0%} of the text"
-    return f"{tokens} tokens, W = {window}: the upper tail is {tail}; {skipped}."
+    return dict(retrieved=read, needed=outputs, chunks=len(memory.chunks), tail=min(U * (window - 1) + 1, tokens))
+
+
+def draw_building(figure, tokens, window):
+    found = computed(tokens, window)
+    computed_layers(figure, LAYERS, tokens, chunk_size=TINY.chunk_size, **found)
+    skipped = f"the upper decoder skips {1 - found['tail'] / tokens:.0%} of the text"
+    return f"{tokens} tokens, W = {window}: the upper tail is {found['tail']}; {skipped}."
 
 
 explore(
@@ -522,21 +533,18 @@ print(f"fetched: {scaled(fetched, 'B')} in {(outside - far) * 1e3:.2f} ms, {rate
 
 
 # %%
-def draw_designs(figure, tokens, window, K):
-    """Four quantities of the bill, one panel each."""
-    rows = bill(dataclasses.replace(big, window=window, top_k=K), tokens)
-    titles = {0: "kept on the GPU", 1: "kept on the host", 2: "read per token", 4: "attention per token"}
-    panels = zip(figure.subplots(1, 4, sharey=True), titles.items(), (BLUE, ORANGE, BLUE, GREY))
-    for axes, (column, title), color in panels:
-        unit, limits = ("FLOP", (1e7, 1e16)) if column == 4 else ("B", (1e5, 3e15))
-        values = {name: row[column] for name, row in rows.items()}
-        labels = [scaled(value, unit) if value else "" for value in values.values()]
-        mark = 80e9 if column == 0 else None
-        design_bars(axes, values, labels, color=color, limits=limits, title=title, mark=mark)
+def compare(tokens, rows):
+    """Two quantities of the bill, in words."""
     times = rows["full attention"][0] / rows["HSA"][0]
     fetched = scaled(rows["HSA, library outside"][3], "B")
     kept = f"full attention keeps {times:.1f} times as much as HSA"
     return f"{length_name(tokens)} tokens: {kept}; {fetched} fetched per token."
+
+
+def draw_designs(figure, tokens, window, K):
+    rows = bill(dataclasses.replace(big, window=window, top_k=K), tokens)
+    side_by_side.designs(figure, rows)
+    return compare(tokens, rows)
 
 
 explore(
@@ -649,13 +657,23 @@ print("64 tokens together need less than half of what they need one by one:", ma
 
 
 # %%
-def draw_fetched(figure, tokens, layer):
-    """Which chunks the last tokens read in one HSA layer."""
+def readers(tokens, layer):
+    """How many of the last tokens read each chunk in one HSA layer, [N]."""
     indices = recorded[layer][1].indices[0, -tokens:].flatten()
-    fetched_map(figure, torch.bincount(indices[indices >= 0].long(), minlength=len(memory.chunks)))
-    count = distinct(recorded[layer][1].indices, tokens)
+    return torch.bincount(indices[indices >= 0].long(), minlength=len(memory.chunks))
+
+
+def name_fetched(tokens, counts):
+    """What is fetched, in words."""
+    count = int((counts > 0).sum())
     fetched = f"{count} of {len(memory.chunks)} chunks, {scaled(count * chunk_bytes, 'B')}"
     return f"{tokens} tokens fetch {fetched}; one by one they would fetch {tokens * mini.config.top_k}."
+
+
+def draw_fetched(figure, tokens, layer):
+    counts = readers(tokens, layer)
+    fetched_map(figure, counts)
+    return name_fetched(tokens, counts)
 
 
 explore(

@@ -23,6 +23,8 @@
 #
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
 # least what a block of a transformer is. No GPU.
+#
+# [← 09 memory](09_memory.ipynb) · [map of the course](00_start.ipynb) · [11 training →](11_training.ipynb)
 
 # %%
 import dataclasses
@@ -44,7 +46,8 @@ from hsa_mini.model.moe import MoE
 from hsa_mini.model.norm import RMSNorm
 from hsa_mini.ops.rope import rope_table
 from hsa_mini.viz import Control, explore, make_figure, models, show
-from hsa_mini.viz.plots import BLUE, GREY, RED, length_name
+from hsa_mini.viz.course import side_by_side
+from hsa_mini.viz.style import length_name
 
 # %% [markdown]
 # ## The question in plain words
@@ -806,20 +809,19 @@ def work_per_token(p):
     }
 
 
-def draw_bill(figure, tokens):
-    left, right = figure.subplots(1, 2)
-    kept = kept_bytes(bill(tokens))
-    work = work_per_token(bill(tokens))
-    in_bytes = [scaled(value, "B") for value in kept.values()]
-    in_flop = [scaled(value, "FLOP") for value in work.values()]
-    models.log_bars(left, kept, in_bytes, [GREY, BLUE, BLUE, BLUE, RED], (1e4, 3e14))
-    models.log_bars(right, work, in_flop, [BLUE, BLUE, RED, RED], (3e8, 2e14))
-    left.set_xlabel("bytes kept")
-    right.set_xlabel("FLOP per token")
+def compare(tokens, kept, work):
+    """The two bills in words."""
     ours = kept["K, V of chunks"] + kept["landmarks"] + kept["window caches"]
     times = work["full: decode"] / work["decode"]
     compared = f"HSA keeps {scaled(ours, 'B')}, full attention keeps {scaled(kept['full: K, V'], 'B')}"
     return f"{length_name(tokens)} tokens: {compared} and does {times:,.1f} times the work for the next token."
+
+
+def draw_bill(figure, tokens):
+    kept = kept_bytes(bill(tokens))
+    work = work_per_token(bill(tokens))
+    side_by_side.bills(figure, kept, work)
+    return compare(tokens, kept, work)
 
 
 explore(

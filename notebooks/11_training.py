@@ -26,6 +26,8 @@
 #
 # **Time:** 35 minutes to read, one minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb), or at
 # least windows, chunks and retrieval. No GPU.
+#
+# [← 10 model and experts](10_model_and_experts.ipynb) · [map of the course](00_start.ipynb) · [12 sixteen million →](12_sixteen_million.ipynb)
 
 # %%
 import csv
@@ -55,8 +57,8 @@ from hsa_mini.training.recipes import RECIPES
 from hsa_mini.training.trainer import Trainer
 from hsa_mini.viz import Control, explore, models
 from hsa_mini.viz.live import LivePicture
-from hsa_mini.viz.plots import length_name
-from hsa_mini.viz.training import step_curves
+from hsa_mini.viz.style import length_name
+from hsa_mini.viz.training import loss_and_share
 
 STEPS = int(os.environ.get("HSA_MINI_STEPS", 160))  # trained here; all 1400 of the recipe take some ten minutes
 torch.set_num_threads(1)  # these tensors are small: one core is faster than two that wait for each other
@@ -373,6 +375,12 @@ def notes(stages, config):
     return [f"{length_name(s.tokens)} tokens\nW {c.window}, K {c.top_k}" for s, c in zip(stages, configs)]
 
 
+def name_step(recipe, config, step):
+    """The stage and the learning rate of a step, in words."""
+    rate = learning_rate(recipe, step)
+    return f"Step {step} of {recipe.steps}: {describe(recipe.stage(step), config)}; rate {rate:.2g}."
+
+
 def draw_recipe(figure, preset, at):
     recipe = RECIPES[preset]
     stages = recipe.stages
@@ -380,8 +388,7 @@ def draw_recipe(figure, preset, at):
     rates = [learning_rate(recipe, i) for i in range(recipe.steps)]
     above = notes(stages, PRESETS[preset])
     models.recipe_timeline(figure, [s.steps for s in stages], shares(stages), above, rates, step)
-    seen = describe(recipe.stage(step), PRESETS[preset])
-    return f"Step {step} of {recipe.steps}: {seen}; rate {rates[step]:.2g}."
+    return name_step(recipe, PRESETS[preset], step)
 
 
 explore(
@@ -456,8 +463,8 @@ def new_trainer():
 
 def take_step(trainer):
     """-> the loss; the losses of text, copies and answers."""
-    figures = trainer.train_step(BATCHES[trainer.step])
-    return [figure.item() for figure in figures[:4]]
+    losses = trainer.train_step(BATCHES[trainer.step])
+    return [loss.item() for loss in losses[:4]]
 
 
 # %% [markdown]
@@ -503,33 +510,28 @@ COLUMNS = ("text", "copy", "answer", "predicted", "with another text's memory")
 ENDS = [sum(stage.steps for stage in RECIPE.stages[: i + 1]) for i in range(len(RECIPE.stages))]
 
 
-def draw_progress(figure, log):
-    """Draw losses and predicted shares; each row of the log is a step and its `COLUMNS`."""
-    steps, *values = zip(*log)
-    curves = {name: [value or math.nan for value in column] for name, column in zip(COLUMNS, values)}
-    left, right = figure.subplots(1, 2)
-    scope = {"ends": ENDS, "within": (0, max(STEPS, steps[-1]))}
-    step_curves(left, steps, {name: curves[name] for name in COLUMNS[:3]}, **scope)
-    step_curves(right, steps, {name: curves[name] for name in COLUMNS[3:]}, **scope)
-    left.set(ylabel="loss of a batch")
-    right.set(ylabel="copied words predicted", ylim=(0, max(0.4, *values[3])))
-    return f"Step {steps[-1]}: {values[3][-1]:.0%} predicted, with another text's memory {values[4][-1]:.0%}."
-
-
 def train_until(trainer, step, log):
-    """Train; every 10 steps record losses and predicted shares, and draw."""
-    alt = "Left, losses over the steps. Right, predicted copied words."
-    picture = LivePicture(draw_progress, alt=alt, size=(10, 3.2))
+    """Train; every 10 steps record losses and predicted shares: a row is a step and its `COLUMNS`."""
     while trainer.step < step:
         _, *losses = take_step(trainer)
         if trainer.step % 10 == 0 or trainer.step == step:
             log.append((trainer.step, *losses, copied(trainer), copied(trainer, anothers=True)))
-            picture.paint(log)
+            yield log
 
 
+def draw_progress(figure, log):
+    steps, *values = zip(*log)
+    curves = {name: [value or math.nan for value in column] for name, column in zip(COLUMNS, values)}
+    losses, shares = ({name: curves[name] for name in names} for names in (COLUMNS[:3], COLUMNS[3:]))
+    scope = dict(ends=ENDS, within=(0, max(STEPS, steps[-1])), share="copied words predicted", top=0.4)
+    loss_and_share(figure, steps, losses, shares, **scope)
+    return f"Step {steps[-1]}: {values[3][-1]:.0%} predicted, with another text's memory {values[4][-1]:.0%}."
+
+
+LIVE = dict(alt="Left, losses over the steps. Right, predicted copied words.", size=(10, 3.2))
 trainer = new_trainer()
 progress = []
-train_until(trainer, STEPS // 2, progress)
+LivePicture(draw_progress, **LIVE).follow(train_until(trainer, STEPS // 2, progress))
 
 # %% [markdown]
 # Both losses fall together: copies have only a slightly lower loss than other text. But look at the right side. With
@@ -540,7 +542,7 @@ train_until(trainer, STEPS // 2, progress)
 # ### The second half
 
 # %%
-train_until(trainer, STEPS, progress)
+LivePicture(draw_progress, **LIVE).follow(train_until(trainer, STEPS, progress))
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -681,21 +683,27 @@ def stage_limits(steps, stage):
     return (ends[stage - 1] - steps[stage - 1] if stage else 0, ends[stage - 1]), ends
 
 
+def losses_of(log):
+    return {name: log[name] for name in ("text", "copy", "answer")}
+
+
+def name_losses(run, stage, within):
+    """How the losses change from the first to the last step of a stage, in words."""
+    log = runs[run][0]
+    shown = [i for i, step in enumerate(log["step"]) if within[0] < step <= within[1]]
+    losses = losses_of(log).items()
+    changes = ", ".join(f"{name} {first_and_last(values[i] for i in shown)}" for name, values in losses)
+    return f"{run}, {f'stage {stage} of {len(stages_of[run])}' if stage else 'all stages'}, losses: {changes}."
+
+
 def draw_run(figure, run, stage):
-    """Losses, and the share of right answer tokens, of one stage or of all."""
     log = runs[run][0]
     steps = [part["steps"] for part in stages_of[run]]
     stage = min(stage, len(steps))
     within, ends = stage_limits(steps, stage)
-    left, right = figure.subplots(1, 2)
-    losses = {name: log[name] for name in ("text", "copy", "answer")}
-    step_curves(left, log["step"], losses, ends=ends, within=within)
-    step_curves(right, log["step"], {"answer tokens right": log["answer_accuracy"]}, ends=ends, within=within)
-    left.set(ylabel="loss of a batch", ylim=(0, None))
-    right.set(ylabel="share", ylim=(0, 1.02))
-    shown = [i for i, step in enumerate(log["step"]) if within[0] < step <= within[1]]
-    changes = ", ".join(f"{name} {first_and_last(values[i] for i in shown)}" for name, values in losses.items())
-    return f"{run}, {f'stage {stage} of {len(steps)}' if stage else 'all stages'}, losses: {changes}."
+    right = {"answer tokens right": log["answer_accuracy"]}
+    loss_and_share(figure, log["step"], losses_of(log), right, ends=ends, within=within)
+    return name_losses(run, stage, within)
 
 
 explore(

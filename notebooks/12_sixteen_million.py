@@ -24,6 +24,8 @@
 # **Time:** 25 minutes to read, a minute to run on two CPU cores. **Needs:** [notebook 09](09_memory.ipynb), or at least
 # chunks, landmarks and early exit. No GPU. This notebook asks trained models that come with the repository. Longer
 # evaluations ran earlier on a GPU, and the notebook reads their results from files.
+#
+# [← 11 training](11_training.ipynb) · [map of the course](00_start.ipynb) · [13 laboratory →](13_laboratory.ipynb)
 
 # %%
 import dataclasses
@@ -41,7 +43,7 @@ from hsa_mini.data.corpus import load_corpus
 from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.evaluation.haystack import Haystack
 from hsa_mini.evaluation.perplexity import measure_perplexity
-from hsa_mini.evaluation.results import CONTROLS, LENGTHS, PUBLISHED, read_results
+from hsa_mini.evaluation.results import CONTROLS, LENGTHS, read_results
 from hsa_mini.evaluation.retrievals import chunks_retrieved
 from hsa_mini.evaluation.runner import DEPTHS, ask_one
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
@@ -50,16 +52,11 @@ from hsa_mini.paths import data_dir
 from hsa_mini.tasks.forms import TASKS
 from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import encode
-from hsa_mini.viz import Control, explore, make_figure, show
-from hsa_mini.viz.plots import length_name, needle_strip
-from hsa_mini.viz.results import (
-    TITLES,
-    context_curve,
-    count_marks,
-    heat_map,
-    length_curves,
-    percent_interval,
-)
+from hsa_mini.viz import Control, explore, explore_retrieval, make_figure, show
+from hsa_mini.viz.course import side_by_side
+from hsa_mini.viz.plots import needle_strip
+from hsa_mini.viz.results import TITLES, context_curve, count_marks, heat_map, percent_interval
+from hsa_mini.viz.style import length_name
 
 NAME = os.environ.get("HSA_MINI_MODEL", "mini")  # the shipped model to ask
 TOKENS = int(os.environ.get("HSA_MINI_TOKENS", 32_768))  # the longest haystack read here; try 1048576
@@ -287,15 +284,20 @@ def search(haystack, sample):
     return given, np.stack(scores), [sorted(chunks) for chunks in kept]
 
 
+def name_ranks(sample, given, scores):
+    """The answer, and how high its chunk stands among all, in words."""
+    needle = sample.first_chunks(S)
+    best = [1 + min(int((row > row[i]).sum()) for i in needle) for row in scores]
+    ranks = ", ".join(f"{rank} in layer {layer}" for layer, rank in enumerate(best))
+    where = f"Needle at token {sample.start:,} of {sample.tokens:,}."
+    return f"{where} Answer {verdict(sample, given)}. Rank of its chunk: {ranks}."
+
+
 def draw_search(figure, task, tokens, depth, seed):
     sample = sample_of(task, tokens, depth, seed)
     given, scores, kept = search(haystacks[tokens], sample)
-    needle = sample.first_chunks(S)
-    needle_strip(figure, scores, needle, kept, S)
-    best = [1 + min(int((row > row[i]).sum()) for i in needle) for row in scores]
-    ranks = ", ".join(f"{rank} in layer {layer}" for layer, rank in enumerate(best))
-    where = f"Needle at token {sample.start:,} of {tokens:,}."
-    return f"{where} Answer {verdict(sample, given)}. Rank of its chunk: {ranks}."
+    needle_strip(figure, scores, sample.first_chunks(S), kept, S)
+    return name_ranks(sample, given, scores)
 
 
 explore(
@@ -309,6 +311,20 @@ explore(
 )
 
 # %% [markdown]
+# ### Your own needle
+#
+# The strip shows one token, the last one of the question. The next picture shows all of them. Move through question and
+# answer with the arrow keys, and follow each token: the scores of all chunks, the chunks that a layer keeps and their
+# weights, what each head reads inside them, the blend, and the likeliest next tokens. Then type a needle and a question
+# of your own. Ask also for a code that you have not hidden: what does the model answer?
+
+# %%
+explore_retrieval(model, tokenizer.decode(stretch(4096).tolist()))
+
+# %% [markdown]
+# **You should see** that the digits of a hidden code come with a probability near 1. For a code that is nowhere the
+# probabilities are spread over several digits: the model makes an answer up, and the picture marks it as wrong.
+#
 # ## Finding or guessing
 #
 # A right answer may have other reasons. Perhaps the answer leaks from somewhere else. So every evaluation has two
@@ -376,11 +392,13 @@ print("own memory: the answer changes with the value:", len(own) > 1)
 # %%
 MODELS = ("mini", "mini_moe", "small_moe")
 results = {}
+FILES = {}  # (model, task) -> the name of its file
 missing = []
 for name, task in product(MODELS, TASKS):
     path = data_dir() / "results" / f"{name}_{task}.json"
     if path.is_file():
-        results[f"{name}, {TITLES[task]}"] = read_results(path)
+        FILES[name, task] = f"{name}, {TITLES[task]}"
+        results[FILES[name, task]] = read_results(path)
     else:
         missing.append(f"{name} on {TITLES[task]}")
 ASKED = sorted({row.tokens for rows, _, _ in results.values() for row in rows})
@@ -407,10 +425,8 @@ HARDER = {
 MAPS = results | HARDER
 
 
-def draw_heat(figure, file, tokens, depth):
-    rows = MAPS[file][0]
-    cell = [row for row in rows if (row.tokens, row.depth) == (tokens, depth)]
-    heat_map(figure.subplots(), rows, at=(tokens, depth) if cell else None)
+def name_cell(file, tokens, depth, cell):
+    """What one cell of a map proves, in words."""
     where = f"{file}, {length_name(tokens)} tokens, depth {depth:.2f}:"
     if not cell:
         return f"{where} no questions were asked."
@@ -418,6 +434,13 @@ def draw_heat(figure, file, tokens, depth):
     low, high = wilson(right, asked)
     share = f"{right} of {asked} right, so {low:.0%} to {high:.0%}"
     return f"{where} {share}; the needle's chunk was retrieved {kept} times."
+
+
+def draw_heat(figure, file, tokens, depth):
+    rows = MAPS[file][0]
+    cell = [row for row in rows if (row.tokens, row.depth) == (tokens, depth)]
+    heat_map(figure.subplots(), rows, at=(tokens, depth) if cell else None)
+    return name_cell(file, tokens, depth, cell)
 
 
 explore(
@@ -448,12 +471,8 @@ def in_words(file):
     return f"{file}: {first} and {last}; no cell below {worst.correct} of {worst.samples} ({cell})."
 
 
-shown = [f"mini, {title}" for title in TITLES.values() if f"mini, {title}" in results]
-figure = make_figure(0.7 + 3.0 * len(shown), 2.9)
-for axes, file in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
-    heat_map(axes, at_the_papers_lengths(file), low=0.5, brief=True)
-    axes.set_title(file, fontsize=12)
-    axes.label_outer()
+shown = [file for file in results if file.startswith("mini,")]
+figure = side_by_side.heat_maps({file: at_the_papers_lengths(file) for file in shown})
 show(figure, f"Heat maps of right answers, lengths by depths. {' '.join(map(in_words, shown))}")
 print("\n".join(map(in_words, results)))
 
@@ -466,15 +485,11 @@ print("\n".join(map(in_words, results)))
 # the **shape**: does a curve fall as the text grows, and where?
 
 # %%
-figure = make_figure(11, 3.6)
-for axes, (task, title) in zip(figure.subplots(1, 3, sharey=True), TITLES.items()):
-    measured = [name for name in MODELS if f"{name}, {title}" in results]
-    curves = {name: at_the_papers_lengths(f"{name}, {title}") for name in measured}
-    length_curves(axes, curves, published=PUBLISHED[task])
-    axes.set_title(title if curves else f"{title} (ours not measured)", fontsize=12)
-    axes.label_outer()
+panels = {task: {} for task in TASKS}
+for (name, task), file in FILES.items():
+    panels[task][name] = at_the_papers_lengths(file)
 words = " ".join(map(in_words, results))
-show(figure, f"Percent right against length with 95% intervals, next to the paper's results. {words}")
+show(side_by_side.curves_by_task(panels), f"Percent right against length with 95% intervals, next to the paper's results. {words}")
 
 # %%
 for file, (rows, _, _) in results.items():

@@ -24,6 +24,8 @@
 # **Time:** 30 minutes to read, half a minute to run on two CPU cores. **Needs:** [notebook 05](05_layer.ipynb) for the
 # mechanism and [notebook 11](11_training.ipynb) for the training, or at least what windows, chunks and retrieval are.
 # No GPU: the long runs were made earlier, and this notebook reads them from a file.
+#
+# [← 12 sixteen million](12_sixteen_million.ipynb) · [map of the course](00_start.ipynb)
 
 # %%
 import json
@@ -55,6 +57,7 @@ from hsa_mini.lab.run import PackedBatches, run_arm
 from hsa_mini.lab.scales import SCALES
 from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, laboratory, make_figure, show
+from hsa_mini.viz.course import side_by_side
 
 STEPS = int(os.environ.get("HSA_MINI_STEPS", 20))  # of the runs that are made here; try 400
 LAB = SCALES["lab"]
@@ -304,16 +307,23 @@ for a, b in ((A, B), (B, A), (A, (0.5, 0.85, 0.6)), ((0.94, 0.97, 0.95), (0.9, 0
 
 
 # %%
-def draw_rule(figure, gap, scatter):
-    axes = figure.subplots()
+def two_arms(gap, scatter):
+    """Three seeds of each of two arms."""
     seeds = 50 + scatter * np.array((-1, 0.2, 0.8))
-    better, worse = (tuple(np.clip(seeds + side * gap / 2, 0, 100) / 100) for side in (1, -1))
-    rows = {"A (should be better)": Spread(better), "B (should be worse)": Spread(worse)}
-    laboratory.seed_rows(axes, rows, lambda x: f"{x:.0%}", (laboratory.BETTER, laboratory.WORSE))
-    laboratory.measure_axis(axes, by)
+    return [tuple(np.clip(seeds + side * gap / 2, 0, 100) / 100) for side in (1, -1)]
+
+
+def name_rule(better, worse):
+    """What the rule says, in words."""
     overlap = "overlap" if min(better) <= max(worse) and min(worse) <= max(better) else "do not overlap"
     found = judge_pair(better, worse, by.margin)
     return f"The means differ by {np.mean(better) - np.mean(worse):+.2f}, the seeds {overlap}: {found}."
+
+
+def draw_rule(figure, gap, scatter):
+    better, worse = two_arms(gap, scatter)
+    side_by_side.rule(figure, Spread(better), Spread(worse), by)
+    return name_rule(better, worse)
 
 
 explore(
@@ -461,19 +471,21 @@ def tell_comparison(finding, c):
     return f"  {c.better} better than {c.worse}, {laboratory.title_of(c.by)} (margin {c.by.margin}): {found}{why}"
 
 
-def tell(name):
-    """The arms of a claim, its numbers, its verdict, and its picture if any arm was run."""
-    finding = findings[name]
-    told.append(name)
+def tell_numbers(finding):
+    """The arms of a claim, its numbers and its verdict."""
     for arm in finding.claim.arms:
         tell_arm(arm)
     print(format_findings([finding]), "\n")
     print("\n".join(tell_comparison(finding, c) for c in finding.claim.comparisons))
+
+
+def tell(name):
+    """The numbers of a claim, and its picture if any arm was run."""
+    finding = findings[name]
+    told.append(name)
+    tell_numbers(finding)
     if any(runs[arm] for arm in finding.claim.arms):
-        measures = laboratory.measures_of(finding, brief=True)
-        figure = make_figure(2 + 3.5 * len(measures), 0.9 + 0.32 * len(finding.claim.arms))
-        words = laboratory.claim(figure, finding, brief=True)
-        show(figure, f"A mark for every seed, by measure and arm: {words}", colors=64)
+        show(*side_by_side.deciding(finding), colors=64)
 
 
 told = []
@@ -532,16 +544,13 @@ reach = {name: ratio((name, far), (name, near)) for name in ("hsa", "full_rope",
 PAIRS = (("hsa", "full_rope"), *((name, "text_full_rope") for name in TEXTS if name != "text_full_rope"))
 sparsity = {f"{sparse} over {full}": ratio((sparse, near), (full, near)) for sparse, full in PAIRS}
 titles = f"perplexity at {FAR}× over that at {NEAR}×", f"perplexity at {NEAR}×, HSA over full attention"
-for title, rows in zip(titles, (reach, sparsity)):
+panels = dict(zip(titles, (reach, sparsity)))
+for title, rows in panels.items():
     print(title, *(f"   {name:30} {summary(spread)}" for name, spread in rows.items()), sep="\n")
 
 # %%
-figure = make_figure(10.5, 2.4)
-for axes, title, rows in zip(figure.subplots(1, 2), titles, (reach, sparsity)):
-    laboratory.ratio_rows(axes, rows)
-    axes.set_title(f"{title}\n", fontsize=11)
 words = "; ".join(f"{name}: {summary(spread)}" for name, spread in (reach | sparsity).items())
-show(figure, f"Ratios of perplexities by arm, a mark for every seed, a line at 1. {words}.", colors=64)
+show(side_by_side.ratios(panels), f"Ratios of perplexities by arm, a mark for every seed, a line at 1. {words}.", colors=64)
 
 # %% [markdown]
 # ### 2 · Fusion
@@ -672,16 +681,21 @@ print("claims without a section:", sorted({claim.name for claim in CLAIMS} ^ set
 
 
 # %%
-def draw_arm(figure, name, curve, ability):
-    left, right = figure.subplots(1, 2)
-    laboratory.learning_curves(left, {arm: runs[arm] for arm in dict.fromkeys(("hsa", name))}, curve)
-    laboratory.abilities(right, runs[name], ABILITIES[ability])
+def name_shares(name):
+    """What an arm finds at each length, in words."""
     if not runs[name]:
         return f"{name}, {ARMS[name].what}: {NOT_RUN}."
     multiples = LAB.multiples
     means = [np.mean([Measure("s_niah", m).read(record) for record in runs[name]]) for m in multiples]
     shares = ", ".join(f"{share:.0%} at {m}×" for share, m in zip(means, multiples))
     return f"{name}, {ARMS[name].what}; {len(runs[name])} seeds. S-NIAH {shares}."
+
+
+def draw_arm(figure, name, curve, ability):
+    left, right = figure.subplots(1, 2)
+    laboratory.learning_curves(left, {arm: runs[arm] for arm in dict.fromkeys(("hsa", name))}, curve)
+    laboratory.abilities(right, runs[name], ABILITIES[ability])
+    return name_shares(name)
 
 
 ABILITIES = {"answers and copies": ("s_niah", "mq_niah", "vt", "copy"), "perplexity": ("perplexity",)}

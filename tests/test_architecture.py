@@ -41,8 +41,10 @@ MAY_IMPORT = {
     "training": LIBRARY,
     "evaluation": LIBRARY,
     "integrations": LIBRARY,
+    "exercises": {"checks"},
     "lab": LIBRARY | {"training", "evaluation"},
-    "viz": LIBRARY | {"index", "training", "evaluation", "lab"},
+    "course": {"evaluation", "lab", "paths"},
+    "viz": LIBRARY | {"index", "training", "evaluation", "lab", "course"},
     "cli": LIBRARY | {"index", "training", "evaluation", "integrations", "lab", "viz"},
     "__main__": {"cli"},
     # The facade: its names are imported when they are used.

@@ -593,7 +593,7 @@ def test_a_length_that_is_named_twice_counts_once(capfd):
 def test_a_seed_and_an_arm_that_are_named_twice_run_once(capfd, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "hsa_mini.lab.harness.run_missing", lambda *x, **_: seen.extend(map(list, x)) or 0
+        "hsa_mini.lab.harness.run_missing", lambda *x, **_: seen.extend(map(list, x)) or (0, 0)
     )
     words = ("--arms", "hsa", "window", "hsa", "--seeds", "1", "1", "0", "--out", "lab.jsonl")
     assert call(capfd, "lab", *words, "--steps", "1")[0] == 0

@@ -25,6 +25,12 @@ SIZES = dict(
     bos_token_id=4094, eos_token_id=4094,
 )  # fmt: skip
 OPTIONS = dict(window=W, chunk_size=4, top_k=2)
+ROPE = dict(rope_theta=5e3)
+LLAMA3 = dict(
+    ROPE, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+YARN = dict(ROPE, rope_type="yarn", factor=8.0, original_max_position_embeddings=256)
 WORDS = ("--window", "16", "--chunk-size", "4", "--top-k", "2")
 
 
@@ -66,6 +72,11 @@ def ids(tokens: int) -> torch.Tensor:
         ("Llama", dict(tie_word_embeddings=True, num_hidden_layers=5), dict(groups=2)),
         ("Mistral", dict(sliding_window=W, num_key_value_heads=4), dict(lower_layers=1, groups=3)),
         ("Qwen3", {}, dict(groups=2)),
+        ("Llama", dict(rope_parameters=dict(ROPE, rope_type="linear", factor=4.0)), {}),
+        ("Llama", dict(rope_parameters=LLAMA3), {}),
+        ("Mistral", dict(sliding_window=W, rope_parameters=YARN), dict(groups=2)),
+        ("Qwen3", dict(rope_parameters=YARN | dict(truncate=False, beta_slow=2.0)), {}),
+        ("Qwen3", dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2)), {}),
     ],
 )
 @torch.no_grad()
@@ -119,7 +130,7 @@ def test_new_weights_learn_from_the_first_step_on(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pretrained")
-    pretrained("Llama", path)
+    pretrained("Llama", path, rope_parameters=LLAMA3)
     return path
 
 
@@ -136,9 +147,13 @@ def test_the_command_makes_a_folder_for_both_loaders(tmp_path, capfd, checkpoint
     text = "To be <|endoftext|>"
     assert transformers.AutoTokenizer.from_pretrained(out)(text) == fast_tokenizer()(text)
     capfd.readouterr()
-    # The commands of this project read texts with its own tokenizer.
-    status, _, said = call(capfd, "perplexity", str(out), "--device", "cpu")
-    assert status == 2 and "has a tokenizer.json of its own" in said and said.count("\n") == 1
+    assert native.config.rope_factors and model.config.native() == native.config
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("To be")
+    words = ("--prompt-file", str(prompt), "--max-new-tokens", "5", "--device", "cpu")
+    made = native.generate(torch.tensor([fast_tokenizer().encode("To be")]), max_new_tokens=5).ids
+    said = call(capfd, "generate", str(out), *words)
+    assert said[:2] == (0, fast_tokenizer().decode(made[0]) + "\n")
     assert call(capfd, "convert", str(checkpoint), str(out), *WORDS)[0] == 0  # it replaces its own
 
 
@@ -158,8 +173,17 @@ def changed(folder: Path, to: Path, name: str, **changes) -> Path:
         (dict(architectures=7), "architectures: got 7, accepted is one of"),
         (dict(attention_bias=True), "attention_bias: got True, accepted is False"),
         (dict(hidden_act="gelu"), "hidden_act: got 'gelu', accepted is silu"),
-        (dict(rope_parameters={"rope_type": "llama3"}), "rope_type: got 'llama3', accepted is"),
-        (dict(rope_parameters=[1]), "rope_type: got [1], accepted is 'default'"),
+        (dict(mlp_bias=True), "mlp_bias: got True, accepted is False"),
+        (
+            dict(rope_parameters={"rope_type": "longrope"}),
+            "rope_type: got 'longrope', accepted are default, linear, llama3, yarn",
+        ),
+        (dict(rope_parameters=[1]), "rope_type: got [1], accepted are default, linear"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor: got 0.5"),
+        (dict(rope_parameters={"type": "linear"}), "factor: got None, accepted is a number from 1"),
+        (dict(rope_parameters=LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor: got 4.0, acc"),
+        (dict(rope_parameters=LLAMA3 | {"factor": 0.5}), "factor: got 0.5, accepted is a number"),
+        (dict(rope_parameters=YARN | {"beta_fast": "x"}), "beta_fast: got 'x', accepted is"),
         (dict(quantization_config={"bits": 4}), "quantization_config: got {'bits': 4}, accepted"),
         (dict(num_hidden_layers="4"), "num_hidden_layers: got '4', accepted is an integer"),
         (dict(num_hidden_layers=5), "lacks the weight model.layers.4."),
@@ -230,6 +254,17 @@ def test_a_folder_that_holds_something_else_is_not_replaced(capfd, checkpoint):
     status, _, error = call(capfd, "convert", str(checkpoint), str(checkpoint), *WORDS)
     assert status == 2 and "accepted is a new or an empty folder" in error
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype, said", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_weights_are_refused_in_one_line(tmp_path, capfd, checkpoint, dtype, said):
+    shutil.copytree(checkpoint, tmp_path / "in")
+    weights = load_file(tmp_path / "in" / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "in" / "model.safetensors")
+    status, _, error = call(capfd, "convert", str(tmp_path / "in"), str(tmp_path / "out"), *WORDS)
+    assert status == 2 and f"got {name} in {said}, accepted are weights" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path, capfd, checkpoint):

@@ -8,8 +8,10 @@ Dimensions: B batch, T tokens, H query heads, J key/value heads, G = H/J, D head
 retrieval dimension, N chunks, S chunk size, K kept.
 """
 
+import numpy as np
 import pytest
 import torch
+import triton
 from helpers import assert_close, error, random, random_choice, results, with_special_scores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from hsa_kernels.attention import by_chunk, by_token_block, operator, partial_re
 from hsa_kernels.attention.merge import merge
 from hsa_kernels.common import checks, tiles
 from hsa_kernels.common.checks import tile_fits
+from hsa_kernels.common.interpreter import check_interpreter
 from hsa_kernels.common.inverted_index import cut, invert
 from hsa_kernels.retrieval import operator as retrieval
 from hsa_mini import reference
@@ -842,3 +845,18 @@ def test_what_a_kernel_does_not_take(operation, changes, message):
     arguments |= {name: change(arguments[name]) for name, change in changes.items()}
     with pytest.raises(ValueError, match=f"^{message}"):
         getattr(hsa_kernels, operation)(**arguments)
+
+
+@pytest.mark.parametrize(
+    "versions, works",
+    [(("3.6.0", "2.4.6"), False), (("3.6.0", "2.3.5"), True), (("3.7.1", "2.5.0"), True)],
+)
+def test_an_interpreter_that_would_fail_is_refused_in_one_line(monkeypatch, versions, works):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    for module, version in zip((triton, np), versions):
+        monkeypatch.setattr(module, "__version__", version)
+    if works:
+        return check_interpreter()
+    said = "got triton 3.6.0 with numpy 2.4.6, accepted is triton from 3.7 on, or numpy below 2.4$"
+    with pytest.raises(ImportError, match=said):
+        check_interpreter()

@@ -4,6 +4,7 @@ rule.
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -112,7 +113,7 @@ def workers(monkeypatch):
 
 def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     path = tmp_path / "new" / "lab.jsonl"
-    assert run_missing(["hsa", "window"], [0, 1], path=path, device=CPU, jobs=3) == 4
+    assert run_missing(["hsa", "window"], [0, 1], path=path, device=CPU, jobs=3) == (4, 0)
     assert Worker.most == 3 and Worker.alive == 0
     lines = path.read_text().splitlines()
     assert sorted((r["arm"], r["seed"]) for r in map(json.loads, lines)) == [
@@ -121,13 +122,13 @@ def test_what_is_missing_is_run_and_nothing_else(workers, tmp_path):
     assert {"hardware", "versions", "commit", "command"} <= json.loads(lines[0]).keys()
     before = path.read_bytes()
     assert (
-        run_missing(["hsa", "window"], [0, 1], path=path, device=CPU) == 0
+        run_missing(["hsa", "window"], [0, 1], path=path, device=CPU) == (0, 0)
         and path.read_bytes() == before
     )
-    assert run_missing(["window", "no_noise"], [1, 2], path=path, device=CPU) == 3
+    assert run_missing(["window", "no_noise"], [1, 2], path=path, device=CPU) == (3, 0)
     assert path.read_bytes().startswith(before) and len(read_records(path)) == 7
     # Other settings make another run.
-    assert run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == 1
+    assert run_missing(["hsa"], [0], path=path, device=CPU, steps=5) == (1, 0)
 
 
 def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp_path, capfd):
@@ -149,7 +150,7 @@ def test_a_run_that_dies_is_named_in_a_line_and_all_others_are_kept(workers, tmp
     ]
 
 
-def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
+def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("CUDA error:\n\nout of\nhope")
 
@@ -157,7 +158,7 @@ def test_what_is_wrong_in_a_run_is_sent_in_a_line(monkeypatch):
     link, other = Pipe()
     link.send(("hsa", 0))
     threads = torch.get_num_threads()
-    harness._work(other, SCALES["tiny"], None, CPU, 1)
+    harness._work(other, "tiny", None, CPU, 1, tmp_path / "lab.jsonl", math.inf)
     torch.set_num_threads(threads)
     assert link.recv() == "RuntimeError: CUDA error: out of hope"
 
@@ -283,6 +284,31 @@ def test_two_arms_from_the_command_line(tmp_path):
     process = start(tmp_path, *words)
     assert process.communicate(timeout=60)[0] == "0 runs were missing and are now in lab.jsonl\n"
     assert process.returncode == 0 and (tmp_path / "lab.jsonl").read_bytes() == before
+
+
+def test_runs_that_are_out_of_time_go_on_with_the_same_command(tmp_path):
+    words = ("--arms", "hsa", "hils", "--seeds", "3", "--steps", "3")
+    process = start(tmp_path, *words, "--minutes", "0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == (
+        "2 runs were missing, 0 are now in lab.jsonl; the same command goes on with the other 2\n"
+    )
+    (states,) = (tmp_path / "lab.runs").iterdir()
+    assert states.name.startswith("hsa-3-") and (states / "step-1").is_dir()
+    process = start(tmp_path, *words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == "2 runs were missing and are now in lab.jsonl\n"
+    assert not (tmp_path / "lab.runs").exists()
+    records = {record["arm"]: record for record in read_records(tmp_path / "lab.jsonl")}
+    assert records["hsa"]["curve"]["step"] == [1, 2, 3] and "hils" in records
+    process = start(tmp_path, "--arms", "hsa", "dash_attention", "--seeds", "4", "--plan")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    hsa, dash, total = out.splitlines()
+    assert re.fullmatch(r"  hsa +1 x [\d.]+ min", hsa) and dash.endswith("(as other arms)")
+    assert re.fullmatch(r"2 runs are missing, 3 at once: \d+ min, \d+ calls of 9 min", total)
 
 
 def descendants(pid: int) -> set[int]:

@@ -9,6 +9,7 @@ import io
 import linecache
 import re
 import tokenize
+import types
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hsa_kernels.attention.operator import _schedules
 from hsa_kernels.common import inverted_index, selection
 from hsa_mini import PRESETS, ChunkMemory, HSAModel, reference
 from hsa_mini.evaluation.statistics import wilson_interval
+from hsa_mini.exercises.check import Check
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab import claims
 from hsa_mini.model.cost_estimate import estimate_cost
@@ -41,7 +43,7 @@ pytest.importorskip("anywidget")
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
-MAX_KILOBYTES = 300
+MAX_KILOBYTES = 580
 MAX_FUNCTION_LINES = 15
 
 each_notebook = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -706,7 +708,7 @@ def test_below_every_figure_stand_its_words(source):
 @each_notebook
 def test_something_is_checked_and_something_moves(source):
     assert any(text.startswith("# NBVAL_CHECK_OUTPUT") for text in cells(source, "code"))
-    assert re.search(r"\bexplore(_map)?\(|\bipywidgets\.", code(source))
+    assert re.search(r"\bexplore(_map|_needle)?\(|\bipywidgets\.", code(source))
 
 
 @each_notebook
@@ -771,7 +773,57 @@ def test_two_exercises_with_folded_solutions_and_a_way_on(source):
 
 
 @each_notebook
-def test_solutions_run(source, capsys):
+def test_solutions_run_and_pass_their_checks(source, capsys, monkeypatch):
+    """As long as a function is blank, its check prints one line that says so."""
+    monkeypatch.setenv("HSA_MINI_TOKENS", "16384")  # of 00, which otherwise reads a million
+    monkeypatch.chdir(FOLDER)
     names: dict = {"__name__": source.stem}
-    for text in (code(source), *solutions(source)):
+    exec(compile(code(source), traceable(code(source), source.stem), "exec"), names)
+    checks = [check.name for check in names.values() if isinstance(check, Check)]
+    assert [line for line in capsys.readouterr().out.splitlines() if "still blank" in line] == [
+        f"{name} is still blank. Write it and run this cell again." for name in checked(source)
+    ]
+    for text in solutions(source):
         exec(compile(text, traceable(text, source.stem), "exec"), names)
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "✓✗"]
+    assert [line.split(" is right")[0] for line in verdicts] == [f"✓ {n}" for n in checked(source)]
+    assert sorted(checks) == sorted(checked(source))
+
+
+@pytest.mark.parametrize(
+    "right, wrong, said",
+    [
+        (", mask=o_d < D, other=0.0", "", "the load needs a mask"),
+        ("/ D), mask=o_d < D", "/ D)", "the store needs a mask"),
+        ("other=0.0", "other=1.0", "beyond the row the tile must hold 0"),
+        ("0) / D)", "0) / WIDTH)", "you divided by the width of the tile"),
+        ("x + row * D", "x", "all rows are those of program 0"),
+        ("out + row * D", "out", "every program stores to the first row"),
+        ("tl.sum", "tl.total", "stopped with InterpreterError"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="programs of a GPU have no fixed order")
+def test_a_wrong_kernel_gets_its_hint(right, wrong, said, capsys):
+    source = FOLDER / "06_forward_kernel.py"
+    (solution,) = (text for text in solutions(source) if "def norm_kernel" in text)
+    assert right in solution
+    attempt = solution.replace(right, wrong)
+    names = {**definitions.__wrapped__(source.stem), "DEVICE": "cpu"}
+    names["run_norm"] = types.FunctionType(names["run_norm"].__code__, names)
+    exec(compile(attempt, traceable(attempt, source.stem), "exec"), names)
+    assert said in capsys.readouterr().out
+
+
+def checked(source: Path) -> list[str]:
+    """The functions that the exercises of a notebook check, in order."""
+    return re.findall(r"^check_\w+\((\w+)\)$", code(source), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("source", SOURCES[1:9], ids=lambda path: path.stem)
+def test_three_exercises_say_how_hard_how_important_and_how_long(source):
+    said = re.findall(
+        r"^\*\*\d\. .+?\*\* \*Difficulty [1-5], importance [1-5], \d+ minutes\.\*",
+        "\n".join(cells(source, "markdown")),
+        flags=re.MULTILINE,
+    )
+    assert len(said) == len(checked(source)) >= 3

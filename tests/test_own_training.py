@@ -20,6 +20,9 @@ from material import TINY, tiny, words
 
 from hsa_mini import PRESETS, HSAModel
 from hsa_mini.data.corpus import Corpus
+from hsa_mini.data.encoder import checkpoint_encoder
+from hsa_mini.data.own_corpus import load_own_corpus, tokenizer_files
+from hsa_mini.data.own_text import OwnText
 from hsa_mini.data.tokenizer import load_tokenizer, save_ranks
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.mixture import NONE, TEXT
@@ -162,7 +165,96 @@ def test_a_model_of_another_tokenizer_continues_a_text_with_it(capfd):
     tokenizer = load_tokenizer(final.resolve() / "tokenizer.tiktoken")
     assert (status, out) == (0, tokenizer.decode(made, errors="replace") + "\n")
     status, _, err = call(capfd, "perplexity", str(final))
-    assert status == 2 and "has a tokenizer.tiktoken of its own, accepted is a model for" in err
+    assert status == 2 and "has a tokenizer of its own, accepted is a model for" in err
+
+
+def save_json_tokenizer(path: Path) -> None:
+    """A byte-level `tokenizer.json` of 300 tokens; `</s>` is 0, and `<done>` is the last one."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = bytes_(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=299, special_tokens=["</s>"], initial_alphabet=bytes_.alphabet()
+    )
+    tokenizer.train_from_iterator([words(300)], trainer)
+    tokenizer.add_special_tokens(["<done>"])
+    tokenizer.save(str(path))
+
+
+@pytest.fixture
+def json_model(capfd) -> Path:
+    """A model that was trained with a tokenizer.json, whose end token a second file declares."""
+    Path("own").mkdir()
+    save_json_tokenizer(Path("own/tokenizer.json"))
+    Path("own/tokenizer_config.json").write_text('{"eos_token": {"content": "<done>"}}')
+    data = OwnText(("texts/*.txt",), tokenizer="own/tokenizer.json")
+    size = checkpoint_encoder(Path("own")).vocab_size
+    model = tiny(vocab_size=size)
+    model.save_pretrained("model", texts=tokenizer_files(data))
+    assert load_own_corpus(data, size).tokens[-1] == size - 1  # <done> ends every document
+    capfd.readouterr()
+    return Path("model")
+
+
+def test_a_model_of_a_tokenizer_json_continues_a_text_with_it(capfd, json_model):
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file("model/tokenizer.json")
+    text = "Größe 🙂 </s> and so on"
+    Path("prompt.txt").write_text(text)
+    words = ["generate", "model", "--prompt-file", "prompt.txt", "--device", "cpu"]
+    status, out, _ = call(capfd, *words, "--max-new-tokens", "60")
+    model = HSAModel.from_pretrained(json_model)
+    ids = model_ids(tokenizer, text)
+    made = model.generate(torch.tensor([ids]), max_new_tokens=60).ids[0].tolist()
+    end = tokenizer.token_to_id("<done>")
+    made = made[: made.index(end)] if end in made else made
+    assert 0 not in ids and tokenizer.decode(ids, skip_special_tokens=False) == text
+    want = tokenizer.decode(made, skip_special_tokens=False)
+    assert (status, out) == (0, want + "\n") and "\ufffd" in want  # unfinished characters too
+
+
+def model_ids(tokenizer, text: str) -> list[int]:
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_demo_reads_the_tokenizer_json_of_a_model(capfd, json_model):
+    Path("book.txt").write_text(words(400))
+    line = ["demo", "--checkpoint", "model", "--tokens", "2000", "--device", "cpu", "--seed", "3"]
+    status, out, _ = call(capfd, *line, "--haystack", "book.txt", "--json", "found.json")
+    found = json.loads(Path("found.json").read_text())
+    key = re.fullmatch(r"What is the secret code of ([A-Z]{4})\?", found["question"])[1]
+    needle = "".join(re.findall(">>>(.*?)<<<", out.replace(">>> and <<<", "")))
+    assert (status, needle) == (0, f" The secret code of {key} is {found['expected']}")
+
+
+def test_what_does_not_fit_a_tokenizer_json_is_refused(capfd, json_model):
+    line = ["demo", "--checkpoint", "model", "--tokens", "2000", "--device", "cpu"]
+    assert "--haystack: got none, accepted is a text for" in refused(capfd, *line)
+    said = refused(capfd, "index", "texts", "index", "--checkpoint", "model")
+    assert "model has a tokenizer of its own, accepted is a model for" in said
+    Path("prompt.txt").write_text("text")
+    generate = ["generate", "model", "--prompt-file", "prompt.txt", "--device", "cpu"]
+    tiny(vocab_size=299).save_pretrained(
+        "model", texts={"tokenizer.json": Path("own/tokenizer.json").read_text()}
+    )
+    assert "knows 299 tokens, accepted is a model of at least 300" in refused(capfd, *generate)
+    tiny().save_pretrained("model", texts={"tokenizer.json": "{}"})
+    assert "checkpoint: model/tokenizer.json holds no tokenizer" in refused(capfd, *generate)
+
+
+def refused(capfd, *words: str) -> str:
+    """The one line that refuses a command."""
+    status, _, err = call(capfd, *words)
+    assert status == 2 and err.count("\n") == 1, err
+    return err
+
+
+def test_a_tokenizer_json_with_the_ids_of_the_default_tokenizer_is_that_one(tmp_path):
+    huggingface = pytest.importorskip("hsa_mini.integrations.huggingface")
+    huggingface.fast_tokenizer().save_pretrained(tmp_path / "hf")
+    assert checkpoint_encoder(tmp_path / "hf").is_default
 
 
 # ---- batches of whole documents

@@ -3,6 +3,8 @@
 `python tests/test_readme.py` writes the generated parts again.
 """
 
+import argparse
+import inspect
 import json
 import re
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hsa_mini.cli.entry import build_parser
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, PUBLISHED, read_results
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
 from hsa_mini.files.whole_folder import fingerprint
@@ -351,6 +354,53 @@ def test_the_python_of_both_guides_runs(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.strip().endswith("parameters")
     for code in others:
         exec(compile(code, "hsa_mini/README.md", "exec"), names)
+
+
+def table(header: str) -> tuple[str, str]:
+    """The columns of the table of GUIDE that begins with this cell: theirs, ours."""
+    rows = re.search(
+        rf"^\| {header} \| here \|\n.*\n((?:\|.*\n)+)", GUIDE.read_text(), re.MULTILINE
+    )
+    assert rows
+    columns = zip(*(row.strip("|").split("|") for row in rows[1].splitlines()))
+    theirs, ours = map("\n".join, columns)
+    return theirs, ours
+
+
+def options(parser: argparse.ArgumentParser, command: str) -> set[str]:
+    """The options of a subcommand."""
+    (commands,) = (x for x in parser._actions if isinstance(x, argparse._SubParsersAction))
+    return {name for action in commands.choices[command]._actions for name in action.option_strings}
+
+
+def test_what_the_guide_says_of_transformers_is_there():
+    transformers = pytest.importorskip("transformers")
+    from hsa_mini.integrations import huggingface
+    from hsa_mini.integrations.huggingface.model import UNSUPPORTED
+
+    theirs, ours = table("transformers")
+    model = huggingface.HSAForCausalLM
+    loading = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
+    known = UNSUPPORTED | inspect.signature(model.forward).parameters.keys() | {"copy"}
+    for name in re.findall(r"`(\w+)", theirs):
+        places = (transformers, model)
+        assert any(hasattr(x, name) for x in places) or name in known or name in loading, name
+    refused = next(row for row in theirs.splitlines() if "inputs_embeds" in row)
+    assert {*re.findall(r"`(\w+)`", refused)} <= UNSUPPORTED
+    assert issubclass(huggingface.HSACache, transformers.Cache) and "`HSACache`" in ours
+
+
+def test_the_options_that_the_guide_compares_are_there():
+    pytest.importorskip("lm_eval")
+    from lm_eval._cli.harness import HarnessCLI
+
+    theirs, ours = table("lm-eval")
+    assert {*re.findall(r"--\w+", theirs)} <= options(HarnessCLI()._parser, "run")
+    assert {*re.findall(r"--[\w-]+", ours)} <= options(build_parser(), "lm-eval")
+    _, ours = table("nanochat")
+    assert {*re.findall(r"--[\w-]+", ours)} <= options(build_parser(), "train")
+    for command in re.findall(r"`([\w-]+)(?: [^`]*)?`", ours.replace("`tokenizer.json`", "")):
+        assert command.startswith("--") or options(build_parser(), command), command
 
 
 DOCUMENTS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")

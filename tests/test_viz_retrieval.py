@@ -3,8 +3,10 @@
 Dimensions: T tokens, N chunks, S chunk size, K chunks kept, H query heads, J key/value heads.
 """
 
+import dataclasses
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ from material import OPTIONS, build, text, tiny, words
 
 from hsa_mini import ChunkMemory, HSAModel
 from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.index.build import build_index
 from hsa_mini.index.prompts import make_prompt, right_answer
+from hsa_mini.index.stored import read_index
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory.host_chunks import HostChunks
 from hsa_mini.viz.retrieval import asking, picture
+from hsa_mini.viz.retrieval.stored import look_up, open_index
 from hsa_mini.viz.retrieval.trace import trace
+from hsa_mini.viz.retrieval.what_if import Change
 
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
@@ -197,7 +203,8 @@ def test_what_is_sent_is_the_trace_with_the_heaviest_chunk_first(asked, model):
 
 def test_more_kept_chunks_than_are_shown_lose_no_weight(monkeypatch, asked, model):
     monkeypatch.setattr(picture, "MAX_SHOWN", 3)
-    monkeypatch.setattr(picture, "MAX_COLUMNS", 10)
+    tokens, layers = len(asked.ids), len(asked.trace.layers)
+    monkeypatch.setattr(picture, "MAX_SCORES", 10 * tokens * layers)
     sent = picture.make_picture(asked, model.config.chunk_size)
     found = unpacked(sent, 0)
     np.testing.assert_allclose(found["weights"].sum(axis=-1) + found["others"], 1, atol=1e-6)
@@ -385,6 +392,89 @@ def test_any_text_can_be_asked(name):
     assert shown.isprintable() or name == "scripts"
 
 
+# ---- A text that an index holds
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """The index of a text that holds the needle once, between characters of several bytes."""
+    home = tmp_path_factory.mktemp("stored")
+    file = home / "text.txt"
+    file.write_text(f"{words(900)}漢字 ü. {NEEDLE} 漢字. {words(300)}", encoding="utf-8")
+    build_index(model, file, home / "index", checkpoint="mini")
+    return home / "index"
+
+
+def test_a_stored_text_is_asked_as_one_that_is_read(model, folder):
+    stored = open_index(model, folder)
+    memory = ChunkMemory(model.config)
+    prefill(model, torch.tensor([stored.ids]), memory)
+    assert stored.memory.position == len(stored.ids)
+    found = asking.ask(model, stored, QUESTION)
+    want = asking.ask(model, dataclasses.replace(stored, memory=memory), QUESTION)
+    assert (found.answer, found.correct) == ("482913", True) == (want.answer, want.correct)
+    np.testing.assert_allclose(found.trace.logits, want.trace.logits, atol=1e-3)
+
+
+def test_the_needle_is_looked_up_in_a_stored_text(model, folder):
+    stored = open_index(model, folder)
+    tokenizer = load_tokenizer()
+    for needle in (NEEDLE, "漢字 ü", stored.haystack[:9], stored.haystack[-9:].strip()):
+        found = look_up(stored, f" {needle}\n")
+        place = found.needle_tokens
+        around = tokenizer.decode_bytes(stored.ids[place.start : place.stop])
+        assert needle.encode() in around
+        for smaller in (place[1:], place[:-1]):
+            assert needle.encode() not in tokenizer.decode_bytes([stored.ids[i] for i in smaller])
+    for needle in ("nowhere in it", " "):
+        nowhere = look_up(stored, needle)
+        assert (nowhere.needle, len(nowhere.needle_tokens)) == ("", 0)
+        # What the text does not hold is no right answer.
+        asked = asking.ask(model, nowhere, "What is the secret code of WQNH?")
+        assert asked.correct is False and "made up" in asked.verdict
+
+
+def test_the_explorer_opens_an_index_and_reads_nothing_again(model, folder, monkeypatch):
+    pytest.importorskip("anywidget")
+    from hsa_mini.viz import explore_retrieval
+
+    explorer = explore_retrieval(model, folder, needle=NEEDLE)
+    monkeypatch.setattr("hsa_mini.viz.retrieval.explorer.read_text", None)
+    content = dict(request=1, needle="nowhere", question="Who?", depth=0.1)
+    explorer._receive(None, content, [])
+    assert explorer.data["needle"] == [0, 0] and "The needle is not in it" in explorer.status
+    explorer._receive(None, content | dict(needle=NEEDLE, question=QUESTION), [])
+    assert explorer.data["correct"] and "looked up" in explorer.status
+    ids = [*explorer.asked[0].text.ids, *explorer.asked[0].ids]
+    S = model.config.chunk_size
+    for chunk in (0, 7, len(ids) // S - 1):
+        explorer._receive(None, dict(request=chunk, chunk=chunk, model=0), [])
+        want = picture.shown_words(ids, chunk * S, (chunk + 1) * S)
+        assert explorer.opened == {"chunk": chunk, "model": 0, "words": want}
+    explorer._receive(None, dict(request=9, chunk=len(ids) // S, model=0), [])
+    assert "chunk: got" in explorer.status
+    with pytest.raises(ValueError, match="other: got a second model"):
+        explore_retrieval(model, folder, other=model)
+
+
+def test_an_index_that_cannot_be_opened_is_refused(model, folder, tmp_path):
+    with pytest.raises(ValueError, match="^text: .* holds no index"):
+        open_index(model, tmp_path)
+    with pytest.raises(ValueError, match="^text: .* other weights made"):
+        open_index(tiny(), folder)
+    index = read_index(folder, torch.device("cpu"))
+    tokens = np.concatenate([index.text.tokens, index.text.tokens])
+    unfinished = dataclasses.replace(index.text, tokens=tokens)
+    dataclasses.replace(index, text=unfinished).save(tmp_path / "unfinished")
+    with pytest.raises(ValueError, match="^text: .* is not read to its end"):
+        open_index(model, tmp_path / "unfinished")
+    file = tmp_path / "short.txt"
+    file.write_text("short")
+    build_index(model, file, tmp_path / "short", checkpoint="mini")
+    with pytest.raises(ValueError, match="^text: .* accepted is at least one chunk"):
+        open_index(model, tmp_path / "short")
+
+
 # ---- The widget
 
 
@@ -401,14 +491,70 @@ def test_a_question_of_the_browser_changes_the_picture_and_reads_the_text_once(
     explorer, monkeypatch
 ):
     explorer.ask(HAYSTACK, NEEDLE, QUESTION, 0.5)
-    before = explorer._text
+    before = explorer.asked[0].text
     content = dict(request=8, needle=NEEDLE, question="What is the secret code of WQNH?", depth=0.5)
     explorer._receive(None, content, [])
-    assert explorer.done == 8 and explorer._text is before
+    assert explorer.done == 8 and explorer.asked[0].text is before
     assert explorer.form["question"] == content["question"]
     assert explorer.data["verdict"].startswith("Wrong")
     explorer._receive(None, content | dict(request=9, depth=0.6), [])
-    assert explorer.done == 9 and explorer._text is not before
+    assert explorer.done == 9 and explorer.asked[0].text is not before
+
+
+def test_a_change_of_the_browser_shows_its_effect_and_a_wrong_one_keeps_the_last(explorer):
+    explorer.ask(HAYSTACK, NEEDLE, QUESTION, 0.5)
+    sent = dict(
+        layer=None, top_k=None, pin=[], drop=[], shares=[], swap=[], concatenated=False, hsa=True,
+        window=True,
+    )  # fmt: skip
+    explorer._receive(None, dict(request=11, model=0, change=sent), [])
+    assert explorer.done == 11 and explorer.effect["before"] == explorer.effect["after"]
+    assert len(explorer.effect["words"]) == explorer.asked[0].answer_tokens
+    more = dict(pin=[0], drop=[1], shares=[[2, 0.5]], swap=[[0, 3]])
+    explorer._receive(None, dict(request=12, model=0, change=sent | more), [])
+    changed = Change(pin=(0,), drop=(1,), shares={2: 0.5}, swap=((0, 3),))
+    assert explorer.effect["after"] == explorer.what_if(changed).after
+    assert f"is {np.prod(explorer.effect['after']):.3f}" in explorer.effect["line"]
+    last = explorer.effect
+    explorer._receive(None, dict(request=13, model=0, change=sent | dict(drop=[99999])), [])
+    assert explorer.done == 13 and explorer.effect["after"] == last["after"]
+    assert explorer.effect["error"].startswith("The bars show the last change. drop: got 99999")
+    explorer.ask(None, NEEDLE, QUESTION, 0.5)
+    assert explorer.effect == {}  # of another question
+
+
+def test_two_models_are_asked_the_same_and_change_by_themselves(model):
+    pytest.importorskip("anywidget")
+    from hsa_mini.viz import explore_retrieval
+
+    other = HSAModel(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(other.upper[0].hsa.out.weight)
+    explorer = explore_retrieval(model, HAYSTACK * 5, needle=NEEDLE, other=other)
+    for sent, asked, one in zip((explorer.data, explorer.second), explorer.asked, (model, other)):
+        want = asking.ask(one, asking.read_text(one, HAYSTACK * 5, NEEDLE, 0.5), QUESTION)
+        np.testing.assert_array_equal(asked.trace.logits, want.trace.logits)
+        assert sent["answer"] == want.answer
+    assert not np.array_equal(explorer.asked[0].trace.logits, explorer.asked[1].trace.logits)
+    off = Change(layer=0, hsa=False)
+    effect = explorer.what_if(off, 1)
+    assert effect.before == pytest.approx(effect.after, abs=1e-6)  # it was off
+    assert explorer.what_if(off).after != effect.after
+    with pytest.raises(ValueError, match="other: got chunks of 4 tokens, accepted are 64"):
+        explore_retrieval(model, HAYSTACK, other=tiny())
+
+
+def test_a_question_waits_for_the_cell_or_the_picture_that_has_its_turn(explorer):
+    from hsa_mini.viz.jupyter.turns import TURNS
+
+    content = dict(request=10, needle=NEEDLE, question=QUESTION, depth=0.5)
+    thread = threading.Thread(target=explorer._receive, args=(None, content, []))
+    with TURNS.lock:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() and explorer.done != 10
+    thread.join()
+    assert explorer.done == 10
 
 
 def test_readers_without_a_kernel_get_a_picture_and_its_summary(explorer):

@@ -15,7 +15,7 @@ from hsa_mini.cli.arguments import (
     integer,
     number,
 )
-from hsa_mini.cli.models import check_length, read_model
+from hsa_mini.cli.models import check_length, read_encoder, read_model
 from hsa_mini.cli.report import printable, report, write_json
 from hsa_mini.config import MAX_TOKENS
 from hsa_mini.files.whole_file import check_writable
@@ -77,9 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable("--out", arguments.out, folder=True)
     check_json(arguments.json)
     device = choose_device(arguments.device)
-    model = read_model("--checkpoint", arguments.checkpoint, device)
-    check_length("--tokens", arguments.tokens, model.config)
-    corpus, first = load_haystack(arguments.haystack, arguments.tokens, arguments.seed)
+    encoder = read_encoder("--checkpoint", arguments.checkpoint)
+    model = read_model("--checkpoint", arguments.checkpoint, device, encoder=encoder)
+    check_length("--tokens", arguments.tokens, model.config, encoder=encoder)
+    corpus, first = load_haystack(arguments.haystack, arguments.tokens, arguments.seed, encoder)
     if arguments.haystack and len(corpus) > arguments.tokens:
         print("--haystack: the text is longer, and the rest of it is not read", file=sys.stderr)
     print(
@@ -97,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             depth=arguments.depth,
             seed=arguments.seed,
             first=first,
+            encoder=encoder,
             progress=bar.update,
         )
     picture = "none: matplotlib is not installed"
@@ -110,24 +112,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_haystack(path: Path | None, tokens: int, seed: int):
+def load_haystack(path: Path | None, tokens: int, seed: int, encoder):
     """The text to hide the needle in, and the position of the first token to take from it.
 
     The text is the file `path` from its start (`tokens` tokens, and one more if it is longer), or,
-    if path is None, the held-out corpus from a position drawn with `seed`. Raises ValueError if the
-    text is too short.
+    if path is None, the held-out corpus from a position drawn with `seed`. encoder: the model's
+    tokenizer. Raises ValueError if the text is too short, and for the corpus with another tokenizer
+    than the course's.
     """
     import numpy as np
 
     from hsa_mini.data.corpus import load_corpus, load_text
 
     if path:
-        corpus = load_text(path, max_tokens=tokens + 1, name="--haystack")
+        corpus = load_text(path, max_tokens=tokens + 1, name="--haystack", encoder=encoder)
         if len(corpus) < MIN_HAYSTACK:
             raise ValueError(
                 f"--haystack: got {len(corpus)} tokens of text, "
                 f"accepted are at least {MIN_HAYSTACK}"
             )
         return corpus, 0
+    if not encoder.is_default:
+        raise ValueError(
+            "--haystack: got none, accepted is a text for a model with a tokenizer of its own"
+        )
     corpus = load_corpus("validation")
     return corpus, int(np.random.default_rng(seed).integers(len(corpus)))

@@ -5,7 +5,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from hsa_mini.cli.arguments import MAX_SEED, add_device, choose_device, integer, number
-from hsa_mini.cli.models import own_tokenizer, read_model
+from hsa_mini.cli.models import read_encoder, read_model
 from hsa_mini.cli.report import write_text
 
 MAX_PROMPT_TOKENS = 1 << 27  # the longest text that was tried; an endless one is refused
@@ -62,22 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from hsa_mini.data.corpus import load_text
-    from hsa_mini.data.tokenizer import decode_stream, end_of_text, load_tokenizer
     from hsa_mini.inference.generate import stream
 
     device = choose_device(arguments.device)
     most = MAX_PROMPT_TOKENS
-    ranks = own_tokenizer(arguments.checkpoint)
-    tokenizer = load_tokenizer(ranks and ranks.resolve())
+    encoder = read_encoder("checkpoint", arguments.checkpoint)
     text = load_text(
-        arguments.prompt_file, max_tokens=most + 1, name="--prompt-file", tokenizer=tokenizer
+        arguments.prompt_file, max_tokens=most + 1, name="--prompt-file", encoder=encoder
     )
     prompt = text.tokens
     if not 1 <= len(prompt) <= most:
         given = f"more than {most}" if len(prompt) else "0"
         raise ValueError(f"--prompt-file: got {given} tokens of text, accepted is 1 to {most}")
-    model = read_model("checkpoint", arguments.checkpoint, device, own_ranks=True)
-    end = end_of_text(tokenizer)
+    model = read_model("checkpoint", arguments.checkpoint, device, encoder=encoder)
     with tqdm(
         total=len(prompt), unit=" tokens", unit_scale=True, mininterval=0.2, delay=1, desc="prefill"
     ) as bar:
@@ -91,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             progress=bar.update,
         )
-    made = takewhile(lambda token: token != end, (int(token) for token in tokens))
-    for text in decode_stream(tokenizer, made):
+    made = takewhile(lambda token: token != encoder.end, (int(token) for token in tokens))
+    for text in encoder.decode_stream(made):
         write_text(text)
     print()
     return 0

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from hsa_mini.checks import quoted
 from hsa_mini.data.documents import Document, load_documents, longer_documents
+from hsa_mini.data.encoder import TextEncoder, load_encoder
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer, ranks_digest
 from hsa_mini.files.whole_folder import MANIFEST, Content, read_folder, write_folder
 from hsa_mini.paths import cache_dir
@@ -118,25 +118,24 @@ def load_text(
     *,
     max_tokens: int,
     name: str = "path",
-    tokenizer: tiktoken.Encoding | None = None,
+    encoder: TextEncoder | None = None,
 ) -> Corpus:
     """The first `max_tokens` tokens of a UTF-8 text file that the user names, or of standard input
     for "-".
 
     Little more is read than these tokens need, so the input may be endless. A byte order mark is
-    left out. tokenizer: None is the course's. Raises ValueError, which names the argument `name`,
+    left out. encoder: None is the course's. Raises ValueError, which names the argument `name`,
     for a file that is missing or not UTF-8 text.
     """
     path = Path(path)
     accepted = "accepted is any UTF-8 text file"
     standard_input = str(path) == "-"
-    tokenizer = tokenizer or load_tokenizer()
-    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    parts = [np.zeros(0, dtype)]
+    encoder = encoder or load_encoder()
+    parts = [np.zeros(0, encoder.dtype)]
     try:
         with open(0 if standard_input else path, "rb", closefd=not standard_input) as file:
             for text in text_blocks(file):
-                parts.append(np.array(tokenizer.encode_ordinary(text), dtype=dtype))
+                parts.append(encoder.array(text))
                 if sum(map(len, parts)) >= max_tokens:
                     break
     except OSError as error:

@@ -16,7 +16,7 @@ from hsa_mini.data.corpus import Corpus
 from hsa_mini.data.encoder import TextEncoder, load_encoder
 from hsa_mini.data.own_text import OwnText, read_documents, readable_files
 from hsa_mini.files.whole_folder import MANIFEST, read_folder, write_folder
-from hsa_mini.paths import RANKS_FILE, TOKENIZER_FILE, cache_dir
+from hsa_mini.paths import RANKS_FILE, TOKENIZER_CONFIG, TOKENIZER_FILE, cache_dir
 
 TOKENS = "tokens.bin"
 STARTS = "starts.npy"
@@ -62,14 +62,18 @@ def load_own_corpus(text: OwnText, vocab_size: int) -> Corpus:
 
 
 def tokenizer_files(text: OwnText | None) -> dict[str, str]:
-    """The file of the user's own tokenizer, as the folder of the finished model holds it: name ->
-    content; empty for the course's tokenizer.
+    """The files of the user's own tokenizer, as the folder of the finished model holds them: name
+    -> content, first that which `load_encoder` reads; empty for the course's tokenizer.
     """
     if text is None or text.tokenizer is None:
         return {}
     path = Path(text.tokenizer)
-    name = TOKENIZER_FILE if path.suffix == ".json" else RANKS_FILE
-    return {name: path.read_text(encoding="utf-8")}
+    files = {RANKS_FILE: path}
+    if path.suffix == ".json":
+        files = {TOKENIZER_FILE: path, TOKENIZER_CONFIG: path.with_name(TOKENIZER_CONFIG)}
+    return {
+        name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()
+    }
 
 
 def split_off(corpus: Corpus, share: float) -> tuple[Corpus, Corpus]:

@@ -4,21 +4,20 @@ A `.jsonl` file holds one document on every line and a `.parquet` file one in ev
 file holds token ids, as `tokens.bin` of a run does. Any other file is one document of UTF-8 text.
 """
 
-import codecs
 import glob
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from hsa_mini.checks import check_integer, check_number, quoted
-from hsa_mini.data.corpus import BLOCK, text_blocks
+from hsa_mini.data.corpus import text_blocks
 from hsa_mini.data.encoder import TextEncoder
+from hsa_mini.data.text_files import is_regular, is_text, walk_files
 from hsa_mini.files.reading import open_regular
 
 
@@ -55,17 +54,17 @@ class OwnText:
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """The files that paths, folders and patterns name, each once, in order.
 
-    Files whose names begin with a dot are left out of folders. Raises ValueError if one of the
-    patterns names no file.
+    Of a folder, all regular files that are not hidden (see `text_files`). Raises ValueError if one
+    of the patterns names no file, and OSError for a folder that cannot be listed.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            paths = [x for x in path.rglob("*") if not _is_hidden(x.relative_to(path))]
+            files = sorted(filter(is_regular, walk_files(path)))
         else:
             paths = [path] if path.exists() else map(Path, glob.glob(pattern, recursive=True))
-        files = sorted(path for path in paths if path.is_file())
+            files = sorted(path for path in paths if path.is_file())
         if not files:
             raise ValueError(
                 f"data: got {quoted(pattern)}, which names no file; "
@@ -73,10 +72,6 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             )
         found |= dict.fromkeys(files)
     return list(found)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def readable_files(text: OwnText, vocab_size: int, dtype: np.dtype) -> tuple[list[Path], int]:
@@ -93,7 +88,7 @@ def readable_files(text: OwnText, vocab_size: int, dtype: np.dtype) -> tuple[lis
             _check_parquet(path, text.column)
         elif path.suffix == ".bin":
             _check_ids(path, vocab_size, dtype)
-        elif not _is_text(path):
+        elif not is_text(path):
             continue
         elif path.suffix == ".jsonl":
             deque(_lines(path, text.column), maxlen=0)  # raises for the first wrong line
@@ -193,24 +188,3 @@ def _check_ids(path: Path, vocab_size: int, dtype: np.dtype) -> None:
             f"data: {path} holds the id {largest}, accepted are {dtype} ids "
             f"below the model's vocab_size ({vocab_size})"
         )
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a file is UTF-8 without null characters."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with open_regular(path) as file:
-            while block := _without_null(file):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-    except ValueError:
-        return False
-    return True
-
-
-def _without_null(file: BinaryIO) -> bytes:
-    """The next block. Raises ValueError if it holds a null character."""
-    block = file.read(BLOCK)
-    if b"\0" in block:
-        raise ValueError
-    return block

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from hsa_mini.config import MAX_TOKENS
-from hsa_mini.data.tokenizer import load_tokenizer
+from hsa_mini.data.encoder import TextEncoder, load_encoder
 from hsa_mini.evaluation.retrievals import chunks_retrieved, retrieval_scores
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import continue_from
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.tasks.forms import s_niah
-from hsa_mini.tasks.placement import place, tile
+from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import DEMO
 
 MIN_TOKENS = 1024
@@ -29,7 +29,7 @@ class NeedleFinding:
 
     scores: float32 [HSA layers, N], the score of each chunk for the last prompt token; -inf where
     this token cannot see the chunk.
-    ids: int64 [tokens], the whole prompt.
+    ids: int64 [tokens], the whole prompt. encoder: the tokenizer of the model.
     """
 
     tokens: int
@@ -50,11 +50,12 @@ class NeedleFinding:
     ids: np.ndarray
     needle_text: str
     chunk_size: int
+    encoder: TextEncoder
 
     def chunk_text(self, chunk: int, *, marks: tuple[str, str] = (">>>", "<<<")) -> str:
         """The text of a chunk, with the part that belongs to the needle between the marks."""
-        tokenizer = load_tokenizer()
-        needle = tokenizer.encode_ordinary(self.needle_text)
+        decode = self.encoder.decode
+        needle = self.encoder.encode(self.needle_text)
         ids = self.ids.tolist()
         first = chunk * self.chunk_size
         last = first + self.chunk_size
@@ -62,22 +63,22 @@ class NeedleFinding:
         starts = range(max(first - len(needle) + 1, 0), last)
         start = next((i for i in starts if ids[i : i + len(needle)] == needle), None)
         if start is None:
-            return tokenizer.decode(ids[first:last])
+            return decode(ids[first:last])
         needle_first = max(start, first)
         needle_last = min(start + len(needle), last)
-        before = tokenizer.decode(ids[first:needle_first])
-        inside = tokenizer.decode(ids[needle_first:needle_last])
-        after = tokenizer.decode(ids[needle_last:last])
+        before = decode(ids[first:needle_first])
+        inside = decode(ids[needle_first:needle_last])
+        after = decode(ids[needle_last:last])
         return f"{before}{marks[0]}{inside}{marks[1]}{after}"
 
     def to_json(self) -> dict:
         """What the command line writes as JSON."""
-        left_out = ("scores", "ids", "needle_text", "chunk_size")
+        left_out = ("scores", "ids", "needle_text", "chunk_size", "encoder")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """The model's answer to a prompt, what it retrieved, and the time and memory it took."""
 
     answer: list[int]  # token ids
@@ -96,38 +97,71 @@ def find_needle(
     depth: float = 0.5,
     seed: int = 0,
     first: int = 0,
+    encoder: TextEncoder | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> NeedleFinding:
     """Hide needles in a text of `tokens` tokens and ask for one of them.
 
-    haystack: uint16 [n], the text; it is read from token `first` on and repeated to the full
-    length.
+    haystack: uint16 or uint32 [n], the text; it is read from token `first` on and repeated to
+    the full length.
     depth: at 0 the needle opens the text; at 1 it stands at the end of the part outside the window.
     seed: decides keys, values and distractors. All keys are held-out ones that do not occur in the
-    haystack.
+    haystack. encoder: the model's own tokenizer (None: the course's).
     Raises ValueError if the haystack has fewer than 64 tokens, or if tokens, depth or seed is out
     of range.
     """
     _check_arguments(haystack, tokens, seed)
-    config = model.config
-    tokenizer = load_tokenizer()
+    encoder = encoder or load_encoder()
     text = tile(haystack, tokens, first)
-    rng = np.random.default_rng((DEMO, seed))
-    problem = s_niah(rng, absent_from=tokenizer.decode(text[: len(haystack)].tolist()))
-    sample = place(
-        rng, problem, tokens=tokens, depth=depth, chunk_size=config.chunk_size, window=config.window
-    )
+    words = encoder.decode(text[: len(haystack)].tolist())
+    options = {"tokens": tokens, "depth": depth, "seed": seed, "encoder": encoder}
+    sample = draw_sample(model, words, **options)
     ids = sample.apply(text)
     reading = _read(model, torch.from_numpy(ids), len(sample.answer), progress)
-    needle_chunks = sample.first_chunks(config.chunk_size)
-    return NeedleFinding(
+    return report_finding(model, sample, ids, reading, seed=seed, encoder=encoder)
+
+
+def draw_sample(
+    model: HSAModel, words: str, *, tokens: int, depth: float, seed: int, encoder: TextEncoder
+) -> Sample:
+    """One needle to ask for and its five distractors, placed in a text of `tokens` tokens.
+
+    words: a text in which none of the keys occurs. depth, seed, encoder: as in `find_needle`.
+    """
+    rng = np.random.default_rng((DEMO, seed))
+    problem = s_niah(rng, absent_from=words)
+    config = model.config
+    return place(
+        rng,
+        problem,
         tokens=tokens,
         depth=depth,
+        chunk_size=config.chunk_size,
+        window=config.window,
+        encode=encoder.array,
+    )
+
+
+def report_finding(
+    model: HSAModel,
+    sample: Sample,
+    ids: np.ndarray,
+    reading: Reading,
+    *,
+    seed: int,
+    encoder: TextEncoder,
+) -> NeedleFinding:
+    """What the model made of a sample; ids: int64 [tokens], the text with the sample in it."""
+    config = model.config
+    needle_chunks = sample.first_chunks(config.chunk_size, encode=encoder.array)
+    return NeedleFinding(
+        tokens=sample.tokens,
+        depth=sample.depth,
         seed=seed,
         device=str(next(model.parameters()).device),
-        question=problem.question.text.split("\n")[1],
-        expected=problem.question.answer,
-        answer=tokenizer.decode(reading.answer),
+        question=sample.problem.question.text.split("\n")[1],
+        expected=sample.problem.question.answer,
+        answer=encoder.decode(reading.answer),
         correct=reading.answer == sample.answer.tolist(),
         needle_chunks=needle_chunks,
         retrieved_chunks=reading.retrieved_chunks,
@@ -137,8 +171,9 @@ def find_needle(
         peak_memory_bytes=reading.peak_memory_bytes,
         scores=reading.scores,
         ids=ids,
-        needle_text=problem.sentences[0],
+        needle_text=sample.problem.sentences[0],
         chunk_size=config.chunk_size,
+        encoder=encoder,
     )
 
 
@@ -159,7 +194,7 @@ def _read(
     ids: torch.Tensor,
     answer_tokens: int,
     progress: Callable[[int], object] | None,
-) -> _Reading:
+) -> Reading:
     """Read the prompt ids int64 [tokens] and answer it greedily, measuring time and memory."""
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -171,7 +206,7 @@ def _read(
     generation = continue_from(model, output, max_new_tokens=answer_tokens)
     answer = generation.ids[0].tolist()
     decoded = time.perf_counter()
-    return _Reading(
+    return Reading(
         answer=answer,
         retrieved_chunks=[sorted(chunks) for chunks in chunks_retrieved(generation.first)],
         scores=scores,

@@ -33,14 +33,23 @@ class Placed(Protocol):
 class Haystack:
     """A text that is encoded once and then answers many questions.
 
-    text: int64 [T] on the model's device.
+    text: int64 [T] on the model's device. progress: called with the number of tokens, as they are
+    read. memory: one that has read this text already; it is then not read again.
     """
 
     def __init__(
-        self, model: HSAModel, text: torch.Tensor, progress: Callable[[int], object] | None = None
+        self,
+        model: HSAModel,
+        text: torch.Tensor,
+        progress: Callable[[int], object] | None = None,
+        *,
+        memory: ChunkMemory | None = None,
     ) -> None:
         self.model = model
         self.text = text
+        if memory is not None:
+            self.memory = memory
+            return
         self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + SEGMENT)
         with torch.no_grad():
             for part in text[None].split(SEGMENT, dim=1):
@@ -48,25 +57,26 @@ class Haystack:
                 if progress:
                     progress(part.shape[1])
 
+    @torch.no_grad()
     def ask(
         self, sample: Placed, *, answer_tokens: int, remembered: Placed | None = None
     ) -> Generation:
         """Put the sample's sentences and question into the text, answer greedily, and take them out
-        again; see `asked`.
-        """
-        with self.asked(sample, remembered) as output:
-            return continue_from(self.model, output, max_new_tokens=answer_tokens)
-
-    @contextmanager
-    def asked(self, sample: Placed, remembered: Placed | None = None) -> Iterator[Output]:
-        """Inside the `with` block, the output behind the sample's question, from which the model
-        can go on.
+        again.
 
         remembered: a sample whose sentences the memory holds instead of those of `sample`. Of
         `sample`, the model then reads only what stands in the last tokens. Afterwards text and
         memory are as they were before, even if an exception or Ctrl-C ends the question.
         """
-        with torch.no_grad(), self._remembered(remembered or sample):
+        with self.read(sample, remembered=remembered) as output:
+            return continue_from(self.model, output, max_new_tokens=answer_tokens)
+
+    @contextmanager
+    def read(self, sample: Placed, *, remembered: Placed | None = None) -> Iterator[Output]:
+        """Inside the `with` block, which must not record gradients, the model has read the text
+        with the sample in it. Arguments and afterwards: as in `ask`.
+        """
+        with self._remembered(remembered or sample):
             with self._written(sample):
                 output = self._read_tail()
             yield output

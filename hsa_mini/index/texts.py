@@ -6,7 +6,7 @@ import functools
 import os
 import stat
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from hsa_mini.data.corpus import load_text
+from hsa_mini.data.text_files import is_regular, is_text, walk_files
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
-from hsa_mini.files.reading import open_regular
 
 MAX_TOKENS = 1 << 27  # the longest text that was tried
 MAX_FILES = 20_000
-BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,22 @@ def find_files(path: Path, *, without: Path) -> tuple[dict[str, Path], int]:
     """The text files of a folder by name, sorted, and how many others were skipped; or the text
     file `path` alone.
 
-    Hidden files and folders, and the folder `without`, do not count. Files that are binary (they
-    hold a null byte), links, pipes and devices are skipped. Raises ValueError for a path that is
+    Hidden files and folders, and the folder `without`, do not count. Binary files (see
+    `text_files`), links, pipes and devices are skipped. Raises ValueError for a path that is
     neither a folder nor a text file, for what cannot be read, and for more than `MAX_FILES` files.
     """
     accepted = "accepted is a UTF-8 text file, or a folder of such files"
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISDIR(mode):
-            if not stat.S_ISREG(mode) or is_binary(path):
-                kind = "is a binary file" if stat.S_ISREG(mode) else "is no regular file"
+            if not stat.S_ISREG(mode) or not is_text(path):
+                kind = "is no UTF-8 text" if stat.S_ISREG(mode) else "is no regular file"
                 raise ValueError(f"TEXT: {path} {kind}; {accepted}")
             return {path.name: path.absolute()}, 0
-        files = list(islice(_walk(path.absolute(), os.path.realpath(without)), MAX_FILES + 1))
+        files = list(islice(walk_files(path.absolute(), without=without), MAX_FILES + 1))
         if len(files) > MAX_FILES:
             raise ValueError(f"TEXT: {path} holds more than {MAX_FILES:,} files; {accepted}")
-        texts = [f for f in files if stat.S_ISREG(f.lstat().st_mode) and not is_binary(f)]
+        texts = [file for file in files if is_regular(file) and is_text(file)]
     except OSError as error:
         raise ValueError(
             f"TEXT: cannot read {error.filename or path} ({error.strerror}); {accepted}"
@@ -110,27 +109,6 @@ def ordered(found: dict[str, Path], first: Sequence[str]) -> list[tuple[str, Pat
     """The files found, as (name, path), those named in `first` first."""
     names = [name for name in first if name in found]
     return [(name, found[name]) for name in dict.fromkeys([*names, *found])]
-
-
-def is_binary(path: Path) -> bool:
-    """Whether a regular file holds a null byte."""
-    with open_regular(path) as file:
-        return any(b"\0" in block for block in iter(lambda: file.read(BLOCK), b""))
-
-
-def _walk(folder: Path, without: str) -> Iterator[Path]:
-    """Every file below a folder that is not hidden. Links to folders are not followed."""
-
-    def fail(error: OSError):
-        raise error
-
-    for top, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(top, name)) != without
-        ]
-        yield from (Path(top, name) for name in names if not name.startswith("."))
 
 
 @functools.cache

@@ -96,7 +96,8 @@ def _decode(
     """One decode step. It never synchronises with the CPU, and moves `positions` on in place."""
     config = model.config
     slots = positions % config.window
-    table = rope_table(positions[:, None], config.head_dim, config.rope_base)
+    at = positions[:, None]
+    table = rope_table(at, config.head_dim, config.rope_base, config.rope_factors)
     rope = tuple(part.to(model.norm.weight.dtype) for part in table)  # once, not in every block
     x = model.embedding(token)
     for block, cache in zip(cast(Iterable[Block], model.lower), memory.lower):

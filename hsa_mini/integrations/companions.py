@@ -8,10 +8,10 @@ from typing import Any
 
 from hsa_mini.checkpoint.weights import CONFIG
 from hsa_mini.checks import quoted
+from hsa_mini.data.encoder import declared_end
 from hsa_mini.files.reading import read_bytes
-from hsa_mini.paths import TOKENIZER_FILE
+from hsa_mini.paths import TOKENIZER_CONFIG, TOKENIZER_FILE
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 OTHERS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", GENERATION)
 MAX_BYTES = 64 << 20
@@ -33,8 +33,7 @@ def read_companions(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         texts = {name: content.decode() for name, content in contents.items()}
         ids = _ids(json.loads(texts[TOKENIZER_FILE]))
         symbols = max(ids.values()) + 1
-        end = json.loads(texts.get(TOKENIZER_CONFIG, "{}")).get("eos_token")
-        end = end.get("content") if isinstance(end, dict) else end
+        end = declared_end(json.loads(texts.get(TOKENIZER_CONFIG, "{}")))
         end_id = ids.get(str(end))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{folder / TOKENIZER_FILE}: accepted is a file of `tokenizers`") from None

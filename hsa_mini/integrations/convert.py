@@ -3,7 +3,7 @@
 Embedding, window attention, MLPs and norms are those of the checkpoint. The chunk encoder and the
 HSA layers are new, and the output projections of the HSA layers are 0. So at first the model
 computes what the checkpoint computes with a sliding window in every layer. For texts within one
-window, this is what the checkpoint itself computes.
+window, this is what the checkpoint itself computes. `rope` translates its rotary positions.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.files.reading import read_json
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.integrations.companions import read_companions
+from hsa_mini.integrations.rope import read_rope
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 WITH_QK_NORM = ["Qwen3ForCausalLM"]
@@ -32,6 +33,7 @@ REQUIRED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 # Weights of the HSA model, and those of the checkpoint that make them up. Where there are two, the
 # rows of the second one stand below those of the first.
 OF_MODEL = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -52,12 +54,14 @@ OF_BLOCK = {
 @dataclass(frozen=True)
 class Source:
     """A checkpoint that can be converted: the configuration of the HSA model, and the file of each
-    weight of the checkpoint by its name. companions: see `read_companions`.
+    weight of the checkpoint by its name. companions: see `read_companions`. query_scale: see
+    `Rope`.
     """
 
     config: HSAConfig
     files: dict[str, Path]
     companions: dict[str, str]
+    query_scale: float
 
 
 def read_source(
@@ -84,8 +88,13 @@ def read_source(
         )
     values = read_json(folder / CONFIG)
     options: dict[str, Any] = dict(window=window, chunk_size=chunk_size, top_k=top_k, groups=groups)
-    config = HSAConfig(**options, **_sizes(values), **_layers(values, groups, lower_layers))
-    source = Source(config, _files(folder), read_companions(folder, values))
+    sizes = _sizes(values)
+    check_integer("head_dim", sizes["head_dim"], 1)
+    rope = read_rope(values, sizes["head_dim"])
+    sizes |= dict(rope_base=rope.base, rope_factors=rope.factors)
+    config = HSAConfig(**options, **sizes, **_layers(values, groups, lower_layers))
+    companions = read_companions(folder, values)
+    source = Source(config, _files(folder), companions, rope.query_scale)
     _check_weights(folder, source)
     return source
 
@@ -102,6 +111,10 @@ def convert(source: Source, *, seed: int = 0) -> HSAModel:
     for name, weight in tqdm(model.state_dict().items(), unit=" weights", delay=1):
         if names := _made_of(name, source.config):
             weight.copy_(torch.cat([_read(source, part) for part in names]))
+            if name.endswith(
+                ".swa.qkv.q_norm.weight" if source.config.qk_norm else ".swa.qkv.q.weight"
+            ):
+                weight *= source.query_scale
         elif name.endswith(".hsa.out.weight"):
             weight.zero_()
     return model.eval().requires_grad_(False)
@@ -115,10 +128,6 @@ def _sizes(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"architectures: got {quoted(architectures)}, accepted is one of {accepted}"
         )
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise ValueError(f"rope_type: got {quoted(kind)}, accepted is 'default'")
     for name, required in REQUIRED.items():
         if (got := values.get(name, required)) != required:
             raise ValueError(f"{name}: got {quoted(got)}, accepted is {required}")
@@ -139,7 +148,6 @@ def _sizes(values: dict[str, Any]) -> dict[str, Any]:
         retrieval_norm=True,
         qk_norm=architectures == WITH_QK_NORM,
         tied=values.get("tie_word_embeddings", False),
-        rope_base=rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
         norm_eps=values.get("rms_norm_eps", 1e-6),
     )
 
@@ -200,9 +208,16 @@ def _check_weights(folder: Path, source: Source) -> None:
         for part in names:  # equally many rows of each
             expected = [len(weight) // len(names), *weight.shape[1:]]
             with safe_open(source.files[part], framework="pt") as weights:
-                got = weights.get_slice(part).get_shape()
+                stored = weights.get_slice(part)
+                got = stored.get_shape()
+                dtype = stored.get_dtype()
             if got != expected:
                 raise ValueError(f"folder: {folder}: got {part} {got}, accepted is {expected}")
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"folder: {folder}: got {part} in {dtype}, accepted are weights that are not "
+                    f"quantised: {', '.join(DTYPES)}"
+                )
     if unused:
         raise ValueError(
             f"folder: {folder} has the weight {quoted(min(unused))}, for which there is no place"
@@ -212,7 +227,7 @@ def _check_weights(folder: Path, source: Source) -> None:
 def _read(source: Source, name: str) -> torch.Tensor:
     with safe_open(source.files[name], framework="pt") as weights:
         value = weights.get_tensor(name)
-    if not value.is_floating_point() or not is_finite(value):
+    if not is_finite(value):
         raise ValueError(f"{source.files[name]}: {name} is not a tensor of finite numbers")
     return value
 

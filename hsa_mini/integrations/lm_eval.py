@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hsa_mini.checks import quoted
+from hsa_mini.data.encoder import checkpoint_encoder
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, end_of_text, load_tokenizer
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import stream
@@ -57,10 +58,17 @@ class HSALM(TemplateLM):
     ) -> None:
         """pretrained: a model, or what `HSAModel.from_pretrained` takes. device: of a model that is
         loaded (default: a GPU if there is one). lm-eval passes the batch sizes; they are not used.
+
+        Raises ValueError for a folder with a tokenizer of its own.
         """
         super().__init__()
         if not isinstance(pretrained, HSAModel):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            if not checkpoint_encoder(pretrained).is_default:
+                raise ValueError(
+                    f"pretrained: {pretrained} has a tokenizer of its own, accepted is a model for "
+                    "the tokenizer of this project (lm-eval's own model `hf` accepts the others)"
+                )
             pretrained = HSAModel.from_pretrained(pretrained, device=device)
         self.model = pretrained
         self._device = next(pretrained.parameters()).device

@@ -27,7 +27,8 @@ class Arm:
     packed: how many short sequences share one row of the training length. With more than one, no
     token before the start of a short sequence helps to predict it.
     counted: which count of parameters equals the baseline's, "parameters" (all) or "active" (those
-    that one token uses).
+    that one token uses); or "mlp_width", where the MLPs are as wide as the baseline's and nothing
+    is made up for. share: the count is this share of the baseline's.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     training: TrainingChange = lambda scale, stage: {}
     packed: int = 1
     counted: str = field(default="parameters", kw_only=True)
+    share: float = field(default=1.0, kw_only=True)
 
     def config(self, scale: Scale) -> HSAConfig:
         """The configuration at this scale, with the width of its MLPs adapted."""
@@ -68,7 +70,9 @@ class Arm:
             "recipe": recipe_settings(self.recipe(scale, steps)),
             "evaluation": {
                 name: getattr(scale, name) for name in ("lengths", "questions", "texts", "tail")
-            },
+            }
+            | {name: x for name in ("points", "distractors") if (x := getattr(scale, name))}
+            | ({"crowds": dataclasses.asdict(scale.crowds)} if scale.crowds else {}),
         }
 
 
@@ -81,15 +85,17 @@ def _count(model: type[HSAModel], config: HSAConfig) -> dict[str, int]:
 
 @cache
 def _matched(arm: Arm, scale: Scale) -> HSAConfig:
-    """The arm's configuration, with MLPs so wide that `arm.counted` equals the baseline's, to the
-    nearest `MLP_STEP`.
+    """The arm's configuration, with MLPs so wide that `arm.counted` is `arm.share` of the
+    baseline's, to the nearest `MLP_STEP`.
     """
     config = dataclasses.replace(scale.config, **arm.changes(scale))
+    if arm.counted == "mlp_width":
+        return config
 
     def count(width: int) -> int:
         return _count(arm.model, dataclasses.replace(config, mlp_width=width))[arm.counted]
 
-    wanted = _count(HSAModel, scale.config)[arm.counted]
+    wanted = arm.share * _count(HSAModel, scale.config)[arm.counted]
     narrow = count(MLP_STEP)
     wide = count(2 * MLP_STEP)
     # The number of parameters is linear in the width.

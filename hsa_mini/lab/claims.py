@@ -126,7 +126,10 @@ class ClaimFinding:
     verdict: str
 
 
-def _claim(name: str, statement: str, *comparisons: tuple[str, str, Measure], **others) -> Claim:
+def make_claim(
+    name: str, statement: str, *comparisons: tuple[str, str, Measure], **others
+) -> Claim:
+    """A claim whose comparisons are (better arm, worse arm, measure)."""
     return Claim(name, statement, tuple(Comparison(*c) for c in comparisons), **others)
 
 
@@ -137,24 +140,24 @@ _S_NEAR = Measure("s_niah", NEAR)
 _VT_NEAR = Measure("vt", NEAR)
 _PERPLEXITY = Measure("perplexity", NEAR)
 CLAIMS = (
-    _claim(
+    make_claim(
         "positions",
         "without positions on far tokens, retrieval works beyond the training length;"
         " with RoPE it does not",
         ("hsa", "hsa_rope", _S), ("hsa", "full_rope", _S),
         other_arms=TEXTS, other_measures=(_S_NEAR, _PERPLEXITY, Measure("perplexity", FAR)),
     ),
-    _claim(
+    make_claim(
         "fusion",
         "chunks fused by their scores beat chunks that are selected and then concatenated",
         ("hsa", "concatenated", _MQ), ("hsa", "mean_key", _MQ),
         other_arms=("grouped_softmax",), other_measures=(_S,),
     ),
-    _claim(
+    make_claim(
         "encoder", "a landmark from an encoder beats a landmark from the mean of a chunk",
         ("hsa", "mean_landmark", _MQ), other_measures=(_S,),
     ),
-    _claim(
+    make_claim(
         "warm-up",
         "both warm-ups teach retrieval; with self-copies it reaches further, with a short window"
         " and every chunk kept the model predicts better",
@@ -163,44 +166,46 @@ CLAIMS = (
         ("warmup_self_copy", "warmup_short_window", _MQ),
         ("warmup_short_window", "warmup_self_copy", _PERPLEXITY),
     ),
-    _claim(
+    make_claim(
         "seesaw",
         "a window as long as the copy distance prevents the model from learning retrieval",
         ("hsa", "window_8x", _S), ("hsa", "window_16x", _S),
         other_arms=("window_4x",), other_measures=(_S_NEAR, _PERPLEXITY),
     ),
-    _claim(
+    make_claim(
         "effective context", "data with a short context teach no retrieval beyond that context",
         ("hsa", "data_short", _S), other_measures=(_S_NEAR,),
     ),
-    _claim(
+    make_claim(
         "sparse training",
         "retrieval survives sparsity in evaluation only if the model was trained sparse",
         ("hsa", "full_k", _S), other_arms=("no_noise",), other_measures=(_S_NEAR,),
     ),
-    _claim(
+    make_claim(
         "QK norm", "training needs a norm on queries and keys",
         ("hsa", "no_qk_norm", _PERPLEXITY), other_measures=(_S,),
     ),
-    _claim(
+    make_claim(
         "scale", "experts help where an answer takes several steps (VT)",
         ("moe_chains", "dense_chains", _VT_NEAR), other_measures=(_VT,),
     ),
-    _claim(
+    make_claim(
         "blindness", "a window alone does not see a needle beyond its edge",
         ("hsa", "window", _S_NEAR), other_measures=(_PERPLEXITY,),
     ),
 )  # fmt: skip
 
 
-def judge(records: Iterable[dict]) -> list[ClaimFinding]:
-    """A finding for every claim, from the records of full runs at scale "lab" with the settings
+def judge(
+    records: Iterable[dict], claims: Iterable[Claim] = CLAIMS, scale: str = "lab"
+) -> list[ClaimFinding]:
+    """A finding for every claim, from the records of full runs at this scale with the settings
     declared now.
     """
     runs: dict[str, list[dict]] = {}
-    for (arm, _), record in sorted(current(records).items()):
+    for (arm, _), record in sorted(current(records, scale).items()):
         runs.setdefault(arm, []).append(record)
-    return [_judge(claim, runs) for claim in CLAIMS]
+    return [_judge(claim, runs) for claim in claims]
 
 
 def _judge(claim: Claim, runs: dict[str, list[dict]]) -> ClaimFinding:

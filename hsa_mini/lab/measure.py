@@ -15,7 +15,7 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.lab.scales import Scale
 from hsa_mini.tasks.forms import TASKS
-from hsa_mini.tasks.placement import Sample, place, tile
+from hsa_mini.tasks.placement import place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
 TOKENS_AT_ONCE = 1 << 19  # tokens of all texts in a batch together
@@ -23,7 +23,8 @@ TOKENS_AT_ONCE = 1 << 19  # tokens of all texts in a batch together
 
 @torch.no_grad()
 def measure_arm(model: HSAModel, scale: Scale, *, seed: int = 1) -> dict[str, list[dict]]:
-    """A row per length for every task, for "perplexity" and for "copy".
+    """A row per length for every task, for "perplexity" and for "copy", and for "crowded" if the
+    scale has distractors.
 
     Text and keys are held out, and the same for every model.
     """
@@ -35,11 +36,24 @@ def measure_arm(model: HSAModel, scale: Scale, *, seed: int = 1) -> dict[str, li
     }
     found["perplexity"] = [perplexity_row(model, scale, tokens, corpus, seed) for tokens in lengths]
     found["copy"] = [copy_row(model, scale, tokens, corpus, seed) for tokens in lengths]
+    if scale.distractors:
+        crowded = [multiple * scale.stage.tokens for multiple in scale.crowded_multiples]
+        options = {"distractors": scale.distractors}
+        found["crowded"] = [
+            task_row(model, scale, "s_niah", tokens, corpus, seed, **options) for tokens in crowded
+        ]
     return found
 
 
 def task_row(
-    model: HSAModel, scale: Scale, task: str, tokens: int, corpus: np.ndarray, seed: int
+    model: HSAModel,
+    scale: Scale,
+    task: str,
+    tokens: int,
+    corpus: np.ndarray,
+    seed: int,
+    *,
+    distractors: int = 0,
 ) -> dict:
     """Questions of one task over texts of one length, at depths from 0 to 1.
 
@@ -51,36 +65,37 @@ def task_row(
         text = tile(corpus, tokens, int(rng.integers(len(corpus))))
         sample = place(
             rng,
-            TASKS[task](rng),
+            TASKS[task](rng, distractors=distractors),
             tokens=tokens,
             depth=float(depth),
             chunk_size=model.config.chunk_size,
             window=scale.config.window,  # not the arm's, so that all arms get the same questions
         )
         samples.append((sample.apply(text), sample))
-    correct = 0
-    for batch in _batches(samples, tokens):
+    right: list[bool] = []
+    for batch in batches(samples, tokens):
         ids = torch.from_numpy(np.stack([ids for ids, _ in batch]))
         ids = ids.to(model.norm.weight.device)
-        correct += _count_correct(model, ids, [sample for _, sample in batch])
+        right += right_answers(model, ids, [sample.answer for _, sample in batch])
+    correct = sum(right)
     return {
         "tokens": tokens,
         "samples": len(samples),
         "correct": correct,
         "accuracy": correct / len(samples),
+        "right": list(map(int, right)),  # every question has a text of its own
     }
 
 
-def _count_correct(model: HSAModel, ids: torch.Tensor, samples: list[Sample]) -> int:
-    """How many of the greedy answers to the prompts ids [B, T] are correct."""
-    answers = np.stack([sample.answer.astype(np.int64) for sample in samples])
-    wanted = torch.from_numpy(answers).to(ids.device)
+def right_answers(model: HSAModel, ids: torch.Tensor, answers: list[np.ndarray]) -> list[bool]:
+    """Whether the greedy answer to each of the prompts ids [B, T] is right."""
+    wanted = torch.from_numpy(np.stack(answers).astype(np.int64)).to(ids.device)
     output = prefill(model, ids)
     made = []
     for _ in range(wanted.shape[1]):
         made.append(output.logits[:, -1:].argmax(dim=-1))
         output = model(made[-1], output.memory)
-    return int((torch.cat(made, dim=1) == wanted).all(dim=1).sum())
+    return (torch.cat(made, dim=1) == wanted).all(dim=1).tolist()
 
 
 def perplexity_row(
@@ -105,6 +120,8 @@ def perplexity_row(
         "tokens": tokens,
         "scored": losses.numel(),
         "perplexity": losses.double().mean().exp().item(),
+        # of every text, in nats per token; the texts end alike at every length
+        "losses": [round(loss, 5) for loss in losses.double().mean(dim=1).tolist()],
     }
 
 
@@ -131,12 +148,12 @@ def _tails(
     model: HSAModel, scale: Scale, texts: list[np.ndarray]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits float32 [B, tail, vocabulary] and targets [B, tail] of the ends of the texts."""
-    for batch in _batches(texts, len(texts[0])):
+    for batch in batches(texts, len(texts[0])):
         ids = torch.from_numpy(np.stack(batch).astype(np.int64)).to(model.norm.weight.device)
         yield prefill(model, ids[:, :-1], last=scale.tail).logits.float(), ids[:, -scale.tail :]
 
 
-def _batches(texts: list, tokens: int) -> Iterator[list]:
+def batches(texts: list, tokens: int) -> Iterator[list]:
     """The texts in lists of at most `TOKENS_AT_ONCE` tokens, or of a single text."""
     size = max(TOKENS_AT_ONCE // tokens, 1)
     return (texts[i : i + size] for i in range(0, len(texts), size))

@@ -8,10 +8,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from hsa_mini.files.whole_file import write_file
-from hsa_mini.lab.arms import ARMS
+from hsa_mini.lab.rounds import arms_of
 from hsa_mini.lab.scales import SCALES
 
 RunKey = tuple[str, int]  # name of the arm, seed
@@ -66,14 +67,18 @@ def current(
 
     Records of other settings, another scale or another number of steps are left out.
     """
-    declared = {
-        name: json.loads(json.dumps(arm.settings(SCALES[scale], steps)))
-        for name, arm in ARMS.items()
-    }
+    arms = arms_of(scale)
+
+    @cache
+    def declared(arm: str) -> dict:
+        return json.loads(json.dumps(arms[arm].settings(SCALES[scale], steps)))
+
     return {
         (record["arm"], record["seed"]): record
         for record in records
-        if record["arm"] in declared and _agrees(record["settings"], declared[record["arm"]])
+        if record["arm"] in arms
+        and record["settings"].get("scale", scale) == scale
+        and _agrees(record["settings"], declared(record["arm"]))
     }
 
 

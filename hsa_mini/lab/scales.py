@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from hsa_mini.config import PRESETS, HSAConfig
+from hsa_mini.lab.capacity.crowds import Crowds
 from hsa_mini.training.mixture import Mixture
 from hsa_mini.training.recipes import Stage
 
@@ -19,6 +20,11 @@ class Scale:
     multiples: lengths of evaluation, as multiples of the training length.
     questions: how many per task and length. texts: how many per length, for perplexity and copies.
     tail: tokens scored at the end of each text.
+    points: how many times in the last stage the held-out loss is measured, at the lengths of
+    `curve_multiples`.
+    distractors: further needles in the texts of the measure "crowded", which is S-NIAH at the
+    lengths of `crowded_multiples`; 0: it is not measured.
+    crowds: for the scale "capacity", which is measured in texts crowded with needles only.
     """
 
     name: str
@@ -31,6 +37,11 @@ class Scale:
     questions: int = 32
     texts: int = 16
     tail: int = 256
+    points: int = 0
+    curve_multiples: tuple[int, ...] = (1, 4)
+    distractors: int = 0
+    crowded_multiples: tuple[int, ...] = (16, 64)
+    crowds: Crowds | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -98,4 +109,16 @@ TINY = Scale(
     texts=2,
     tail=64,
 )
-SCALES = {scale.name: scale for scale in (LAB, TINY)}
+# As LAB, four times as long.
+SETTLED = dataclasses.replace(
+    LAB,
+    name="settled",
+    stage=dataclasses.replace(LAB.stage, steps=5350),
+    questions=64,
+    texts=32,
+    points=12,
+    distractors=192,
+)
+# As LAB, for models that are asked in texts crowded with needles.
+CAPACITY = dataclasses.replace(LAB, name="capacity", crowds=Crowds())
+SCALES = {scale.name: scale for scale in (LAB, TINY, SETTLED, CAPACITY)}

@@ -267,7 +267,8 @@ class HSACore(nn.Module):
 
     def _rope(self, position: int, tokens: int, device: torch.device):
         positions = torch.arange(position, position + tokens, device=device)
-        return rope_table(positions, self.config.head_dim, self.config.rope_base)
+        config = self.config
+        return rope_table(positions, config.head_dim, config.rope_base, config.rope_factors)
 
     def check_ids(
         self, ids: torch.Tensor, memory: ChunkMemory | None, *, wait: bool = True

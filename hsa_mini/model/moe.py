@@ -72,24 +72,31 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shared = self.shared(x)
         tokens = x.flatten(0, -2)  # [B, T, C] -> [M, C]
-        expert_offsets, token_indices, inverse_order, topk_scores = ops.dispatch(
-            self.router(tokens), self.bias, self.top_k
-        )
+        choice = ops.dispatch(self.router(tokens), self.bias, self.top_k)
         if self.training and self.tokens_per_expert is not None:
-            ends = expert_offsets.long()
+            ends = choice[0].long()
             self.tokens_per_expert += ends.diff(prepend=ends.new_zeros(1))
         # Autocast casts linear maps, but not grouped ones.
-        dtype = shared.dtype
-        routed = ops.grouped_experts(
-            tokens.to(dtype),
+        return shared + self.run_experts(tokens.to(shared.dtype), *choice).reshape(x.shape)
+
+    def run_experts(
+        self,
+        tokens: torch.Tensor,
+        expert_offsets: torch.Tensor,
+        token_indices: torch.Tensor,
+        inverse_order: torch.Tensor,
+        topk_scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """tokens [M, C] and the results of `ops.dispatch` for them -> [M, C]."""
+        return ops.grouped_experts(
+            tokens,
             expert_offsets,
             token_indices,
             inverse_order,
             topk_scores,
-            self.up_and_gate.to(dtype),
-            self.down.to(dtype),
+            self.up_and_gate.to(tokens.dtype),
+            self.down.to(tokens.dtype),
         )
-        return shared + routed.reshape(x.shape)
 
     def count_tokens(self) -> None:
         """Start to count the tokens of every expert, from 0."""

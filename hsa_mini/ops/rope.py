@@ -3,11 +3,16 @@
 HSA has no positions.
 """
 
+import functools
+
 import torch
 
 
-def rope_table(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions [T], or [B, T] -> cos and sin, float32 [..., T, dim/2].
+def rope_table(
+    positions: torch.Tensor, dim: int, base: float, factors: tuple[float, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions [T], or [B, T] -> cos and sin, float32 [..., T, dim/2]. factors: of the frequencies
+    base^(-2i/dim), one each; () stands for 1.
 
     Angles are computed in float64, because at position 16M a float32 angle would be wrong by a
     whole radian.
@@ -15,8 +20,16 @@ def rope_table(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.Te
     frequencies = base ** (
         -torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
     )
+    if factors:
+        frequencies = frequencies * _on_device(factors, positions.device)
     angles = positions.double()[..., None] * frequencies
     return angles.cos().float(), angles.sin().float()
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(factors: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept, because a decode step must not copy from the CPU."""
+    return torch.tensor(factors, dtype=torch.float64, device=device)
 
 
 def apply_rope(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

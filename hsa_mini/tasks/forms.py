@@ -16,7 +16,7 @@ import numpy as np
 from hsa_mini.checks import check_integer
 from hsa_mini.tasks.chains import draw_chains
 from hsa_mini.tasks.needles import ask, draw_needles
-from hsa_mini.tasks.sentences import Question, encode
+from hsa_mini.tasks.sentences import Encode, Question, encode
 
 NEEDLES = 6
 CHAINS = 2
@@ -33,12 +33,14 @@ class Problem:
     sentences: tuple[str, ...]
     question: Question
 
-    def min_tokens(self, chunk_size: int, window: int, *, border: bool = False) -> int:
+    def min_tokens(
+        self, chunk_size: int, window: int, *, border: bool = False, encode: Encode = encode
+    ) -> int:
         """The length in tokens of the shortest text that may hold this problem.
 
         The first sentence must fit outside the window, and the sentences may cover at most half of
         the text. With `border` each sentence also needs a border between two chunks to itself.
-        Raises ValueError for sizes below 1.
+        encode: the course's tokenizer, or the model's own. Raises ValueError for sizes below 1.
         """
         check_integer("chunk_size", chunk_size, 1)
         check_integer("window", window, 1)

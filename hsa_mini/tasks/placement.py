@@ -9,7 +9,7 @@ import numpy as np
 
 from hsa_mini.checks import check_integer, check_number
 from hsa_mini.tasks.forms import Problem
-from hsa_mini.tasks.sentences import encode
+from hsa_mini.tasks.sentences import Encode, encode
 
 MAX_TRIES = 100_000  # places drawn for one stretch
 
@@ -41,9 +41,9 @@ class Sample:
             ids[first : first + len(patch)] = patch
         return ids
 
-    def first_chunks(self, chunk_size: int) -> list[int]:
+    def first_chunks(self, chunk_size: int, *, encode: Encode = encode) -> list[int]:
         """The chunks that hold a token of the first sentence: the needle asked for, or the head of
-        the chain. Raises ValueError for a chunk_size below 1.
+        the chain. encode: see `place`. Raises ValueError for a chunk_size below 1.
         """
         check_integer("chunk_size", chunk_size, 1)
         last = self.start + len(encode(self.problem.sentences[0])) - 1
@@ -60,6 +60,7 @@ def place(
     window: int,
     border: bool = False,
     absent: bool = False,
+    encode: Encode = encode,
 ) -> Sample:
     """Place the problem in a text of exactly `tokens` tokens: the first sentence at `depth`, the
     others at random.
@@ -68,11 +69,12 @@ def place(
     chunk outside the window.
     border: every sentence moves so that it crosses the nearest border between two chunks.
     absent: the sentences that the question needs are left out.
+    encode: the course's tokenizer, or the model's own.
     Raises ValueError if depth is outside 0..1, a size is below 1 or the text is too short.
     """
     check_number("depth", depth, 0, 1)
     check_integer("tokens", tokens, 1)
-    min_tokens = problem.min_tokens(chunk_size, window, border=border)
+    min_tokens = problem.min_tokens(chunk_size, window, border=border, encode=encode)
     if tokens < min_tokens:
         raise ValueError(f"tokens: got {tokens}, accepted are at least {min_tokens}")
     question = encode(problem.question.text)

@@ -7,6 +7,7 @@ ever trained on.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,9 @@ MAX_KEYS = {True: 12_000, False: 108_000}
 TRAINING = 1
 EVALUATION = 2
 DEMO = 3
+
+
+Encode = Callable[[str], np.ndarray]  # text -> ids [tokens]
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,8 @@ def mixture_loss_in_pieces(
 
 
 def part_counts(parts: torch.Tensor) -> torch.Tensor:
-    """The numbers float32 [3] of text, copy and answer tokens among parts; at least 1 each."""
-    counts = [(parts == part).float().sum() for part in (TEXT, COPY, ANSWER)]
-    return torch.stack(counts).clamp(min=1)
+    """The numbers float32 [3] of text, copy and answer tokens among parts."""
+    return torch.stack([(parts == part).float().sum() for part in (TEXT, COPY, ANSWER)])
 
 
 def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +82,7 @@ def _sum_of_means(
     counts: torch.Tensor | None,
 ) -> Loss:
     parts = parts.flatten()
-    counts = part_counts(parts) if counts is None else counts
+    counts = (part_counts(parts) if counts is None else counts).clamp(min=1)
     masks = [(parts == part).float() for part in (TEXT, COPY, ANSWER)]
     means = [(losses * mask).sum() / count for mask, count in zip(masks, counts)]
     accuracy = (correct * masks[2]).sum() / counts[2]

@@ -229,7 +229,7 @@ class _Run:
     def save_final(self, tokenizer: dict[str, str]) -> None:
         """Write the finished model: weights, the log, and training.json (how they were made).
 
-        tokenizer: the file of the user's tokenizer, name -> content, if there is one.
+        tokenizer: the files of the user's tokenizer, name -> content, if there is one.
         """
         trainer = self.trainer
         recipe = trainer.recipe
@@ -246,7 +246,7 @@ class _Run:
             counted = prefetch(self.batches, steps, device=trainer.device)
             how["imbalance"] = trainer.max_over_mean_loads(counted)
         if tokenizer:
-            (how["tokenizer"],) = tokenizer
+            how["tokenizer"] = next(iter(tokenizer))
         texts = {LOG: self.rows.text, "training.json": json.dumps(how, indent=1) + "\n"}
         texts |= tokenizer
         trainer.model.save_pretrained(

@@ -18,6 +18,7 @@ from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import Loss, mixture_loss, mixture_loss_in_pieces, part_counts
 from hsa_mini.training.optimizers.master_weights import MasterWeights
+from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
 from hsa_mini.training.recipes import Recipe, Stage
 
 
@@ -50,6 +51,7 @@ def train_step(
     document_starts: torch.Tensor | None = None,
     *,
     master: MasterWeights | None = None,
+    ranks: OneProcess = ONE_PROCESS,
 ) -> StepFigures:
     """Train `model` on one batch of `stage`; returns the figures of the step, still on the device.
 
@@ -57,11 +59,12 @@ def train_step(
     part of a document's first token is NONE: no other document predicts it. The batch is read in
     `recipe.accumulate` parts of equal size, whose gradients are added. The learning rate `rate` and
     the noise seed `noise` of the first part are tensors []. master: the weights that `optimizer`
-    changes, if they are not those of `model`.
+    changes, if they are not those of `model`. ranks: the processes of which each trains on a part
+    of the batch.
     """
     for group in optimizer.param_groups:
         group["lr"].copy_(rate)
-    counts = part_counts(parts[:, 1:])
+    counts = ranks.total(part_counts(parts[:, 1:]))
     starts = repeat(None) if document_starts is None else document_starts.chunk(recipe.accumulate)
     sums: list[torch.Tensor] = []
     micro_batches = zip(ids.chunk(recipe.accumulate), parts.chunk(recipe.accumulate), starts)
@@ -78,13 +81,13 @@ def train_step(
         found = (loss.detach(), *means, accuracy)
         sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
     trained = model.parameters() if master is None else master.masters
-    norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+    norm = ranks.clip_gradients(trained, recipe.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if master is not None:
         master.write_back()
-    load = balance_experts(model, recipe.balance_rate, ids.device)
-    return StepFigures._make((*sums, norm, load))
+    load = balance_experts(model, recipe.balance_rate, ids.device, ranks)
+    return StepFigures._make((*ranks.total(torch.stack(sums)), norm, load))
 
 
 def forward_and_loss(
@@ -150,19 +153,24 @@ def fill_queue(queue: ChunkQueue, output: Output) -> None:
     queue.push(encoded, torch.arange(B // 3, device=encoded.k.device))
 
 
-def balance_experts(model: HSAModel, rate: float, device: torch.device) -> torch.Tensor:
-    """Update all router biases; returns the largest max-over-mean load [] (1 without MoE)."""
-    loads = [
-        layer.update_bias(rate).max_over_mean_load
-        for layer in model.modules()
-        if isinstance(layer, MoE)
-    ]
+def balance_experts(
+    model: HSAModel, rate: float, device: torch.device, ranks: OneProcess = ONE_PROCESS
+) -> torch.Tensor:
+    """Update all router biases by the tokens of all processes; returns the largest max-over-mean
+    load [] (1 without MoE).
+    """
+    layers = _counted_layers(model, ranks)
+    loads = [layer.update_bias(rate).max_over_mean_load for layer in layers]
     return torch.stack(loads).max() if loads else torch.ones((), device=device)
 
 
 @torch.no_grad()
 def max_over_mean_loads(
-    model: HSAModel, stage: Stage, queue: ChunkQueue, batches: Iterable[tuple[torch.Tensor, ...]]
+    model: HSAModel,
+    stage: Stage,
+    queue: ChunkQueue,
+    batches: Iterable[tuple[torch.Tensor, ...]],
+    ranks: OneProcess = ONE_PROCESS,
 ) -> list[float]:
     """The max-over-mean load of every MoE layer over all batches (ids, parts) or (ids, parts,
     document_starts), without training.
@@ -174,9 +182,17 @@ def max_over_mean_loads(
         forward_with_queue(model, stage, queue, ids[:, :-1], gumbel_noise=False, **options)
     return [
         round(layer.statistics().max_over_mean_load.item(), 3)
-        for layer in model.modules()
-        if isinstance(layer, MoE)
+        for layer in _counted_layers(model, ranks)
     ]
+
+
+def _counted_layers(model: HSAModel, ranks: OneProcess) -> list[MoE]:
+    """All MoE layers. They have now counted the tokens of all processes."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    for layer in layers:
+        if layer.tokens_per_expert is not None:
+            ranks.total(layer.tokens_per_expert)
+    return layers
 
 
 def noise_seed(seed: int, step: int) -> int:

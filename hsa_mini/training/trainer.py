@@ -19,6 +19,7 @@ from hsa_mini.ops.choice import runs_kernels
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.optimizers.master_weights import MasterWeights
+from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
 from hsa_mini.training.recipes import Recipe
 from hsa_mini.training.state_check import check_state
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
@@ -28,8 +29,11 @@ class Trainer:
     """A model in training: its optimizer, chunk queue, and one recorded step for each stage.
 
     model: trained in place. models: stage -> a model with the window and K of that stage; all of
-    them share the parameters of `model`. step: how many steps have been taken.
+    them share the parameters of `model`. step: how many steps have been taken. ranks: the
+    processes that train together.
     """
+
+    ranks: OneProcess = ONE_PROCESS
 
     def __init__(self, model: HSAModel, recipe: Recipe, *, seed: int = 0) -> None:
         """model: in training mode, on its final device. seed: that of the Gumbel noise."""
@@ -75,7 +79,9 @@ class Trainer:
         # step.
         ids, parts, *starts = (part.to(self.device, non_blocking=True) for part in batch)
         rate = torch.full((), self.recipe.rate(self.step), device=self.device)
-        first = self.step * self.recipe.accumulate  # every part of a step has noise of its own
+        # Every part of a step has noise of its own.
+        share = self.step * self.ranks.data_ranks + self.ranks.data_rank
+        first = share * self.recipe.accumulate
         noise = torch.full((), noise_seed(self.seed, first), device=self.device)
         figures = self._steps[self.recipe.stage(self.step)](ids, parts, rate, noise, *starts)
         self.step += 1
@@ -109,6 +115,7 @@ class Trainer:
         weights = _model_state(self.model)
         parts = {"optimizer": self.optimizer, "queue": self.queue, "config": self.model.config}
         check_state(tensors, step=step, weights=weights, **parts)
+        tensors = self._placed(tensors)
         for name, value in weights.items():
             value.copy_(tensors[f"model.{name}"])
         if self.master is not None:
@@ -124,6 +131,10 @@ class Trainer:
         self.queue.stores = tuple(tensors[name].to(self.device) for name in names) or None
         torch.set_rng_state(tensors["rng"])
         self.step = step
+
+    def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this process keeps of a state."""
+        return tensors
 
 
 def with_shared_parameters(model: HSAModel, config: HSAConfig) -> HSAModel:

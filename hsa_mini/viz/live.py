@@ -1,6 +1,6 @@
 """A picture of a computation in progress: redrawn in the place where it was first shown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from IPython.display import display
 
@@ -33,3 +33,8 @@ class LivePicture:
         else:
             places = [display(data, display_id=True, **options) for data, options in shown]
             self._places = [place for place in places if place]  # outside of Jupyter there is none
+
+    def follow(self, computation: Iterable) -> None:
+        """Show every value that a computation yields, as it comes."""
+        for value in computation:
+            self.paint(value)

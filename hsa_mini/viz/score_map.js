@@ -10,25 +10,10 @@ const RED = "#D55E00", BLUE = "#0072B2";
 const HEIGHT = 360, TOP = 26, BOTTOM = 44, LEFT = 52, GAP = 84, NUMBER = 60;
 const NARROW = 680; // below this width the bars stand under the map
 
-// The colours of JupyterLab's theme; those after || are for pages without one.
-function theme(canvas) {
-  const style = getComputedStyle(canvas);
-  const value = (name) => style.getPropertyValue(name).trim();
-  return {
-    paper: value("--jp-layout-color0") || "#FFFFFF",
-    ink: value("--jp-content-font-color1") || "#222222",
-    pale: value("--jp-layout-color2") || "#EDEDED",
-  };
-}
-
 function color(share) {
   const place = Math.min(Math.max(share, 0), 1) * (HEAT.length - 1);
   const low = Math.min(Math.floor(place), HEAT.length - 2);
   return HEAT[low].map((part, c) => Math.round(part + (place - low) * (HEAT[low + 1][c] - part)));
-}
-
-function typed(view, Kind) {
-  return new Kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 }
 
 function read(model) {
@@ -144,17 +129,17 @@ function describe({ K, indices, weights }, token) {
 }
 
 function render({ model, el }) {
-  const canvas = document.createElement("canvas");
+  const canvas = sliderCanvas(model);
   const line = document.createElement("div");
-  canvas.style.cssText = `width: 100%; max-width: 1150px; display: block; cursor: crosshair`;
   line.style.cssText = "padding: 4px 0; font-size: 14px";
-  for (const [name, value] of Object.entries({
-    tabindex: "0", role: "slider", "aria-label": model.get("alt"), "aria-valuemin": "0", "data-lm-suppress-shortcuts": "true",
-  })) canvas.setAttribute(name, value);
   el.append(canvas, line);
 
-  let numbers, map, box, width = 320;
-  const redraw = () => {
+  let numbers, map, box;
+  const load = () => {
+    numbers = read(model);
+    map = paintMap(numbers);
+  };
+  const redraw = (width) => {
     const token = Math.min(model.get("token"), numbers.T - 1);
     box = draw(canvas, width, numbers, map, token);
     line.textContent = describe(numbers, token);
@@ -162,48 +147,15 @@ function render({ model, el }) {
     canvas.setAttribute("aria-valuenow", token);
     canvas.setAttribute("aria-valuetext", line.textContent);
   };
-  const reload = () => {
-    numbers = read(model);
-    map = paintMap(numbers);
-    redraw();
-  };
-  const move = (token) => {
-    model.set("token", Math.min(Math.max(token, 0), numbers.T - 1));
-    model.save_changes();
-  };
+  const last = () => numbers.T - 1;
+  const page = (token, way) => token + way * Math.ceil(numbers.T / numbers.N);
+  const { move, end } = live({ model, canvas, name: "token", last, page, load, redraw });
   canvas.addEventListener("pointermove", (event) => {
     const { left } = canvas.getBoundingClientRect();
     const share = (event.clientX - left - box.x) / box.w;
     if (share >= 0 && share < 1) move(Math.floor(share * numbers.T));
   });
-  canvas.addEventListener("keydown", (event) => {
-    const token = model.get("token"), leap = Math.ceil(numbers.T / numbers.N);
-    const goal = {
-      ArrowLeft: token - 1, ArrowDown: token - 1, PageDown: token - leap, Home: 0,
-      ArrowRight: token + 1, ArrowUp: token + 1, PageUp: token + leap, End: numbers.T - 1,
-    }[event.key];
-    if (goal === undefined) return;
-    event.preventDefault();
-    event.stopPropagation();
-    move(goal);
-  });
-  model.on("change:token", redraw);
-  model.on("change:data", reload);
-  // The width is not read while the theme changes, because the page has no layout for a moment.
-  const resized = new ResizeObserver(([{ contentRect }]) => {
-    width = Math.max(contentRect.width, 320);
-    redraw();
-  });
-  const themed = new MutationObserver(() => requestAnimationFrame(redraw));
-  reload();
-  resized.observe(canvas);
-  themed.observe(document.body, { attributeFilter: ["data-jp-theme-light"] });
-  return () => {
-    resized.disconnect();
-    themed.disconnect();
-    model.off("change:token", redraw);
-    model.off("change:data", reload);
-  };
+  return end;
 }
 
 export default { render };

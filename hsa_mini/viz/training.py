@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from hsa_mini.lab.capacity.law import Law, Point
 from hsa_mini.lab.claims import NOT_RUN
+from hsa_mini.lab.settled.curves import Ratio
 from hsa_mini.viz.style import (
     BLUE,
     GREEN,
@@ -92,6 +95,28 @@ def step_curves(
     hide_frame(ax)
 
 
+def loss_and_share(
+    figure: Figure,
+    steps,
+    losses: dict,
+    shares: dict,
+    *,
+    ends: Sequence[int],
+    within: tuple[int, int],
+    share: str = "share",
+    top: float = 1.0,
+) -> None:
+    """Left, losses over the steps; right, shares named `share`, from 0 to `top` or to the largest.
+    The rest is as in `step_curves`.
+    """
+    left, right = figure.subplots(1, 2)
+    step_curves(left, steps, losses, ends=ends, within=within)
+    step_curves(right, steps, shares, ends=ends, within=within)
+    measured = [value for values in shares.values() for value in values if np.isfinite(value)]
+    left.set(ylabel="loss of a batch", ylim=(0, None))
+    right.set(ylabel=share, ylim=(0, 1.02 * max(top, *measured)))
+
+
 def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> None:
     """One figure of the training steps in several runs: one line per seed, ends of stages marked.
 
@@ -114,6 +139,45 @@ def learning_curves(ax: Axes, runs: Mapping[str, Sequence[dict]], name: str) -> 
         ax.legend(frameon=False, fontsize=10)
     else:
         empty_picture(ax, "nothing was measured" if any(runs.values()) else NOT_RUN)
+    hide_frame(ax)
+
+
+def ratio_curves(ax: Axes, curves: Mapping[str, Sequence[Ratio]]) -> None:
+    """Perplexity over that of another arm against the tokens seen, with its 95% interval.
+
+    curves: name -> the points of `lab.settled.curves.ratio_curve`. At 1 both arms are equal.
+    """
+    for (name, curve), (color, line) in zip(curves.items(), LOOKS):
+        seen = [point.seen / 1e6 for point in curve]
+        ratios = [point.ratio for point in curve]
+        ax.plot(seen, ratios, color=color, linestyle=line, linewidth=2, marker="o", label=name)
+        low = [point.low for point in curve]
+        high = [point.high for point in curve]
+        ax.fill_between(seen, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.axhline(1, color=GREY, linewidth=1, linestyle=":", zorder=0)
+    ax.set(xlabel="million tokens seen", ylabel="ratio of perplexities")
+    ax.legend(frameon=False, fontsize=10)
+    hide_frame(ax)
+
+
+def capacity(ax: Axes, points: Sequence[Point], law: Law) -> None:
+    """The share of right answers against the needles in a chunk: marks are measured, lines are the
+    law. One colour for each group of equal S, R, K and M, for the first five of them.
+    """
+    groups: dict[tuple[int, ...], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.S, point.R, point.K, point.M), []).append(point)
+    for (sizes, group), (color, line) in zip(sorted(groups.items()), LOOKS):
+        needles = np.array(sorted(point.n for point in group))
+        share = [point.correct / point.samples for point in group]
+        ax.plot([point.n for point in group], share, "o", color=color)
+        between = np.geomspace(needles[0], needles[-1], 50)
+        label = ", ".join(f"{name} {size}" for name, size in zip("SRKM", sizes))
+        expected = [law.accuracy(n, *sizes) for n in between]
+        ax.plot(between, expected, color=color, linestyle=line, linewidth=2, label=label)
+    ax.set(xscale="log", xlabel="needles in a chunk", ylabel="share of right answers")
+    ax.set_ylim(-0.03, 1.03)
+    ax.legend(frameon=False, fontsize=10)
     hide_frame(ax)
 
 

@@ -32,6 +32,7 @@ MIN_SCALE = 0.7  # labels stay readable
 PATIENCE_SECONDS = 0.5
 BUSY = "The kernel is busy. The picture follows."
 HERE = Path(__file__).parent
+CANVAS = (HERE / "canvas.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class ScoreMap(anywidget.AnyWidget):
     data: shape [T, N, K] and the bytes of scores, indices and weights, all set at once.
     """
 
-    _esm = HERE / "score_map.js"
+    _esm = CANVAS + (HERE / "score_map.js").read_text(encoding="utf-8")
     data = traitlets.Dict().tag(sync=True)
     token = traitlets.Int(0).tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)

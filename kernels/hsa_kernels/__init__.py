@@ -5,6 +5,7 @@ A package per operation: `attention` (chunk attention), `retrieval`, `decoding`,
 """
 
 from hsa_kernels.attention.operator import chunk_attention
+from hsa_kernels.common.interpreter import check_interpreter
 from hsa_kernels.decoding.operator import decode
 from hsa_kernels.experts.dispatch import dispatch
 from hsa_kernels.experts.grouped_experts import grouped_experts
@@ -12,6 +13,8 @@ from hsa_kernels.host.fetch import fetch
 from hsa_kernels.retrieval.operator import retrieve
 from hsa_kernels.window.update_window_cache import update_window_cache
 from hsa_kernels.window.window_decode_attention import window_decode_attention
+
+check_interpreter()
 
 __all__ = [
     "chunk_attention",

@@ -7,6 +7,7 @@ Works on a copy of the notebooks, with settings of its own. CHROMIUM names the b
 on the PATH.
 """
 
+import functools
 import json
 import os
 import re
@@ -21,7 +22,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from material import words
 from nbformat.v4 import new_code_cell, new_notebook
+
+from hsa_mini import HSAModel
+from hsa_mini.index.build import build_index
+from hsa_mini.viz.retrieval import asking
+from hsa_mini.viz.retrieval.picture import shown_words
+from hsa_mini.viz.retrieval.stored import look_up, open_index
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab")
@@ -166,6 +174,7 @@ def _environment(home: Path) -> dict:
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTER_CONFIG_PATH": str(ROOT / "notebooks" / ".jupyter"),
         "PYTHONPATH": path,
+        "HSA_MINI_TOKENS": "16384",  # of 00, which otherwise reads a million
     }
 
 
@@ -331,6 +340,17 @@ def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
         assert image.evaluate("image => image.clientWidth / image.naturalWidth") > 0.69
 
 
+def test_stored_pictures_are_dark_in_the_dark_theme_before_anything_runs(open_notebook):
+    page = open_notebook("notebooks/03_retrieval.ipynb")
+    menu(page, "Settings", "Theme")
+    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
+    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+    images = page.locator(".jp-OutputArea img")
+    assert images.count() == pictures_of(code_cells("03_retrieval.ipynb"))
+    for image in images.all():
+        assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
+
+
 def code_cells(name: str) -> list[dict]:
     stored = json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8"))["cells"]
     return [cell for cell in stored if cell["cell_type"] == "code"]
@@ -355,9 +375,20 @@ CHOSEN = ".hsa-token[aria-checked=true]"
 
 
 @pytest.fixture
-def explorer(lab, open_notebook):
-    """The explorer in a notebook of its own, and what the browser's console has complained of."""
-    cell = new_code_cell(EXPLORER.format(text=str(ROOT / "CONTRIBUTING.md")))
+def open_explorer(lab, open_notebook):
+    """A function that opens the explorer of a text or an index in a notebook of its own, and keeps
+    what the browser's console complains of.
+    """
+    return functools.partial(_open_explorer, lab, open_notebook)
+
+
+@pytest.fixture
+def explorer(open_explorer):
+    return open_explorer(ROOT / "CONTRIBUTING.md")
+
+
+def _open_explorer(lab, open_notebook, text: Path):
+    cell = new_code_cell(EXPLORER.format(text=str(text)))
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     nbformat.write(new_notebook(cells=[cell], metadata=kernel), lab.root / "explorer.ipynb")
     page = open_notebook("explorer.ipynb")
@@ -434,6 +465,9 @@ def test_the_explorer_keeps_its_picture_and_says_what_it_needs(lab, explorer):
     page.locator(CHOSEN).focus()
     page.keyboard.press("ArrowLeft")  # the picture needs no kernel
     assert page.locator(SUMMARY).text_content() != before
+    page.get_by_role("button", name="Drop chunk").first.press("Enter")
+    said = page.locator(".hsa-what-if [role=status]")
+    expect(said).to_have_text(re.compile("^The kernel is busy or has stopped"))
 
 
 def test_the_explorer_shows_the_last_of_two_questions_and_wrong_answers_as_wrong(explorer):
@@ -445,6 +479,119 @@ def test_the_explorer_shows_the_last_of_two_questions_and_wrong_answers_as_wrong
     expect(page.locator(".hsa-tokens strong")).to_have_text("✗ wrong")
     assert page.get_by_label("Question", exact=True).input_value().endswith("WQNH?")
     assert page.errors == []
+
+
+def test_the_explorer_shows_what_a_change_does_to_the_answer(explorer):
+    page = explorer
+    said = page.locator(".hsa-what-if [role=status]")
+    page.get_by_role("button", name="Drop chunk", exact=False).first.focus()
+    page.keyboard.press("Space")
+    expect(said).to_have_text(re.compile("was 0.999 and is 0.0.*wrong"), timeout=RUN_SECONDS * 1000)
+    expect(page.get_by_role("list").locator(".before")).to_have_count(7)
+    page.get_by_role("button", name="Undo: chunk", exact=False).focus()
+    page.keyboard.press("Enter")
+    expect(said).to_have_text(re.compile("was (0.999) and is \\1.*right"))
+
+    page.get_by_label("HSA", exact=True).focus()
+    page.keyboard.press("Space")
+    expect(said).to_have_text(re.compile("is 0.000.*wrong"))
+    page.get_by_role("button", name="Undo all").press("Enter")
+    expect(said).to_have_text(re.compile("was (0.999) and is \\1.*right"))
+    weight = page.get_by_role("slider", name="Weight of chunk", exact=False).first
+    weight.focus()
+    page.keyboard.press("Home")  # two changes at once: the last one counts
+    page.keyboard.press("End")
+    chunk = weight.get_attribute("aria-label").removeprefix("Weight of ")
+    expect(page.get_by_role("button", name=f"Undo: {chunk} has weight 1.00")).to_be_visible()
+    expect(said).to_have_text(re.compile("is 0.9.*right"))
+    page.get_by_label("Chunk to pin").fill("99999")
+    page.keyboard.press("Enter")
+    expect(said).to_have_text(re.compile("^The bars show the last change. pin: got 99999"))
+    assert unnamed(page) == []
+    assert page.errors == []
+
+
+def test_the_explorer_compares_what_is_kept_with_what_is_selected(explorer):
+    page = explorer
+    said = page.locator(".hsa-compare [role=status]")
+    page.get_by_role("button", name="Keep this for comparison").press("Enter")
+    expect(said).to_contain_text("Of 8 and 8 chunks, 8 are the same. The weights overlap by 1.000")
+    page.locator(CHOSEN).focus()
+    page.keyboard.press("ArrowUp")
+    want = overlap((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    expect(said).to_contain_text(f"The weights overlap by {want:.3f}")
+    page.keyboard.press("ArrowRight")
+    expect(said).to_contain_text("Now: token 1 of the answer, HSA layer 0")
+    page.get_by_role("button", name="End the comparison").press("Enter")
+    expect(said).to_be_empty()
+    assert page.errors == []
+
+
+# The most rectangles that one drawing of a canvas has filled since then.
+RECTANGLES = """() => {
+  const most = { count: 0 }, pen = CanvasRenderingContext2D.prototype, { fillRect, scale } = pen;
+  let filled = 0;
+  pen.scale = function (...by) { filled = 0; return scale.apply(this, by); }; // a drawing begins
+  pen.fillRect = function (...box) {
+    most.count = Math.max(most.count, ++filled);
+    return fillRect.apply(this, box);
+  };
+  return most;
+}"""
+
+
+def test_the_explorer_zooms_from_a_stored_text_to_a_token(open_explorer, tmp_path):
+    model = HSAModel.from_pretrained("mini")
+    needle = "The secret code of QXZB is 482913."
+    file = tmp_path / "text.txt"
+    file.write_text(f"{words(6000)} {needle} {words(600, 'more')}", encoding="utf-8")
+    build_index(model, file, tmp_path / "index", checkpoint="mini")
+    text = look_up(open_index(model, tmp_path / "index"), needle)
+    asked = asking.ask(model, text, "What is the secret code of QXZB?")
+    scores = asked.trace.layers[1].scores[len(asked.ids) - asked.answer_tokens - 1, 0]
+    S = model.config.chunk_size
+    assert len(scores) > 128  # so that a cell is a region
+
+    page = open_explorer(tmp_path / "index")
+    drawn = page.evaluate_handle(RECTANGLES)
+    canvas = page.get_by_role("slider", name="Scores of all chunks")
+    canvas.focus()
+    page.keyboard.press("Home")
+    step = -(-len(scores) // 128)
+    want = f"Chunks 0 to {step - 1}, the best one: score {scores[:step].max():.2f}"
+    expect(canvas).to_have_attribute("aria-valuetext", re.compile(want))
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowRight")
+    want = f"^Chunk 1: score {scores[1]:.2f}"
+    expect(canvas).to_have_attribute("aria-valuetext", re.compile(want))
+    page.keyboard.press("Enter")  # into a chunk that no token needs to keep
+    page.keyboard.press("End")
+    word = shown_words(text.ids, 2 * S - 1, 2 * S)[0]
+    expect(canvas).to_have_attribute(
+        "aria-valuetext", re.compile(f"^Token {S - 1} of chunk 1 “.*{re.escape(word.strip())}”")
+    )
+    assert page.get_by_role("navigation", name="Zoom").get_by_role("button").count() == 3
+    for _ in range(2):
+        page.keyboard.press("Backspace")
+    expect(canvas).to_have_attribute("aria-valuetext", re.compile("^Chunks 0 to"))
+    assert 100 < drawn.evaluate("most => most.count") < 400
+    assert unnamed(page) == []
+    assert page.errors == []
+
+
+def overlap(text: str) -> float:
+    """Of the weights in the two HSA layers, at the last token of the question."""
+    model = HSAModel.from_pretrained("mini")
+    needle = "The secret code of QXZB is 482913."
+    asked = asking.ask(
+        model, asking.read_text(model, text, needle, 0.5), "What is the secret code of QXZB?"
+    )
+    token = len(asked.ids) - asked.answer_tokens - 1
+    first, second = (
+        dict(zip(layer.indices[token, 0].tolist(), layer.weights[token, 0].tolist()))
+        for layer in asked.trace.layers
+    )
+    return sum(min(first[chunk], second[chunk]) for chunk in first.keys() & second.keys())
 
 
 def titles(page) -> list[str]:

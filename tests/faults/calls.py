@@ -38,18 +38,36 @@ PATHS = (
     "readonly/thesis.tex", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/stdin",
     "/dev/stdout", "/dev/fd/2", "/dev/new", "/proc/self/x", "/proc/self/status", "/", ".", "..", "",
     "-", "good.txt/x", "model/config.json", "model/../model", "\x1b[31mred", "x" * 300, "a\0b",
-    "missing", "lab.jsonl",
+    "missing", "lab.jsonl", "own", "pretrained", "my.json", "lines.jsonl", "ids.bin",
 )  # fmt: skip
 ENDLESS = ("fifo", "-", "/dev/stdin")  # who reads them may wait
 FOLDERS_OF_MUCH = ("/", "..", ".", "../..", "~")  # to read all their files takes long
+TRAINING: dict[str, tuple[str, ...]] = {
+    "--steps": ("1", "2"),
+    "--seed": ("0", "7"),
+    "--data": ("good.txt", "proj", "*.txt", "lines.jsonl", "ids.bin"),
+    "--tokenizer": ("own/tokenizer.json", "ranks"),
+    "--learning-rate": ("0", "0.01"),
+    "--batch": ("1", "3"),
+    "--accumulate": ("1", "2"),
+    "--eval-every": ("0", "1"),
+    "--set": ("stage.tokens=48", "train.dtype=bfloat16", "model.window=4", "data.held_out=0.1"),
+    "--tensorboard": (),
+    "--restart": (),
+    "--device": ("cpu", "auto"),
+}
 # Arguments of each command: the good values. One in ALWAYS is never left out, because its default
 # takes long.
 GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
-    "plan": {"": ("nano", "mini", "ul_0_5b"), "--tokens": ("1", "70000"), "--json": PATHS[:3]},
+    "plan": {
+        "": ("nano", "mini", "ul_0_5b", "my.json"),
+        "--tokens": ("1", "70000"),
+        "--json": PATHS[:3],
+    },
     "demo": {
         "--tokens": ("1024", "1500"),
         "--haystack": ("good.txt", "link", "-"),
-        "--checkpoint": ("model", "models", "mounted/model"),
+        "--checkpoint": ("model", "models", "own", "mounted/model"),
         "--depth": ("0", "0.3", "1"),
         "--seed": ("0", "7"),
         "--out": ("out", "empty", "mounted"),
@@ -57,7 +75,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--device": ("cpu", "auto"),
     },
     "generate": {
-        "": ("model", "models"),
+        "": ("model", "models", "own"),
         "--prompt-file": ("good.txt", "short.txt", "-"),
         "--max-new-tokens": ("1", "4"),
         "--temperature": ("0", "0.7"),
@@ -82,13 +100,18 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--json": ("new.json", "out.json", "-"),
         "--device": ("cpu", "auto"),
     },
-    "train": {
-        "": ("tiny",),
-        "--run": ("run", "empty", "mounted"),
-        "--steps": ("1", "2"),
+    "convert": {
+        "FOLDER": ("pretrained",),
+        "OUT": ("new", "empty", "mounted", "model"),
+        "--window": ("1", "8"),
+        "--chunk-size": ("4",),
+        "--top-k": ("2",),
+        "--groups": ("1", "2"),
+        "--lower-layers": ("1", "2"),
         "--seed": ("0", "7"),
-        "--device": ("cpu", "auto"),
     },
+    "train": {"": ("tiny", "my.json"), "--run": ("run", "empty", "mounted"), **TRAINING},
+    "train --config": {"": ("my.json",), **TRAINING},
     "eval": {
         "": ("model", "models"),
         "--lengths": ("300", "400"),
@@ -139,7 +162,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ALWAYS = {"", "--tokens", "--haystack", "--prompt-file", "--max-new-tokens", "--steps", "--lengths"}
 ALWAYS |= {"--samples", "--stretches", "--scale", "--arms", "--seeds", "--checkpoint", "--out"}
-ALWAYS |= {"--tasks", "--texts", "TEXT", "DIR"}
+ALWAYS |= {"--tasks", "--texts", "TEXT", "DIR", "FOLDER", "OUT"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +193,7 @@ def _command(rng: random.Random) -> Call:
     # A run of the laboratory takes seconds, so there are few.
     if name in ("lab", "fetch") and rng.random() < 0.7:
         name = "plan"
-    words = [name]
+    words = name.split()
     for option, good in GRAMMAR[name].items():
         if option not in ALWAYS and rng.random() < 0.5:
             continue
@@ -184,7 +207,8 @@ def _command(rng: random.Random) -> Call:
     numbers = (word.replace("_", "")[:12] for word in words)
     long = any(number.isdecimal() and int(number) >= MANY for number in numbers)
     long = long or any(word in ENDLESS for word in words) or not _complete(words)
-    long = long or (name == "index" and any(word in FOLDERS_OF_MUCH for word in words))
+    reads_folders = words[:1] in (["index"], ["train"])
+    long = long or (reads_folders and any(word in FOLDERS_OF_MUCH for word in words))
     return Call(name, tuple(words), lambda: cli.main(words), tuple(words[1:]), True, long)
 
 

@@ -36,8 +36,10 @@ def attack(count: int, seed: int, progress: Progress) -> Report:
         return report
     # What takes long to import is imported here, once for all children.
     estimate_cost("nano", 1)
-    with contextlib.suppress(ImportError):
-        importlib.import_module("hsa_mini.integrations.tasks")
+    slow = ("hsa_mini.integrations.tasks", "torch.utils.tensorboard")
+    for module in slow:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     batches = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
         outcomes = workers.map(lambda batch: _sandboxed(batch, seed), batches)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from material import tiny, words
+from safetensors.torch import save_file
 
 from faults import sandbox
 from hsa_mini import ChunkMemory
@@ -17,6 +18,21 @@ from hsa_mini.index.build import build_index
 from hsa_mini.paths import data_dir
 
 Seen = dict[str, tuple]  # path -> kind, and size and time of a file or the target of a link
+
+
+VOCABULARY = {"</s>": 0, "<unk>": 1} | {f"word{i}": i for i in range(2, 30)}
+ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 30, "hidden_size": 16,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "intermediate_size": 24, "eos_token_id": 0,
+}  # fmt: skip
+LAYER = {
+    "input_layernorm": (16,), "post_attention_layernorm": (16,),
+    "self_attn.q_proj": (16, 16), "self_attn.k_proj": (8, 16), "self_attn.v_proj": (8, 16),
+    "self_attn.o_proj": (16, 16), "mlp.up_proj": (24, 16), "mlp.gate_proj": (24, 16),
+    "mlp.down_proj": (16, 24),
+}  # fmt: skip
 
 
 class World:
@@ -72,9 +88,41 @@ class World:
         (self.template / "proj" / "thesis.tex").write_text("years of work")
         (self.template / "proj" / "manifest.json").write_text('{"name": "web app"}')
         (self.template / "empty").mkdir()
+        self._make_own()
         links = {"link": "good.txt", "loop": "loop", "nowhere": "nothing", "models": "model"}
         for name, target in links.items():
             (self.template / name).symlink_to(target)
+
+    def _make_own(self) -> None:
+        """What comes from elsewhere: a pretrained checkpoint, a model with a tokenizer of its own,
+        a configuration, and further kinds of text to train on.
+        """
+        tokenizer = {
+            "added_tokens": [ADDED | {"id": 0, "content": "</s>"}],
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "model": {"type": "WordLevel", "vocab": VOCABULARY, "unk_token": "<unk>"},
+        }
+        texts = {"tokenizer.json": json.dumps(tokenizer)}
+        tiny(vocab_size=len(VOCABULARY)).save_pretrained(self.template / "own", texts=texts)
+        shutil.copy(_RANKS, self.template / "ranks")
+        folder = self.template / "pretrained"
+        folder.mkdir()
+        texts["config.json"] = json.dumps(LLAMA)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        shapes = {f"model.layers.{i}.{name}": x for i in range(3) for name, x in LAYER.items()}
+        shapes |= {"model.norm": (16,), "model.embed_tokens": (30, 16), "lm_head": (30, 16)}
+        weights = {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+        save_file(weights, folder / "model.safetensors")
+        settings = {
+            "model": {"preset": "tiny"},
+            "train": {"stages": [{"steps": 2, "batch": 2, "tokens": 64}], "warmup": 1},
+            "data": {"files": ["good.txt"]},
+        }
+        (self.template / "my.json").write_text(json.dumps(settings))
+        lines = [json.dumps({"text": words(40, str(i))}) for i in range(9)]
+        (self.template / "lines.jsonl").write_text("\n".join(lines))
+        (self.template / "ids.bin").write_bytes(bytes(range(1, 3)) * 900)
 
     def _mount(self, scratch: Path) -> None:
         """A mounted folder and file, a folder that is full, and one that is read-only."""

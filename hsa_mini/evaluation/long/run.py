@@ -125,6 +125,7 @@ def _row(
     return TextRow(**{**zeros, **given, "start": start, "seed": plan.seed, **counts})
 
 
+@torch.no_grad()
 def scattered(haystack: Haystack, plan: Plan, task: str, text: int) -> dict[str, float]:
     """Counts of questions of one of the tasks in `SCATTERED`, each with sentences of its own."""
     rng = plan.rng(task, text)
@@ -135,7 +136,7 @@ def scattered(haystack: Haystack, plan: Plan, task: str, text: int) -> dict[str,
 
     def share(placed: Placed, remembered: Placed | None = None) -> float:
         problem = placed.problem
-        with haystack.asked(placed, remembered) as output:
+        with haystack.read(placed, remembered=remembered) as output:
             return said(haystack.model, output, problem.answers, exact=problem.exact)
 
     drawn = [draw() for _ in range(plan.questions)]

@@ -32,7 +32,9 @@ MAX_WORD = 100  # characters within which a word ends, so that the needle stands
 class ReadText:
     """A haystack with its needle, and the memory that has read both.
 
-    ids: all tokens. needle_tokens: where the needle stands among them.
+    ids: all tokens. needle_tokens: where the needle stands among them. stored: whether the text
+    comes from an index. It is then the haystack alone, which may hold the needle or not; one that
+    it does not hold is empty here.
     """
 
     haystack: str
@@ -41,6 +43,7 @@ class ReadText:
     ids: list[int]
     needle_tokens: range
     memory: ChunkMemory
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Asked:
     """
 
     text: ReadText
+    question: str
     ids: list[int]
     answer_tokens: int
     answer: str
@@ -151,7 +155,7 @@ def ask(model: HSAModel, text: ReadText, question: str) -> Asked:
     # The answer is read once more, on a second fork: now every HSA layer is recorded.
     traced = trace(model, text.memory.fork(), torch.tensor([ids], device=device))
     correct, verdict, marks = judge(question, answer, made, text)
-    return Asked(text, ids, len(made), answer, correct, verdict, marks, traced)
+    return Asked(text, question, ids, len(made), answer, correct, verdict, marks, traced)
 
 
 def judge(

@@ -1,5 +1,5 @@
 // The retrieval explorer. Python sends one picture per question; keys and mouse then move through it without the kernel.
-// levels.js stands in front of this file.
+// The other files stand in front of this one, in the same module (anywidget loads one).
 
 const BUSY_MS = 3000;
 const LAST = "The picture shows the last question.";
@@ -63,44 +63,42 @@ function makeForm(model, say) {
   return { root, fill, button, bytes, areas: [haystack, needle, question], values: () => ({ needle: needle.value, question: question.value, depth: Number(depth.value) }) };
 }
 
-// ---- Asking: one request at a time, then the latest
+// ---- Requests: one at a time, then the latest. compose() returns content and buffers, or nothing if there is nothing to send.
 
-function makeAsking(model, form, say, picture) {
-  let sent = null, again = false, timer = null;
+let lastRequest = 0;
+
+function makeRequests(model, compose, say, setBusy) {
+  let sent = null, flying = false, again = false, timer = null;
   const wait = () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      sent = null; // may be sent again
+      flying = false; // may be sent again
       say(WAITING);
     }, BUSY_MS);
   };
   const ask = () => {
-    again = sent !== null;
+    again = flying;
     if (again) return;
-    const haystack = form.bytes();
-    if (haystack === undefined) return;
-    sent = Math.max(model.get("done"), Date.now());
-    picture.setAttribute("aria-busy", "true");
-    say("Asking.");
+    const message = compose();
+    if (!message) return;
+    flying = true;
+    sent = lastRequest = Math.max(lastRequest + 1, Date.now());
+    setBusy(true);
     wait();
     try {
-      model.send({ request: sent, ...form.values() }, undefined, haystack === null ? [] : [haystack.buffer]);
+      model.send({ request: sent, ...message.content }, undefined, message.buffers);
     } catch {
       say(WAITING); // the kernel is gone
     }
   };
-  const heard = () => {
-    say(model.get("status"));
-    if (sent !== null) wait();
-  };
   const done = () => {
+    if (model.get("done") !== sent) return;
     clearTimeout(timer);
-    sent = null;
-    picture.setAttribute("aria-busy", "false");
-    say(model.get("status"));
+    flying = false;
+    setBusy(false);
     if (again) ask();
   };
-  return { ask, heard, done, stop: () => clearTimeout(timer) };
+  return { ask, done, heard: () => flying && wait(), stop: () => clearTimeout(timer) };
 }
 
 // ---- The whole
@@ -110,18 +108,25 @@ function render({ model, el }) {
   const say = (line) => void (status.textContent = line);
   const form = makeForm(model, say);
   const tokens = make("div", { class: "hsa-tokens", role: "radiogroup", "aria-label": "Tokens of question and answer: arrow keys choose" });
-  const layerMenu = make("select"), headMenu = make("select");
-  const scores = make("canvas", { class: "hsa-scores", tabindex: 0, role: "slider", "aria-label": "Scores of all chunks", "aria-valuemin": 0 });
-  const [readout, sum1, sum2, sum4, sum5] = Array.from({ length: 5 }, () => make("small"));
+  const layerMenu = make("select"), headMenu = make("select"), modelMenu = make("select");
+  const modelLabel = make("label", {}, "Model ", modelMenu);
+  modelMenu.append(...["first", "second"].map((name) => make("option", { value: name }, name)));
+  const [sum1, sum2, sum4, sum5] = Array.from({ length: 4 }, () => make("small"));
   const chunks = make("div", { role: "list", "aria-label": "Kept chunks" });
   const [blend, next] = ["The blend", "The next token"].map((name) => make("div", { role: "list", "aria-label": name }));
   const summary = make("div", { class: "hsa-summary" });
   const title = (text, line) => make("h4", {}, `${text} `, line);
+  const whatIf = makeWhatIf(model, () => shown, () => modelMenu.selectedIndex, () => redraw());
+  const comparison = makeCompare(() => keep(shown, modelLabel.hidden ? "" : `${modelMenu.value} model`, selected), () => redraw());
+  const selected = { token: 0, layer: 0, head: 0 };
+  const zoom = makeZoom(model, selected, () => shown, comparison.kept, () => modelMenu.selectedIndex, (change) => select(change));
   const picture = make(
     "div", {},
     title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer.")), tokens,
-    make("div", { class: "hsa-row" }, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
-    title("1 · Landmark scores of all chunks.", sum1), scores, readout,
+    make("div", { class: "hsa-row" }, modelLabel, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
+    title("What if?", make("small", {}, "The model reads the question anew, with your changes.")), whatIf.root,
+    title("Compare", make("small", {}, "Keep one token, layer, head or model, then select another.")), comparison.root,
+    title("1 · Landmark scores of all chunks.", sum1), ...zoom.parts,
     title("2 · The kept chunks and their weights;  3 · the attention inside each.", sum2), chunks,
     make("div", { class: "hsa-pair" }, make("div", {}, title("4 · The blend: weight × attention.", sum4), blend),
       make("div", {}, title("5 · The likeliest next tokens.", sum5), next)),
@@ -130,11 +135,16 @@ function render({ model, el }) {
   const root = make("div", { class: "hsa", "data-lm-suppress-shortcuts": "true" }, form.root, status, picture);
   el.append(root);
 
-  const asking = makeAsking(model, form, say, picture);
-  const cards = [], selected = { token: 0, layer: 0, head: 0 };
-  let shown, cursor = null, buttons = [];
+  const asked = () => {
+    const haystack = form.bytes();
+    if (haystack === undefined) return;
+    say("Asking.");
+    return { content: form.values(), buffers: haystack === null ? [] : [haystack.buffer] };
+  };
+  const asking = makeRequests(model, asked, say, (busy) => picture.setAttribute("aria-busy", busy));
+  const cards = [];
+  let shown, buttons = [];
 
-  const redrawScores = () => shown && drawScores(scores, shown, selected, cursor);
   const redraw = () => {
     const { token, layer, head } = selected, { J, H } = shown, { others, kept_share, other_share } = shown.layers[layer];
     const kept = keptChunks(shown, selected), row = token * J + groupOf(shown, head);
@@ -144,18 +154,23 @@ function render({ model, el }) {
     });
     layerMenu.value = layer;
     headMenu.value = head;
-    redrawScores();
+    zoom.redraw();
     const parts = [kept_share[row], other_share[row]];
     const nothing = "No chunk is complete before this token: there is nothing to share.";
     sum1.textContent = kept.length ? `As shares (a softmax over all chunks) they add ${sumOf(parts)}: ${parts[0].toFixed(3)} is in the kept chunks, ${parts[1].toFixed(3)} in the others.` : nothing;
-    const at = cursor ?? (kept.length ? Math.floor(kept[0].chunk / shown.width) : null);
-    readout.textContent = at === null ? "" : describeColumn(shown, selected, at);
     while (cards.length < kept.length) {
       const card = makeChunk();
-      for (const event of ["pointerenter", "focus"]) card.root.addEventListener(event, () => point(Math.floor(card.chunk / shown.width)));
+      card.controls = whatIf.controls(card);
+      card.root.firstChild.append(card.controls.root);
+      for (const event of ["pointerenter", "focus"]) card.root.addEventListener(event, () => zoom.point(card.chunk));
       chunks.append(cards[cards.push(card) - 1].root);
     }
-    cards.forEach((card, i) => (i < kept.length ? showChunk(card, shown, kept[i]) : (card.root.hidden = true)));
+    cards.forEach((card, i) => {
+      card.root.hidden = i >= kept.length;
+      if (card.root.hidden) return;
+      showChunk(card, shown, kept[i]);
+      card.controls.update(kept[i]);
+    });
     const more = others[row] > 0 ? ` (chunks not shown: ${others[row].toFixed(3)})` : "";
     const weights = [...kept.map(({ weight }) => weight), others[row]];
     const heads = head < J ? `the mean of ${H / J} heads` : `head ${head - J + 1}`;
@@ -169,6 +184,7 @@ function render({ model, el }) {
     five.push({ name: "all others", share: shown.next.others[token] });
     showShares(next, five);
     sum5.textContent = `They add ${sumOf(five.map(({ share }) => share))}; underlined is what followed.`;
+    comparison.redraw();
     summary.textContent = shown.summaries[token][layer];
   };
   const select = (change, focus = false) => {
@@ -176,15 +192,20 @@ function render({ model, el }) {
     redraw();
     if (focus) buttons[selected.token].focus();
   };
+  const answered = () => {
+    comparison.end();
+    modelLabel.hidden = !model.get("second").shape;
+    modelMenu.selectedIndex = 0;
+    reload();
+  };
   const reload = () => {
-    shown = read(model.get("data"));
+    shown = read(model.get(modelMenu.selectedIndex ? "second" : "data"));
     Object.assign(selected, { token: shown.asked - 1, layer: shown.layers.length - 1, head: 0 });
-    cursor = null;
+    whatIf.reload();
     buttons = shown.tokens.map((text, i) => {
       const mark = i < shown.asked ? null : shown.marks[i - shown.asked];
       const kind = mark === null ? "" : mark ? "right" : "wrong";
-      const place = i < shown.asked ? `token ${i + 1} of the question` : `token ${i - shown.asked + 1} of the answer`;
-      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${place}: ${text}${kind && `, ${kind}`}` }, visible(text));
+      const button = make("button", { type: "button", role: "radio", class: `hsa-token ${kind}`, "aria-label": `${placeOf(shown, i)}: ${text}${kind && `, ${kind}`}` }, visible(text));
       button.addEventListener("click", () => select({ token: i }));
       return button;
     });
@@ -194,41 +215,16 @@ function render({ model, el }) {
     const { H, J } = shown;
     const means = Array.from({ length: J }, (_, j) => (J === 1 ? `mean of ${H}` : `mean of ${(j * H) / J + 1} to ${((j + 1) * H) / J}`));
     headMenu.replaceChildren(...[...means, ...Array.from({ length: H }, (_, h) => `${h + 1}`)].map((name, i) => make("option", { value: i }, name)));
-    scores.setAttribute("aria-valuemax", Math.max(shown.C - 1, 0));
+    zoom.reload();
     redraw();
-  };
-  const point = (column) => {
-    if (!shown.C) return;
-    cursor = Math.min(Math.max(column, 0), shown.C - 1);
-    readout.textContent = describeColumn(shown, selected, cursor);
-    scores.setAttribute("aria-valuenow", cursor);
-    scores.setAttribute("aria-valuetext", readout.textContent);
-    redrawScores();
-  };
-  const keys = (moves) => (event) => {
-    const move = moves[event.key];
-    if (!move) return;
-    event.preventDefault();
-    event.stopPropagation();
-    move();
   };
   const step = (n) => () => select({ token: Math.min(Math.max(selected.token + n, 0), shown.T - 1) }, true);
   const turn = (n) => () => select({ layer: Math.min(Math.max(selected.layer + n, 0), shown.layers.length - 1) });
   tokens.addEventListener("keydown", keys({
     ArrowRight: step(1), ArrowLeft: step(-1), Home: step(-Infinity), End: step(Infinity), ArrowUp: turn(-1), ArrowDown: turn(1),
   }));
-  const slide = (n) => () => point((cursor ?? 0) + n);
-  scores.addEventListener("keydown", keys({
-    ArrowRight: slide(1), ArrowUp: slide(1), ArrowLeft: slide(-1), ArrowDown: slide(-1), Home: slide(-Infinity), End: slide(Infinity),
-    PageUp: slide(64), PageDown: slide(-64),
-  }));
-  const place = (event) => {
-    const box = scores.getBoundingClientRect();
-    return [Math.floor(((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * shown.C), Math.floor((event.clientY - box.top) / ROW)];
-  };
-  scores.addEventListener("pointermove", (event) => point(place(event)[0]));
-  scores.addEventListener("click", (event) => select({ layer: Math.min(Math.max(place(event)[1], 0), shown.layers.length - 1) }));
   layerMenu.addEventListener("change", () => select({ layer: Number(layerMenu.value) }));
+  modelMenu.addEventListener("change", reload);
   headMenu.addEventListener("change", () => select({ head: Number(headMenu.value) }));
   form.button.addEventListener("click", asking.ask);
   for (const area of form.areas) area.addEventListener("keydown", (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && asking.ask());
@@ -237,20 +233,31 @@ function render({ model, el }) {
     event.stopPropagation();
   });
 
-  const listeners = { "change:data": reload, "change:form": form.fill, "change:status": asking.heard, "change:done": asking.done };
+  const heard = () => {
+    say(model.get("status"));
+    asking.heard();
+  };
+  const done = () => {
+    asking.done();
+    whatIf.requests.done();
+    zoom.requests.done();
+  };
+  const listeners = { "change:data": answered, "change:form": form.fill, "change:status": heard, "change:done": done, "change:effect": whatIf.effect, "change:opened": zoom.opened };
   for (const [event, listener] of Object.entries(listeners)) model.on(event, listener);
-  const themed = new MutationObserver(() => requestAnimationFrame(redrawScores));
+  const themed = new MutationObserver(() => requestAnimationFrame(zoom.draw));
   themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
-  const resized = new ResizeObserver(redrawScores);
+  const resized = new ResizeObserver(zoom.draw);
   form.fill();
   say(model.get("status"));
-  reload();
-  resized.observe(scores);
+  answered();
+  resized.observe(zoom.canvas);
   return () => {
     for (const [event, listener] of Object.entries(listeners)) model.off(event, listener);
     themed.disconnect();
     resized.disconnect();
     asking.stop();
+    whatIf.requests.stop();
+    zoom.requests.stop();
   };
 }
 

@@ -1,15 +1,17 @@
 """The retrieval explorer as a widget: type a needle and a question, and follow every token."""
 
 import base64
-import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import anywidget
 import traitlets
 from tqdm import tqdm
 
+from hsa_mini.checks import check_integer
 from hsa_mini.hsa_model import HSAModel
+from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import needle_strip
 from hsa_mini.viz.retrieval.asking import (
     MAX_BYTES,
@@ -20,10 +22,13 @@ from hsa_mini.viz.retrieval.asking import (
     haystack_of,
     read_text,
 )
-from hsa_mini.viz.retrieval.picture import make_picture, summary
+from hsa_mini.viz.retrieval.picture import make_picture, shown_words, summary
+from hsa_mini.viz.retrieval.stored import look_up, open_index
+from hsa_mini.viz.retrieval.what_if import Change, Effect, what_if
 from hsa_mini.viz.widgets import caption, make_figure, picture_metadata, to_png
 
 HERE = Path(__file__).parent
+SCRIPTS = ("levels.js", "zoom.js", "what_if.js", "compare.js", "explorer.js")
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
 MAX_SHOWN = 100_000  # characters of a haystack that the text area receives
@@ -36,112 +41,182 @@ def explore_retrieval(
     needle: str = NEEDLE,
     question: str = QUESTION,
     depth: float = 0.5,
+    other: HSAModel | None = None,
 ) -> "RetrievalExplorer":
     """A needle hidden in `text`, a question, and where the model looked for its answer.
 
         explore_retrieval(HSAModel.from_pretrained("mini"), Path("my.txt"))
 
     text: the haystack, or the path of a UTF-8 file, of at most 4 MiB. depth: where the needle
-    stands, from 0 (the beginning) to 1 (the end). All three can be changed in the picture. Raises
-    ValueError for what cannot be asked, and MemoryError for a text that does not fit.
+    stands, from 0 (the beginning) to 1 (the end). All three can be changed in the picture. other: a
+    second model, which is asked the same, to be compared.
+
+    text may also be the folder of an index that `hsa-mini index` has made with this model, of a
+    text of any length. It is not read again: the needle is not hidden in it, but looked up.
+
+    Raises ValueError for what cannot be asked, and MemoryError for a text that does not fit.
     """
-    return RetrievalExplorer(model, haystack_of(text), needle, question, depth)
+    sizes = [one.config.chunk_size for one in (model, other) if one is not None]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"other: got chunks of {sizes[1]} tokens, accepted are {sizes[0]}")
+    if isinstance(text, Path) and text.is_dir():
+        if other is not None:
+            raise ValueError("other: got a second model, accepted is none beside an index")
+        return RetrievalExplorer([model], open_index(model, text), needle, question, depth)
+    models = [model] if other is None else [model, other]
+    return RetrievalExplorer(models, haystack_of(text), needle, question, depth)
 
 
 class RetrievalExplorer(anywidget.AnyWidget):
     """What `explore_retrieval` returns.
 
-    data: the picture (see `make_picture`); the browser keeps what is selected in it. form: what the
-    fields hold. status: one line on what is going on, or what the widget needs. done: the number of
-    the last request from the browser that was dealt with.
+    data: the picture (see `make_picture`); the browser keeps what is selected in it. second: that
+    of the second model, or nothing. asked: what each model has answered. form: what the fields
+    hold. effect: that of the last change (see `what_if`). opened: the words of the last chunk that
+    the browser asked for. status: one line on what is going on, or what the widget needs. done: the
+    number of the last request from the browser that was dealt with.
     """
 
-    _esm = "".join(
-        (HERE / name).read_text(encoding="utf-8") for name in ("levels.js", "explorer.js")
-    )
+    _esm = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     _css = HERE / "explorer.css"
     data = traitlets.Dict().tag(sync=True)
+    second = traitlets.Dict().tag(sync=True)
     form = traitlets.Dict().tag(sync=True)
+    effect = traitlets.Dict().tag(sync=True)
+    opened = traitlets.Dict().tag(sync=True)
     status = traitlets.Unicode().tag(sync=True)
     done = traitlets.Int(0).tag(sync=True)
 
     def __init__(
-        self, model: HSAModel, haystack: str, needle: str, question: str, depth: float
+        self,
+        models: list[HSAModel],
+        text: str | ReadText,
+        needle: str,
+        question: str,
+        depth: float,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.asked: Asked
-        self._text: ReadText | None = None
-        # Messages arrive in a thread of their own, while a cell may call `ask`.
-        self._lock = threading.Lock()
+        self.models = models
+        self.asked: list[Asked] = []
+        TURNS.include_cells()
         with tqdm(desc="reading", unit=" tokens", unit_scale=True, delay=3) as bar:
 
             def progress(read: int, total: int) -> None:
                 bar.total = total
                 bar.update(read - bar.n)
 
-            self.ask(haystack, needle, question, depth, progress=progress)
+            self.ask(text, needle, question, depth, progress=progress)
         self.on_msg(self._receive)
 
     def ask(
         self,
-        haystack: str | None,
+        haystack: str | ReadText | None,
         needle: str,
         question: str,
         depth: float,
         *,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Asked:
-        """Ask, and show the answer; haystack: None is the one that is there.
+    ) -> list[Asked]:
+        """Ask, and show the answers of the models; haystack: None is the one that is there, a
+        `ReadText` one that an index holds.
 
         The text is read again only if it, the needle or its depth has changed. Raises ValueError
         for what cannot be asked; the picture then stays as it is.
         """
         check_question(question)  # before the text is read
-        with self._lock:
-            text = self._text
-            if haystack is None and text is not None:
-                haystack = text.haystack
-            wanted = (haystack, needle, depth)
-            if text is None or (text.haystack, text.needle, text.depth) != wanted:
-                text = read_text(self.model, *wanted, progress)
-            asked = ask(self.model, text, question)
-            self._text = text
-            self.asked = asked
-            with self.hold_sync():
-                self.data = make_picture(asked, self.model.config.chunk_size)
-                self.form = {
-                    "haystack": text.haystack if len(text.haystack) <= MAX_SHOWN else None,
-                    "characters": len(text.haystack),
-                    "max_bytes": MAX_BYTES,
-                    "needle": needle,
-                    "question": question,
-                    "depth": depth,
-                }
-                self.status = f"{asked.verdict} The text has {len(text.ids):,} tokens."
-        return asked
+        with TURNS.lock:
+            texts = self._texts(haystack, needle, depth, progress)
+            self.asked = [ask(model, text, question) for model, text in zip(self.models, texts)]
+            self._show(texts[0], needle, question, depth)
+        return self.asked
+
+    def _texts(self, haystack: str | ReadText | None, needle, depth, progress) -> list[ReadText]:
+        """The text as each model has read it; see `ask`."""
+        if isinstance(haystack, ReadText):
+            return [look_up(haystack, needle)]
+        texts = [asked.text for asked in self.asked]
+        if haystack is None:
+            haystack = texts[0].haystack
+        if texts and texts[0].haystack == haystack:
+            if texts[0].stored:
+                return [look_up(texts[0], needle)]
+            if (texts[0].needle, texts[0].depth) == (needle, depth):
+                return texts
+        return [read_text(model, haystack, needle, depth, progress) for model in self.models]
+
+    def _show(self, text: ReadText, needle: str, question: str, depth: float) -> None:
+        """The answers in the browser."""
+        S = self.models[0].config.chunk_size
+        first, *others = (make_picture(asked, S) for asked in self.asked)
+        with self.hold_sync():
+            self.effect = {}
+            self.second = others[0] if others else {}
+            self.data = first
+            self.form = {
+                "haystack": text.haystack if len(text.haystack) <= MAX_SHOWN else None,
+                "characters": len(text.haystack),
+                "max_bytes": MAX_BYTES,
+                "needle": needle,
+                "question": question,
+                "depth": depth,
+            }
+            where = ""
+            if text.stored:
+                where = f" The needle is {'looked up, not hidden' if text.needle else 'not in it'}."
+            self.status = f"{self.asked[0].verdict} The text has {len(text.ids):,} tokens.{where}"
+
+    def what_if(self, change: Change, model: int = 0) -> Effect:
+        """Show the effect of a change on the answer of one of the models. Raises ValueError as
+        `what_if.what_if`.
+        """
+        with TURNS.lock:
+            effect = what_if(self.models[model], self.asked[model], change)
+            picture = self.second if model else self.data
+            words = picture["tokens"][-len(effect.after) :]
+            self.effect = {**asdict(effect), "line": effect.line, "words": words}
+        return effect
+
+    def _open(self, chunk: int, model: int) -> None:
+        """Send the words of a chunk."""
+        with TURNS.lock:
+            S = self.models[model].config.chunk_size
+            asked = self.asked[model]
+            ids = [*asked.text.ids, *asked.ids]
+            check_integer("chunk", chunk, 0, len(ids) // S - 1)
+            words = shown_words(ids, chunk * S, (chunk + 1) * S)
+            self.opened = {"chunk": chunk, "model": model, "words": words}
 
     def _receive(self, _widget, content: dict, buffers: list) -> None:
-        """A request of the browser: the haystack is in the buffers if it has changed."""
+        """A request of the browser: the words of a chunk, a change, or a question; the haystack is
+        in the buffers if it has changed.
+        """
 
         def progress(read: int, total: int) -> None:
             self.status = f"Reading the text: {read:,} of {total:,} tokens."
 
-        self.status = "Asking."
         try:
-            haystack = bytes(buffers[0]).decode() if buffers else None
-            values = (content[name] for name in ("needle", "question", "depth"))
-            self.ask(haystack, *values, progress=progress)
+            if "change" in content:
+                self.what_if(Change.of(content["change"]), content["model"])
+            elif "chunk" in content:
+                self._open(content["chunk"], content["model"])
+            else:
+                self.status = "Asking."
+                haystack = bytes(buffers[0]).decode() if buffers else None
+                values = (content[name] for name in ("needle", "question", "depth"))
+                self.ask(haystack, *values, progress=progress)
         except Exception as error:
             # An error in a callback would be shown nowhere.
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.status = f"The picture shows the last question. {reason}"
+            if "change" in content:
+                self.effect = {**self.effect, "error": f"The bars show the last change. {reason}"}
+            else:
+                self.status = f"The picture shows the last question. {reason}"
         self.done = content["request"]
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget for a live notebook; a still picture and its text for every other reader."""
-        asked = self.asked
-        S = self.model.config.chunk_size
+        asked = self.asked[0]
+        S = self.models[0].config.chunk_size
         token = len(asked.ids) - asked.answer_tokens - 1
         layers = asked.trace.layers
         needle = asked.text.needle_tokens

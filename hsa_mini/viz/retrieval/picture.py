@@ -1,7 +1,7 @@
 """A question and its answer as the canvas takes it: numbers as bytes, and words that can be shown.
 
 The canvas receives this once and then answers to keys and mouse by itself. It is bounded for any
-text: columns of several chunks where there are more chunks than a screen has points, and the
+text: columns of several chunks where there are millions of scores, and the
 best kept chunks where a layer keeps very many.
 
 Dimensions: T tokens of question and answer, L HSA layers, N chunks, C columns, S chunk size, K
@@ -18,7 +18,7 @@ from hsa_mini.data.tokenizer import load_tokenizer
 from hsa_mini.viz.retrieval.asking import Asked
 from hsa_mini.viz.retrieval.trace import LayerTrace
 
-MAX_COLUMNS = 2048
+MAX_SCORES = 1 << 22  # that the canvas receives, of all tokens, layers and heads
 MAX_SHOWN = 16  # kept chunks
 NEXT = 5  # likeliest next tokens
 PICTURES = {0x09: "→", 0x0A: "⏎", 0x0D: "↵", 0x7F: "␡"}
@@ -38,7 +38,8 @@ def make_picture(asked: Asked, chunk_size: int) -> dict:
     ids = asked.ids
     text = asked.text
     N = asked.trace.layers[0].scores.shape[2]
-    width = -(-N // MAX_COLUMNS)
+    scores = sum(layer.scores.size for layer in asked.trace.layers)
+    width = min(-(-scores // MAX_SCORES), N)
     layers = [_layer(layer, width) for layer in asked.trace.layers]
     chosen, shares, rest = likeliest(asked.trace.logits)
     kept = {int(i) for layer in layers for i in np.unique(layer["indices"]) if i >= 0}
@@ -48,6 +49,8 @@ def make_picture(asked: Asked, chunk_size: int) -> dict:
     return {
         "chunk_size": chunk_size,
         "chunks": N,
+        "text_chunks": len(text.ids) // chunk_size,
+        "top_k": asked.trace.layers[0].indices.shape[2],
         "width": width,
         "tokens": shown_words(everything, len(text.ids), len(everything)),
         "text_tokens": len(text.ids),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.memory.chunk_source import DeviceChunks
@@ -87,7 +88,9 @@ def trace(model: HSAModel, memory: ChunkMemory, ids: torch.Tensor) -> Trace:
     layers = [
         LayerTrace(
             scores=_array(
-                _scores(model, retrieval.queries, block_query, source.landmarks, position)
+                landmark_scores(
+                    model.config, retrieval.queries, block_query, source.landmarks, position
+                )
             ),
             indices=retrieval.indices[0].cpu().numpy(),
             weights=_array(retrieval.weights[0]),
@@ -120,8 +123,8 @@ def attention_inside(q: torch.Tensor, k: torch.Tensor, indices: torch.Tensor) ->
     return torch.stack(rows)
 
 
-def _scores(
-    model: HSAModel,
+def landmark_scores(
+    config: HSAConfig,
     queries: torch.Tensor,
     block_query: torch.Tensor | None,
     landmarks: torch.Tensor,
@@ -132,7 +135,6 @@ def _scores(
     queries [1, T, J_r, R]: of the tokens from `position` on. Tokens of a query block choose by the
     query of its first one; block_query: of the block that had begun before.
     """
-    config = model.config
     T = queries.shape[1]
     late = position % config.query_block
     if late and block_query is not None:

@@ -1,0 +1,1 @@
+"""Notebooks 06 to 08: the kernels."""

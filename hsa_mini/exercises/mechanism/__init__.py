@@ -1,0 +1,1 @@
+"""Notebooks 01 to 05: the mechanism."""

@@ -1,0 +1,1 @@
+"""How many needles a chunk can hold before its landmark no longer finds each of them."""

@@ -1,0 +1,1 @@
+"""Other mechanisms of retrieval, as variants of the model: HiLS, DashAttention, other landmarks."""

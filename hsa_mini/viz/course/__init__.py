@@ -1,0 +1,1 @@
+"""The two pictures of the start page: the search for a needle, and the map of the course."""

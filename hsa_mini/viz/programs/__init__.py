@@ -1,0 +1,1 @@
+"""Which program of a Triton kernel loads and stores which bytes."""
