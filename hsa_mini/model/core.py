@@ -99,8 +99,7 @@ class HSACore(nn.Module):
         depth = self.config.lower_layers + self.config.upper_layers
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 and name != "encoder.cls":
-                is_recency = name.endswith("recency.bias")
-                parameter.fill_(START if is_recency else 1.0)  # 1: the gain of a norm
+                parameter.fill_(START if name.endswith("recency.bias") else 1.0)  # a norm's gain: 1
                 continue
             fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
             std = fan_in**-0.5
