@@ -27,9 +27,10 @@ def _wilson(correct: float, samples: float, z: float) -> tuple[float, float]:
 
 def by_length(rows: Sequence[RetrievalRow]) -> list[dict]:
     """One summary per length, the shortest first: the counts of all depths, the share right and its
-    95% interval.
+    95% interval, in which the questions about one text may be alike.
 
-    Keys: tokens, samples, correct, retrieved (counts); accuracy, low, high (shares from 0 to 1).
+    Keys: tokens, samples, correct, retrieved, whole, whole_correct (counts); texts (0: unknown, and
+    the interval is that of independent questions); accuracy, low, high (shares from 0 to 1).
     """
     lengths = sorted({row.tokens for row in rows})
     return [_summary(tokens, [row for row in rows if row.tokens == tokens]) for tokens in lengths]
@@ -38,12 +39,17 @@ def by_length(rows: Sequence[RetrievalRow]) -> list[dict]:
 def _summary(tokens: int, rows: Sequence[RetrievalRow]) -> dict:
     samples = sum(row.samples for row in rows)
     correct = sum(row.correct for row in rows)
-    low, high = wilson_interval(correct, samples)
+    texts = [sum(some) for some in zip(*(row.correct_by_text for row in rows), strict=True)]
+    clusters = [(right, samples // len(texts)) for right in texts] or [(correct, samples)]
+    low, high = cluster_interval(clusters)
     return {
         "tokens": tokens,
         "samples": samples,
         "correct": correct,
         "retrieved": sum(row.retrieved for row in rows),
+        "whole": sum(row.whole for row in rows),
+        "whole_correct": sum(row.whole_correct for row in rows),
+        "texts": len(texts),
         "accuracy": correct / samples,
         "low": low,
         "high": high,

@@ -6,7 +6,7 @@ tells them apart.
 
 import torch
 
-START = 2.5  # the strength in a fresh model; training moves it little
+START = 3.5  # the strength in a fresh model; training moves it little
 
 
 def prefer_newer(

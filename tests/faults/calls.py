@@ -115,6 +115,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
         "": ("model", "models"),
         "--lengths": ("300", "400"),
+        "--texts": ("1",),
         "--samples": ("1",),
         "--task": ("s_niah", "vt", "mq_niah"),
         "--distractors": ("0", "2"),

@@ -183,11 +183,12 @@ def said(model: HSAModel, output: Output, answers: Sequence[str], *, exact: bool
 
     exact: there is one, and the model has to begin with it and to end it there. Otherwise each
     counts that occurs in what the model says, in capitals or not, as RULER counts them; the model
-    may say twice as much as the answers take, and at most RULER's 128 tokens.
+    may name the keys too, so it may say four times as much as the answers take, and at most RULER's
+    128 tokens.
     """
     wanted = [answer.lower() for answer in answers]
     room = sum(len(encode(f" {answer}")) for answer in answers)
-    most = room + 3 if exact else min(2 * room + 8, NEEDLE_ROOM)
+    most = room + 3 if exact else min(4 * room + 8, NEEDLE_ROOM)
     tokens: list[int] = []
     text = ""
     for token in stream_from(model, output, max_new_tokens=most):

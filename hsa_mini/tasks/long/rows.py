@@ -99,7 +99,11 @@ def needles_in_text(rng: Random, tokens: int, text: list[int]) -> Pieces:
     # HSA knows no positions, so which of several values came first cannot be known.
     mixed = {key: rng.sample(some, len(some)) for key, some in values.items()}
     asked = ruler.ask_some(rng, niah, mixed)
-    end = answered(asked, listed(asked.answers))
+    said = listed(asked.answers)
+    if niah.asked > 1:  # each value behind its key, so that it is one retrieval
+        key_of = {value: key for key, some in values.items() for value in some}
+        said = f"{', '.join(f'{key_of[value]}: {value}' for value in asked.answers)}."
+    end = answered(asked, said)
     head = ids_of(ruler.opening(niah))
     sentences = [f" {needle}" for needle in needles]
     taken = len(head) + sum(len(ids) for ids, _ in end) + sum(len(ids_of(x)) for x in sentences)
