@@ -34,3 +34,9 @@ def check_number(name: str, value: Any, minimum: float, maximum: float) -> None:
         raise ValueError(
             f"{name}: got {quoted(value)}, accepted is a number from {minimum:g} to {maximum:g}"
         )
+
+
+def check_step(step: int, steps: int) -> None:
+    """Raise IndexError, which ends a loop over batches, for a step that is not among `steps`."""
+    if not 0 <= step < steps:
+        raise IndexError(f"step: got {step}, accepted is 0 to {steps - 1}")

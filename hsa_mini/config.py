@@ -74,6 +74,7 @@ class HSAConfig:
     encoder_mlp_width: int = 0  # 0 means mlp_width
     # Options of retrieval (§2.2); `reference/retrieval.py` explains what each of them changes.
     weighting: str = "softmax"  # or "stick_breaking"
+    recency: bool = False  # True: a token learns to prefer the newer of chunks that match equally
     exploration: bool = True  # Gumbel noise on the scores, only in training
     exclude_window: bool = False  # True: never retrieve a chunk that lies inside the window
     query_block: int = 1  # this many consecutive tokens share the chunks of the first one
@@ -234,6 +235,11 @@ _MINI = HSAConfig(
     retrieval_dim=256, retrieval_norm=True,
 )  # fmt: skip
 
+# For questions of any form: smaller chunks, so that fewer needles share a landmark, while a token
+# reads as many tokens; two KV heads in HSA, so that a value can be told by its key; and a
+# preference for newer chunks, because a text may change what it said before.
+_ANY = dict(chunk_size=32, top_k=16, hsa_heads=8, hsa_kv_heads=2, recency=True)
+
 # NOTE: differs from the paper because the paper prints no widths and depths. It prints the totals
 # of its two large models (519.6 M and 537.7 M; 8 B with 1 B active), 64 experts with 4 active and
 # 1 shared, and 16 query heads per key/value head in HSA. The widths and depths below are ours. They
@@ -256,6 +262,10 @@ PRESETS: dict[str, HSAConfig] = {
     "mini": _MINI,
     "mini_moe": dataclasses.replace(
         _MINI, mlp_width=512, experts=8, experts_active=2, expert_width=192,
+    ),
+    "mini_any": dataclasses.replace(_MINI, **_ANY),
+    "mini_any_moe": dataclasses.replace(
+        _MINI, mlp_width=512, experts=8, experts_active=2, expert_width=192, **_ANY,
     ),
     "small_moe": dataclasses.replace(
         _MINI, width=512, lower_layers=4, mlp_width=1408, heads=8,

@@ -45,7 +45,7 @@ from hsa_mini.evaluation.haystack import Haystack
 from hsa_mini.evaluation.perplexity import measure_perplexity
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, read_results
 from hsa_mini.evaluation.retrievals import chunks_retrieved
-from hsa_mini.evaluation.runner import DEPTHS, ask_one
+from hsa_mini.evaluation.runner import ask_one
 from hsa_mini.evaluation.statistics import by_length, wilson_interval
 from hsa_mini.inference.generate import generate
 from hsa_mini.paths import data_dir
@@ -343,7 +343,7 @@ rng = np.random.default_rng(0)
 chance = 1e-6
 right = {}
 for control, asked in {None: 10, **dict.fromkeys(CONTROLS, 4)}.items():
-    right[control] = sum(ask_one(haystacks[4096], rng, "s_niah", 0.5, control)[0] for _ in range(asked))
+    right[control] = sum(ask_one(haystacks[4096], rng, "s_niah", 0.5, control).correct for _ in range(asked))
     low, high = wilson_interval(right[control], asked)
     print(f"{control or 'own memory':10} {asked:2} questions; the interval contains chance: {low <= chance <= high}")
 print("own memory, at least 9 of 10 right:", right[None] >= 9)
@@ -423,6 +423,7 @@ HARDER = {
     if not path.stem.endswith("_far")
 }
 MAPS = results | HARDER
+DEPTHS = sorted({row.depth for rows, _, _ in MAPS.values() for row in rows})
 
 
 def name_cell(file, tokens, depth, cell):
@@ -538,7 +539,7 @@ pushed = {}
 cases = {f"{5 + more} others": {"distractors": more} for more in (0, 80)}
 cases["every sentence on a border"] = {"border": True}
 for name, options in cases.items():
-    right = sum(ask_one(haystacks[4096], rng, "s_niah", depth, **options)[0] for depth in np.linspace(0, 1, 4))
+    right = sum(ask_one(haystacks[4096], rng, "s_niah", depth, **options).correct for depth in np.linspace(0, 1, 4))
     pushed[name] = right, 4
 
 # %%

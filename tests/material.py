@@ -48,6 +48,8 @@ DEBUG = PRESETS["debug"]
 OPTIONS = {
     "default": {},
     "bypass": dict(residual="bypass"),
+    "recency": dict(recency=True),
+    "recency, one retrieval head": dict(recency=True, retrieval_heads=1, query_block=4),
     "stick breaking": dict(weighting="stick_breaking"),
     "exclude window": dict(exclude_window=True),
     "query block": dict(query_block=4),
@@ -126,7 +128,7 @@ def word_tokens(count: int = 20_000, seed: str = "text") -> np.ndarray:
     return np.array(load_tokenizer().encode_ordinary(words(count, seed)), dtype=np.uint16)
 
 
-def word_corpus(split: str) -> corpus.Corpus:
+def word_corpus(split: str, *, longer: bool = False) -> corpus.Corpus:
     """Stands in for `load_corpus`."""
     return corpus.Corpus(f"words/{split}", word_tokens(seed=split), np.zeros(1, dtype=np.int64))
 

@@ -14,6 +14,7 @@ from material import pinned
 
 from hsa_mini.data import archives
 from hsa_mini.data.archives import ARCHIVES, Archive, fetch_archives
+from hsa_mini.data.longer_archives import LONGER
 from hsa_mini.paths import data_dir
 
 # An in-tree build backend needs no other package, so pip would run it before it looks at anything.
@@ -41,8 +42,14 @@ def kept(cache: Path) -> list[str]:
 
 def test_the_archives_are_the_recorded_ones():
     record = (data_dir() / "PROVENANCE.md").read_text(encoding="utf-8")
-    for archive in ARCHIVES:
+    longer = [archive for archives in LONGER.values() for archive in archives]
+    for archive in (*ARCHIVES, *longer):
         assert f"| `{archive.name}` | `{archive.sha256}` |" in record
+    for split, some in LONGER.items():
+        for archive in some:
+            assert f"| `{archive.name}` | `{archive.sha256}` | {split}, " in record
+    assert len({archive.sha256 for archive in longer}) == len(longer)
+    assert sum(archive.size for archive in longer) < 1e9
 
 
 # Fetching from an index

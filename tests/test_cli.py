@@ -157,6 +157,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (["eval", "model", "--lengths", "4096", "0"], "--lengths: got 0, accepted is 1 to 1073741824"),
     (["eval", "model", "--lengths", "4k"], "--lengths: got '4k', accepted is an integer"),
     (["eval", "model", "--samples", "0"], "--samples: got 0, accepted is 1"),
+    (["eval", "model", "--texts", "0"], "--texts: got 0, accepted is 1"),
     (["eval", "model", "--jobs", "0"], "--jobs: got 0, accepted is 1 to 64"),
     (["eval", "model", "--seed", "-2"], "--seed: got -2, accepted is 0"),
     (
@@ -186,7 +187,7 @@ CHEAP = [  # refused before a model is loaded or a text is read
     (
         ["plan", "huge"],
         "preset: got 'huge', accepted are "
-        "debug, nano, mini, mini_moe, small_moe, ul_0_5b, ul_8b_a1b",
+        "debug, nano, mini, mini_moe, mini_any, mini_any_moe, small_moe, ul_0_5b, ul_8b_a1b",
     ),
     (["plan"], "preset: got none, accepted is one preset or configuration file"),
     (["plan", "nano", "--tokens", "0"], "--tokens: got 0, accepted is 1 to 1073741824"),
@@ -491,7 +492,7 @@ def test_train_and_eval_from_nothing_to_a_table(folder, capfd, monkeypatch):
         "--lengths",
         "300",
         "400",
-        "--samples",
+        "--texts",
         "1",
         "--out",
         "r.json",
@@ -510,7 +511,7 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
     shutil.copy(data_dir() / "tokenizer.tiktoken", data)
     shutil.copytree("model", data / "checkpoints" / "own")
     monkeypatch.setenv("HSA_MINI_DATA", str(data))
-    status, out, _ = call(capfd, "eval", "own", "--lengths", "300", "--samples", "1")
+    status, out, _ = call(capfd, "eval", "own", "--lengths", "300", "--texts", "1")
     assert status == 0 and (data / "results" / "own_s_niah.json").is_file()
     for task in arguments.TASKS:
         options = (
@@ -521,7 +522,7 @@ def test_results_go_beside_the_shipped_ones_unless_told_otherwise(folder, capfd,
             "--border",
             "--lengths",
             "500",
-            "--samples",
+            "--texts",
             "1",
         )
         status, out, _ = call(capfd, "eval", "own", *options)
@@ -603,7 +604,7 @@ def test_a_seed_and_an_arm_that_are_named_twice_run_once(capfd, monkeypatch):
 @pytest.mark.parametrize("name", ["eval", "perplexity"])
 def test_a_command_that_was_cut_off_goes_on_after_the_finished_lengths(capfd, monkeypatch, name):
     words = [name, "model", "--lengths", "600", "700"]
-    words += ["--samples", "1"] if name == "eval" else ["--stretches", "2"]
+    words += ["--texts", "1"] if name == "eval" else ["--stretches", "2"]
     measure = {
         "eval": "hsa_mini.evaluation.runner._ask_all",
         "perplexity": "hsa_mini.evaluation.perplexity._losses",
@@ -868,7 +869,7 @@ def test_help_explains_every_option(capfd, command):
         assert all(name in out for name in action.option_strings)
 
 
-EVALUATE = ["eval", "model", "--lengths", "300", "--samples", "1", "--out", "new/r.json"]
+EVALUATE = ["eval", "model", "--lengths", "300", "--texts", "1", "--out", "new/r.json"]
 WRITERS = {  # commands that write the file new/r.json
     "demo": [*DEMO, "--json", "new/r.json"],
     "eval": EVALUATE,

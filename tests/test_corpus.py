@@ -5,6 +5,7 @@ one-line errors. `test_archives.py` tests how the archives are fetched.
 import codecs
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -23,8 +25,9 @@ from material import pinned, real_archives, small_archives, words
 
 from hsa_mini.data import corpus
 from hsa_mini.data import documents as reading
+from hsa_mini.data.archives import Archive
 from hsa_mini.data.corpus import FILES, Corpus, load_corpus, load_text
-from hsa_mini.data.documents import HELD_OUT_WORKS, Document, read_documents
+from hsa_mini.data.documents import HELD_OUT_WORKS, Document, longer_documents, read_documents
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer
 from hsa_mini.files.whole_folder import MANIFEST
 
@@ -270,6 +273,55 @@ def test_the_standard_library_is_split_by_package_and_has_no_tests():
         splits.setdefault(parts[0], set()).add(document.split)
     assert all(len(found) == 1 for found in splits.values())
     assert set.union(*splits.values()) == set(corpus.SPLITS)
+
+
+def packed(folder: Path, name: str, files: dict[str, str]) -> Archive:
+    """An archive of these files in the folder, pinned."""
+    with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as tar:
+        for path, text in files.items():
+            member = tarfile.TarInfo(f"{name}/{path}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    content = (folder / f"{name}.tar.gz").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return Archive(name, f"{name}.tar.gz", len(content), digest)
+
+
+@pytest.fixture
+def longer(cache, small, monkeypatch) -> dict[str, tuple[Archive, ...]]:
+    folder = cache / "archives"
+    shared, own = words(100, "shared"), [words(100, f"own {i}") for i in range(4)]
+    first = packed(folder, "first", {"a.py": own[0], "b.rst": shared, "x/third_party/c.py": own[3]})
+    files = {
+        "a.py": own[1], "copy.py": own[1], "b.txt": shared.replace(" ", "  "), "m.c": own[2],
+        "django.py": words(100, "1 guide"), "long.py": "x " * reading.MAX_BYTES, "p.svg": own[3],
+        "short.py": "too short",
+    }  # fmt: skip
+    archives = {"train": (first,), "validation": (packed(folder, "second", files),)}
+    monkeypatch.setattr(reading, "LONGER", archives)
+    return archives
+
+
+def test_the_longer_corpus_has_each_document_once_and_whole_packages_in_a_split(longer):
+    found = [(document.path, document.kind, document.split) for document in longer_documents()]
+    assert found == [
+        ("first/a.py", "code", "train"), ("first/b.rst", "documentation", "train"),
+        ("second/a.py", "code", "validation"), ("second/m.c", "code", "validation"),
+    ]  # fmt: skip
+    texts = {document.path: document.text for document in longer_documents()}
+    end = end_of_text(TOKENIZER)
+    for split in corpus.SPLITS:
+        loaded = load_corpus(split, longer=True)
+        paths = [path for path, _, of in found if of == split]
+        wanted = [i for p in paths for i in (*TOKENIZER.encode_ordinary(texts[p]), end)]
+        assert loaded.tokens.tolist() == wanted and loaded.name == f"longer/{split}"
+        assert load_corpus(split).name == f"archives/{split}"
+
+
+def test_a_missing_archive_of_the_longer_corpus_is_named_with_what_fetches_it(longer):
+    longer["validation"][0].path.unlink()
+    with pytest.raises(ValueError, match=r"second\.tar\.gz: missing; .* fetch --longer` fetches"):
+        load_corpus("train", longer=True)
 
 
 def test_unknown_split():

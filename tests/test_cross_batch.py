@@ -9,6 +9,7 @@ from material import TINY, tiny
 from hsa_mini import ChunkMemory, Output
 from hsa_mini.model.chunk_encoder import EncodedChunks
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
+from hsa_mini.training.step import fill_queue
 
 IDS = torch.randint(4000, (4, 50), generator=torch.Generator().manual_seed(1))
 EARLIER = torch.randint(4000, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -140,3 +141,14 @@ def test_the_past_is_the_newest_chunks():
     for size in (-1, 2.0, None):
         with pytest.raises(ValueError, match="^size: got .*, accepted is an integer of at least 0"):
             ChunkQueue(size)
+
+
+def test_the_queue_takes_rows_of_every_kind():
+    """The first third of a batch, whatever stands in it: rows with questions too."""
+    model = tiny().train()
+    ids = torch.randint(4000, (6, 48), generator=torch.Generator().manual_seed(3))
+    output = model(ids, gumbel_noise=False)
+    queue = ChunkQueue(6)
+    fill_queue(queue, output)
+    kept = output.aux.encoded.k[:2].flatten(0, 1)
+    assert torch.equal(queue.stores[0], kept[-6:]) and len(kept) >= 6

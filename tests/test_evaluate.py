@@ -23,7 +23,7 @@ from hsa_mini.evaluation.haystack import Haystack
 from hsa_mini.evaluation.results import CONTROLS, ControlRow, RetrievalRow
 from hsa_mini.evaluation.retrievals import chunks_retrieved
 from hsa_mini.evaluation.runner import ask_one
-from hsa_mini.evaluation.statistics import by_length, wilson_interval
+from hsa_mini.evaluation.statistics import by_length, cluster_interval, wilson_interval
 from hsa_mini.inference.decode_step import DecodeStep
 from hsa_mini.inference.generate import generate
 from hsa_mini.memory.chunk_store import ChunkStore
@@ -313,7 +313,8 @@ def test_only_a_wholly_right_answer_and_a_chunk_of_the_first_sentence_count(
     task, right, away, control
 ):
     got = ask_one(Oracle(right=right, retrieved=away), np.random.default_rng(0), task, 0.9, control)
-    assert got == (right and control is None, away == 0)
+    wanted = right and control is None
+    assert (got.correct, got.retrieved) == (wanted, away == 0)
 
 
 @pytest.fixture
@@ -328,28 +329,31 @@ def short(monkeypatch):
 
 
 @every_task
-def test_every_length_and_depth_is_asked_and_the_controls_apart(short, monkeypatch, task):
+def test_every_length_and_band_of_depth_is_asked_and_the_controls_apart(short, monkeypatch, task):
     model, encoded = short
-    monkeypatch.setattr(runner, "SHARED_FROM", MIN_TOKENS + 300)
+    monkeypatch.setattr(runner, "BANDS", 2)
     seen = []
-    options = dict(lengths=(MIN_TOKENS, MIN_TOKENS + 300), depths=(0.0, 1.0), samples=2)
+    options = dict(lengths=(MIN_TOKENS, MIN_TOKENS + 300), texts=2, samples=2)
     rows, controls = runner.evaluate(model, task, **options, report=lambda *x: seen.append(x))
     assert [(row.tokens, row.depth, row.samples) for row in rows] == [
-        (MIN_TOKENS, 0.0, 2), (MIN_TOKENS, 1.0, 2),
-        (MIN_TOKENS + 300, 0.0, 2), (MIN_TOKENS + 300, 1.0, 2),
+        (MIN_TOKENS, 0.25, 4), (MIN_TOKENS, 0.75, 4),
+        (MIN_TOKENS + 300, 0.25, 4), (MIN_TOKENS + 300, 0.75, 4),
     ]  # fmt: skip
     assert [(row.tokens, row.control, row.samples) for row in controls] == [
-        (MIN_TOKENS, "absent", 2), (MIN_TOKENS, "shuffled", 2),
-        (MIN_TOKENS + 300, "absent", 2), (MIN_TOKENS + 300, "shuffled", 2),
+        (MIN_TOKENS, "absent", 4), (MIN_TOKENS, "shuffled", 4),
+        (MIN_TOKENS + 300, "absent", 4), (MIN_TOKENS + 300, "shuffled", 4),
     ]  # fmt: skip
     assert [tokens for tokens, _, _ in seen] == [MIN_TOKENS, MIN_TOKENS + 300]
     assert [row for _, some, _ in seen for row in some] == rows
     assert [row for _, _, some in seen for row in some] == controls
-    # Below SHARED_FROM every sample has a text of its own; from there on all share one.
-    assert encoded == [MIN_TOKENS] * 8 + [MIN_TOKENS + 300]
+    # All questions about a text share its encoding.
+    assert encoded == [MIN_TOKENS] * 2 + [MIN_TOKENS + 300] * 2
     assert all(row.distinct_tokens == row.tokens and row.seed == 1 for row in rows)
     assert all(
-        0 <= row.correct <= row.samples and 0 <= row.retrieved <= row.samples
+        sum(row.correct_by_text) == row.correct <= row.samples
+        and len(row.correct_by_text) == 2
+        and 0 <= row.retrieved <= row.samples
+        and row.whole_correct <= row.whole <= row.samples
         for row in rows + controls
     )
     assert (rows, controls) == runner.evaluate(model, task, **options)
@@ -362,7 +366,7 @@ def tiny_of_its_own() -> HSAModel:
 
 
 def test_lengths_side_by_side_are_those_one_after_the_other(short):
-    options = dict(lengths=(MIN_TOKENS + 300, MIN_TOKENS), depths=(0.0, 1.0), samples=2)
+    options = dict(lengths=(MIN_TOKENS + 300, MIN_TOKENS), texts=1)
     seen = []
     together = runner.evaluate_side_by_side(
         tiny_of_its_own, "s_niah", jobs=2, report=lambda *x: seen.append(x), **options
@@ -386,7 +390,7 @@ def test_a_process_that_is_killed_is_an_error_and_no_fault(short):
 
 
 def test_a_length_that_is_named_twice_counts_once(short):
-    options = dict(depths=(0.5,), samples=2)
+    options = dict(texts=1)
     twice = runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS, MIN_TOKENS), **options)
     assert twice == runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS,), **options)
 
@@ -399,15 +403,12 @@ def test_what_is_asked_for_reaches_the_samples(short, monkeypatch, task):
         runner, "place", lambda *args, **options: seen.append(options) or place(*args, **options)
     )
     tokens = MIN_TOKENS + 70 * 2 * 22
-    runner.evaluate(
-        model, task, lengths=(tokens,), depths=(0.3,), samples=1, distractors=64, border=True
-    )
-    assert [(options["depth"], options["absent"]) for options in seen] == [
-        (0.3, False),
-        (0.5, True),
-        (0.5, False),
-        (0.5, False),
-    ]
+    runner.evaluate(model, task, lengths=(tokens,), texts=1, distractors=64, border=True)
+    *asked, absent, shuffled, remembered = seen
+    for band, options in enumerate(asked):
+        assert band / 10 <= options["depth"] <= (band + 1) / 10 and not options["absent"]
+    assert len(asked) == 10 and absent["absent"]
+    assert not shuffled["absent"] and not remembered["absent"]
     assert all(options["border"] and options["tokens"] == tokens for options in seen)
 
 
@@ -420,7 +421,7 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
     TrainingBatches(Mixture(min_copy=64), batch=1, tokens=256, steps=1, seed=1, text=word_tokens())[
         0
     ]
-    runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS,), depths=(0.5,), samples=1, seed=1)
+    runner.evaluate(short[0], "s_niah", lengths=(MIN_TOKENS,), texts=1, seed=1)
     find_needle(short[0], word_tokens(), tokens=1024, seed=1)
     assert len({seed[0] for seed in seeds}) == len(seeds) == 3
 
@@ -435,7 +436,8 @@ def test_training_evaluation_and_demo_never_share_a_seed(short, monkeypatch):
             f"distractors: got {MAX_DISTRACTORS + 1}, accepted is 0",
         ),
         (dict(lengths=(100,)), "tokens: got 100, accepted are at least"),
-        (dict(depths=(2.0,)), "depth: got 2.0, accepted is a number from 0 to 1"),
+        (dict(texts=0), "texts: got 0, accepted is"),
+        (dict(samples=0), "samples: got 0, accepted is"),
     ],
 )
 def test_wrong_arguments(short, options, message):
@@ -446,8 +448,8 @@ def test_wrong_arguments(short, options, message):
 def test_text_that_is_repeated_is_said_to_be(short):
     model, _ = short
     tokens = len(word_tokens(seed="validation")) + 500
-    rows, _ = runner.evaluate(model, "s_niah", lengths=(tokens,), depths=(0.5,), samples=1)
-    assert [(row.tokens, row.distinct_tokens) for row in rows] == [(tokens, tokens - 500)]
+    rows, _ = runner.evaluate(model, "s_niah", lengths=(tokens,), texts=1)
+    assert {(row.tokens, row.distinct_tokens) for row in rows} == {(tokens, tokens - 500)}
 
 
 def test_by_length_adds_up():
@@ -466,6 +468,40 @@ def test_by_length_adds_up():
     ) == wilson_interval(20, 30)
     assert (second["samples"], second["correct"], second["accuracy"]) == (5, 5, 1.0)
     assert by_length([]) == []
+
+
+def test_by_length_counts_by_text():
+    rows = [
+        RetrievalRow(4096, depth, 4, sum(right), 4, 4096, 1, 2, 1, right)
+        for depth, right in ((0.25, (2, 0)), (0.75, (2, 1)))
+    ]
+    (entry,) = by_length(rows)
+    assert (entry["texts"], entry["whole"], entry["whole_correct"]) == (2, 4, 2)
+    assert (entry["low"], entry["high"]) == cluster_interval([(4, 4), (1, 4)])
+    assert entry["high"] - entry["low"] > np.diff(wilson_interval(5, 8))
+
+
+def test_places_in_a_band_cut_sentences_as_often_as_any_places_do(short, monkeypatch):
+    """Fixed places did not: a border cut all sentences of one length and none of another."""
+    size = 2 * SENTENCE
+    model = tiny(chunk_size=size)
+
+    class Deaf(Oracle):
+        """Answers nothing right, so that no model has to read."""
+
+        def __init__(self, model, text):
+            super().__init__(right=False, retrieved=0)
+            self.model = model
+            self.text = text
+
+        def ask(self, sample, *, answer_tokens, remembered):
+            return super().ask(sample, answer_tokens=answer_tokens, remembered=sample)
+
+    monkeypatch.setattr(runner, "Haystack", Deaf)
+    for tokens in (30 * size, 30 * size + SENTENCE):
+        rows, _ = runner.evaluate(model, "s_niah", lengths=(tokens,), texts=2, samples=20)
+        whole = sum(row.whole for row in rows) / sum(row.samples for row in rows)
+        assert whole == pytest.approx((size - SENTENCE + 1) / size, abs=0.1)
 
 
 @pytest.mark.parametrize(

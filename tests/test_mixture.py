@@ -6,6 +6,7 @@ Dimensions: B batch, T tokens; a sequence has T+1.
 import itertools
 import pickle
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,9 +16,19 @@ from torch.utils.data import DataLoader
 
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from hsa_mini.tasks.sentences import LETTERS, encode, is_held_out
+from hsa_mini.tasks.words import is_reserved
 from hsa_mini.training import mixture as module
 from hsa_mini.training.batches import StagedBatches
-from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
+from hsa_mini.training.mixture import (
+    ANSWER,
+    COPY,
+    LONG,
+    NONE,
+    SHARES,
+    TEXT,
+    Mixture,
+    TrainingBatches,
+)
 from hsa_mini.training.recipes import Recipe, Stage
 
 TOKENIZER = load_tokenizer()
@@ -272,6 +283,97 @@ def test_a_fifth_of_made_up_haystacks_are_nothing_but_needles():
     assert 20 < full < 60
 
 
+@every_recipe
+def test_facts_fill_a_sequence_and_its_answers_follow_from_the_text(name):
+    """Nine of ten words of the answers stood in the text before them."""
+    known = []
+    for ids, parts in sequences(name, "fact_questions", 60, made_up=0.0):
+        assert len(ids) == len(parts) == RECIPES[name][0] + 1 and parts[-1] == ANSWER
+        assert set(parts.tolist()) <= {NONE, TEXT, ANSWER}
+        for part, first, last in runs(parts):
+            if part == ANSWER:
+                before = TOKENIZER.decode(ids[:first].tolist())
+                found = re.findall(r"\w+", TOKENIZER.decode(ids[first:last].tolist()))
+                known += [word in before for word in found]
+    assert len(known) > 200 and np.mean(known) > 0.9
+
+
+@every_recipe
+def test_the_answer_to_a_span_stood_in_the_text_behind_it(name):
+    for ids, parts in sequences(name, "span_questions", 40):
+        assert len(ids) == len(parts) == RECIPES[name][0] + 1
+        text = ids[parts == TEXT].tobytes()
+        answers = [ids[a:b] for part, a, b in runs(parts) if part == ANSWER]
+        assert answers and all(answer.tobytes() in text for answer in answers)
+        assert is_real_text(ids[parts == TEXT])
+
+
+def test_shares_decide_how_often_each_kind_is_drawn():
+    source = batches("nano", self_copy=0.0, needles=0.0, chains=0.0, facts=0.5, spans=0.3)
+    drawn = {}
+    for kind in ("fact_questions", "span_questions", "real_text"):
+        method = getattr(source, kind)
+
+        def counted(*args, kind=kind, method=method):
+            drawn[kind] = drawn.get(kind, 0) + (len(args) == 1 or args[1] == source.tokens + 1)
+            return method(*args)
+
+        setattr(source, kind, counted)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        source.sequence(rng)
+    assert drawn["fact_questions"] == pytest.approx(150, abs=30)
+    assert drawn["span_questions"] == pytest.approx(90, abs=25)
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_rows_for_long_tasks_hold_what_their_answers_say(kind):
+    source = batches("mini", **{**ALONE, kind: 1.0}, made_up=0.0)
+    rng = np.random.default_rng(0)
+    lengths = []
+    for _ in range(60):
+        ids, parts = source.sequence(rng)
+        assert ids.shape == parts.shape == (1025,)
+        answers = [(first, end) for part, first, end in runs(parts) if part == ANSWER]
+        lengths.append(len(answers))
+        assert set(parts) <= {NONE, TEXT, ANSWER}
+        for part, first, end in runs(parts):
+            if part == TEXT:
+                assert is_real_text(ids[first:end])
+        for first, end in answers:
+            before = TOKENIZER.decode(ids[:first].tolist())
+            said = TOKENIZER.decode(ids[first:end].tolist())
+            for word in re.findall(r"[\w-]{2,}", said.replace(" and ", " ")):
+                assert word in before
+    assert min(lengths) >= 1 and max(lengths) > 1
+
+
+def test_rows_of_ruler_hold_every_form_and_no_word_of_its_evaluation():
+    source = batches("mini", **{**ALONE, "ruler": 1.0})
+    rng = np.random.default_rng(0)
+    found = set()
+    for _ in range(150):
+        ids, parts = source.sequence(rng)
+        text = TOKENIZER.decode(ids.tolist())
+        (first, end), *_ = [(a, b) for part, a, b in runs(parts) if part == ANSWER]
+        question = TOKENIZER.decode(ids[:first].tolist()).rsplit("\n", 1)[1]
+        found.add(re.sub(r" for .* mentioned| value \d+| words? in the list.*", "", question)[:40])
+        keys = re.findall(r"special magic \w+ for ([a-z]+)-([a-z]+) ", text)
+        assert not any(is_reserved(word) for pair in keys for word in pair)
+        if "VAR " in text:
+            value = re.findall(r"assigned the value (\d{5}) in", text)[0]
+            names = TOKENIZER.decode(ids[first:end].tolist()).split()
+            links = dict(re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w{5})", text))
+            assert links[names[0]] == value and len(names) == 5
+            assert all(links[b] == a for a, b in itertools.pairwise(names))
+        if "coded word" in question:
+            body = text.split("coded words. ")[1].split("\nQuestion")[0]
+            counts = Counter(word for word in body.split() if word != "...")
+            answers = re.findall(r"[a-z]{6}", TOKENIZER.decode(ids[first:end].tolist()))
+            assert [word for word, _ in counts.most_common(1)] == answers[:1]
+    assert len(found) >= 6
+
+
 def test_a_loop_over_batches_ends():
     source = batches("nano", batch=1)
     source.steps = 3
@@ -289,15 +391,23 @@ def test_a_loop_over_the_batches_of_a_recipe_ends(monkeypatch):
     assert len(source) == 3
 
 
-ALONE = dict(self_copy=0.0, needles=0.0, chains=0.0)
-KINDS = {"self_copy": 1, "needles": 51, "chains": 102}  # the fewest tokens that the kind takes
+ALONE = dict.fromkeys(SHARES, 0.0)
+KINDS = {
+    "self_copy": 1,
+    "needles": 51,
+    "chains": 102,
+    "facts": 160,
+    "spans": 160,
+    "ruler": 512,
+    **dict.fromkeys(("stories", "threads", "notes"), 160),
+}  # the fewest tokens that the kind takes
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("made_up", [0.0, 1.0])
 def test_sequences_of_every_length_can_be_drawn_from_a_text_of_their_length(kind, made_up):
     mixture = Mixture(**ALONE | {kind: 1.0}, made_up=made_up, two_codes=1.0)
-    for tokens in (*range(KINDS[kind], KINDS[kind] + 90), 300):
+    for tokens in (*range(KINDS[kind], KINDS[kind] + 90), 600):
         text = word_tokens()[: tokens + 1]
         source = TrainingBatches(mixture, batch=6, tokens=tokens, steps=1, seed=tokens, text=text)
         ids, parts = source[0]
@@ -335,7 +445,7 @@ def test_batches_that_cannot_be_drawn_are_refused_by_name(name, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({name: value} for name in ("self_copy", "needles", "chains", "two_codes", "made_up")
+        *({name: value} for name in (*SHARES, "two_codes", "made_up")
           for value in (-0.1, 1.1, float("nan"), "1", True)),
         *({name: value} for name in ("max_needles", "max_chains", "max_questions", "min_copy")
           for value in (0, -1, 1.5, True)),
@@ -349,5 +459,5 @@ def test_every_field_of_a_mixture_has_bounds(changes):
 
 
 def test_shares_above_one_are_refused():
-    with pytest.raises(ValueError, match=r"^self_copy \+ needles \+ chains: got 1.1"):
+    with pytest.raises(ValueError, match=r"^self_copy \+ .* \+ notes: got 1.1"):
         Mixture(self_copy=0.5, needles=0.4, chains=0.2)

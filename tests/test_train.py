@@ -32,8 +32,9 @@ from hsa_mini.cli import main
 from hsa_mini.files.whole_file import write_file
 from hsa_mini.model.moe import MoE
 from hsa_mini.paths import data_dir
+from hsa_mini.training import batches
 from hsa_mini.training import step as module
-from hsa_mini.training.batches import AHEAD, StagedBatches, prefetch
+from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.finite import FiniteSteps
 from hsa_mini.training.log import COLUMNS, FIGURES, HEADER_WITH_HELD_OUT
@@ -121,23 +122,25 @@ def test_a_run_that_is_resumed_equals_one_that_was_not_cut_off(tmp_path, whole, 
     assert log(tmp_path) == log(run)
 
 
-def test_batches_are_drawn_in_order_a_few_ahead_and_no_more_once_nobody_asks():
-    drawn = []
+class Squares(torch.utils.data.Dataset):
+    def __getitem__(self, step):
+        if step == 30:
+            raise OSError("no text")
+        return torch.tensor(step), torch.tensor(step * step)
 
-    class Batches:
-        def __getitem__(self, step):
-            if step == 30:
-                raise OSError("no text")
-            drawn.append(step)
-            return (torch.tensor(step),)
 
-    batches = prefetch(Batches(), range(2, 40), device=CPU)
-    assert [next(batches)[0].item() for _ in range(5)] == [2, 3, 4, 5, 6]
-    batches.close()
-    assert drawn == list(range(2, 2 + len(drawn))) and 5 <= len(drawn) <= 5 + AHEAD
-    assert [x.item() for (x,) in prefetch(Batches(), range(2, 6), device=CPU)] == [2, 3, 4, 5]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_come_in_the_order_of_the_steps(device, monkeypatch):
+    # Workers need no GPU, but pinned memory does.
+    loader = batches.DataLoader
+    monkeypatch.setattr(batches, "WORKERS", 1)
+    monkeypatch.setattr(
+        batches, "DataLoader", lambda *data, **how: loader(*data, **how | {"pin_memory": False})
+    )
+    drawn = batches.prefetch(Squares(), range(2, 30), device=torch.device(device))
+    assert [(a.item(), b.item()) for a, b in drawn] == [(i, i * i) for i in range(2, 30)]
     with pytest.raises(OSError, match="no text"):
-        list(prefetch(Batches(), range(20, 40), device=CPU))
+        list(batches.prefetch(Squares(), range(20, 40), device=torch.device(device)))
 
 
 def test_a_run_with_experts_is_resumed_with_its_bias(tmp_path, monkeypatch):
@@ -1009,3 +1012,9 @@ if __name__ == "__main__":
         .encode()
         + b"\n",
     )
+
+
+def test_models_for_any_form_read_as_many_tokens_as_the_first_ones():
+    for name, first in (("mini_any", "mini"), ("mini_any_moe", "mini_moe")):
+        config, other = PRESETS[name], PRESETS[first]
+        assert config.chunk_size * config.top_k == other.chunk_size * other.top_k == 512

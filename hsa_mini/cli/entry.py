@@ -6,6 +6,7 @@ imports no torch; a command imports what it needs when it runs.
 
 from hsa_mini.cli import demo, evaluate, fetch, generate, lab, perplexity, plan, train
 from hsa_mini.cli.arguments import Parser, Version
+from hsa_mini.cli.measure import tasks
 from hsa_mini.cli.own_text import ask, index
 from hsa_mini.cli.reuse import convert, lm_eval
 
@@ -18,6 +19,7 @@ COMMANDS = (
     convert,
     evaluate,
     perplexity,
+    tasks,
     lm_eval,
     lab,
     plan,
@@ -38,7 +40,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="name",
         required=True,
-        metavar="demo|generate|index|ask|train|convert|eval|perplexity|lm-eval|lab|plan|fetch",
+        metavar="demo|generate|index|ask|train|convert|eval|perplexity|tasks|lm-eval|lab|plan|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)

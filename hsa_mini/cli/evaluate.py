@@ -32,7 +32,18 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="lengths of the text (default: those of the paper's Figure 4)",
     )
     command.add_argument(
-        "--samples", type=integer(1, 10**6), default=10, help="questions per depth (default 10)"
+        "--texts", type=integer(1, 10**4), default=20, help="texts of each length (default 20)"
+    )
+    command.add_argument(
+        "--samples",
+        type=integer(1, 10**6),
+        default=1,
+        help="questions in each tenth of every text (default 1)",
+    )
+    command.add_argument(
+        "--longer",
+        action="store_true",
+        help="take the texts from the longer corpus (see fetch --longer)",
     )
     command.add_argument(
         "--distractors",
@@ -78,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hsa_mini.provenance import write_results
 
     lengths = list(dict.fromkeys(arguments.lengths or LENGTHS))
+    longer = arguments.longer
     form = {"distractors": arguments.distractors, "border": arguments.border}
     path = results_path(arguments.out, arguments.checkpoint, _ending(arguments))
     device = choose_device(arguments.device)
@@ -87,9 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_replaceable("--out", path, measured)
     for tokens in lengths:
         check_length("--lengths", tokens, model.config, arguments.task, **form)
-    origin = {"checkpoint": measured, "corpus": load_corpus("validation").identity}
-    options = {**form, "samples": arguments.samples, "seed": arguments.seed}
-    known = {**origin, "task": arguments.task, "lengths": lengths, **options}
+    origin = {"checkpoint": measured, "corpus": load_corpus("validation", longer=longer).identity}
+    given = {key: getattr(arguments, key) for key in ("texts", "samples", "seed")}
+    options = {**form, **given, "longer": longer}
+    known = {**origin, "task": arguments.task, "lengths": lengths, **form, **given}
     unfinished = Unfinished("--out", path, describe_run(device, **known))
     if unfinished.lengths:
         print(f"{len(unfinished.lengths)} of {len(lengths)} lengths were finished before")
@@ -129,7 +142,7 @@ def _print_rows(rows, controls) -> None:
 
     print(
         f"{'tokens':>12} {'right':>9} {'accuracy':>9} {'95% interval':>16} {'retrieved':>10}"
-        "   wrong by depth"
+        f" {'whole':>9} {'cut':>9}   wrong by depth"
     )
     for entry in by_length(rows):
         wrong = [
@@ -137,10 +150,14 @@ def _print_rows(rows, controls) -> None:
             for row in rows
             if row.tokens == entry["tokens"] and row.correct < row.samples
         ]
+        whole = f"{entry['whole_correct']}/{entry['whole']}"
+        cut_right = entry["correct"] - entry["whole_correct"]
+        cut = f"{cut_right}/{entry['samples'] - entry['whole']}"
         print(
             f"{entry['tokens']:>12,} {entry['correct']:>4}/{entry['samples']:<4} "
             f"{entry['accuracy']:>9.1%} {entry['low']:>7.1%} to {entry['high']:>6.1%} "
-            f"{entry['retrieved']:>5}/{entry['samples']:<4}  {', '.join(wrong) or 'none'}"
+            f"{entry['retrieved']:>5}/{entry['samples']:<4} "
+            f"{whole:>9} {cut:>9}   {', '.join(wrong) or 'none'}"
         )
     for control, meaning in CONTROLS.items():
         same = [row for row in controls if row.control == control]

@@ -32,7 +32,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         description="Train a model from random weights, or continue a run that was cut off. Ctrl-C "
         "and SIGTERM save the state and stop; a second Ctrl-C stops without saving.",
     )
-    add_model(command, "nano, mini, mini_moe or small_moe")
+    add_model(command, "nano, mini, mini_moe, mini_any, mini_any_moe or small_moe")
     command.add_argument(
         "--run",
         type=Path,

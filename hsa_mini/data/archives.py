@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -83,12 +84,12 @@ def archives_dir() -> Path:
     return cache_dir() / "archives"
 
 
-def fetch_archives() -> None:
-    """Fetch the archives that are missing or altered.
+def fetch_archives(archives: Iterable[Archive] | None = None) -> None:
+    """Fetch the archives that are missing or altered; None: those of the corpus.
 
     Raises OSError if an archive cannot be fetched (offline, for example) or is not the pinned one.
     """
-    for archive in ARCHIVES:
+    for archive in archives or ARCHIVES:
         try:
             archive.read()
         except (OSError, ValueError):

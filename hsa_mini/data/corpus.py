@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hsa_mini.checks import quoted
-from hsa_mini.data.documents import Document, load_documents
+from hsa_mini.data.documents import Document, load_documents, longer_documents
 from hsa_mini.data.encoder import TextEncoder, load_encoder
 from hsa_mini.data.tokenizer import end_of_text, load_tokenizer, ranks_digest
 from hsa_mini.files.whole_folder import MANIFEST, Content, read_folder, write_folder
@@ -62,15 +62,16 @@ class Corpus:
         return {"name": self.name, "sha256": hashlib.sha256(tokens.data).hexdigest()}
 
 
-def load_corpus(split: str) -> Corpus:
+def load_corpus(split: str, *, longer: bool = False) -> Corpus:
     """Tokens of `split` ("train" or "validation"), encoded on first use and memory-mapped from then
     on.
 
+    longer: of the longer corpus, whose archives have to be there.
     Raises ValueError for another split, and for an archive that is not the pinned one.
     """
     if split not in SPLITS:
         raise ValueError(f"split: got {quoted(split)}, accepted are {', '.join(SPLITS)}")
-    name, documents = load_documents()
+    name, documents = ("longer", longer_documents()) if longer else load_documents()
     # The digest is part of the name, so another tokenizer never reads these tokens.
     folder = cache_dir() / f"corpus-{name}-v{FORMAT}-{ranks_digest()}"
     if folder.exists():

@@ -11,11 +11,12 @@ import logging
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hsa_mini.data.archives import ARCHIVES, archives_dir
+from hsa_mini.data.longer_archives import LONGER
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ HELD_OUT_WORKS = (
 )  # fmt: skip
 HELD_OUT_PERCENT = 26  # of the packages of code and documentation
 MIN_BYTES = 200  # shorter files are left out
+MAX_BYTES = 1 << 20  # of the longer corpus: longer files are tables and generated code
+LONGER_ENDS = (".py", ".pyx", ".rst", ".md", ".txt", ".c", ".h", ".cc", ".cpp", ".hpp")
+OTHERS = ("third_party", "vendor", "subprojects", "extern", "/node_modules/", "/static/")
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,53 @@ def read_documents(archives: Iterable[bytes]) -> Iterator[Document]:
         yield Document(path, kind, _split(path, kind), text)
 
 
-def _files(archives: Iterable[bytes]) -> Iterator[tuple[str, str, bytes]]:
+def longer_documents() -> Iterator[Document]:
+    """The code and documentation of the archives `LONGER`, those of the training split first.
+
+    Files that differ only in white space count once, and not at all if they are in `ARCHIVES`.
+    Raises ValueError if an archive is missing or not the pinned one.
+    """
+    for archive in (*ARCHIVES, *LONGER["train"], *LONGER["validation"]):
+        if not archive.path.is_file():
+            raise ValueError(
+                f"{archive.path}: missing; `python -m hsa_mini fetch --longer` fetches the archives"
+            )
+    return _longer_documents()
+
+
+def _longer_documents() -> Iterator[Document]:
+    seen = {_words(content) for _, _, content in _files(archive.read() for archive in ARCHIVES)}
+    for split, archives in LONGER.items():
+        for path, kind, content in _files((archive.read() for archive in archives), _longer_kind):
+            if not MIN_BYTES <= len(content) <= MAX_BYTES or _words(content) in seen:
+                continue
+            seen.add(_words(content))
+            try:
+                yield Document(path, kind, split, content.decode("utf-8"))
+            except UnicodeDecodeError:
+                continue
+
+
+def _words(content: bytes) -> bytes:
+    """A digest of a file without its white space."""
+    return hashlib.sha256(b" ".join(content.split())).digest()
+
+
+def _longer_kind(path: str) -> str | None:
+    """The kind of a file; None for data, and for what another project has written."""
+    if any(part in path for part in OTHERS) or not path.endswith(LONGER_ENDS):
+        return None
+    return "documentation" if path.endswith((".rst", ".md", ".txt")) else "code"
+
+
+def _files(
+    archives: Iterable[bytes], kind_of: Callable[[str], str | None] | None = None
+) -> Iterator[tuple[str, str, bytes]]:
     """Path, kind and content of every regular file that has a kind."""
     for archive in archives:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for member in tar:
-                kind = _kind(member.name) if member.isfile() else None
+                kind = (kind_of or _kind)(member.name) if member.isfile() else None
                 content = None if kind is None else tar.extractfile(member)
                 if kind is not None and content is not None:
                     yield member.name, kind, content.read()

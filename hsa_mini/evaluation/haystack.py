@@ -7,6 +7,7 @@ change to. This is exact: tests compare it with encoding every sample from scrat
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,17 @@ from hsa_mini.inference.generate import Generation, continue_from
 from hsa_mini.inference.prefill import SEGMENT
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, Output
-from hsa_mini.tasks.placement import Sample
+
+
+class Placed(Protocol):
+    """A problem placed in a text. patches: (first token, ids) of every sentence and, last, of the
+    question. They overwrite the text.
+    """
+
+    @property
+    def patches(self) -> tuple[tuple[int, np.ndarray], ...]:
+        """All that overwrites the text."""
+        ...
 
 
 class Haystack:
@@ -48,7 +59,7 @@ class Haystack:
 
     @torch.no_grad()
     def ask(
-        self, sample: Sample, *, answer_tokens: int, remembered: Sample | None = None
+        self, sample: Placed, *, answer_tokens: int, remembered: Placed | None = None
     ) -> Generation:
         """Put the sample's sentences and question into the text, answer greedily, and take them out
         again.
@@ -61,7 +72,7 @@ class Haystack:
             return continue_from(self.model, output, max_new_tokens=answer_tokens)
 
     @contextmanager
-    def read(self, sample: Sample, *, remembered: Sample | None = None) -> Iterator[Output]:
+    def read(self, sample: Placed, *, remembered: Placed | None = None) -> Iterator[Output]:
         """Inside the `with` block, which must not record gradients, the model has read the text
         with the sample in it. Arguments and afterwards: as in `ask`.
         """
@@ -71,7 +82,7 @@ class Haystack:
             yield output
 
     @contextmanager
-    def _written(self, sample: Sample) -> Iterator[None]:
+    def _written(self, sample: Placed) -> Iterator[None]:
         """Inside the `with` block, the sample's sentences and question stand in the text."""
         places = np.concatenate(
             [np.arange(first, first + len(patch)) for first, patch in sample.patches]
@@ -86,7 +97,7 @@ class Haystack:
             self.text[places] = before
 
     @contextmanager
-    def _remembered(self, sample: Sample) -> Iterator[None]:
+    def _remembered(self, sample: Placed) -> Iterator[None]:
         """Inside the `with` block, the memory holds the chunks of the text with this sample."""
         replaced: list[tuple[int, tuple[torch.Tensor, ...]]] = []
         try:
@@ -110,7 +121,7 @@ class Haystack:
             self._restore(replaced)
             raise
 
-    def _touched(self, sample: Sample) -> list[tuple[int, int]]:
+    def _touched(self, sample: Placed) -> list[tuple[int, int]]:
         """The ranges of complete chunks [first, last) that the patches change. Adjoining ranges are
         merged, and long ones are cut.
         """

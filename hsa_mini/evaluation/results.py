@@ -25,14 +25,17 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """Counts (samples, correct, retrieved) for the questions of one length and depth.
+    """Counts (samples, correct, retrieved, whole, whole_correct) for the questions of one length
+    and band of depth.
 
-
-    depth: where the first sentence that the question needs stands (the needle asked for, the first
-    of two needles, or the head of the chain). All other sentences stand anywhere.
+    depth: the middle of the band in which the first sentence stands that the question needs (the
+    needle asked for, the first of two needles, or the head of the chain). All other sentences stand
+    anywhere.
     retrieved: the samples in which any HSA layer chose a chunk of that sentence for the first
-    answer token.
+    answer token. whole: those in which it lies in a single chunk.
     distinct_tokens: how many tokens the text has before it repeats itself.
+    correct_by_text: the right answers about each text; as many questions are asked about each.
+    Files of earlier versions lack `whole` and what follows it.
     """
 
     tokens: int
@@ -42,15 +45,18 @@ class RetrievalRow:
     retrieved: int
     distinct_tokens: int
     seed: int
+    whole: int = 0
+    whole_correct: int = 0
+    correct_by_text: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ControlRow(RetrievalRow):
-    """Questions that the memory cannot answer; depth and retrieved refer to where the sentence
+    """Questions that the memory cannot answer, at any depth; retrieved refers to where the sentence
     would stand.
     """
 
-    control: str  # one of CONTROLS
+    control: str = ""  # one of CONTROLS
 
 
 def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]:

@@ -1,21 +1,22 @@
 """Questions of every retrieval task over texts of any length, answered greedily and counted.
 
-Long texts are shared: from `SHARED_FROM` tokens on, all samples of a length use one `Haystack`,
-which is encoded once.
+Every text is encoded once, for one question (or more) in each tenth of its depth. Where in its
+tenth a sentence stands is drawn, so that chunk borders cut it as often as they cut any sentence.
 """
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from hsa_mini.checks import quoted
+from hsa_mini.checks import check_integer, quoted
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.evaluation.haystack import Haystack
 from hsa_mini.evaluation.results import CONTROLS, LENGTHS, ControlRow, RetrievalRow
@@ -25,13 +26,21 @@ from hsa_mini.tasks.forms import MAX_DISTRACTORS, TASKS
 from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import EVALUATION
 
-DEPTHS = tuple(round(i / 9, 4) for i in range(10))
-CONTROL_DEPTH = 0.5
-SHARED_FROM = 1 << 20  # tokens: from this length on all samples of a length share one haystack
+BANDS = 10  # of depth
+TEXTS = 20  # of each length
 
-Condition = tuple[float, str | None]  # depth, and a control or None
+Condition = tuple[int, str | None]  # band, and a control or None
 Report = Callable[[int, list[RetrievalRow], list[ControlRow]], object]
-Counts = dict[Condition, tuple[int, int, int]]  # samples, correct, retrieved
+
+
+class Asked(NamedTuple):
+    """correct: every token of the greedy answer is right. retrieved: any HSA layer chose a chunk of
+    the first sentence for the first answer token. whole: this sentence lies in a single chunk.
+    """
+
+    correct: bool
+    retrieved: bool
+    whole: bool
 
 
 def evaluate(
@@ -39,46 +48,49 @@ def evaluate(
     task: str,
     *,
     lengths: Iterable[int] = LENGTHS,
-    depths: Iterable[float] = DEPTHS,
-    samples: int = 10,
+    texts: int = TEXTS,
+    samples: int = 1,
     seed: int = 1,
     distractors: int = 0,
     border: bool = False,
+    longer: bool = False,
     report: Report | None = None,
 ) -> tuple[list[RetrievalRow], list[ControlRow]]:
-    """Evaluate one of TASKS on held-out text: a row per length and depth, and a row per length and
-    control.
+    """Evaluate one of TASKS on held-out text: a row per length and band of depth, and a row per
+    length and control.
 
-    samples: questions per row. Every sample has its own sentences and question; below `SHARED_FROM`
-    tokens it has its own text too.
-    distractors: further sentences of the same form in every text.
+    texts: of each length; they start at equal distances in the corpus, from a random place on.
+    samples: questions in each of the `BANDS` bands of every text, and of each control. Every
+    question has its own sentences.
+    distractors: further sentences of the same form for every question.
     border: every sentence crosses a border between two chunks.
+    longer: the texts are of the longer corpus.
     lengths: one that is named twice counts once.
     report: called with each length and its rows as soon as these are complete.
-    Raises ValueError for an unknown task or too many distractors, and as `place` does.
+    Raises ValueError for an unknown task, too many distractors or no text, and as `place` does.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {quoted(task)}, accepted are {', '.join(TASKS)}")
     if not 0 <= distractors <= MAX_DISTRACTORS:
         raise ValueError(f"distractors: got {distractors}, accepted is 0 to {MAX_DISTRACTORS}")
-    corpus = load_corpus("validation").tokens
-    conditions = [(depth, None) for depth in depths for _ in range(samples)]
-    conditions += [(CONTROL_DEPTH, control) for control in CONTROLS for _ in range(samples)]
+    check_integer("texts", texts, 1)
+    check_integer("samples", samples, 1)
+    corpus = load_corpus("validation", longer=longer).tokens
     ask = partial(ask_one, task=task, distractors=distractors, border=border)
     rows = []
     controls = []
     for tokens in dict.fromkeys(lengths):
         rng = np.random.default_rng((EVALUATION, seed, tokens))
-        counts = _ask_all(model, corpus, rng, tokens, conditions, ask)
-        distinct = min(tokens, len(corpus))
+        answers = _ask_all(model, corpus, rng, tokens, texts, samples, ask)
+        common = {"tokens": tokens, "distinct_tokens": min(tokens, len(corpus)), "seed": seed}
         asked = [
-            RetrievalRow(tokens, depth, *numbers, distinct, seed)
-            for (depth, control), numbers in counts.items()
+            RetrievalRow(depth=(band + 0.5) / BANDS, **_counts(by_text), **common)
+            for (band, control), by_text in answers.items()
             if control is None
         ]
         controlled = [
-            ControlRow(tokens, depth, *numbers, distinct, seed, control)
-            for (depth, control), numbers in counts.items()
+            ControlRow(depth=0.5, **_counts(by_text), **common, control=control)
+            for (_, control), by_text in answers.items()
             if control is not None
         ]
         rows += asked
@@ -93,26 +105,45 @@ def _ask_all(
     corpus: np.ndarray,
     rng: np.random.Generator,
     tokens: int,
-    conditions: Sequence[Condition],
-    ask: Callable[..., tuple[bool, bool]],
-) -> Counts:
-    """Ask one question per entry of `conditions` in texts of `tokens` tokens, and count by
-    condition.
+    texts: int,
+    samples: int,
+    ask: Callable[..., Asked],
+) -> dict[Condition, list[list[Asked]]]:
+    """Ask all questions about `texts` texts of `tokens` tokens: of each band and control, the
+    answers by text.
     """
     device = next(model.parameters()).device
-    counts: Counts = dict.fromkeys(conditions, (0, 0, 0))
-    haystack = None
-    with tqdm(conditions, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
-        for condition in bar:
-            if haystack is None or tokens < SHARED_FROM:
-                first = int(rng.integers(len(corpus)))
-                text = tile(corpus, tokens, first).astype(np.int64)
-                haystack = Haystack(model, torch.from_numpy(text).to(device))
-            depth, control = condition
-            correct, retrieved = ask(haystack, rng, depth=depth, control=control)
-            before = counts[condition]
-            counts[condition] = (before[0] + 1, before[1] + correct, before[2] + retrieved)
-    return counts
+    conditions = [*((band, None) for band in range(BANDS)), *((-1, name) for name in CONTROLS)]
+    answers: dict[Condition, list[list[Asked]]] = {condition: [] for condition in conditions}
+    first = int(rng.integers(len(corpus)))
+    total = texts * len(conditions) * samples
+    with tqdm(total=total, desc=f"{tokens:,} tokens", unit="question", mininterval=0.5) as bar:
+        for i in range(texts):
+            start = (first + i * len(corpus) // texts) % len(corpus)
+            text = torch.from_numpy(tile(corpus, tokens, start).astype(np.int64))
+            haystack = Haystack(model, text.to(device))
+            for band, control in conditions:
+                answers[band, control].append([])
+                for _ in range(samples):
+                    depth = rng.random() if control else (band + rng.random()) / BANDS
+                    asked = ask(haystack, rng, depth=depth, control=control)
+                    answers[band, control][-1].append(asked)
+                    bar.update()
+            del haystack  # before the next one is encoded
+    return answers
+
+
+def _counts(by_text: list[list[Asked]]) -> dict:
+    """The counts of a row."""
+    answers = [answer for some in by_text for answer in some]
+    return {
+        "samples": len(answers),
+        "correct": sum(answer.correct for answer in answers),
+        "retrieved": sum(answer.retrieved for answer in answers),
+        "whole": sum(answer.whole for answer in answers),
+        "whole_correct": sum(answer.whole and answer.correct for answer in answers),
+        "correct_by_text": tuple(sum(answer.correct for answer in some) for some in by_text),
+    }
 
 
 def evaluate_side_by_side(
@@ -189,12 +220,8 @@ def ask_one(
     *,
     distractors: int = 0,
     border: bool = False,
-) -> tuple[bool, bool]:
-    """Ask one question; returns (correct, retrieved).
-
-    correct: every token of the greedy answer is right. retrieved: any HSA layer chose a chunk of
-    the first sentence for the first answer token.
-    """
+) -> Asked:
+    """Ask one question, whose first sentence stands at `depth`."""
     config = haystack.model.config
 
     def draw() -> Sample:
@@ -215,4 +242,4 @@ def ask_one(
     correct = generation.ids[0].tolist() == sample.answer.tolist()
     wanted = set(sample.first_chunks(config.chunk_size))
     retrieved = any(wanted & chunks for chunks in chunks_retrieved(generation.first))
-    return correct, retrieved
+    return Asked(correct, retrieved, len(wanted) == 1)

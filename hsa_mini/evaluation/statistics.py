@@ -12,6 +12,10 @@ def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float,
 
     Without samples it is 0 to 1.
     """
+    return _wilson(correct, samples, z)
+
+
+def _wilson(correct: float, samples: float, z: float) -> tuple[float, float]:
     if samples == 0:
         return 0.0, 1.0
     share = correct / samples
@@ -23,9 +27,10 @@ def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float,
 
 def by_length(rows: Sequence[RetrievalRow]) -> list[dict]:
     """One summary per length, the shortest first: the counts of all depths, the share right and its
-    95% interval.
+    95% interval, in which the questions about one text may be alike.
 
-    Keys: tokens, samples, correct, retrieved (counts); accuracy, low, high (shares from 0 to 1).
+    Keys: tokens, samples, correct, retrieved, whole, whole_correct (counts); texts (0: unknown, and
+    the interval is that of independent questions); accuracy, low, high (shares from 0 to 1).
     """
     lengths = sorted({row.tokens for row in rows})
     return [_summary(tokens, [row for row in rows if row.tokens == tokens]) for tokens in lengths]
@@ -34,13 +39,37 @@ def by_length(rows: Sequence[RetrievalRow]) -> list[dict]:
 def _summary(tokens: int, rows: Sequence[RetrievalRow]) -> dict:
     samples = sum(row.samples for row in rows)
     correct = sum(row.correct for row in rows)
-    low, high = wilson_interval(correct, samples)
+    texts = [sum(some) for some in zip(*(row.correct_by_text for row in rows), strict=True)]
+    clusters = [(right, samples // len(texts)) for right in texts] or [(correct, samples)]
+    low, high = cluster_interval(clusters)
     return {
         "tokens": tokens,
         "samples": samples,
         "correct": correct,
         "retrieved": sum(row.retrieved for row in rows),
+        "whole": sum(row.whole for row in rows),
+        "whole_correct": sum(row.whole_correct for row in rows),
+        "texts": len(texts),
         "accuracy": correct / samples,
         "low": low,
         "high": high,
     }
+
+
+def cluster_interval(clusters: Sequence[tuple[int, int]], z: float = 1.96) -> tuple[float, float]:
+    """The Wilson interval of a share over clusters (correct, samples) whose samples may be alike,
+    as the questions about one text are.
+
+    It is that of samples / d independent ones. The design effect d, at least 1, is the variance of
+    the share as estimated between clusters over its variance if all samples were independent. From
+    equal shares nothing can be estimated: then d is 1.
+    """
+    correct = sum(some for some, _ in clusters)
+    samples = sum(some for _, some in clusters)
+    effect = 1.0
+    if 0 < correct < samples and len(clusters) > 1:
+        share = correct / samples
+        between = sum((right - share * size) ** 2 for right, size in clusters)
+        between *= len(clusters) / (len(clusters) - 1) / samples**2
+        effect = max(between / (share * (1 - share) / samples), 1.0)
+    return _wilson(correct / effect, samples / effect, z)

@@ -66,16 +66,21 @@ def stream(
     Whenever the iterator pauses or is closed, `memory` has read every token that came out of it but
     the last. The next call goes on from there, with that token first.
     """
-    decoding = Decoding(**options)
+    Decoding(**options)  # checked before the prefill
     output = prefill(model, ids, memory, lengths=lengths, segment=segment, progress=progress)
-    return _decode(model, output, decoding)
+    return stream_from(model, output, **options)
+
+
+def stream_from(model: HSACore, output: Output, **options) -> Iterator[torch.Tensor]:
+    """As `stream`, from the output of a prefill; the options are those of `Decoding`."""
+    return _decode(model, output, Decoding(**options))
 
 
 def continue_from(model: HSACore, output: Output, **options) -> Generation:
     """Continue from the output of a prefill; the memory grows as chunks complete. The options are
     those of `Decoding`.
     """
-    tokens = torch.cat(list(_decode(model, output, Decoding(**options))), dim=1)
+    tokens = torch.cat(list(stream_from(model, output, **options)), dim=1)
     return Generation(tokens, output.memory, output.aux)
 
 

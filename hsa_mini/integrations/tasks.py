@@ -14,6 +14,8 @@ from typing import Any
 
 from hsa_mini.checks import quoted
 from hsa_mini.integrations.lm_eval import HSALM  # which says what to install if lm-eval is missing
+from hsa_mini.tasks.long.ruler import Whole
+from hsa_mini.tasks.long.ruler_lists import ruler_texts
 
 # isort: split
 import lm_eval.tasks
@@ -115,10 +117,9 @@ def ruler_task(name: str, tokens: int, *, samples: int, seed: int) -> Task:
     """One of RULER's tasks with `samples` texts of at most `tokens` tokens."""
     from lm_eval.tasks.ruler import common_utils
 
-    from hsa_mini.integrations.ruler import ruler_texts  # takes ten seconds
-
     manager = TaskManager(include_defaults=False, include_path=RULER_FOLDER)
-    documents = Dataset.from_list(ruler_texts(name, tokens, samples=samples, seed=seed))
+    texts = ruler_texts(name.removeprefix("ruler_"), tokens, samples=samples, seed=seed)
+    documents = Dataset.from_list([_document(text, tokens) for text in texts])
     metrics = [
         {
             "metric": length,
@@ -133,6 +134,17 @@ def ruler_task(name: str, tokens: int, *, samples: int, seed: int) -> Task:
         "metric_list": metrics,
     }
     return ConfigurableTask(config={**(manager.task_index[name].cfg or {}), **changes})
+
+
+def _document(text: Whole, tokens: int) -> dict[str, Any]:
+    """A text with its first question, under lm-eval's names."""
+    asked = text.questions[0]
+    return {
+        "input": text.text + asked.question,
+        "outputs": list(asked.answers),
+        "gen_prefix": asked.prefix.strip(),
+        "max_length": tokens,
+    }
 
 
 def measure(lm: HSALM, task: Task, *, tokens: int, samples: int, seed: int) -> list[TaskRow]:

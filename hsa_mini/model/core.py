@@ -22,6 +22,7 @@ from hsa_mini.model.hsa import HSA, Retrieval
 from hsa_mini.model.inputs import check_document_starts, check_memory
 from hsa_mini.model.moe import MoE
 from hsa_mini.model.norm import RMSNorm
+from hsa_mini.model.recency import START
 from hsa_mini.ops.rope import rope_table
 
 
@@ -91,19 +92,21 @@ class HSACore(nn.Module):
 
         Matrices are normal with variance 1/fan-in. Those that write into the residual stream are
         smaller in deeper models. Gains of norms are 1, the router's bias is 0, and a tied head is
-        the embedding.
+        the embedding. The preference for newer chunks is the same for every token.
         """
         if self.config.tied:
             self.head.weight = self.embedding.weight
         depth = self.config.lower_layers + self.config.upper_layers
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 and name != "encoder.cls":
-                parameter.fill_(1.0)  # the gain of a norm
+                parameter.fill_(START if name.endswith("recency.bias") else 1.0)  # a norm's gain: 1
                 continue
             fan_in = parameter.shape[-2] if parameter.dim() == 3 else parameter.shape[-1]
             std = fan_in**-0.5
             if name in ("embedding.weight", "encoder.cls"):
                 std = self.config.embedding_std
+            if name.endswith("recency.weight"):
+                std = 0.0
             if name.endswith(("out.weight", "down.weight", ".down")):
                 std *= (2 * depth) ** -0.5
             parameter.normal_(0.0, std)

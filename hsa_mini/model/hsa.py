@@ -15,6 +15,7 @@ from hsa_mini.config import HSAConfig
 from hsa_mini.memory.chunk_source import ChunkSource, DeviceChunks
 from hsa_mini.memory.host_chunks import HostChunks
 from hsa_mini.model.norm import RMSNorm
+from hsa_mini.model.recency import prefer_newer
 
 
 class Retrieval(NamedTuple):
@@ -43,6 +44,7 @@ class HSA(nn.Module):
             if config.retrieval_norm
             else nn.Identity()
         )
+        self.recency = nn.Linear(config.width, config.hsa_kv_heads) if config.recency else None
         self.out = nn.Linear(config.hsa_heads * config.hsa_head_dim, config.width, bias=False)
 
     def forward(
@@ -64,6 +66,7 @@ class HSA(nn.Module):
         """
         config = self.config
         q, queries = self._queries(x, source.landmarks.dtype)
+        recency = None if self.recency is None else self.recency(x)
         late = position % config.query_block  # tokens of x's first block that came before x
         choosers = queries
         if late:
@@ -91,6 +94,8 @@ class HSA(nn.Module):
             # [B, late+T, J_r, K] -> [B, T, J, K]: a shared retrieval head chooses for every KV head
             indices = indices[:, late:].expand(-1, -1, config.hsa_kv_heads, -1)
             weights = weights[:, late:].expand(-1, -1, config.hsa_kv_heads, -1)
+            if recency is not None:
+                weights = prefer_newer(indices, weights, recency)
             out = source.attend(self.q_norm(q), indices, weights)
         retrieval = Retrieval(queries, indices, weights)
         return self.out(out.flatten(-2)), retrieval, self._open_query(choosers)
@@ -111,6 +116,7 @@ class HSA(nn.Module):
         """
         config = self.config
         q, choosers = self._queries(x, source.landmarks.dtype)
+        recency = None if self.recency is None else self.recency(x)
         late = positions % config.query_block
         if block_query is not None:
             choosers = torch.where((late == 0)[:, None, None, None], choosers, block_query)
@@ -120,6 +126,7 @@ class HSA(nn.Module):
         )
         fused = (
             config.weighting == "softmax"
+            and recency is None
             and not config.exclude_window
             and config.retrieval_heads == config.hsa_kv_heads
         )
@@ -135,8 +142,12 @@ class HSA(nn.Module):
                     exclude_window=config.window if config.exclude_window else 0,
                     **options,
                 )
-                heads = (-1, -1, config.hsa_kv_heads, -1)
-                out = source.attend(q, indices.expand(heads), weights.expand(heads))
+                indices, weights = (
+                    part.expand(-1, -1, config.hsa_kv_heads, -1) for part in (indices, weights)
+                )
+                if recency is not None:
+                    weights = prefer_newer(indices, weights, recency)
+                out = source.attend(q, indices, weights)
         return self.out(out.flatten(-2))
 
     def _queries(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

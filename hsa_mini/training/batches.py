@@ -1,22 +1,22 @@
-"""Batches of a recipe: a function of (seed, step), drawn by a thread while the device computes."""
+"""Batches of a recipe: a function of (seed, step), drawn in advance while a GPU computes."""
 
 import logging
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from hsa_mini.checks import check_step
 from hsa_mini.data.corpus import Corpus
-from hsa_mini.training.mixture import TrainingBatches, check_step
+from hsa_mini.training.mixture import TrainingBatches
 from hsa_mini.training.own.batches import DocumentBatches
 from hsa_mini.training.recipes import Recipe, Stage
 
 log = logging.getLogger(__name__)
 
-AHEAD = 8  # batches that are drawn before they are needed
+WORKERS = 4  # processes that draw batches for a GPU
+AHEAD = 4  # batches that each of them draws before they are needed
 
 
 class StagedBatches(Dataset):
@@ -64,24 +64,21 @@ class StagedBatches(Dataset):
 
 def prefetch(
     batches: Dataset, steps: range, *, device: torch.device
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batches of `steps`, in order. A thread draws up to `AHEAD` of them in advance.
+) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The batches of `steps`, in order.
 
-    A thread is enough, because drawing a batch takes milliseconds. A worker process would have to
-    be forked, and forking a process that has used a GPU takes seconds.
+    For a GPU, worker processes draw them in advance: a GPU takes a step in the time in which one
+    process draws a batch. The workers are started anew, because a process that has used a GPU
+    cannot be forked.
     """
-
-    def draw(step: int) -> tuple[torch.Tensor, ...]:
-        return tuple(part.pin_memory() if device.type == "cuda" else part for part in batches[step])
-
-    pool = ThreadPoolExecutor(1)
-    waiting = deque()
-    try:
-        for step in steps:
-            waiting.append(pool.submit(draw, step))
-            if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if device.type == "cpu":
+        return DataLoader(batches, batch_size=None, sampler=steps)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=WORKERS,
+        prefetch_factor=AHEAD,
+        multiprocessing_context="spawn",
+        pin_memory=True,
+    )

@@ -1,4 +1,4 @@
-"""Training batches: plain text, self-copies, questions about needles, questions about chains.
+"""Training batches: plain text, self-copies, questions about needles, chains, facts and spans.
 
 A batch is a function of (seed, step). Every token belongs to one part of the loss: none, text, copy
 (the second half of a self-copy) or answer.
@@ -7,20 +7,37 @@ Dimensions: B batch, T tokens; a sequence has T+1 (inputs and targets overlap).
 """
 
 from dataclasses import dataclass
+from functools import partial
+from random import Random
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hsa_mini.checks import check_integer, check_number
+from hsa_mini.checks import check_integer, check_number, check_step
 from hsa_mini.data.corpus import load_corpus
 from hsa_mini.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
-from hsa_mini.tasks.chains import Chain, draw_chains
+from hsa_mini.tasks.chains import draw_chains
+from hsa_mini.tasks.long.rows import TOLD, ruler_row
 from hsa_mini.tasks.needles import Needle, ask, draw_needles
+from hsa_mini.tasks.rows import (
+    ANSWER,
+    COPY,
+    NONE,
+    TEXT,
+    draw_told,
+    min_tokens,
+    pieces_of,
+    question_tokens,
+    row,
+    span_row,
+    told_items,
+)
 from hsa_mini.tasks.sentences import MAX_KEYS, TRAINING, Question, encode, is_held_out
 
-NONE, TEXT, COPY, ANSWER = range(4)
-PARTS = ("none", "text", "copy", "answer")
+PARTS = {NONE: "none", TEXT: "text", COPY: "copy", ANSWER: "answer"}  # names
+LONG = ("ruler", *TOLD)  # the kinds for the tasks in long texts (see `tasks/long/rows.py`)
+SHARES = ("self_copy", "needles", "chains", "facts", "spans", *LONG)  # of all kinds but text
 SIMILAR_KEYS = 0.3  # share of the needle sequences in which some keys differ in one letter only
 
 TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of each token [T+1]
@@ -30,13 +47,18 @@ TrainingSequence = tuple[np.ndarray, np.ndarray]  # ids [T+1] and the part of ea
 class Mixture:
     """How sequences are drawn: the share of each kind, and the limits of each kind.
 
-    self_copy, needles and chains are shares of the sequences; the remaining sequences are plain
-    text.
+    SHARES are shares of the sequences; the remaining sequences are plain text.
     """
 
     self_copy: float = 0.35
     needles: float = 0.5
     chains: float = 0.0
+    facts: float = 0.0  # facts in many forms (see `tasks/rows.py`)
+    spans: float = 0.0  # real text, and questions about what follows some of its spans
+    ruler: float = 0.0
+    stories: float = 0.0
+    threads: float = 0.0
+    notes: float = 0.0
     two_codes: float = 0.25  # share of the needle questions that ask for two needles at once
     # Share of the haystacks that are generated instead of drawn from a real text: random tokens,
     # few symbols, one passage over and over, or needles only.
@@ -48,15 +70,11 @@ class Mixture:
 
     def __post_init__(self) -> None:
         """Raise ValueError for shares outside 0 to 1, or together above 1, and limits below 1."""
-        for name in ("self_copy", "needles", "chains", "two_codes", "made_up"):
+        for name in (*SHARES, "two_codes", "made_up"):
             check_number(name, getattr(self, name), 0, 1)
         for name in ("max_needles", "max_chains", "max_questions", "min_copy"):
             check_integer(name, getattr(self, name), 1)
-        check_number("self_copy + needles + chains", self._share_of_tasks, 0, 1 + 1e-9)
-
-    @property
-    def _share_of_tasks(self) -> float:
-        return self.self_copy + self.needles + self.chains
+        check_number(" + ".join(SHARES), sum(getattr(self, name) for name in SHARES), 0, 1 + 1e-9)
 
 
 class TrainingBatches(Dataset):
@@ -80,7 +98,8 @@ class TrainingBatches(Dataset):
         sizes = (("batch", batch, 1), ("tokens", tokens, 1), ("steps", steps, 0), ("seed", seed, 0))
         for name, value, minimum in sizes:
             check_integer(name, value, minimum)
-        if tokens < (fewest := min_tokens(mixture)):
+        kinds = [name for name in SHARES if getattr(mixture, name)]
+        if tokens < (fewest := min_tokens(kinds)):
             raise ValueError(
                 f"tokens: got {tokens}, accepted are at least {fewest} for the mixture's questions"
             )
@@ -107,18 +126,25 @@ class TrainingBatches(Dataset):
         ids, parts = (np.stack(column) for column in zip(*rows))
         return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(parts.astype(np.int8))
 
-    # ---- the four kinds of sequence
+    # ---- the kinds of sequence
 
     def sequence(self, rng: np.random.Generator) -> TrainingSequence:
         """One sequence of a kind drawn by the shares of the mixture."""
-        mixture = self.mixture
+        kinds = {
+            "self_copy": self.self_copy,
+            "needles": self.needle_questions,
+            "chains": self.chain_questions,
+            "facts": self.fact_questions,
+            "spans": self.span_questions,
+            "ruler": partial(self.span_questions, rewrite=ruler_row),
+            **{name: partial(self.fact_questions, draw=draw) for name, draw in TOLD.items()},
+        }
         kind = rng.random()
-        if kind < mixture.self_copy:
-            return self.self_copy(rng)
-        if kind < mixture.self_copy + mixture.needles:
-            return self.needle_questions(rng)
-        if kind < mixture.self_copy + mixture.needles + mixture.chains:
-            return self.chain_questions(rng)
+        up_to = 0.0
+        for name in SHARES:
+            up_to += getattr(self.mixture, name)
+            if kind < up_to:
+                return kinds[name](rng)
         return self.real_text(rng, self.tokens + 1), np.full(self.tokens + 1, TEXT)
 
     def self_copy(self, rng: np.random.Generator) -> TrainingSequence:
@@ -170,6 +196,21 @@ class TrainingBatches(Dataset):
         asked = order[: int(rng.integers(1, self.mixture.max_questions + 1))]
         shuffled = [sentences[i] for i in rng.permutation(len(sentences))]
         return self.hide(rng, shuffled, [chains[i].question for i in asked])
+
+    def fact_questions(self, rng: np.random.Generator, draw=draw_told) -> TrainingSequence:
+        """Facts in one of many forms, and questions about them."""
+        draws = Random(int(rng.integers(1 << 62)))
+        total = self.tokens + 1
+        items = told_items(draws, int(total * draws.choice((0.4, 0.6, 0.8, 0.95))), draw)
+        count = total - sum(len(ids) for item in items for ids, _ in item)
+        made_up = rng.random() < self.mixture.made_up / 2
+        text = self.made_up(rng, count) if made_up else self.real_text(rng, count)
+        return row(draws, items, text.tolist(), NONE if made_up else TEXT)
+
+    def span_questions(self, rng: np.random.Generator, rewrite=span_row) -> TrainingSequence:
+        """Real text, and questions about what follows some of its spans."""
+        draws = Random(int(rng.integers(1 << 62)))
+        return rewrite(draws, self.real_text(rng, self.tokens + 1).tolist())
 
     # ---- sentences and questions among text
 
@@ -257,34 +298,3 @@ class TrainingBatches(Dataset):
         pools = (encode("0123456789,. \n"), np.arange(256), np.arange(self.ordinary))
         pool = pools[rng.integers(3)]
         return rng.choice(rng.choice(pool, int(rng.integers(2, 65))), tokens)
-
-
-def pieces_of(item: str | Question) -> list[tuple[np.ndarray, int]]:
-    """Ids and part in the loss: of a sentence, or of a question and its answer."""
-    if isinstance(item, str):
-        return [(encode(item), NONE)]
-    return [(encode(item.text), NONE), (encode(item.answer), ANSWER)]
-
-
-def min_tokens(mixture: Mixture) -> int:
-    """The fewest tokens of a sequence that holds one needle, or one chain, and the question."""
-    needle = Needle("BBBB", "000000")  # any other is as long
-    chain = Chain("00000000", ("BBBB", "CCCC", "DDDD"))
-    fewest = 1
-    if mixture.needles:
-        fewest = len(encode(needle.sentence)) + question_tokens(ask([needle])) - 1
-    if mixture.chains:
-        sentences = sum(len(encode(sentence)) for sentence in chain.sentences)
-        fewest = max(fewest, sentences + question_tokens(chain.question) - 1)
-    return fewest
-
-
-def check_step(step: int, steps: int) -> None:
-    """Raise IndexError, which ends a loop over batches, for a step that is not among `steps`."""
-    if not 0 <= step < steps:
-        raise IndexError(f"step: got {step}, accepted is 0 to {steps - 1}")
-
-
-def question_tokens(question: Question) -> int:
-    """The number of tokens of a question and its answer."""
-    return sum(len(ids) for ids, _ in pieces_of(question))

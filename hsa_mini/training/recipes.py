@@ -5,7 +5,7 @@ from typing import Any
 
 from hsa_mini.checks import check_integer, check_number, quoted
 from hsa_mini.config import HSAConfig
-from hsa_mini.training.mixture import Mixture
+from hsa_mini.training.mixture import LONG, Mixture
 
 MAX_NUMBER = 10**9  # in a recipe; more is a typing error
 MAX_BETA = 1 - 1e-9  # AdamW accepts no 1
@@ -153,6 +153,8 @@ KEYS_IN_FILES = {
     "max_questions": "questions_most",
     "min_copy": "copy_least",
 }
+# Shares that are left out of files where they are 0: earlier versions did not have them.
+ADDED_SHARES = ("facts", "spans", *LONG)
 
 
 def recipe_settings(recipe: Recipe) -> dict:
@@ -160,7 +162,8 @@ def recipe_settings(recipe: Recipe) -> dict:
 
     def renamed(value: Any) -> Any:
         if isinstance(value, dict):
-            return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in value.items()}
+            kept = {key: x for key, x in value.items() if x or key not in ADDED_SHARES}
+            return {KEYS_IN_FILES.get(key, key): renamed(x) for key, x in kept.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(renamed, value))
         return value
@@ -184,6 +187,21 @@ _WITH_QUEUE = replace(
     _OWN_CHUNKS, steps=4000, gumbel_noise=False, queue_chunks=4096, text_weight=0.1
 )
 _MINI = Recipe((_OWN_CHUNKS, replace(_WITH_QUEUE, isolated=4)))
+# Facts in many forms.
+_ANY_OWN_CHUNKS = replace(
+    _OWN_CHUNKS,
+    steps=1200,
+    mixture=Mixture(self_copy=0.12, needles=0.06, chains=0.04, facts=0.64, spans=0.07),
+)
+_ANY_WITH_QUEUE = replace(
+    _ANY_OWN_CHUNKS,
+    steps=22_800,
+    gumbel_noise=False,
+    queue_chunks=4096,
+    isolated=4,
+    text_weight=0.1,
+)
+_MINI_ANY = Recipe((_ANY_OWN_CHUNKS, _ANY_WITH_QUEUE))
 # The paper's five stages at a small scale: warm-up (short window, every chunk kept, mostly copies),
 # sparse pre-training, longer texts, annealing, and questions.
 _SMALL = Recipe(
@@ -232,4 +250,11 @@ _NANO = Recipe(
     learning_rate=5e-3,
     warmup=30,
 )
-RECIPES = {"nano": _NANO, "mini": _MINI, "mini_moe": _MINI, "small_moe": _SMALL}
+RECIPES = {
+    "nano": _NANO,
+    "mini": _MINI,
+    "mini_moe": _MINI,
+    "mini_any": _MINI_ANY,
+    "mini_any_moe": _MINI_ANY,
+    "small_moe": _SMALL,
+}

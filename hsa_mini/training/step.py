@@ -17,7 +17,6 @@ from hsa_mini.model.core import Output
 from hsa_mini.model.moe import MoE
 from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
 from hsa_mini.training.loss import Loss, mixture_loss, mixture_loss_in_pieces, part_counts
-from hsa_mini.training.mixture import ANSWER
 from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
 from hsa_mini.training.recipes import Recipe, Stage
@@ -78,7 +77,7 @@ def train_step(
         if master is not None:
             master.take_gradients()
         if queue.size:
-            fill_queue(queue, output, some_parts)
+            fill_queue(queue, output)
         found = (loss.detach(), *means, accuracy)
         sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
     trained = model.parameters() if master is None else master.masters
@@ -142,17 +141,16 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def fill_queue(queue: ChunkQueue, output: Output, parts: torch.Tensor) -> None:
-    """Put the chunks of a third of the batch into the queue; sequences without a question first.
+def fill_queue(queue: ChunkQueue, output: Output) -> None:
+    """Put the chunks of the first third of the batch into the queue.
 
-    Sequences without a question hold plain text. A queued needle could contradict a needle of a
-    later batch.
+    They are rows of every kind. A queue of plain text alone would never teach the model to tell a
+    needle from thousands of other needles.
     """
-    has_answer = (parts == ANSWER).any(dim=1).int()
-    rows = has_answer.argsort(stable=True)[: len(parts) // 3]
     encoded = output.aux.encoded
     assert encoded is not None, "only a model in training mode returns the encoded chunks"
-    queue.push(encoded, rows)
+    B = len(encoded.k)
+    queue.push(encoded, torch.arange(B // 3, device=encoded.k.device))
 
 
 def balance_experts(

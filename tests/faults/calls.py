@@ -115,6 +115,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
         "": ("model", "models"),
         "--lengths": ("300", "400"),
+        "--texts": ("1",),
         "--samples": ("1",),
         "--task": ("s_niah", "vt", "mq_niah"),
         "--distractors": ("0", "2"),
@@ -127,6 +128,16 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "": ("model", "models"),
         "--lengths": ("600",),
         "--stretches": ("1",),
+        "--seed": ("0", "7"),
+        "--out": ("new.json", "out.json", "mounted.json"),
+        "--device": ("cpu", "auto"),
+    },
+    "tasks": {
+        "": ("model", "models"),
+        "--tasks": ("qa1", "thread_2,fwe"),
+        "--lengths": ("2048", "2100"),
+        "--texts": ("1",),
+        "--questions": ("1",),
         "--seed": ("0", "7"),
         "--out": ("new.json", "out.json", "mounted.json"),
         "--device": ("cpu", "auto"),
@@ -152,7 +163,7 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ALWAYS = {"", "--tokens", "--haystack", "--prompt-file", "--max-new-tokens", "--steps", "--lengths"}
 ALWAYS |= {"--samples", "--stretches", "--scale", "--arms", "--seeds", "--checkpoint", "--out"}
-ALWAYS |= {"--tasks", "TEXT", "DIR", "FOLDER", "OUT"}
+ALWAYS |= {"--tasks", "--texts", "TEXT", "DIR", "FOLDER", "OUT"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def attack(count: int, seed: int, progress: Progress) -> Report:
         return report
     # What takes long to import is imported here, once for all children.
     estimate_cost("nano", 1)
-    slow = ("hsa_mini.integrations.ruler", "hsa_mini.integrations.tasks", "torch.utils.tensorboard")
+    slow = ("hsa_mini.integrations.tasks", "torch.utils.tensorboard")
     for module in slow:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)

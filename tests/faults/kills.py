@@ -227,7 +227,7 @@ class Evaluating:
             return ask(*arguments, **options)
 
         with mock.patch.object(runner, "ask_one", counted):
-            words = ["eval", str(folder / "model"), "--samples", "1", "--device", "cpu"]
+            words = ["eval", str(folder / "model"), "--texts", "1", "--device", "cpu"]
             lengths = ["--lengths", *map(str, LENGTHS)]
             return cli.main([*words, *lengths, "--out", str(folder / "r.json")])
 

@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hsa_mini.integrations import tasks
     from hsa_mini.integrations.lm_eval import HSALM
     from hsa_mini.provenance import write_results
+    from hsa_mini.tasks.long.ruler_words import listed
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for authors of tasks
     names = list(dict.fromkeys(arguments.tasks.split(",")))
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     own = tasks.own_tasks(parts[0], arguments.include_path)
     if len(own) < len(names):
-        import hsa_mini.integrations.ruler  # noqa: F401  # refuses if a package is missing
+        listed()  # refuses if the package of RULER's words is missing
     folder = checkpoint_folder(arguments.checkpoint)
     model = read_model("checkpoint", folder, device)
     measured = fingerprint(folder)

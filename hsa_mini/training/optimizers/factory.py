@@ -6,8 +6,8 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.training.optimizers.muon import MuonAndAdamW
 from hsa_mini.training.recipes import Recipe
 
-# Not under Muon: a row of the embedding is a token's own, and a router has few rows.
-OUTSIDE_MUON = {"embedding", "head", "router"}
+# Not under Muon: a row of the embedding is a token's own, and a router and `recency` have few rows.
+OUTSIDE_MUON = {"embedding", "head", "router", "recency"}
 
 
 def make_optimizer(model: HSAModel, recipe: Recipe) -> torch.optim.Optimizer:
