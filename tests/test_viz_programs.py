@@ -79,7 +79,7 @@ def test_a_picture_shows_the_record():
         assert grid == [[color if row == 4 else OTHERS] * 3 for row in range(6)]
     assert [ax.get_title() for ax in figure.axes] == ["x\nloads 12 bytes", "out\nstores 12 bytes"]
     assert summary == (
-        "Program 4 of 6 loads 12 bytes and stores 12; masks keep out 2 addresses. "
+        "Program 4 of 6 loads 12 bytes, stores 12 and computes 4 FLOP; masks keep out 2 addresses. "
         "All programs load 72 and store 72."
     )
 

@@ -55,11 +55,11 @@ pytestmark = [
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 PROMPTS = ".jp-CodeCell .jp-InputPrompt"
 SLIDER = ".jp-OutputArea [role=slider]"
-# A string that changes whenever the picture of a slider is redrawn: the address of an image, or the
-# pixels of a canvas.
+# A string that changes whenever the picture of a slider is redrawn: its SVG, or the pixels of a
+# canvas.
 PICTURE = """slider => {
-  const picture = slider.closest('.widget-vbox').querySelector('img, canvas');
-  return picture.tagName === 'IMG' ? picture.src : picture.toDataURL();
+  const picture = slider.closest('.widget-vbox, .jp-OutputArea').querySelector('.hsa-frame, canvas');
+  return picture.shadowRoot ? picture.shadowRoot.innerHTML : picture.toDataURL();
 }"""
 # Every text that a line shows from now on, in a list.
 WATCH = """line => {
@@ -76,6 +76,11 @@ EDGE = """canvas => {
   const pen = canvas.getContext('2d');
   const edge = new Uint32Array(pen.getImageData(canvas.width - 3, 0, 3, canvas.height).data.buffer);
   return [new Set(edge).size, [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3)];
+}"""
+# How large a drawing is, if 1 is 110 pixels an inch.
+SCALE = """frame => {
+  const svg = frame.shadowRoot.querySelector('svg');
+  return svg.clientWidth / (svg.viewBox.baseVal.width * 110 / 72);
 }"""
 # "none" puts every cell into the page. By default JupyterLab leaves out the cells that are not
 # visible.
@@ -283,7 +288,7 @@ def test_two_controls_move_at_once_and_the_latest_values_win(open_notebook):
     page = open_notebook("two_controls.ipynb")
     start_all(page)
     page.wait_for_selector(f"{SLIDER}[aria-label]", timeout=OPEN_SECONDS * 1000)
-    said = page.locator(".widget-vbox > .widget-label")
+    said = page.locator(".hsa-line")
     sliders = [page.locator(SLIDER).nth(i).element_handle() for i in (0, 1)]
     seen = page.evaluate_handle(WATCH, said.element_handle())
     for _ in range(20):
@@ -332,12 +337,12 @@ def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
     right_edge, corner = canvas.evaluate(EDGE)
     assert right_edge == 1  # one colour: nothing is cut there
     assert max(corner) < 60
-    images = page.locator(".jp-OutputArea img")
+    images = page.locator(".jp-OutputArea :is(img, .hsa-frame)")
     assert images.count() > 1
     for image in images.all():
         assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
-    for image in page.locator(".hsa-picture img").all():  # its labels stay readable
-        assert image.evaluate("image => image.clientWidth / image.naturalWidth") > 0.69
+    for frame in page.locator(".hsa-frame").all():  # its labels stay readable
+        assert frame.evaluate(SCALE) > 0.69
 
 
 def test_stored_pictures_are_dark_in_the_dark_theme_before_anything_runs(open_notebook):
