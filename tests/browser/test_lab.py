@@ -58,7 +58,8 @@ SLIDER = ".jp-OutputArea [role=slider]"
 # A string that changes whenever the picture of a slider is redrawn: its SVG, or the pixels of a
 # canvas.
 PICTURE = """slider => {
-  const picture = slider.closest('.widget-vbox, .jp-OutputArea').querySelector('.hsa-frame, canvas');
+  const area = slider.closest('.widget-vbox, .jp-OutputArea');
+  const picture = area.querySelector('.hsa-frame, canvas');
   return picture.shadowRoot ? picture.shadowRoot.innerHTML : picture.toDataURL();
 }"""
 # Every text that a line shows from now on, in a list.

@@ -7,7 +7,6 @@ from typing import Any
 
 import anywidget
 import ipywidgets
-import traitlets
 
 from hsa_mini.checks import quoted
 

@@ -17,7 +17,6 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 from triton.runtime.jit import JITFunction
 
-
 # What counts as one FLOP a number. Comparisons and the largest number of a row count nothing.
 ARITHMETIC = (np.add, np.subtract, np.multiply, np.divide, np.exp, np.exp2, np.log, np.sqrt)
 
