@@ -56,6 +56,7 @@ async function render({ model, el }) {
     if (frame.cells !== cells) kept.clear();
     cells = frame.cells;
     kept.set(keyOf(frame.places), frame);
+    host.dataset.kept = kept.size;
     if (!places.length || keyOf(frame.places) === key()) show(frame);
   };
   // The next drawing to fetch: the present one, along the control that has moved last, then along the others.
