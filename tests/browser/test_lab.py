@@ -398,7 +398,7 @@ def _open_explorer(lab, open_notebook, text: Path):
 
 
 def open_cells(lab, open_notebook, *sources: str):
-    """The page of a notebook with these cells, which have run; `errors` are those of the browser."""
+    """The page of a notebook whose cells have run. Its `errors` are those of the browser."""
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     notebook = new_notebook(cells=list(map(new_code_cell, sources)), metadata=kernel)
     nbformat.write(notebook, lab.root / "cells.ipynb")
@@ -643,7 +643,7 @@ def draw(figure, a):
     return f"a is {a} < <b>{a + 1}</b>"
 explore(draw, alt="A line.", size=(6, 2), play="a", a=(0, 12))
 """
-# Milliseconds from each of `count` keypresses to the picture, which is drawn when the event returns.
+# Milliseconds from each of `count` keypresses to the picture, drawn when the event returns.
 REDRAWS = """async ([node, key, count]) => {
   const times = [];
   for (let i = 0; i < count; i++) {
