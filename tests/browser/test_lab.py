@@ -686,6 +686,8 @@ def test_programs_of_a_kernel_play_step_and_say_who_moves_a_number(lab, open_not
     expect(canvas).to_have_attribute(said, re.compile("It has not begun"))
     page.get_by_role("button", name="Pause").press("Enter")
 
+    menu_of_kernels = page.locator(".jp-OutputArea label", has_text="Kernel")
+    expect(menu_of_kernels).to_be_hidden()  # there is only one
     canvas.hover(position={"x": 10, "y": 42})
     expect(page.get_by_role("tooltip")).to_have_text("x[0, 0]: loaded by program 0")
     canvas.click(position={"x": 10, "y": 42})

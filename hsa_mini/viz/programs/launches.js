@@ -122,7 +122,7 @@ function render({ model, el }) {
   const canvas = sliderCanvas(model), line = document.createElement("div"), menu = document.createElement("select");
   line.style.cssText = "padding: 4px 0; min-height: 3em; font-size: 14px";
   const label = document.createElement("label");
-  label.style.cssText = "display: block; padding: 0 0 6px; font-size: 13px";
+  label.style.cssText = "padding: 0 0 6px; font-size: 13px";
   label.append("Kernel ", menu);
   menu.dataset.lmSuppressShortcuts = "true";
   let launches, boxes;
@@ -141,7 +141,7 @@ function render({ model, el }) {
   const load = () => {
     launches = model.get("data").launches.map(readLaunch);
     menu.replaceChildren(...launches.map(({ name }) => new Option(name)));
-    label.hidden = launches.length < 2;
+    label.style.display = launches.length < 2 ? "none" : "block";
   };
   const redraw = (width) => {
     const { launch, program, step } = shown();
