@@ -495,6 +495,9 @@ def new_pages(generator):
     return words, words[b, chunk, place], words[b, chunk, place + 1], chunk
 
 
+TEST = [x[:8] for x in new_pages(torch.Generator().manual_seed(1))]  # eight pages on which nothing is trained
+
+
 def answer(blend, weight, embedding, words, question):
     """Retrieve two chunks per page, read and blend them -> output [B, C], and the chunks chosen [B, K]."""
     tokens = embedding[words]  # [B, N, S, C]
@@ -514,12 +517,21 @@ def initial_weights(generator):
     return torch.nn.ParameterDict(start), embedding
 
 
+@torch.no_grad()
+def shares(weight, embedding, words, question):
+    """The softmax over the scores of all chunks [B, N]: what retrieval thinks of the landmarks."""
+    landmarks = norm(embedding[words].mean(dim=2) @ weight["landmark"])  # [B, N, C]
+    query = norm(embedding[question] @ weight["retrieval_q"])
+    return (landmarks @ query[:, :, None]).squeeze(-1).div(C**0.5).softmax(dim=-1)
+
+
 def learn(blend, steps=300, seed=0):
-    """-> for each step: the share of pages whose right chunk was among the two chosen."""
+    """-> for each step: the share of pages whose right chunk was among the two chosen, and the `shares` of TEST pages."""
     generator = torch.Generator().manual_seed(seed)
     weight, embedding = initial_weights(generator)
     optimizer = torch.optim.Adam(weight.parameters(), lr=0.01)
     hits = []
+    seen = []
     for _ in range(steps):
         words, question, follows, chunk = new_pages(generator)
         output, chosen = answer(blend, weight, embedding, words, question)
@@ -527,7 +539,8 @@ def learn(blend, steps=300, seed=0):
         cross_entropy(output @ embedding.T / 4, follows).backward()
         optimizer.step()
         hits.append((chosen == chunk[:, None]).any(dim=-1).float().mean().item())
-    return torch.tensor(hits)
+        seen.append(shares(weight, embedding, *TEST[:2]))
+    return torch.tensor(hits), torch.stack(seen)
 
 
 # %% [markdown]
@@ -538,7 +551,8 @@ def learn(blend, steps=300, seed=0):
 # NBVAL_CHECK_OUTPUT
 threads = torch.get_num_threads()
 torch.set_num_threads(1)  # these tensors are tiny: several cores would only wait for each other
-hits = {"fused, as in HSA": learn(reference.chunk_attention), "laid end to end": learn(select_then_concatenate)}
+runs = {"fused, as in HSA": learn(reference.chunk_attention), "laid end to end": learn(select_then_concatenate)}
+hits = {name: hit for name, (hit, _) in runs.items()}
 torch.set_num_threads(threads)
 early = slice(0, 20)
 late = slice(-20, None)
@@ -556,6 +570,30 @@ show(
     figure,
     "Two curves over 300 training steps: how often the right chunk is among the two chunks read. With fused scores the "
     "curve climbs from one in eight to about nine in ten. Laid end to end, it stays at blind choice, one in eight.",
+)
+
+# %% [markdown]
+# ### Watch the landmarks learn
+#
+# The rows are eight pages on which neither arm was trained. Each row shows how retrieval shares itself out over the 16 chunks: the
+# softmax of the scores of their landmarks. A red frame marks the chunk that holds the answer. Play the 300 steps. Which
+# arm moves its shares into the frames?
+
+
+# %%
+def draw_landmarks(figure, step):
+    now = {name: seen[step] for name, (_, seen) in runs.items()}
+    mechanism.page_shares(figure, now, TEST[3])
+    means = {name: share[range(8), TEST[3]].mean() for name, share in now.items()}
+    return f"Step {step}: the mean share of the right chunk is " + ", ".join(f"{mean:.2f} {name}" for name, mean in means.items()) + "."
+
+
+explore(
+    draw_landmarks,
+    alt="Two panels of eight pages by 16 chunks. Blue: the share of a chunk. Red frame: the chunk with the answer.",
+    size=(8.5, 3.4),
+    play="step",
+    step=Control((0, 299), start=299, label="training step"),
 )
 
 # %% [markdown]

@@ -51,6 +51,7 @@ from hsa_mini.paths import data_dir
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.kernels import job_table, meter_bars
 from hsa_mini.viz.plots import crossover, length_name, roofline
+from hsa_mini.viz.programs.explorer import explore_programs
 from hsa_mini.viz.programs.picture import program_map
 from hsa_mini.viz.programs.record import record
 
@@ -378,22 +379,16 @@ print("share of `7` at token 11:", round(out[11, 3].item(), 3))
 # %% [markdown]
 # ### See every program
 #
-# Here are the six kernels together. Select a kernel and one of its programs. Orange cells are loaded, dark blue cells are
-# stored, and light blue cells belong to other programs.
-
+# Here are the six kernels together. Select a kernel, and one of its programs with the arrow keys. Orange cells are loaded,
+# dark blue cells are stored, and light blue cells belong to other programs. Then play the program: its loads and stores
+# come one by one, and the bars count its bytes and its FLOP. Point at a number to see who moves it.
 
 # %%
-def draw_program(figure, step, program):
-    """The tensors of a kernel, with what one program loads and stores."""
-    return program_map(figure, LADDER[step], min(program, LADDER[step].programs - 1))
-
-
-explore(
-    draw_program,
+explore_programs(
+    LADDER,
     alt="The tensors of a kernel side by side as grids. Orange: loaded by the program. Dark blue: stored. Light blue: other programs.",
-    size=(10, 3),
-    program=Control((0, 11), start=4),
-    step=Control(list(LADDER), start="6 chunks", label="kernel"),
+    launch="6 chunks",
+    program=4,
 )
 
 # %% [markdown]

@@ -49,7 +49,7 @@ from hsa_mini.reference.retrieval import visible_chunks
 from hsa_mini.viz import Control, explore, make_figure, show
 from hsa_mini.viz.kernels import choice_table, index_rows, learning_curves
 from hsa_mini.viz.plots import length_name
-from hsa_mini.viz.programs.picture import program_map
+from hsa_mini.viz.programs.explorer import explore_programs
 from hsa_mini.viz.programs.record import record
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -481,22 +481,14 @@ print("dv of the kernel == by hand:", torch.allclose(index["out"].cpu().double()
 # The picture was recorded from the run. Orange cells are loaded by the program of a chunk, dark blue ones are stored, and
 # light blue cells belong to other programs. Move from chunk 0 to chunk 5. Every chunk loads *its* rows of `k` and stores
 # its rows of `out`, and no two programs store to the same place. The rows of `q` and `g` lie where the tokens are that
-# kept the chunk. Who has more work, an early chunk or a late one?
+# kept the chunk. Then play a program: after each row of `q` it computes, and the FLOP grow. Who has more work, an early
+# chunk or a late one?
 
 # %%
 recorded = record(dv_kernel, (6,), **tensors, **index, scale=8**-0.5, K=3, S=4, D=8)
-
-
-def draw_chunk(figure, chunk):
-    """What the program of one chunk loads and stores."""
-    return program_map(figure, recorded, chunk)
-
-
-explore(
-    draw_chunk,
+explore_programs(
+    {"dv": recorded},
     alt="The tensors of the kernel for dv as grids. Orange: loaded by the program of the chunk. Dark blue: stored by it.",
-    size=(9.5, 3.4),
-    chunk=Control((0, 5), start=1, label="chunk"),
 )
 
 # %% [markdown]

@@ -597,6 +597,25 @@ show(
 )
 
 # %% [markdown]
+# Play the steps one by one. In which step does the first expert fall idle, and does it come back?
+
+
+# %%
+def draw_load(figure, step):
+    models.load_at_step(figure, {name: load[step] for name, (load, *_) in histories.items()})
+    idle = {name: int((load[step] < 0.01).sum()) for name, (load, *_) in histories.items()}
+    return f"Step {step}: " + ", ".join(f"{count} of 8 experts idle where the {name}" for name, count in idle.items()) + "."
+
+
+explore(
+    draw_load,
+    alt="Two panels with a bar for the load of each of eight experts, at one step of the two runs. Dashed: the mean load.",
+    size=(8.5, 2.8),
+    play="step",
+    step=Control((0, 119), start=119, label="training step"),
+)
+
+# %% [markdown]
 # Why does the router collapse? The blue line, the similarity of the tokens, shows the reason. At first the model learns
 # what is true for *all* tokens: which words are frequent. Then all vectors point in nearly the same direction, and the
 # expert that one token prefers is preferred by all. Two experts get everything, and the others learn nothing. Later the

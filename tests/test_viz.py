@@ -83,17 +83,22 @@ def texts(ax) -> list[str]:
     return [text.get_text() for text in ax.texts]
 
 
+def line_of(explorer) -> str:
+    return explorer.picture.frame["line"]
+
+
 # ---- explore
 
 
 def test_a_control_redraws_picture_and_summary():
     explorer = line_explorer()
-    before = explorer.picture.value
+    before = explorer.picture.frame
     explorer.controls["token"].value = 5
-    assert bytes(explorer.picture.value).startswith(PNG) and explorer.picture.value != before
-    assert explorer.summary.value == "token 5, softmax"
+    frame = explorer.picture.frame
+    assert frame["svg"].startswith("<svg") and frame["svg"] != before["svg"]
+    assert frame["places"] == [5, 0] and frame["line"] == "token 5, softmax"
     explorer.controls["how"].value = "stick_breaking"
-    assert explorer.summary.value == "token 5, stick_breaking"
+    assert line_of(explorer) == "token 5, stick_breaking"
     assert explorer.values == {"token": 5, "how": "stick_breaking"}
 
 
@@ -105,14 +110,51 @@ def test_one_figure_is_drawn_again_and_again():
     assert explorer.figure is figure and len(figure.axes) == 1
 
 
-def test_an_error_takes_the_place_of_the_summary():
+def test_an_error_is_said_and_the_picture_stays():
     explorer = line_explorer()
-    picture = explorer.picture.value
+    picture = explorer.picture.frame
     explorer.controls["token"].value = 3
     assert explorer.summary.value == "Could not draw token=3, how=softmax: RuntimeError: no three"
-    assert explorer.picture.value == picture
+    assert explorer.picture.frame == picture
     explorer.controls["token"].value = 4
-    assert explorer.summary.value == "token 4, softmax"
+    assert line_of(explorer) == "token 4, softmax" and not explorer.summary.value
+
+
+def asked_ahead(explorer, *places) -> dict:
+    """What the browser receives when it asks for the drawing of these places of the controls."""
+    said = []
+    explorer.picture.send = said.append
+    explorer.picture._handle_custom_msg({"places": list(places)}, [])
+    return said[-1]
+
+
+def test_the_browser_gets_drawings_ahead_and_the_picture_stays_as_it_is():
+    explorer = line_explorer()
+    still = explorer.still()
+    said = asked_ahead(explorer, 5, 1)
+    assert line_of(explorer) == "token 0, softmax" and explorer.still() == still
+    explorer.controls["token"].value = 5
+    explorer.controls["how"].value = "stick_breaking"
+    assert said["frame"] == explorer.picture.frame and said["seconds"] > 0
+    assert asked_ahead(explorer, 3, 0) == {"failed": [3, 0]}
+
+
+def test_drawings_are_made_anew_after_a_cell_and_none_while_it_runs(monkeypatch):
+    numbers = []
+
+    def draw(figure, a):
+        numbers.append(a)
+        return str(len(numbers))
+
+    explorer = explore(draw, alt="Nothing.", a=(0, 3))
+    assert [asked_ahead(explorer, 0)["frame"]["line"] for _ in range(2)] == ["1", "1"]
+    monkeypatch.setattr(turns.TURNS, "cells", turns.TURNS.cells + 1)
+    assert asked_ahead(explorer, 0)["frame"]["line"] == "2"
+    with turns.TURNS.lock:
+        thread = threading.Thread(target=lambda: numbers.append(asked_ahead(explorer, 1)))
+        thread.start()
+        thread.join()
+    assert numbers[-1] == {"busy": True}
 
 
 def test_the_first_drawing_must_work():
@@ -153,13 +195,13 @@ def test_two_threads_take_turns_and_the_latest_values_win(monkeypatch):
     monkeypatch.setattr(widgets, "PATIENCE_SECONDS", 60)
     explorer = overlap_explorer()
     summaries = []
-    explorer.summary.observe(lambda change: summaries.append(change.new), "value")
+    explorer.picture.observe(lambda change: summaries.append(change.new["line"]), "frame")
     threads = [threading.Thread(target=move, args=(explorer, name)) for name in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert summaries[-1] == "9 9, 1 at once" == explorer.summary.value
+    assert summaries[-1] == "9 9, 1 at once" == line_of(explorer)
     assert {summary[3:] for summary in summaries} == {", 1 at once"}
     assert len(explorer.figure.axes) == 1
 
@@ -175,7 +217,7 @@ def test_no_picture_is_drawn_while_a_cell_runs(monkeypatch):
     explorer = overlap_explorer()
     Shell.events.trigger("post_execute")  # the cell with the picture ends
     move(explorer, "a")
-    assert explorer.summary.value == "9 0, 1 at once"
+    assert line_of(explorer) == "9 0, 1 at once"
     Shell.events.trigger("pre_execute")
     thread = threading.Thread(target=move, args=(explorer, "b"))
     thread.start()
@@ -183,7 +225,7 @@ def test_no_picture_is_drawn_while_a_cell_runs(monkeypatch):
     assert explorer.summary.value == widgets.BUSY and thread.is_alive()
     Shell.events.trigger("post_execute")
     thread.join()
-    assert explorer.summary.value == "9 9, 1 at once"
+    assert line_of(explorer) == "9 9, 1 at once" and not explorer.summary.value
 
 
 @pytest.mark.parametrize(
@@ -213,7 +255,7 @@ def test_start_and_label():
     explorer = explore(
         lambda figure, K: str(K), alt="Nothing.", K=Control((1, 9), start=4, label="chunks kept K")
     )
-    assert (explorer.controls["K"].description, explorer.summary.value) == ("chunks kept K", "4")
+    assert (explorer.controls["K"].description, line_of(explorer)) == ("chunks kept K", "4")
 
 
 def test_a_wrong_range_is_named():

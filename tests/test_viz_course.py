@@ -109,7 +109,9 @@ def test_stored_pictures_and_widgets_turn_dark_alike():
     folder = Path(__file__).parent.parent / "notebooks" / ".jupyter" / "custom"
     pattern = r"filter: [^;]+;"
     stored = re.findall(pattern, (folder / "custom.css").read_text(encoding="utf-8"))
-    assert stored == re.findall(pattern, (HERE / "labels.js").read_text(encoding="utf-8"))
+    assert stored == re.findall(
+        pattern, (HERE / "jupyter" / "labels.js").read_text(encoding="utf-8")
+    )
     assert len(stored) == 1
 
 

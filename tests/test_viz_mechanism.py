@@ -141,3 +141,15 @@ def test_scores_and_text_print_the_chunk_as_it_is():
     )
     (text,) = figure.axes[1].texts
     assert text.get_text() == "costs $5 and $6" and not text.get_parse_math()
+
+
+def test_page_shares_frame_the_right_chunk_and_say_its_share():
+    figure = make_figure()
+    shares = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.125, 0.375]])
+    mechanism.page_shares(figure, {"one": shares, "two": shares.flip(0)}, torch.tensor([1, 0]))
+    one, two = figure.axes
+    assert one.images[0].get_array().tolist() == shares.tolist()
+    assert [text.get_text() for text in one.texts] == ["0.75", "0.50"]
+    assert [text.get_text() for text in two.texts] == ["0.12", "0.25"]
+    corners = [frame.get_xy() for frame in one.patches]
+    assert [(round(x + 0.47), round(y + 0.47)) for x, y in corners] == [(1, 0), (0, 1)]

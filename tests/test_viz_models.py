@@ -113,3 +113,12 @@ def test_reach_curve_draws_the_given_chances():
     models.reach_curve(ax, [16, 32, 64], [1.0, 0.5, 0.1], {"stage 1": 32})
     assert ax.lines[0].get_ydata().tolist() == [1.0, 0.5, 0.1]
     assert ax.lines[1].get_xdata()[0] == 32 and texts(ax) == ["stage 1"]
+
+
+def test_the_load_at_a_step_has_a_bar_for_each_expert():
+    figure = make_figure()
+    models.load_at_step(figure, {"uneven": [0.5, 0.5, 0, 0], "even": torch.full((4,), 0.25)})
+    heights = [[bar.get_height() for bar in ax.patches] for ax in figure.axes]
+    assert heights == [[0.5, 0.5, 0, 0], [0.25] * 4]
+    assert [ax.get_title()[-4:] for ax in figure.axes] == ["2.00", "1.00"]
+    assert figure.axes[0].lines[0].get_ydata() == [0.25, 0.25]

@@ -1,9 +1,11 @@
 """What the programs of a Triton kernel load and store is recorded from their addresses."""
 
+import base64
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,8 @@ import triton.language as tl
 from triton.runtime.interpreter import interpreter_builder
 
 from hsa_mini.viz import make_figure
-from hsa_mini.viz.programs.picture import OTHERS, program_map
+from hsa_mini.viz.programs.explorer import explore_programs, packed
+from hsa_mini.viz.programs.picture import KINDS, OTHERS, program_map
 from hsa_mini.viz.programs.record import record
 
 
@@ -79,7 +82,7 @@ def test_a_picture_shows_the_record():
         assert grid == [[color if row == 4 else OTHERS] * 3 for row in range(6)]
     assert [ax.get_title() for ax in figure.axes] == ["x\nloads 12 bytes", "out\nstores 12 bytes"]
     assert summary == (
-        "Program 4 of 6 loads 12 bytes and stores 12; masks keep out 2 addresses. "
+        "Program 4 of 6 loads 12 bytes, stores 12 and computes 4 FLOP; masks keep out 2 addresses. "
         "All programs load 72 and store 72."
     )
 
@@ -101,3 +104,53 @@ assert here.triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+@triton.jit
+def scores_kernel(q, k, out, M: tl.constexpr, D: tl.constexpr):
+    """One program scores M rows of q against M rows of k, and sums each row of scores."""
+    o_m = tl.program_id(0) * M + tl.arange(0, M)
+    o_k = tl.arange(0, M)[None, :] * D + tl.arange(0, D)[:, None]
+    b_q = tl.load(q + o_m[:, None] * D + tl.arange(0, D)[None, :])
+    b_s = tl.dot(b_q, tl.load(k + o_k), input_precision="ieee")
+    tl.store(out + o_m, tl.sum(tl.exp(b_s), 1))
+
+
+def scores_record():
+    q = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    return q, record(scores_kernel, (2,), q=q, k=q.clone(), out=q.new_zeros(32), M=16, D=16)
+
+
+def test_flop_are_those_of_the_formula():
+    """2 M N D for the scores, one for each exp, N - 1 for the sum of each row."""
+    q, found = scores_record()
+    assert torch.allclose(found.arrays["out"], (q @ q[:16].T).exp().sum(dim=1), rtol=1e-4)
+    scores = 16 * 16
+    assert found.flop == [2 * 16 * scores + scores + scores - 16] * 2
+    assert [move.flop for move in found.moves] == [0, 0, found.flop[0]] * 2
+
+
+@pytest.mark.parametrize("found", [launch()[1], launch(N=3, D=2)[1], scores_record()[1]])
+def test_the_browser_gets_the_whole_record(found):
+    sent = packed("kernel", found)
+    places = np.split(
+        np.frombuffer(sent["positions"], "<i4"), np.cumsum([move[3] for move in sent["moves"]])
+    )
+    for program in range(found.programs):
+        for kind, what in enumerate(KINDS):
+            for array, (name, shape, size) in enumerate(sent["arrays"]):
+                again = np.zeros(found.arrays[name].numel(), dtype=int)
+                for move, own in zip(sent["moves"], places):
+                    if move[:3] == [program, kind, array]:
+                        np.add.at(again, own, 1)
+                assert again.reshape(shape).tolist() == found.counts(name, what, program).tolist()
+                assert size == found.arrays[name].element_size()
+    assert sent["flop"] == found.flop and sent["programs"] == found.programs
+
+
+def test_readers_without_a_kernel_see_the_program_that_was_chosen():
+    explorer = explore_programs(dict(shift=launch()[1]), alt="Rows.", launch="shift", program=4)
+    data, metadata = explorer._repr_mimebundle_()
+    assert data["text/plain"].startswith("Rows. Program 4 of 6 loads 12 bytes")
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert metadata["needs_background"] == "light"

@@ -86,6 +86,26 @@ def hit_curves(ax: Axes, curves: dict, *, first_step: int, blind: float, blind_n
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def page_shares(figure: Figure, arms: dict, right) -> None:
+    """How retrieval shares itself out over the chunks of several pages: one panel per arm.
+
+    arms: name -> shares [pages, N], which add up to 1 in each page. right [pages]: the chunk that
+    holds the answer, with a red frame.
+    """
+    axes = figure.subplots(1, len(arms), squeeze=False)[0]
+    for ax, (name, shares) in zip(axes, arms.items()):
+        shares = as_array(shares)
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        for page, chunk in enumerate(as_array(right).tolist()):
+            _frame(ax, chunk - 0.47, page - 0.47, 0.94)
+            ink = "white" if shares[page, chunk] > 0.6 else INK
+            words = dict(ha="center", va="center", fontsize=9, color=ink)
+            ax.text(chunk, page, f"{shares[page, chunk]:.2f}", **words)
+        ax.set(xlabel="chunk", xticks=range(shares.shape[1]), yticks=range(len(shares)))
+        ax.set_title(name, fontsize=11)
+    axes[0].set_ylabel("page")
+
+
 def distance_curves(figure: Figure, distances, rope, nope, *, base: float, trained: int) -> None:
     """Attention on `7` in its chunk against its distance, with RoPE and without positions (NoPE).
 

@@ -89,6 +89,22 @@ def load_history(figure: Figure, runs: Mapping[str, tuple]) -> None:
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
 
 
+def load_at_step(figure: Figure, loads: Mapping[str, Sequence[float]]) -> None:
+    """The load of every expert at one step of several runs: a panel per run, a bar per expert.
+
+    loads: name -> load [E]. The dashed line is the mean load.
+    """
+    axes = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
+    for ax, (name, load) in zip(axes, loads.items()):
+        load = as_array(load)
+        ax.bar(range(len(load)), load, color=ORANGE)
+        ax.axhline(1 / len(load), color=GREY, linestyle="--", linewidth=1)
+        ax.set_title(f"{name}: max / mean load {load.max() * len(load):.2f}", fontsize=11)
+        ax.set(xlabel="expert", ylim=(0, 0.55), xticks=range(len(load)))
+        _plain(ax)
+    axes[0].set_ylabel("load")
+
+
 def load_before_and_after(figure: Figure, before, after, max_over_mean, top_k: int) -> None:
     """Left, the loads [E] before and after balancing as bars; right, max over mean load [steps]."""
     before = as_array(before)

@@ -41,17 +41,9 @@ function paintMap({ T, N, scores }) {
 }
 
 function draw(canvas, width, numbers, map, token) {
-  const ratio = window.devicePixelRatio || 1;
   const narrow = width < NARROW;
   const height = narrow ? 2 * HEIGHT - BOTTOM : HEIGHT, split = narrow ? width - 10 : width * 0.68;
-  canvas.style.height = `${height}px`;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  const pen = canvas.getContext("2d");
-  const look = theme(canvas);
-  pen.scale(ratio, ratio);
-  pen.fillStyle = look.paper;
-  pen.fillRect(0, 0, width, height);
+  const { pen, look } = cleared(canvas, width, height);
   const box = { x: LEFT, y: TOP, w: split - LEFT, h: HEIGHT - TOP - BOTTOM };
   const bars = narrow ? { ...box, y: TOP + HEIGHT } : { ...box, x: split + GAP, w: width - split - GAP };
   drawMap(pen, look, box, numbers, map, token);

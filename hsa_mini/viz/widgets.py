@@ -1,15 +1,15 @@
 """Interactive and still pictures, with an image for readers without a kernel and a text beside it.
 
-`explore` redraws one matplotlib figure into one image widget. `explore_map` sends its numbers to a
-canvas once. The canvas then reacts to mouse and arrow keys by itself. Neither uses pyplot, so
-figures do not pile up in memory, and notebooks run without a display.
+`explore` draws one matplotlib figure for every place of its controls, before the reader comes to
+it, and the browser shows these drawings by itself. `explore_map` sends its numbers to a canvas
+once. The canvas then reacts to mouse and arrow keys by itself. Neither uses pyplot, so figures do
+not pile up in memory, and notebooks run without a display.
 """
 
 import base64
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hsa_mini.checks import quoted
+from hsa_mini.viz.jupyter.controls import Control, Labels, make_control, place_of, value_at
+from hsa_mini.viz.jupyter.frames import Frames, to_svg
 from hsa_mini.viz.jupyter.turns import TURNS
 from hsa_mini.viz.plots import score_map, weight_bars
 from hsa_mini.viz.saved.page import CanvasExplorer
 from hsa_mini.viz.style import as_array
 
+__all__ = ["Control", "explore", "explore_map", "make_figure", "show"]
+
 DPI = 110
 MIN_SCALE = 0.7  # labels stay readable
 PATIENCE_SECONDS = 0.5
 BUSY = "The kernel is busy. The picture follows."
+MAX_DRAWINGS = 1000  # that a picture keeps; one has about 50 KB
 HERE = Path(__file__).parent
-CANVAS = (HERE / "canvas.js").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Control:
-    """What one control offers, where it starts, and what is written beside it.
-
-    offers is one of three things:
-    - a tuple `(low, high)` or `(low, high, step)` makes a slider. If all numbers are integers, the
-      slider moves in integers and the default step is 1; otherwise the default step is 0.1;
-    - a list makes a menu of words, or a slider over the listed numbers. Its entries may be
-      `(label, value)` pairs;
-    - `bool` makes a check box.
-    """
-
-    offers: tuple | Sequence | type
-    start: Any = None
-    label: str = ""
+CANVAS, PLAYER = (
+    (HERE / f"{name}.js").read_text(encoding="utf-8") for name in ("canvas", "player")
+)
 
 
 def make_figure(width: float = 8.5, height: float = 3.6) -> Figure:
@@ -95,6 +84,14 @@ def as_display(figure: Figure, alt: str, colors: int = 256) -> list[tuple[dict, 
     ]
 
 
+def still_bundle(bundle, png: bytes, text: str) -> tuple[dict, dict]:
+    """The widget's own bundle for a live notebook; its picture and a text for other readers."""
+    data = dict(bundle[0] if isinstance(bundle, tuple) else bundle or {})
+    data["text/plain"] = caption(text)
+    data["image/png"] = base64.b64encode(png).decode()
+    return data, picture_metadata(text)
+
+
 def picture_metadata(alt: str) -> dict:
     """Of a PNG in JupyterLab: what it shows, and that it is drawn on white."""
     return {"image/png": {"alt": alt}, "needs_background": "light"}
@@ -106,18 +103,23 @@ def caption(text: str) -> str:
 
 
 def explore(
-    draw: Callable[..., str], *, alt: str, size: tuple[float, float] = (8.5, 3.6), **controls
+    draw: Callable[..., str],
+    *,
+    alt: str,
+    size: tuple[float, float] = (8.5, 3.6),
+    play: str | None = None,
+    **controls,
 ) -> "FigureExplorer":
     """A picture with controls.
 
     `draw(figure, **values)` draws and returns one line of text: what can be seen. Each further
     keyword names an argument of `draw`; its value is a `Control`, or only the `offers` of one.
-    `alt` describes the picture in words. An error of the first drawing is raised, so that a broken
-    notebook stops.
+    `alt` describes the picture in words. play: the control that a bar plays and steps. An error of
+    the first drawing is raised, so that a broken notebook stops.
 
         explore(draw, alt="...", token=(0, 11), K=Control((1, 3), start=2), how=["a", "b"])
     """
-    return FigureExplorer(draw, alt, size, controls)
+    return FigureExplorer(draw, alt, size, controls, play)
 
 
 def explore_map(
@@ -138,7 +140,7 @@ class Explorer(ipywidgets.VBox):
     def __init__(self, controls: dict, picture: ipywidgets.DOMWidget, alt: str) -> None:
         self.alt = alt
         self.picture = picture
-        self.controls = {name: _make_control(name, control) for name, control in controls.items()}
+        self.controls = {name: make_control(name, control) for name, control in controls.items()}
         self.summary = ipywidgets.Label(layout=ipywidgets.Layout(height="auto"))
         TURNS.include_cells()
         with TURNS.lock:
@@ -146,7 +148,7 @@ class Explorer(ipywidgets.VBox):
             self.paint(self._painted)  # an error is not caught: the first drawing must work
         box = ipywidgets.Box([picture], layout=ipywidgets.Layout(overflow="auto"))
         box.add_class("hsa-picture")
-        super().__init__([*self.controls.values(), box, self.summary, Labels(alt=alt)])
+        super().__init__([*self.controls.values(), box, self.summary, Labels()])
         for control in self.controls.values():
             control.observe(self._repaint, "value")
 
@@ -181,37 +183,69 @@ class Explorer(ipywidgets.VBox):
             TURNS.lock.release()
 
     def _repr_mimebundle_(self, **kwargs):
-        """The widget for a live notebook; the picture and its summary for every other reader."""
-        data = dict(super()._repr_mimebundle_(**kwargs) or {})
         png, summary = self.still()
-        text = f"{self.alt} {summary}"
-        data["text/plain"] = caption(text)
-        data["image/png"] = base64.b64encode(png).decode()
-        return data, picture_metadata(text)
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return still_bundle(bundle, png, f"{self.alt} {summary}")
 
 
 class FigureExplorer(Explorer):
-    """What `explore` returns: one figure, redrawn into one image widget."""
+    """What `explore` returns: one figure, drawn for every place of the controls."""
 
     def __init__(
-        self, draw: Callable[..., str], alt: str, size: tuple[float, float], controls: dict
+        self,
+        draw: Callable[..., str],
+        alt: str,
+        size: tuple[float, float],
+        controls: dict,
+        play: str | None = None,
     ) -> None:
         self.draw = draw
         self.figure = make_figure(*size)
+        self._drawings: dict[tuple, dict] = {}
+        self._cells = 0
+        self._in_figure: tuple = ()
         # Where there is less room, the picture scrolls.
-        width = f"{MIN_SCALE * DPI * size[0]:.0f}px"
-        layout = ipywidgets.Layout(max_width="100%", min_width=width, align_self="flex-start")
-        picture = ipywidgets.Image(format="png", layout=layout)
-        super().__init__(controls, picture, alt)
+        least, most = (f"{scale * DPI * size[0]:.0f}px" for scale in (MIN_SCALE, 1))
+        layout = ipywidgets.Layout(width="100%", max_width=most, min_width=least)
+        super().__init__(controls, Frames(alt=alt, layout=layout), alt)
+        self.picture.controls = list(self.controls.values())
+        self.picture.play = [number for number, name in enumerate(self.controls) if name == play]
+        self.picture.answer(TURNS.lock, self._at)
 
     def paint(self, values: dict[str, Any]) -> None:
-        self.figure.clear()
-        summary = self.draw(self.figure, **values)
-        self.picture.value = to_png(self.figure)
-        self.summary.value = summary
+        self.picture.frame = self._drawing(values)
+        self.summary.value = ""  # the picture shows its own line
 
     def still(self) -> tuple[bytes, str]:
-        return self.picture.value, self.summary.value
+        with TURNS.lock:
+            if self._in_figure != self._places(self.values):
+                self._draw(self.values)
+            return to_png(self.figure), self.picture.frame["line"]
+
+    def _drawing(self, values: dict[str, Any]) -> dict:
+        """The drawing of these values, which is made anew if a cell has run since."""
+        if self._cells != TURNS.cells or len(self._drawings) >= MAX_DRAWINGS:
+            self._cells = TURNS.cells
+            self._drawings.clear()
+        places = self._places(values)
+        if places not in self._drawings:
+            line = self._draw(values)
+            drawing = {"places": list(places), "svg": to_svg(self.figure), "line": line}
+            self._drawings[places] = drawing | {"cells": self._cells}
+        return self._drawings[places]
+
+    def _draw(self, values: dict[str, Any]) -> str:
+        self.figure.clear()
+        self._in_figure = self._places(values)
+        return self.draw(self.figure, **values)
+
+    def _places(self, values: dict[str, Any]) -> tuple:
+        return tuple(place_of(self.controls[name], value) for name, value in values.items())
+
+    def _at(self, places: Sequence) -> dict:
+        """The drawing of these places of the controls."""
+        found = zip(self.controls.items(), places)
+        return self._drawing({name: value_at(control, at) for (name, control), at in found})
 
 
 class MapExplorer(CanvasExplorer, Explorer):
@@ -257,39 +291,3 @@ class ScoreMap(anywidget.AnyWidget):
     data = traitlets.Dict().tag(sync=True)
     token = traitlets.Int(0).tag(sync=True)
     alt = traitlets.Unicode().tag(sync=True)
-
-
-class Labels(anywidget.AnyWidget):
-    """Invisible: gives the image a text and every slider a name, which ipywidgets does not do."""
-
-    _esm = HERE / "labels.js"
-    alt = traitlets.Unicode().tag(sync=True)
-
-
-def _make_control(name: str, control) -> ipywidgets.DOMWidget:
-    """The widget of a `Control`, or of its `offers`. Raises ValueError for a wrong tuple."""
-    control = control if isinstance(control, Control) else Control(control)
-    offers = control.offers
-    options: dict[str, Any] = {
-        "description": control.label or name.replace("_", " "),
-        "style": {"description_width": "12em"},
-        "layout": ipywidgets.Layout(width="min(40em, 100%)"),
-    }
-    if control.start is not None:
-        options["value"] = control.start
-    if offers is bool:
-        return ipywidgets.Checkbox(**{"value": False, **options})
-    if isinstance(offers, tuple):
-        if len(offers) not in (2, 3):
-            raise ValueError(
-                f"{name}: got {quoted(offers)}, accepted are (low, high) and (low, high, step)"
-            )
-        low, high = offers[:2]
-        whole = all(isinstance(number, int) for number in offers)
-        slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-        step = offers[2] if len(offers) == 3 else 1 if whole else 0.1
-        return slider(**{"value": low, **options}, min=low, max=high, step=step)
-    values = [option[1] if isinstance(option, tuple) else option for option in offers]
-    numbers = all(isinstance(value, int | float) for value in values)
-    choice = ipywidgets.SelectionSlider if numbers else ipywidgets.Dropdown
-    return choice(**{"value": values[0], **options}, options=list(offers))

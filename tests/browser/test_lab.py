@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from hsa_mini.index.build import build_index
 from hsa_mini.viz.retrieval import asking
 from hsa_mini.viz.retrieval.picture import shown_words
 from hsa_mini.viz.retrieval.stored import look_up, open_index
+from hsa_mini.viz.retrieval.what_if import Change, what_if
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("jupyterlab")
@@ -49,11 +51,12 @@ pytestmark = [
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 PROMPTS = ".jp-CodeCell .jp-InputPrompt"
 SLIDER = ".jp-OutputArea [role=slider]"
-# A string that changes whenever the picture of a slider is redrawn: the address of an image, or the
-# pixels of a canvas.
+# A string that changes whenever the picture of a slider is redrawn: its SVG, or the pixels of a
+# canvas.
 PICTURE = """slider => {
-  const picture = slider.closest('.widget-vbox').querySelector('img, canvas');
-  return picture.tagName === 'IMG' ? picture.src : picture.toDataURL();
+  const area = slider.closest('.widget-vbox, .jp-OutputArea');
+  const picture = area.querySelector('.hsa-frame, canvas');
+  return picture.shadowRoot ? picture.shadowRoot.innerHTML : picture.toDataURL();
 }"""
 # Every text that a line shows from now on, in a list.
 WATCH = """line => {
@@ -70,6 +73,11 @@ EDGE = """canvas => {
   const pen = canvas.getContext('2d');
   const edge = new Uint32Array(pen.getImageData(canvas.width - 3, 0, 3, canvas.height).data.buffer);
   return [new Set(edge).size, [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3)];
+}"""
+# How large a drawing is, if 1 is 110 pixels an inch.
+SCALE = """frame => {
+  const svg = frame.shadowRoot.querySelector('svg');
+  return svg.clientWidth / (svg.viewBox.baseVal.width * 110 / 72);
 }"""
 # "none" puts every cell into the page. By default JupyterLab leaves out the cells that are not
 # visible.
@@ -269,7 +277,7 @@ def test_two_controls_move_at_once_and_the_latest_values_win(open_notebook):
     page = open_notebook("two_controls.ipynb")
     start_all(page)
     page.wait_for_selector(f"{SLIDER}[aria-label]", timeout=OPEN_SECONDS * 1000)
-    said = page.locator(".widget-vbox > .widget-label")
+    said = page.locator(".hsa-line")
     sliders = [page.locator(SLIDER).nth(i).element_handle() for i in (0, 1)]
     seen = page.evaluate_handle(WATCH, said.element_handle())
     for _ in range(20):
@@ -311,26 +319,22 @@ def test_a_narrow_page_cuts_nothing_and_a_dark_one_has_no_white(open_notebook):
     page = open_notebook("notebooks/03_retrieval.ipynb")
     page.set_viewport_size({"width": 800, "height": 900})
     run_all(page, len(code_cells("03_retrieval.ipynb")))
-    menu(page, "Settings", "Theme")
-    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
-    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+    make_dark(page)
     canvas = page.locator(".jp-OutputArea canvas[role=slider]")
     right_edge, corner = canvas.evaluate(EDGE)
     assert right_edge == 1  # one colour: nothing is cut there
     assert max(corner) < 60
-    images = page.locator(".jp-OutputArea img")
+    images = page.locator(".jp-OutputArea :is(img, .hsa-frame)")
     assert images.count() > 1
     for image in images.all():
         assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
-    for image in page.locator(".hsa-picture img").all():  # its labels stay readable
-        assert image.evaluate("image => image.clientWidth / image.naturalWidth") > 0.69
+    for frame in page.locator(".hsa-frame").all():  # its labels stay readable
+        assert frame.evaluate(SCALE) > 0.69
 
 
 def test_stored_pictures_are_dark_in_the_dark_theme_before_anything_runs(open_notebook):
     page = open_notebook("notebooks/03_retrieval.ipynb")
-    menu(page, "Settings", "Theme")
-    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
-    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+    make_dark(page)
     images = page.locator(".jp-OutputArea img")
     assert images.count() == pictures_of(code_cells("03_retrieval.ipynb"))
     for image in images.all():
@@ -374,16 +378,22 @@ def explorer(open_explorer):
 
 
 def _open_explorer(lab, open_notebook, text: Path):
-    cell = new_code_cell(EXPLORER.format(text=str(text)))
+    page = open_cells(lab, open_notebook, EXPLORER.format(text=str(text)))
+    page.wait_for_selector(CHOSEN, timeout=RUN_SECONDS * 1000)
+    return page
+
+
+def open_cells(lab, open_notebook, *sources: str):
+    """The page of a notebook whose cells have run. Its `errors` are those of the browser."""
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    nbformat.write(new_notebook(cells=[cell], metadata=kernel), lab.root / "explorer.ipynb")
-    page = open_notebook("explorer.ipynb")
+    notebook = new_notebook(cells=list(map(new_code_cell, sources)), metadata=kernel)
+    nbformat.write(notebook, lab.root / "cells.ipynb")
+    page = open_notebook("cells.ipynb")
     page.errors = []
     page.on("console", lambda line: line.type == "error" and page.errors.append(line.text))
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("dialog", lambda dialog: page.errors.append(dialog.message))
-    run_all(page, 1)
-    page.wait_for_selector(CHOSEN, timeout=RUN_SECONDS * 1000)
+    run_all(page, len(sources))
     return page
 
 
@@ -592,3 +602,162 @@ def unnamed(page) -> list[str]:
       '.hsa :is(button, input, select, textarea, [tabindex="0"])')]
       .filter(node => !(node.ariaLabel || node.labels?.length || node.textContent.trim()))
       .map(node => node.outerHTML)""")
+
+
+# ---- Play and step, and pictures that redraw by themselves
+
+PROGRAMS = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, triton, triton.language as tl
+from hsa_mini.viz.programs.explorer import explore_programs
+from hsa_mini.viz.programs.record import record
+
+@triton.jit
+def add_kernel(x, y, out, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o, tl.load(x + o) + tl.load(y + o))
+
+x = torch.arange(512.0).view(8, 64)
+tensors = dict(x=x, y=x.clone(), out=x.clone())
+explore_programs({"add": record(add_kernel, (8,), **tensors, BLOCK=64)}, alt="Rows.")
+"""
+DRAWINGS = """
+from hsa_mini.viz import explore
+def draw(figure, a):
+    figure.subplots().plot([a, 1])
+    return f"a is {a} < <b>{a + 1}</b>"
+explore(draw, alt="A line.", size=(6, 2), play="a", a=(0, 12))
+"""
+# Milliseconds from each of `count` keypresses to the picture, drawn when the event returns.
+REDRAWS = """async ([node, key, count]) => {
+  const times = [];
+  for (let i = 0; i < count; i++) {
+    const begun = performance.now();
+    node.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true, cancelable: true }));
+    times.push(performance.now() - begun);
+    await new Promise(requestAnimationFrame);
+  }
+  return times;
+}"""
+MAX_REDRAW_MS = 16
+
+
+def make_dark(page) -> None:
+    menu(page, "Settings", "Theme")
+    page.locator(".lm-Menu-item", has=page.get_by_text("JupyterLab Dark", exact=True)).click()
+    page.wait_for_selector("body[data-jp-theme-light='false']", state="attached")
+
+
+def redraw_ms(page, node, key: str, count: int) -> float:
+    return statistics.median(page.evaluate(REDRAWS, [node.element_handle(), key, count]))
+
+
+def test_programs_of_a_kernel_play_step_and_say_who_moves_a_number(lab, open_notebook):
+    page = open_cells(lab, open_notebook, PROGRAMS)
+    canvas = page.locator("canvas[role=slider]")
+    said = "aria-valuetext"
+    canvas.focus()
+    assert redraw_ms(page, canvas, "ArrowRight", 5) <= MAX_REDRAW_MS
+    expect(canvas).to_have_attribute(
+        said, re.compile("program 5 of 8. Move 3 of 3: it stores 64 .*512 bytes loaded, 256.* 64 F")
+    )
+    for key, step in ((",", 2), (",", 1), (".", 2)):
+        page.keyboard.press(key)
+        expect(canvas).to_have_attribute(said, re.compile(f"Move {step} of 3"))
+    expect(canvas).to_have_attribute(said, re.compile("512 bytes loaded, 0 stored, 0 FLOP"))
+    page.keyboard.press("Space")  # from the end of the program: it plays what is left
+    expect(canvas).to_have_attribute(said, re.compile("Move 3 of 3"))
+    page.get_by_role("button", name="Play").press("Enter")
+    expect(canvas).to_have_attribute(said, re.compile("It has not begun"))
+    page.get_by_role("button", name="Pause").press("Enter")
+
+    menu_of_kernels = page.locator(".jp-OutputArea label", has_text="Kernel")
+    expect(menu_of_kernels).to_be_hidden()  # there is only one
+    canvas.hover(position={"x": 10, "y": 42})
+    expect(page.get_by_role("tooltip")).to_have_text("x[0, 0]: loaded by program 0")
+    canvas.click(position={"x": 10, "y": 42})
+    expect(canvas).to_have_attribute("aria-valuenow", "0")
+    canvas.focus()
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.tagName") != "CANVAS"
+
+    page.set_viewport_size({"width": 800, "height": 900})
+    make_dark(page)
+    canvas.hover(position={"x": 10, "y": 42})
+    right_edge, corner = canvas.evaluate(EDGE)
+    assert right_edge == 1 and max(corner) < 60
+    assert page.errors == []
+
+
+def test_drawings_are_fetched_ahead_and_play_without_a_kernel(lab, open_notebook):
+    page = open_cells(lab, open_notebook, DRAWINGS)
+    slider = page.locator(SLIDER).first
+    slider.focus()
+    frame = page.locator(".hsa-frame")
+    expect(frame).to_have_attribute("data-kept", "13", timeout=RUN_SECONDS * 1000)
+    lab.shut_down_kernels()
+    assert redraw_ms(page, slider, "ArrowRight", 5) <= MAX_REDRAW_MS
+    expect(frame).to_have_attribute("data-shown", "[5]")
+    expect(page.locator(".hsa-line")).to_have_text("a is 5 < <b>6</b>")  # markup stays text
+    page.get_by_role("button", name="Play").press("Enter")
+    expect(page.locator(".hsa-line")).to_have_text("a is 8 < <b>9</b>")
+    page.get_by_role("group", name="Play: a").press("Escape")
+    shown = frame.get_attribute("data-shown")
+    page.wait_for_timeout(800)
+    assert frame.get_attribute("data-shown") == shown
+    assert frame.get_attribute("aria-label") == "A line."
+    page.set_viewport_size({"width": 800, "height": 900})
+    make_dark(page)
+    assert "invert" in frame.evaluate("frame => getComputedStyle(frame).filter")
+    assert frame.evaluate(SCALE) > 0.69
+
+
+def test_the_explorer_plays_the_answer_token_by_token(explorer):
+    page = explorer
+    page.get_by_role("button", name="Play").press("Enter")
+    for written in (1, 2):
+        expect(page.locator(SUMMARY)).to_contain_text(f"token {written} of the answer")
+        assert page.locator(".hsa-tokens.playing").count() == 1
+    page.get_by_role("button", name="Pause").press("Enter")
+    page.get_by_role("button", name="On one answer token").press("Enter")
+    expect(page.get_by_role("slider", name="answer token")).to_have_value("3")
+    expect(page.locator(CHOSEN)).to_have_text("2")
+    assert unnamed(page) == []
+    assert page.errors == []
+
+
+# In one turn of the browser: another token, another layer, K, and a window or none.
+MOVE_ALL = """([tokens, layers, K, window_, key, layer]) => {
+  const change = (node) => node.dispatchEvent(new Event('change'));
+  tokens.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true, cancelable: true }));
+  layers.value = layer;
+  change(layers);
+  K.value = 3 + layer;
+  change(K);
+  window_.checked = layer === 1;
+  change(window_);
+}"""
+
+
+def test_the_explorer_is_consistent_when_controls_move_at_once(explorer):
+    page = explorer
+    model = HSAModel.from_pretrained("mini")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    read = asking.read_text(model, text, "The secret code of QXZB is 482913.", 0.5)
+    asked = asking.ask(model, read, "What is the secret code of QXZB?")
+    found = [page.locator(".hsa-tokens"), page.locator(".hsa select", has_text="layer 0layer 1")]
+    found += [page.get_by_label(name, exact=True) for name in ("K", "Window")]
+    controls = [one.first.element_handle() for one in found]
+    for _ in range(4):
+        page.evaluate(MOVE_ALL, [*controls, "ArrowRight", 1])
+        page.evaluate(MOVE_ALL, [*controls, "ArrowLeft", 0])
+    page.evaluate(MOVE_ALL, [*controls, "ArrowRight", 0])  # one token on, layer 0, K 3, no window
+    expect(page.locator(SUMMARY)).to_contain_text("token 1 of the answer")
+    expect(page.locator(SUMMARY)).to_contain_text("HSA layer 0")
+    expect(page.locator(CHOSEN)).to_have_text(asked.answer[0])
+    expect(page.get_by_role("slider", name="answer token")).to_have_value("1")
+    want = what_if(model, asked, Change(top_k=3, window=False)).line
+    said = page.locator(".hsa-what-if [role=status]")
+    expect(said).to_have_text(want, timeout=RUN_SECONDS * 1000)
+    assert page.errors == []

@@ -40,16 +40,8 @@ function triangle(pen, x, y, size, color) {
 
 function draw(canvas, width, numbers, middle) {
   const { L, N, layers } = numbers;
-  const ratio = window.devicePixelRatio || 1, look = theme(canvas);
+  const { pen, look } = cleared(canvas, width, TOP + L * (ROW + GAP + LENS_ROW + GAP));
   look.bar = look.dark ? SKY : BLUE;
-  const height = TOP + L * (ROW + GAP + LENS_ROW + GAP);
-  canvas.style.height = `${height}px`;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  pen.fillStyle = look.paper;
-  pen.fillRect(0, 0, width, height);
   pen.font = "13px sans-serif";
   const box = { x: LEFT, w: width - 2 * LEFT };
   layers.forEach((layer, l) => {

@@ -9,11 +9,12 @@ class Turns:
     """One picture is drawn at a time, and none while a cell runs.
 
     JupyterLab moves controls in a second thread of the kernel, and just after the start of the
-    kernel in both threads. Whoever draws holds `lock`.
+    kernel in both threads. Whoever draws holds `lock`. cells: how many cells have begun.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.cells = 0
         self._in_cell = False
 
     def include_cells(self) -> None:
@@ -28,6 +29,7 @@ class Turns:
     def _begin_cell(self) -> None:
         if not self._in_cell and threading.current_thread() is threading.main_thread():
             self.lock.acquire()
+            self.cells += 1
             self._in_cell = True
 
     def _end_cell(self) -> None:

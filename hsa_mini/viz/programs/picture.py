@@ -53,6 +53,9 @@ def _summary(record: Record, program: int) -> str:
     masked = (
         f"; masks keep out {record.masked[program]} addresses" if record.masked[program] else ""
     )
-    moved = f"loads {own[0]:,} bytes and stores {own[1]:,}{masked}"
+    flop = record.flop[program]
+    moved = f"loads {own[0]:,} bytes and stores {own[1]:,}"
+    if flop:
+        moved = f"loads {own[0]:,} bytes, stores {own[1]:,} and computes {flop:,} FLOP"
     everyone = f"All programs load {together[0]:,} and store {together[1]:,}."
-    return f"Program {program} of {record.programs} {moved}. {everyone}"
+    return f"Program {program} of {record.programs} {moved}{masked}. {everyone}"

@@ -119,10 +119,16 @@ function render({ model, el }) {
   const whatIf = makeWhatIf(model, () => shown, () => modelMenu.selectedIndex, () => redraw());
   const comparison = makeCompare(() => keep(shown, modelLabel.hidden ? "" : `${modelMenu.value} model`, selected), () => redraw());
   const selected = { token: 0, layer: 0, head: 0 };
+  // The answer as it is written: after a number of its tokens, the model has read the last of them.
+  const written = () => selected.token - shown.asked + 1;
+  const player = makePlayer({
+    name: "answer token", last: () => shown.T - shown.asked, get: () => Math.max(written(), 0), seconds: 1,
+    set: (number) => select({ token: shown.asked - 1 + number }),
+  });
   const zoom = makeZoom(model, selected, () => shown, comparison.kept, () => modelMenu.selectedIndex, (change) => select(change));
   const picture = make(
     "div", {},
-    title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer.")), tokens,
+    title("Question and answer", make("small", {}, "Click a token, or use ← and →, to see what the model did after reading it; ↑ and ↓ change the layer. Play to see the answer written.")), tokens, player.root,
     make("div", { class: "hsa-row" }, modelLabel, make("label", {}, "HSA ", layerMenu), make("label", {}, "Query head ", headMenu)),
     make("div", { class: "hsa-asks" }, title("What if?", make("small", {}, "The model reads the question anew, with your changes.")), whatIf.root),
     title("Compare", make("small", {}, "Keep one token, layer, head or model, then select another.")), comparison.root,
@@ -154,6 +160,8 @@ function render({ model, el }) {
       button.setAttribute("aria-checked", i === token);
       button.tabIndex = i === token ? 0 : -1;
     });
+    player.redraw();
+    tokens.classList.toggle("playing", player.playing());
     layerMenu.value = layer;
     headMenu.value = head;
     zoom.redraw();
@@ -203,6 +211,7 @@ function render({ model, el }) {
     reload();
   };
   const reload = () => {
+    player.end();
     shown = read(model.get(modelMenu.selectedIndex ? "second" : "data"));
     Object.assign(selected, { token: shown.asked - 1, layer: shown.layers.length - 1, head: 0 });
     whatIf.reload();
@@ -257,6 +266,7 @@ function render({ model, el }) {
   resized.observe(zoom.canvas);
   return () => {
     for (const [event, listener] of Object.entries(listeners)) model.off(event, listener);
+    player.end();
     themed.disconnect();
     resized.disconnect();
     asking.stop();

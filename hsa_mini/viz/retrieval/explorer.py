@@ -31,7 +31,7 @@ from hsa_mini.viz.saved.page import SavedPicture
 from hsa_mini.viz.widgets import caption, make_figure, picture_metadata, to_png
 
 HERE = Path(__file__).parent
-SCRIPTS = ("levels.js", "zoom.js", "what_if.js", "compare.js", "explorer.js")
+SCRIPTS = ("../player.js", "levels.js", "zoom.js", "what_if.js", "compare.js", "explorer.js")
 NEEDLE = "The secret code of QXZB is 482913."
 QUESTION = "What is the secret code of QXZB?"
 MAX_SHOWN = 100_000  # characters of a haystack that the text area receives

@@ -2,7 +2,7 @@
 // and pictures are dark where JupyterLab is dark.
 
 // An image on white is turned over: white becomes nearly black, and the colours keep their hue.
-const DARK = `body[data-jp-theme-light="false"] :is(.hsa-picture img, img.jp-needs-light-background)
+const DARK = `body[data-jp-theme-light="false"] :is(.hsa-frame, img.jp-needs-light-background)
   { filter: invert(0.93) hue-rotate(180deg); }`;
 
 function darken() {
@@ -13,8 +13,7 @@ function darken() {
   document.head.append(style);
 }
 
-function label(box, alt) {
-  for (const image of box.querySelectorAll("img")) image.alt = alt;
+function label(box) {
   for (const slider of box.querySelectorAll(".widget-hslider")) {
     const handle = slider.querySelector(".noUi-handle");
     const text = slider.querySelector("label");
@@ -29,12 +28,12 @@ function label(box, alt) {
   }
 }
 
-function render({ model, el }) {
+function render({ el }) {
   el.style.display = "none";
   darken();
   const observer = new MutationObserver(() => apply());
   let box = null;
-  const apply = () => label(box, model.get("alt"));
+  const apply = () => label(box);
   const waiting = setInterval(() => {
     box = el.closest(".widget-vbox"); // null until this view is part of the page
     if (!box) return;
