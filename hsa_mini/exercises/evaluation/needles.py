@@ -80,37 +80,31 @@ check_scores = Check(
 CHUNK_SIZE = 64
 WINDOW = 128
 TOKENS = 600
-STOP = encode(".")[0]
+DIGITS = encode("0123456789").tolist()
 
 
-def _right(answer: np.ndarray) -> np.ndarray:
-    return answer
+def _wrong_at(*places: int) -> Callable[[list[int]], list[int]]:
+    """An answer with another digit at these places."""
+
+    def spoil(answer: list[int]) -> list[int]:
+        given = [*answer]
+        for i in places:
+            given[i] = next(digit for digit in DIGITS if digit != answer[i])
+        return given
+
+    return spoil
 
 
-def _last_digit(answer: np.ndarray) -> np.ndarray:
-    return np.where(np.arange(len(answer)) == len(answer) - 2, encode("7")[0] ^ 1, answer)
-
-
-def _no_stop(answer: np.ndarray) -> np.ndarray:
-    return np.concatenate((answer[:-1], encode("0")))
-
-
-def _first_digit(answer: np.ndarray) -> np.ndarray:
-    return np.concatenate((encode("0" if answer[0] != encode("0")[0] else "1"), answer[1:]))
-
-
-def _another(answer: np.ndarray) -> np.ndarray:
-    """The value of another needle: no digit is right."""
-    digits = [encode(str(digit))[0] for digit in range(10)]
-    return np.array([digits[(digits.index(x) + 1) % 10] if x in digits else x for x in answer])
-
-
-# How the questions at one depth are answered, in turn.
+_RIGHT = _wrong_at()
+_ALL_DIGITS = _wrong_at(*range(6))
+_LAST_DIGIT = _wrong_at(5)
+_FULL_STOP = _wrong_at(6)
+# How the questions at each depth are answered, in turn.
 PLANS = (
-    (_right, _right, _last_digit, _right),
-    (_no_stop, _right, _first_digit, _no_stop),
-    (_another, _another, _right, _last_digit),
-    (_right, _right, _right, _right),
+    (_RIGHT, _RIGHT, _LAST_DIGIT, _RIGHT),
+    (_FULL_STOP, _RIGHT, _wrong_at(0), _FULL_STOP),
+    (_ALL_DIGITS, _ALL_DIGITS, _RIGHT, _LAST_DIGIT),
+    (_RIGHT, _RIGHT, _RIGHT, _RIGHT),
 )
 
 
@@ -128,7 +122,7 @@ class PlannedHaystack:
     def ask(
         self, sample: Sample, *, answer_tokens: int, remembered: Sample | None = None
     ) -> SimpleNamespace:
-        """`Haystack.ask`, of which only `ids` [1, answer_tokens] exists.
+        """What `Haystack.ask` returns: ids [1, answer_tokens]; no layer has retrieved anything.
 
         Raises ValueError for a sample of another length, and for a needle in the window.
         """
@@ -140,8 +134,9 @@ class PlannedHaystack:
         known = self._answers.setdefault(sample.depth, {})
         plan = PLANS[(len(self._answers) - 1) % len(PLANS)]
         answer = known.setdefault(sample.problem.question.text, plan[len(known) % len(plan)])
-        ids = [*answer(sample.answer).tolist(), *[int(STOP)] * answer_tokens][:answer_tokens]
-        return SimpleNamespace(ids=torch.tensor([ids], dtype=torch.int64))
+        ids = (answer(sample.answer.tolist()) + DIGITS * 2)[:answer_tokens]
+        nothing = SimpleNamespace(retrievals=())
+        return SimpleNamespace(ids=torch.tensor([ids], dtype=torch.int64), first=nothing)
 
 
 def _depths_and_rows(evaluate: Callable, depths: list[float], questions: int) -> tuple | None:
