@@ -468,8 +468,18 @@ def test_an_attempt_that_stops_hears_why(check, attempt, stopped):
     assert verdict.startswith(f"{check.name} stopped with ") and stopped in verdict
 
 
+def _one_question_at_every_depth(haystack, depths, questions):
+    rng = np.random.default_rng(5)
+    right = [0] * len(depths)
+    for _ in range(questions):
+        for i, depth in enumerate(depths):
+            right[i] += ask_one(haystack, rng, "s_niah", depth)[0]
+    return torch.tensor([(k, *wilson_interval(k, questions)) for k in right])
+
+
 def test_what_is_written_in_another_way_is_right():
     assert check_training_step.verdict(_written_step).startswith("✓")
+    assert check_evaluate_needles.verdict(_one_question_at_every_depth).startswith("✓")
     assert check_evaluate_needles.verdict(_evaluation_with(list.__eq__)).startswith("✓")
 
 

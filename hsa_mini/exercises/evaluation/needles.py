@@ -117,7 +117,7 @@ class PlannedHaystack:
         self.text = torch.zeros(TOKENS, dtype=torch.int64)
         self.model = SimpleNamespace(config=SimpleNamespace(chunk_size=CHUNK_SIZE, window=WINDOW))
         self.asked: list[float] = []
-        self._answers: dict[float, dict[str, Callable]] = {}
+        self._answers: dict[float, tuple[tuple[Callable, ...], dict[str, Callable]]] = {}
 
     def ask(
         self, sample: Sample, *, answer_tokens: int, remembered: Sample | None = None
@@ -131,8 +131,8 @@ class PlannedHaystack:
         if sample.start + len(sample.patches[0][1]) > TOKENS - WINDOW:
             raise ValueError("window: the needle stands in it, so nothing has to be retrieved")
         self.asked.append(sample.depth)
-        known = self._answers.setdefault(sample.depth, {})
-        plan = PLANS[(len(self._answers) - 1) % len(PLANS)]
+        new = PLANS[len(self._answers) % len(PLANS)], {}
+        plan, known = self._answers.setdefault(sample.depth, new)
         answer = known.setdefault(sample.problem.question.text, plan[len(known) % len(plan)])
         ids = (answer(sample.answer.tolist()) + DIGITS * 2)[:answer_tokens]
         nothing = SimpleNamespace(retrievals=())
@@ -163,8 +163,9 @@ def _evaluate(
         right = 0
         for _ in range(questions):
             rng = np.random.default_rng(0) if one_question else rng
-            sizes = {"chunk_size": CHUNK_SIZE, "window": WINDOW, "tokens": len(haystack.text)}
-            sample = place(rng, TASKS["s_niah"](rng), depth=depth_of(depth), **sizes)
+            problem = TASKS["s_niah"](rng)
+            options = {"depth": depth_of(depth), "tokens": len(haystack.text)}
+            sample = place(rng, problem, chunk_size=CHUNK_SIZE, window=WINDOW, **options)
             given = haystack.ask(sample, answer_tokens=tokens(sample.answer)).ids[0].numpy()
             right += correct(given, sample.answer)
         rows.append((right, *interval(right, asked(questions, depths))))
@@ -186,7 +187,7 @@ check_evaluate_needles = Check(
     answer=_evaluate,
     examples=(([0.0, 1.0], 4), ([0.0, 0.3, 0.6, 1.0], 4), ([0.5], 7)),
     run=_depths_and_rows,
-    parts=("a depth that was asked", "a number in your rows"),
+    parts=("the list of depths that you asked", "the table of your rows"),
     usual_mistakes={
         "a right digit earns nothing. An answer is right if every token of it is.": partial(
             _evaluate, correct=lambda given, answer: (given == answer).mean()
