@@ -617,7 +617,7 @@ from hsa_mini.exercises.evaluation.needles import check_evaluate_needles, check_
 
 # %%
 def questions_needed(share, bound):
-    """The smallest n of 50, 100, 150 ... 5000 for which the interval of round(share * n) right answers lies above bound."""
+    """The smallest n of 50, 100, 150 ... 5000 for which round(share * n) right answers exclude the bound."""
     # your code
 
 
@@ -649,7 +649,7 @@ check_questions_needed(questions_needed)
 
 # %%
 def scores(p, codes, digits):
-    """The share of right answers with so many codes of so many digits, each right with probability p; partial credit."""
+    """The share of right answers, and the score with partial credit; each digit is right with probability p."""
     # your code
 
 
@@ -705,12 +705,13 @@ check_evaluate_needles(evaluate_needles)
 # ```python
 # def evaluate_needles(haystack, depths, questions):
 #     rng = np.random.default_rng(0)
+#     draw = TASKS["s_niah"]
 #     sizes = dict(tokens=len(haystack.text), chunk_size=S, window=W)
 #     rows = []
 #     for depth in depths:
 #         right = 0
 #         for _ in range(questions):
-#             sample = place(rng, TASKS["s_niah"](rng), depth=depth, **sizes)
+#             sample = place(rng, draw(rng), depth=depth, **sizes)
 #             given = haystack.ask(sample, answer_tokens=len(sample.answer)).ids[0]
 #             right += given.tolist() == sample.answer.tolist()
 #         rows.append((right, *wilson(right, questions)))
