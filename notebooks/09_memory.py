@@ -718,45 +718,84 @@ print(f"bytes of the tensors {tensors:,}, of the file {100 * size / tensors:.1f}
 #
 # ## Exercises
 #
-# **1.** A token changes in the middle of a long text. Which chunks of the library must be encoded again? Find the first
-# and the last for token $i$, in terms of $S$, $W$ and the number of lower blocks $L$. Check it on the tiny model.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.memory.kept import check_changed_chunks, check_oldest_first, check_tail_for_caches
+
+# %% [markdown]
+# **1. One token changes.** *Difficulty 2, importance 4, 10 minutes.* A token changes in the middle of a long text. Which
+# chunks of the library must be encoded again? Find the first and the last for token $i$, in terms of $S$, $W$ and the
+# number of lower blocks $L$. Then check it on the tiny model.
+
+
+# %%
+def changed_chunks(i, S, W, L):
+    """The numbers of the first and the last chunk that change with token i, if the text is long enough."""
+    # your code
+
+
+check_changed_chunks(changed_chunks)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # Each block of the lower decoder carries a change $W - 1$ tokens further. So the outputs from $i$ to $i + L (W - 1)$
 # change (`config.lower_reach`), and with them the chunks that contain these outputs.
 #
 # ```python
-# S = TINY.chunk_size
-# reach = TINY.lower_reach
-# assert reach == TINY.lower_layers * (TINY.window - 1)
+# def changed_chunks(i, S, W, L):
+#     return i // S, (i + L * (W - 1)) // S
+#
+#
+# check_changed_chunks(changed_chunks)
 # before = full(tiny, random)[1].chunks.landmarks
 # for i in (0, 17, 50):
 #     changed = random.clone()
 #     changed[0, i] = (changed[0, i] + 1) % 16
 #     moved = (full(tiny, changed)[1].chunks.landmarks != before).any(dim=-1).any(dim=-1)[0].nonzero()[:, 0].tolist()
+#     first, last = changed_chunks(i, TINY.chunk_size, TINY.window, TINY.lower_layers)
 #     print(i, moved)
-#     assert moved == list(range(i // S, (i + reach) // S + 1))
+#     assert moved == list(range(first, last + 1))
 # ```
 #
 # So we can put a needle into sixteen million tokens that were already read, by encoding a few chunks again. The
 # package's evaluation does that.
 #
 # </details>
-#
-# **2.** The last *logits* need $U (W - 1) + 1$ inputs of the upper decoder. Do its *window caches* need as many? Think
-# of the top block: how old is the oldest token in its cache, and which tokens does that token's key depend on? Then try
-# `early_exit` with one token less, and compare the caches and the logits.
-#
+
+# %% [markdown]
+# **2. One token less.** *Difficulty 4, importance 3, 15 minutes.* The last *logits* need $U (W - 1) + 1$ inputs of the
+# upper decoder. Do its *window caches* need as many? Think of the top block: how old is the oldest token in its cache,
+# and which tokens does that token's key depend on? Then try `early_exit` with one token less, and compare the caches and
+# the logits.
+
+
+# %%
+def tail_for_caches(U, W):
+    """How many inputs of the upper decoder its window caches depend on: U blocks of window W."""
+    # your code
+
+
+check_tail_for_caches(tail_for_caches)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # They need one less. The cache of the top block holds the last $W - 1$ keys. A key is made from the *input* of the
 # block, which has passed through $U - 1$ blocks. That is $(W - 1) + (U - 1)(W - 1) = U (W - 1)$.
 #
 # ```python
+# def tail_for_caches(U, W):
+#     return U * (W - 1)
+#
+#
+# check_tail_for_caches(tail_for_caches)
 # exact = full(tiny, random)
-# shorter = early_exit(tiny, random, 12)
-# too_short = early_exit(tiny, random, 11)
+# enough = tail_for_caches(TINY.upper_layers, TINY.window)
+# shorter = early_exit(tiny, random, enough)
+# too_short = early_exit(tiny, random, enough - 1)
 #
 #
 # def caches_differ(a, b):
@@ -764,13 +803,51 @@ print(f"bytes of the tensors {tensors:,}, of the file {100 * size / tensors:.1f}
 #     return max((x - y).abs().max().item() for x, y in pairs if x.numel())
 #
 #
-# print("12: logits", (shorter[0] - exact[0]).abs().max().item(), "caches", caches_differ(shorter, exact))
+# print(f"{enough}: logits", (shorter[0] - exact[0]).abs().max().item(), "caches", caches_differ(shorter, exact))
 # assert caches_differ(shorter, exact) < 1e-12 < (shorter[0] - exact[0]).abs().max()
 # assert caches_differ(too_short, exact) > 1e-12
 # ```
 #
 # So with an upper tail of $U (W - 1)$ tokens the logits of the very next token would be a little wrong, and all later
 # ones right. A check that two methods give identical results finds such an error. Hardly any other test does.
+#
+# </details>
+
+# %% [markdown]
+# **3. The order of time.** *Difficulty 2, importance 4, 10 minutes.* A window cache has $W$ slots, and position $p$ lies
+# in slot $p \bmod W$. Return what the next token sees of it, oldest first. How many tokens are these? And what if the
+# text has only just begun, so that some slots are still free?
+
+
+# %%
+def oldest_first(cache, position):
+    """A cache [W, D] after `position` tokens -> those that the next token sees, beside itself, in the order of time."""
+    # your code
+
+
+check_oldest_first(oldest_first)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# The next token sees $W$ tokens with itself. It takes the slot of the oldest one, so $W - 1$ remain.
+#
+# ```python
+# def oldest_first(cache, position):
+#     W = len(cache)
+#     return cache[[p % W for p in range(max(position - (W - 1), 0), position)]]
+#
+#
+# check_oldest_first(oldest_first)
+# _, memory = full(tiny, random)
+# for part in memory.lower + memory.upper:
+#     k, v = part.in_order(memory.position)
+#     assert torch.equal(oldest_first(part.k[0], memory.position), k[0])
+#     assert torch.equal(oldest_first(part.v[0], memory.position), v[0])
+# ```
+#
+# Nothing is ever moved in such a cache: a new token overwrites one slot. That is cheap, and a CUDA graph can record it,
+# because the cache stays at its place in memory.
 #
 # </details>
 

@@ -857,10 +857,27 @@ explore(
 #
 # ## Exercises
 #
-# **1.** In the picture above, 16 tokens at once used about two thirds of the experts. Find the formula: which share of
-# $E$ experts do $n$ tokens use, if each token draws $A$ experts at random? Compare with `used_by`. From how many tokens
-# on is 99% of the 8B fetched?
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.memory.experts import check_by_expert, check_cut_finer, check_share_used
+
+# %% [markdown]
+# **1. How soon all are used.** *Difficulty 2, importance 4, 10 minutes.* In the picture of the experts, 16 tokens at once
+# used about two thirds of them. Find the formula: which share of $E$ experts do $n$ tokens use, if each token draws $A$
+# different experts at random? Compare with `used_by`. From how many tokens on is 99% of the 8B fetched?
+
+
+# %%
+def share_used(n, E, A):
+    """The expected share of E experts that at least one of n tokens uses; each draws A different ones at random."""
+    # your code
+
+
+check_share_used(share_used)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # One token leaves out an expert with probability $1 - A/E$, and $n$ tokens leave it out with probability $(1 - A/E)^n$.
@@ -869,39 +886,118 @@ explore(
 # ```python
 # import math
 #
+#
+# def share_used(n, E, A):
+#     return 1 - (1 - A / E) ** n
+#
+#
+# check_share_used(share_used)
 # for n in (1, 4, 16, 64):
 #     drawn = used_by(n, 200, 64, 4).float().mean().item()
-#     print(n, round(1 - (1 - 4 / 64) ** n, 3), round(drawn, 3))
-#     assert abs(1 - (1 - 4 / 64) ** n - drawn) < 0.02
+#     print(n, round(share_used(n, 64, 4), 3), round(drawn, 3))
+#     assert abs(share_used(n, 64, 4) - drawn) < 0.02
 # n = math.ceil(math.log(0.01) / math.log(1 - 4 / 64))
 # print(n, "tokens")
-# assert n == 72
+# assert n == 72 and share_used(71, 64, 4) < 0.99 < share_used(72, 64, 4)
 # ```
 #
 # So a mixture of experts always saves *work*. It saves *traffic* only for a few tokens at a time. It never saves
 # memory.
 #
 # </details>
-#
-# **2.** Cut finer: 128 experts of half the width, 8 of them per token. What happens to the total and active parameters
-# of the 8B? In how many ways can a token's experts be chosen, before and after?
-#
+
+# %% [markdown]
+# **2. Cut finer.** *Difficulty 3, importance 3, 15 minutes.* Take 128 experts of half the width, and let each token use 8
+# of them. What happens to the total and active parameters of the 8B? In how many ways can a token's experts be chosen,
+# before and after? Count one layer: the router, one shared expert as wide as a routed one, and the routed experts.
+
+
+# %%
+def cut_finer(C, E, A, hidden, factor):
+    """Cut each of E experts of width `hidden`, of which a token uses A, into `factor` equal pieces.
+
+    Returns the parameters of the layer, those that a token uses, and the logarithm (base 10) of the number of ways.
+    """
+    # your code
+
+
+check_cut_finer(cut_finer)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# finer = dataclasses.replace(big, experts=128, experts_active=8, expert_width=big.expert_width // 2)
-# for c in (big, finer):
+# import math
+#
+#
+# def cut_finer(C, E, A, hidden, factor):
+#     E *= factor
+#     A *= factor
+#     expert = 3 * C * (hidden // factor)
+#     router = C * E
+#     return router + (1 + E) * expert, router + (1 + A) * expert, math.log10(math.comb(E, A))
+#
+#
+# check_cut_finer(cut_finer)
+# for factor in (1, 2):
+#     c = dataclasses.replace(big, experts=64 * factor, experts_active=4 * factor, expert_width=672 // factor)
+#     total, active, ways = cut_finer(big.width, 64, 4, 672, factor)
 #     p = estimate_cost(c)
-#     ways = math.comb(c.experts, c.experts_active)
-#     print(f"{p.params_total / 1e9:.2f} B in all, {p.params_active / 1e9:.2f} B active, {ways:.1e} ways")
-# assert estimate_cost(finer).params_total < estimate_cost(big).params_total
-# assert math.comb(128, 8) > 10**6 * math.comb(64, 4)
+#     print(f"{p.params_total / 1e9:.2f} B in all, {p.params_active / 1e9:.2f} B active, {10**ways:.1e} ways")
+#     assert (total, active) == (mlp_parameters(c, c.experts), mlp_parameters(c, c.experts_active))
 # ```
 #
 # Both totals become a little smaller, because the shared expert now has half its width too. The routers are twice as
 # large, which adds little. But there are two million times as many ways to compose the network of a token. That is the
 # argument for many small experts (DeepSeekMoE, arXiv 2401.06066). The argument against them is that a GPU computes
 # small products less efficiently.
+#
+# </details>
+
+# %% [markdown]
+# **3. One expert after the other.** *Difficulty 3, importance 5, 15 minutes.* The loop above goes token by token, and the
+# grouped version sorts. The usual third way is a loop over the *experts*: each takes all of its tokens at once, and its
+# outputs are added to the rows of these tokens. To keep it short, an expert is a single matrix here.
+
+
+# %%
+def by_expert(x, chosen, gates, experts):
+    """x [M, C], chosen experts and gates [M, A], experts [E, C, C] -> [M, C]: the sum of gate * (token @ expert)."""
+    # your code
+
+
+check_by_expert(by_expert)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# `(chosen == e).nonzero()` gives the tokens of an expert, and the slot of each. A token occurs at most once for an
+# expert, so `+=` is safe here. (If it could occur twice, only one of its additions would count. Then you need
+# `index_add_`.)
+#
+# ```python
+# def by_expert(x, chosen, gates, experts):
+#     out = torch.zeros_like(x)
+#     for e, matrix in enumerate(experts):
+#         token, slot = (chosen == e).nonzero(as_tuple=True)
+#         out[token] += gates[token, slot, None] * (x[token] @ matrix)
+#     return out
+#
+#
+# check_by_expert(by_expert)
+# torch.manual_seed(0)
+# tokens = torch.randn(40, 8)
+# matrices = torch.randn(6, 8, 8)
+# chosen, gates = choose(torch.rand(40, 6), torch.zeros(6), A=2)
+# order = chosen.flatten().argsort(stable=True)
+# offsets = torch.bincount(chosen.flatten(), minlength=6).cumsum(0).int()
+# outputs = grouped_mm(tokens[order // 2], matrices, offs=offsets)[order.argsort()].unflatten(0, (-1, 2))
+# grouped = (gates[..., None] * outputs).sum(dim=1)
+# assert torch.allclose(by_expert(tokens, chosen, gates, matrices), grouped, atol=1e-5)
+# ```
+#
+# With 64 experts these are 64 small products, one after the other, and for each of them the CPU has to wait until it
+# knows how many tokens the expert has. The grouped version starts one large product and never asks.
 #
 # </details>
 

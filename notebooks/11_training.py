@@ -891,33 +891,157 @@ for b in range(3):
 #
 # ## Exercises
 #
-# **1.** In one mean over all tokens that count, how much would answers weigh? Draw batches of the first stage of `mini`
-# and compute their share. Then compute how much they weigh in our loss, before any training, when each of the three
-# means is about $\log 4096$.
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.training.parts import check_margin_for, check_queue_after, check_weight_of_answers
+from hsa_mini.exercises.training.step import check_training_step
+
+# %% [markdown]
+# **1. What an answer weighs.** *Difficulty 2, importance 4, 10 minutes.* In one mean over all tokens that count, how much
+# would answers weigh? And how much do they weigh in our loss before any training, when the three means are about equal
+# (each is about $\log 4096$)? Then draw batches of the first stage of `mini` and compare.
+
+
+# %%
+def weight_of_answers(parts, text_weight):
+    """parts [B, T] -> the share of answers in one mean over all tokens that count, and their share in our loss.
+
+    All three parts occur in the batch, and their means are equal.
+    """
+    # your code
+
+
+check_weight_of_answers(weight_of_answers)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# from hsa_mini.training.mixture import PARTS
+# def weight_of_answers(parts, text_weight):
+#     return (parts == ANSWER).sum() / (parts != NONE).sum(), 1 / (text_weight + 2)
 #
+#
+# check_weight_of_answers(weight_of_answers)
 # stage = RECIPES["mini"].stages[0]
 # batches = TrainingBatches(stage.mixture, batch=stage.batch, tokens=stage.tokens, steps=4, seed=0)
-# counts = Counter(PARTS[part] for step in range(4) for part in batches[step][1].flatten().tolist())
-# counted = counts["text"] + counts["copy"] + counts["answer"]
-# print({part: f"{n / counted:.1%}" for part, n in counts.items() if part != "none"})
-# print(f"in our loss: {1 / (stage.text_weight + 2):.0%}")
-# assert counts["answer"] / counted < 0.05 < 1 / (stage.text_weight + 2)
+# in_one_mean, in_our_loss = weight_of_answers(torch.cat([batches[step][1] for step in range(4)]), stage.text_weight)
+# print(f"in one mean {in_one_mean:.1%}, in our loss {in_our_loss:.0%}")
+# assert in_one_mean < 0.05 < in_our_loss
 # ```
 #
 # About one token in a hundred belongs to an answer. In one mean, learning to answer would be worth as much as a
 # hundredth of the text. As a mean of its own it is nearly half of the loss.
 #
 # </details>
+
+# %% [markdown]
+# **2. The queue.** *Difficulty 2, importance 4, 10 minutes.* After each step the queue takes in the chunks of the
+# sequences without a question, and the oldest chunks leave. Write it for one tensor. New chunks come at the end, in the
+# order of their sequences.
+
+
+# %%
+def queue_after(queue, chunks, parts):
+    """queue [M, C], oldest first, chunks [B, N, C] and parts [B, T] of a batch -> the new queue [M, C]."""
+    # your code
+
+
+check_queue_after(queue_after)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
 #
-# **2.** With how many chunks must we train, so that a margin that is enough among them (for 99%) is enough among
-# 262,144 chunks in half of all cases? Find the margin by bisection, then the number of chunks. Does this number have to
-# be nearly as large as 262,144?
+# ```python
+# def queue_after(queue, chunks, parts):
+#     has_answer = (parts == ANSWER).any(dim=1)
+#     new = chunks[~has_answer].flatten(0, 1)
+#     return torch.cat((queue, new))[-len(queue) :]
 #
+#
+# check_queue_after(queue_after)
+# torch.manual_seed(0)
+# package = ChunkQueue(30)
+# ours = torch.zeros(30, PRESETS["debug"].width)
+# model = HSAModel(PRESETS["debug"]).train()
+# for step in range(3):
+#     encoded = model(torch.randint(512, (3, 40))).aux.encoded
+#     parts = torch.tensor([[TEXT, ANSWER], [TEXT, TEXT], [COPY, COPY]]).roll(step, dims=0)
+#     package.push(encoded, (parts != ANSWER).all(dim=1).nonzero()[:, 0])
+#     ours = queue_after(ours, encoded.cls_states.detach(), parts)
+#     assert torch.equal(ours, package.stores[2])
+# ```
+#
+# The package's run takes in a third of each batch, and prefers sequences without a question.
+#
+# </details>
+
+# %% [markdown]
+# **3. The training step.** *Difficulty 4, importance 5, 25 minutes.* Now write the whole step, as `Trainer` takes it. Each
+# token predicts the next one among chunks of the batch and of the queue. The loss is the one above. The gradient is
+# shortened as a whole if it is longer than `clip`. The optimizer takes its step. At the end the queue takes in the
+# chunks of the sequences without a question. You may use `mixed_loss` and `torch.nn.utils.clip_grad_norm_`. In training
+# mode a model returns what its encoder wrote as `output.aux.encoded`, and `queue.push(encoded, rows)` takes in the
+# chunks of some rows. (The check takes two steps with a model of ten thousand parameters. It uses plain SGD with momentum
+# and not AdamW, whose first steps hardly depend on the length of the gradient.)
+
+
+# %%
+def training_step(model, optimizer, queue, ids, parts, text_weight, clip):
+    """Train on ids and parts [B, T+1], with a gradient of at most the length `clip` -> the loss, a number."""
+    # your code
+
+
+check_training_step(training_step)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def training_step(model, optimizer, queue, ids, parts, text_weight, clip):
+#     source = partial(CrossBatchChunks, encoder=model.encoder, queue=queue)
+#     output = model(ids[:, :-1], chunk_source=source)
+#     loss, _ = mixed_loss(output.logits, ids[:, 1:], parts[:, 1:], text_weight)
+#     optimizer.zero_grad()
+#     loss.backward()
+#     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+#     optimizer.step()
+#     queue.push(output.aux.encoded, (parts != ANSWER).all(dim=1).nonzero()[:, 0])
+#     return loss.item()
+#
+#
+# check_training_step(training_step)
+# torch.manual_seed(0)
+# learner = HSAModel(PRESETS["nano"]).train()
+# optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
+# queue = ChunkQueue(64)
+# batch = TrainingBatches(Mixture(min_copy=32, needles=0.4, max_needles=1), batch=4, tokens=128, steps=1, seed=0)[0]
+# losses = [training_step(learner, optimizer, queue, *batch, text_weight=0.25, clip=1.0) for _ in range(12)]
+# print(f"the loss of one batch, learned again and again: {losses[0]:.2f} to {losses[-1]:.2f}")
+# assert losses[-1] < losses[0] - 2
+# ```
+#
+# The queue comes last for a reason. Its stored keys and values took part in the forward pass, and the backward pass reads
+# them again. PyTorch refuses a backward pass through a tensor that has been overwritten.
+#
+# </details>
+
+# %% [markdown]
+# **4. Many rivals in training.** *Difficulty 3, importance 3, 15 minutes.* With how many chunks must we train, so that a
+# margin that is enough among them (for 99%) is enough among 262,144 chunks in half of all cases? Find the margin by
+# bisection, then the number of chunks. Does this number have to be nearly as large as 262,144?
+
+
+# %%
+def margin_for(share, N, K):
+    """The margin with which a needle is found among N chunks, K of them kept, with the probability `share`."""
+    # your code
+
+
+check_margin_for(margin_for)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
@@ -928,8 +1052,13 @@ for b in range(3):
 #     return high
 #
 #
-# margin = bisect(lambda m: found_among(m, 262_144, 8) > 0.5, 0.0, 10.0)
-# chunks = bisect(lambda N: found_among(margin, N, 8) < 0.99, 16, 262_144)
+# def margin_for(share, N, K):
+#     return bisect(lambda margin: found_among(margin, N, K) > share, -10.0, 10.0)
+#
+#
+# check_margin_for(margin_for)
+# margin = margin_for(0.5, 262_144, 8)
+# chunks = bisect(lambda N: margin_for(0.99, N, 8) > margin, 16, 262_144)
 # print(f"margin {margin:.2f}, {chunks:,.0f} chunks")
 # assert 50_000 < chunks < 200_000
 # ```

@@ -604,43 +604,131 @@ show(figure, f"Nats gained per token against tokens read, for each stretch of te
 #
 # ## Exercises
 #
-# **1.** The next version of a model is right in 98% of cases, the present one in 95%. How many questions does it take
-# until the interval of $k = 0.98 n$ excludes 95%? Guess first. Is a heat map of 70 cells with ten questions each
-# enough?
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.evaluation.needles import check_evaluate_needles, check_questions_needed, check_scores
+
+# %% [markdown]
+# **1. How many questions?** *Difficulty 2, importance 4, 10 minutes.* The next version of a model is right in 98% of
+# cases, the present one in 95%. How many questions does it take until the interval of $k = 0.98 n$ excludes 95%? Guess
+# first. Is a heat map of 70 cells with ten questions each enough?
+
+
+# %%
+def questions_needed(share, bound):
+    """The smallest n of 50, 100, 150 ... 5000 for which round(share * n) right answers exclude the bound."""
+    # your code
+
+
+check_questions_needed(questions_needed)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# enough = next(n for n in range(50, 5000, 50) if wilson(round(0.98 * n), n)[0] > 0.95)
-# print(enough, "questions")
-# assert 250 <= enough <= 700
+# def questions_needed(share, bound):
+#     return next(n for n in range(50, 5001, 50) if wilson(round(share * n), n)[0] > bound)
+#
+#
+# check_questions_needed(questions_needed)
+# print(questions_needed(0.98, 0.95), "questions")
+# assert 250 <= questions_needed(0.98, 0.95) <= 700
 # ```
 #
 # It takes some hundreds of questions. The whole map is enough. A column of it (100 questions) is not enough, and a
 # single cell is far from enough. If you compare two models by the colour of cells, you compare noise.
 #
 # </details>
-#
-# **2.** A model copies each digit correctly with a probability of 90%, independently. How often is an S-NIAH answer
-# right? An answer with two codes? And what would a score be that gives partial credit for each right digit? What would
-# you conclude from a heat map at 53%?
-#
+
+# %% [markdown]
+# **2. All or nothing.** *Difficulty 1, importance 4, 5 minutes.* A model copies each digit correctly with a probability of
+# 90%, independently. How often is an S-NIAH answer right? An answer with two codes? And what would a score be that gives
+# partial credit for each right digit? What would you conclude from a heat map at 53%?
+
+
+# %%
+def scores(p, codes, digits):
+    """The share of right answers, and the score with partial credit; each digit is right with probability p."""
+    # your code
+
+
+check_scores(scores)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # All six digits: $0.9^6 = 53\%$. Twelve: $0.9^{12} = 28\%$. The partial score would be 90% in both cases.
 #
 # ```python
+# def scores(p, codes, digits):
+#     return p ** (codes * digits), p
+#
+#
+# check_scores(scores)
 # digits = np.random.default_rng(0).random((100_000, 12)) < 0.9
-# one = digits[:, :6].all(axis=1).mean()
-# two = digits.all(axis=1).mean()
-# part = digits.mean()
-# print(f"{one:.1%}, {two:.1%}, {part:.1%}")
-# assert abs(one - 0.9**6) < 0.01 and abs(two - 0.9**12) < 0.01 and abs(part - 0.9) < 0.01
+# for codes in (1, 2):
+#     drawn = digits[:, : 6 * codes]
+#     strict, partial_credit = scores(0.9, codes, 6)
+#     print(f"{codes} codes: {strict:.1%}, with partial credit {partial_credit:.1%}")
+#     assert abs(drawn.all(axis=1).mean() - strict) < 0.01 and abs(drawn.mean() - partial_credit) < 0.01
 # ```
 #
 # "All or nothing" is strict, and makes small weaknesses look large. So 53% may mean that the model loses the needle in
 # half of the cases, or that it always finds the needle and reads it badly. The heat map cannot tell the two apart. The
 # column *retrieved* can.
+#
+# </details>
+
+# %% [markdown]
+# **3. The needle evaluation.** *Difficulty 3, importance 5, 20 minutes.* Now write the evaluation itself. For each depth,
+# and for so many questions: draw a problem of `s_niah` and *place* it in the text, *ask* the haystack, and *compare* the
+# answer with the sample's. Every question is a new one. Then give the *interval* of each depth. You need `place` (or look
+# at `sample_of`), `haystack.ask(sample, answer_tokens=...)`, whose result has the tokens of the answer in `ids[0]`,
+# `sample.answer` and `wilson`. The text has `len(haystack.text)` tokens, chunks of S and a window of W. (The check has a
+# haystack that answers by plan: right, or wrong at one token.)
+
+
+# %%
+def evaluate_needles(haystack, depths, questions):
+    """A row for each depth: the number of right answers, and both ends of the interval of their share."""
+    # your code
+
+
+check_evaluate_needles(evaluate_needles)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# One random generator draws all questions, so no two are equal. `sample.answer` contains the full stop.
+#
+# ```python
+# def evaluate_needles(haystack, depths, questions):
+#     rng = np.random.default_rng(0)
+#     draw = TASKS["s_niah"]
+#     sizes = dict(tokens=len(haystack.text), chunk_size=S, window=W)
+#     rows = []
+#     for depth in depths:
+#         right = 0
+#         for _ in range(questions):
+#             sample = place(rng, draw(rng), depth=depth, **sizes)
+#             given = haystack.ask(sample, answer_tokens=len(sample.answer)).ids[0]
+#             right += given.tolist() == sample.answer.tolist()
+#         rows.append((right, *wilson(right, questions)))
+#     return rows
+#
+#
+# check_evaluate_needles(evaluate_needles)
+# rows = evaluate_needles(haystacks[4096], (0.0, 0.5, 1.0), 4)
+# rng = np.random.default_rng(0)
+# for depth, (right, low, high) in zip((0.0, 0.5, 1.0), rows):
+#     print(f"depth {depth}: {right} of 4, so {low:.0%} to {high:.0%}")
+#     assert right == sum(ask_one(haystacks[4096], rng, "s_niah", depth)[0] for _ in range(4))
+# ```
+#
+# The package's `evaluate` does the same with the two controls, and below a million tokens each of its samples has its
+# own text.
 #
 # </details>
 

@@ -747,14 +747,36 @@ for name, same in runs.items():
 #
 # ## Exercises
 #
-# **1.** With three seeds, luck puts A above B once in 20 times. How many seeds does each arm need until this happens
-# less than once in 1,000 times? Guess first. Then suppose a true gap of two standard deviations: how often do *that*
-# many seeds still show it? What do you learn about the rule?
-#
+# Write each function and run its cell. The line below the cell says whether the function is right, and if it is not,
+# what is wrong. Difficulty and importance go from 1 to 5.
+
+# %%
+from hsa_mini.exercises.evaluation.laboratory import check_luck, check_one_chunk, check_seeds_needed
+
+# %% [markdown]
+# **1. How many seeds?** *Difficulty 2, importance 4, 10 minutes.* With three seeds, luck puts A above B once in 20 times.
+# How many seeds does each arm need until this happens less than once in 1,000 times? Guess first. Then suppose a true gap
+# of two standard deviations: how often do *that* many seeds still show it? What do you learn about the rule?
+
+
+# %%
+def seeds_needed(chance):
+    """The smallest number of seeds of each arm with which luck puts all of A above all of B less often than `chance`."""
+    # your code
+
+
+check_seeds_needed(seeds_needed)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
-# enough = next(n for n in range(1, 20) if math.comb(2 * n, n) > 1000)
+# def seeds_needed(chance):
+#     return next(n for n in range(1, 100) if 1 / math.comb(2 * n, n) < chance)
+#
+#
+# check_seeds_needed(seeds_needed)
+# enough = seeds_needed(1 / 1000)
 # rng = np.random.default_rng(0)
 # for n in (3, enough):
 #     a = rng.normal(2, 1, (20_000, n))
@@ -768,17 +790,74 @@ for name, same in runs.items():
 # compares means, and their standard errors.
 #
 # </details>
+
+# %% [markdown]
+# **2. Luck, from the numbers themselves.** *Difficulty 3, importance 4, 15 minutes.* If the change had no effect, the six
+# numbers could have been dealt to the two arms in any other way. So deal them in all ways. In which share of the ways is
+# the mean of A above that of B by at least as much as it really was? This is a *permutation test*. Compare it with the
+# rule "no overlap".
+
+
+# %%
+def luck(better, worse):
+    """Two lists of equal length -> the share of all ways to split their numbers in which A leads by at least as much."""
+    # your code
+
+
+check_luck(luck)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
 #
-# **2.** Write an arm of your own: the baseline, but each token keeps one chunk (`top_k` is 1). Show that it changes
-# only this, and that its number of parameters is the same. Run it at the scale `tiny`. Then write down the sentence
-# that you would claim, and the measure, *before* you run it at the scale `lab`.
+# ```python
+# def luck(better, worse):
+#     every = better + worse
+#     ways = list(combinations(range(len(every)), len(better)))
+#     sums = [sum(every[i] for i in way) for way in ways]
+#     return sum(s >= sum(better) for s in sums) / len(ways)
 #
+#
+# check_luck(luck)
+# for a, b in (([90, 80, 100], [50, 70, 60]), ([90, 80, 100], [50, 85, 60]), ([94, 97, 95], [90, 92, 91])):
+#     print(a, b, f"luck {luck(a, b):.0%}, by the rule: {judge_pair([x / 100 for x in a], [x / 100 for x in b], 0.1)}")
+# assert luck([90, 80, 100], [50, 70, 60]) == 1 / math.comb(6, 3)
+# ```
+#
+# Both arms are of equal size, so the larger sum has the larger mean, and the sum of A decides. If the seeds do not
+# overlap, the share is 1 in 20, the smallest that six numbers allow, however large the gap is. So three seeds can never
+# reach a stricter level than 5%: the *size* of a gap is not part of this test. That is what the margin is for.
+#
+# </details>
+
+# %% [markdown]
+# **3. An arm of your own.** *Difficulty 2, importance 4, 15 minutes.* Write an arm: the baseline, but each token keeps one
+# chunk (`top_k` is 1). Show that it changes only this, and that its number of parameters is the same. Run it at the scale
+# `tiny`. Then write down the sentence that you would claim, and the measure, *before* you run it at the scale `lab`.
+# (`Arm(name, what, changes=...)` is in `hsa_mini.lab.arms`; `changes` is a function of the scale, and returns the fields
+# of the configuration that differ.)
+
+
+# %%
+def one_chunk():
+    """The arm in which each token keeps one chunk, in training and in evaluation."""
+    # your code
+
+
+check_one_chunk(one_chunk)
+
+# %% [markdown]
 # <details><summary>Solution</summary>
 #
 # ```python
 # from hsa_mini.lab.arms import Arm
 #
-# one = Arm("one_chunk", "one chunk is kept", changes=lambda scale: {"top_k": 1})
+#
+# def one_chunk():
+#     return Arm("one_chunk", "one chunk is kept", changes=lambda scale: {"top_k": 1})
+#
+#
+# check_one_chunk(one_chunk)
+# one = one_chunk()
 # print(changed(one))
 # assert list(changed(one)) == ["config.top_k"]
 # assert one.parameters(LAB) == ARMS["hsa"].parameters(LAB)

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "training": LIBRARY,
     "evaluation": LIBRARY,
     "integrations": LIBRARY,
-    "exercises": {"checks"},
+    "exercises": LIBRARY | {"training", "evaluation", "lab"},
     "lab": LIBRARY | {"training", "evaluation"},
     "course": {"evaluation", "lab", "paths"},
     "viz": LIBRARY | {"index", "training", "evaluation", "lab", "course"},

@@ -1,14 +1,28 @@
 """The exercises of the notebooks: a check knows what is right, and names what is wrong."""
 
 import importlib
+import itertools
+import math
 import pkgutil
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils import clip_grad_norm_
 
 from hsa_mini import exercises, reference
+from hsa_mini.evaluation.runner import ask_one
+from hsa_mini.evaluation.statistics import wilson_interval
 from hsa_mini.exercises.check import Check
+from hsa_mini.exercises.evaluation.laboratory import check_luck, check_one_chunk, check_seeds_needed
+from hsa_mini.exercises.evaluation.needles import (
+    CHUNK_SIZE,
+    WINDOW,
+    PlannedHaystack,
+    check_evaluate_needles,
+    check_questions_needed,
+)
 from hsa_mini.exercises.kernels.backward import (
     check_count_programs,
     check_invert,
@@ -21,7 +35,25 @@ from hsa_mini.exercises.mechanism.fusion import check_blend, check_score_gradien
 from hsa_mini.exercises.mechanism.layer import check_score_at_distance, check_shuffle_tokens
 from hsa_mini.exercises.mechanism.retrieval import check_retrieval_weights, check_visible_outside
 from hsa_mini.exercises.mechanism.why import check_layers_needed, check_window_attention
+from hsa_mini.exercises.memory.experts import check_by_expert, check_cut_finer
+from hsa_mini.exercises.memory.kept import check_changed_chunks, check_oldest_first
+from hsa_mini.exercises.training.parts import (
+    check_margin_for,
+    check_queue_after,
+    check_weight_of_answers,
+)
+from hsa_mini.exercises.training.step import check_training_step
+from hsa_mini.lab.arms import Arm
+from hsa_mini.memory.rolling_cache import RollingKVCache
+from hsa_mini.model.chunk_encoder import EncodedChunks
 from hsa_mini.ops.rope import apply_rope, rope_table
+from hsa_mini.tasks.forms import TASKS
+from hsa_mini.tasks.placement import place
+from hsa_mini.training.cross_batch import ChunkQueue, CrossBatchChunks
+from hsa_mini.training.loss import mixture_loss
+from hsa_mini.training.mixture import ANSWER
+from hsa_mini.training.recipes import Recipe, Stage
+from hsa_mini.training.step import train_step
 
 CHECKS = {
     check.name: check
@@ -85,6 +117,41 @@ def _softmax_backward(p, dp):
     return torch.autograd.grad(scores.softmax(1), scores, dp)[0]
 
 
+def _oldest_first(cache, position):
+    rows = cache[None, :, None]
+    return RollingKVCache(rows, rows).in_order(position)[0][0, :, 0]
+
+
+def _queue_after(queue, chunks, parts):
+    kept = ChunkQueue(len(queue))
+    kept.stores = (queue.clone(), queue.clone(), queue.clone())
+    rows = (parts != ANSWER).all(dim=1).nonzero()[:, 0]
+    kept.push(EncodedChunks(chunks, chunks, chunks, chunks), rows)
+    return kept.stores[2]
+
+
+def _training_step(model, optimizer, queue, ids, parts, text_weight, clip):
+    """The package's step. Of each batch it puts a third, one sequence, into the queue."""
+    (group,) = optimizer.param_groups
+    rate = torch.tensor(group["lr"])
+    group["lr"] = rate.clone()
+    stage = Stage(1, 3, 12, queue_chunks=queue.size, text_weight=text_weight)
+    step = train_step(
+        model, optimizer, Recipe((stage,), clip=clip), stage, queue, ids, parts, rate, rate.long()
+    )
+    group["lr"] = rate.item()
+    return step.loss
+
+
+def _evaluate_needles(haystack, depths, questions):
+    rng = np.random.default_rng(7)
+    counts = [
+        sum(ask_one(haystack, rng, "s_niah", depth)[0] for _ in range(questions))
+        for depth in depths
+    ]
+    return [(right, *wilson_interval(right, questions)) for right in counts]
+
+
 @pytest.mark.parametrize(
     "check, right",
     [
@@ -96,6 +163,10 @@ def _softmax_backward(p, dp):
         (check_score_gradient, _score_gradient),
         (check_score_at_distance, _score_at_distance),
         (check_softmax_backward, _softmax_backward),
+        (check_oldest_first, _oldest_first),
+        (check_queue_after, _queue_after),
+        (check_training_step, _training_step),
+        (check_evaluate_needles, _evaluate_needles),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -159,6 +230,89 @@ def _lists_of_tokens(indices, chunks):
     return torch.tensor([t for _, t in found]), lengths.cumsum(0)
 
 
+def _slots_in_order(cache, position):
+    return torch.stack([cache[(position + i) % len(cache)] for i in range(1, len(cache))])
+
+
+def _index_assignment(x, chosen, gates, experts):
+    out = torch.zeros_like(x)
+    for e, matrix in enumerate(experts):
+        for a in range(chosen.shape[1]):
+            rows = chosen[:, a] == e
+            out[rows] = (x[rows] @ matrix) * gates[rows, a : a + 1]
+    return out
+
+
+def _extend_and_cut(queue, chunks, parts):
+    M = len(queue)
+    for states, own in zip(chunks, parts):
+        if ANSWER not in own:
+            queue = torch.cat((queue, states))
+    return queue[:M]
+
+
+def _written_step(
+    model, optimizer, queue, ids, parts, text_weight, clip, *,
+    clip_late=False, early_queue=False, whole=False, forget=False,
+):  # fmt: skip
+    """A training step as a reader writes it, with one or more mistakes."""
+    output = model(
+        ids[:, :-1],
+        chunk_source=lambda chunks: CrossBatchChunks(chunks, model.encoder, queue),
+    )
+    loss, *_ = mixture_loss(output.logits, ids[:, 1:], parts[:, 1:], text_weight=text_weight)
+    if whole:
+        loss = cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].flatten())
+    rows = torch.tensor([i for i, row in enumerate(parts) if ANSWER not in row])
+    if early_queue:
+        queue.push(output.aux.encoded, rows)
+    loss.backward()
+    if not clip_late:
+        clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    if clip_late:
+        clip_grad_norm_(model.parameters(), clip)
+    if not forget:
+        optimizer.zero_grad()
+    if not early_queue:
+        queue.push(output.aux.encoded, rows)
+    return loss
+
+
+def _step_with(**mistakes):
+    return lambda *arguments: _written_step(*arguments, **mistakes)
+
+
+def _evaluation_with(right, *, seed_inside=False, window=WINDOW, answer_tokens=7):
+    """A needle evaluation as a reader writes it; right(given, answer): how it compares tokens."""
+
+    def evaluate(haystack, depths, questions):
+        rows = []
+        rng = np.random.default_rng(3)
+        for depth in depths:
+            found = 0
+            for _ in range(questions):
+                rng = np.random.default_rng(3) if seed_inside else rng
+                problem = TASKS["s_niah"](rng)
+                sizes = {"tokens": len(haystack.text), "chunk_size": CHUNK_SIZE, "window": window}
+                sample = place(rng, problem, depth=depth, **sizes)
+                given = haystack.ask(sample, answer_tokens=answer_tokens).ids[0].tolist()
+                found += right(given, sample.answer.tolist())
+            rows.append([found, *wilson_interval(found, questions)])
+        return rows
+
+    return evaluate
+
+
+def _larger_gaps(better, worse):
+    splits = [*itertools.combinations(better + worse, len(better))]
+    return sum(sum(split) > sum(better) for split in splits) / len(splits)
+
+
+def _returns_an_arm(**options):
+    return lambda: Arm("mine", "keeps one chunk", **options)
+
+
 @pytest.mark.parametrize(
     "check, attempt, hint",
     [
@@ -200,11 +354,146 @@ def _lists_of_tokens(indices, chunks):
             lambda s, c, tile, first: torch.cat((s, tile)).topk(len(s)),
             "these are places in the joined list",
         ),
+        (
+            check_changed_chunks,
+            lambda i, S, W, L: (i // S, (i + W - 1) // S),
+            "a stack reaches further than one block",
+        ),
+        (check_oldest_first, _slots_in_order, "a slot that no token has filled yet"),
+        (check_by_expert, _index_assignment, "each token's later expert overwrites"),
+        (
+            check_cut_finer,
+            lambda C, E, A, hidden, factor: (
+                (1 + E * factor) * 3 * C * hidden // factor,
+                (1 + A * factor) * 3 * C * hidden // factor,
+                math.log10(math.comb(E * factor, A * factor)),
+            ),
+            "the router has parameters too",
+        ),
+        (
+            check_weight_of_answers,
+            lambda parts, w: ((parts == ANSWER).double().mean(), 1 / (2 + w)),
+            "tokens of the part NONE do not count",
+        ),
+        (check_queue_after, _extend_and_cut, "nothing new came in"),
+        (
+            check_margin_for,
+            lambda share, N, K: torch.special.ndtri(torch.tensor(1 - K / (N - 1))),
+            "with this margin K rivals beat the needle on average",
+        ),
+        (check_training_step, _step_with(forget=True), "gradients of the step before"),
+        (check_training_step, _step_with(clip_late=True), "the gradient was not shortened"),
+        (check_training_step, _step_with(whole=True), "this is the mean over all tokens"),
+        (
+            check_training_step,
+            _step_with(whole=True, forget=True, clip_late=True),
+            "this is the mean over all tokens",
+        ),
+        (
+            check_training_step,
+            _step_with(forget=True, clip_late=True),
+            "gradients of the step before",
+        ),
+        (
+            check_questions_needed,
+            lambda share, bound: next(
+                n
+                for n in range(50, 5001, 50)
+                if wilson_interval(int(share * n + 0.5), n)[1] > bound
+            ),
+            "the lower end of the interval",
+        ),
+        (
+            check_evaluate_needles,
+            _evaluation_with(lambda a, b: sum(map(int.__eq__, a, b)) / 7),
+            "a right digit earns nothing",
+        ),
+        (
+            check_evaluate_needles,
+            _evaluation_with(lambda a, b: a == b[:6], answer_tokens=6),
+            "the full stop belongs to the answer",
+        ),
+        (
+            check_evaluate_needles,
+            _evaluation_with(list.__eq__, answer_tokens=20),
+            "ask for as many tokens as the answer has",
+        ),
+        (
+            check_evaluate_needles,
+            _evaluation_with(list.__eq__, seed_inside=True),
+            "the same question was asked again",
+        ),
+        (
+            check_seeds_needed,
+            lambda chance: next(n for n in range(1, 20) if 2 / math.comb(2 * n, n) < chance),
+            "the claim says which arm is better",
+        ),
+        (
+            check_luck,
+            _larger_gaps,
+            "the split that was seen is one of the splits",
+        ),
+        (
+            check_one_chunk,
+            _returns_an_arm(training=lambda scale, stage: {"top_k": 1}),
+            "only the training keeps one chunk",
+        ),
+        (
+            check_one_chunk,
+            _returns_an_arm(changes=lambda scale: {"top_k": 2}),
+            "the number of chunks that the model keeps is 2, not 1.",
+        ),
     ],
 )
 def test_a_wrong_attempt_gets_its_hint(check, attempt, hint):
     verdict = check.verdict(attempt)
     assert verdict.startswith(f"✗ {check.name}: {hint}") and "\n" not in verdict
+
+
+@pytest.mark.parametrize(
+    "check, attempt, stopped",
+    [
+        (check_training_step, _step_with(early_queue=True), "fill the queue after backward()"),
+        (
+            check_evaluate_needles,
+            _evaluation_with(list.__eq__, window=1),
+            "the needle stands in it",
+        ),
+        (check_one_chunk, _returns_an_arm(changes={"top_k": 1}), "`changes` is a function"),
+        (check_one_chunk, lambda: {"top_k": 1}, "it returned a dict, not an Arm"),
+    ],
+)
+def test_an_attempt_that_stops_hears_why(check, attempt, stopped):
+    verdict = check.verdict(attempt)
+    assert verdict.startswith(f"{check.name} stopped with ") and stopped in verdict
+
+
+def _one_question_at_every_depth(haystack, depths, questions):
+    rng = np.random.default_rng(5)
+    right = [0] * len(depths)
+    for _ in range(questions):
+        for i, depth in enumerate(depths):
+            right[i] += ask_one(haystack, rng, "s_niah", depth)[0]
+    return torch.tensor([(k, *wilson_interval(k, questions)) for k in right])
+
+
+def test_what_is_written_in_another_way_is_right():
+    assert check_training_step.verdict(_written_step).startswith("✓")
+    assert check_evaluate_needles.verdict(_one_question_at_every_depth).startswith("✓")
+    assert check_evaluate_needles.verdict(_evaluation_with(list.__eq__)).startswith("✓")
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_a_blank_function_is_blank(check):
+    assert "still blank" in check.verdict(lambda *arguments: None)
+
+
+def test_a_planned_haystack_refuses_a_text_of_another_length():
+    rng = np.random.default_rng(0)
+    sizes = {"tokens": 700, "chunk_size": CHUNK_SIZE, "window": WINDOW}
+    sample = place(rng, TASKS["s_niah"](rng), depth=0.5, **sizes)
+    with pytest.raises(ValueError, match="tokens: the sample has 700"):
+        PlannedHaystack().ask(sample, answer_tokens=7)
 
 
 # ---- What no exercise expects

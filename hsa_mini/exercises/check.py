@@ -1,10 +1,11 @@
 """A check of one exercise: it runs the reader's function on examples and says what is wrong.
 
 A wrong result is compared with the results of the usual mistakes. If they agree on every example,
-the hint names the mistake, however the reader's code is written.
+the hint names the mistake, however the reader's code is written. Of a longer function that makes
+several mistakes, the hint names one that explains the first wrong part of the result.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +17,26 @@ from hsa_mini.checks import quoted
 TOLERANCE = 1e-4
 
 
+def _plain_call(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 @dataclass(frozen=True)
 class Check:
     """`check_x(x)` prints one line about the reader's function `x`.
 
     name: what the function is called. answer: a function that is right. examples: the arguments of
     each call, the simplest first. usual_mistakes: for each hint a function that makes this mistake.
+    run: calls a function with the arguments of an example and returns what is compared.
+    parts: what each of several compared results is, in the order in which they arise.
     """
 
     name: str
     answer: Callable
     examples: Sequence[tuple]
     usual_mistakes: Mapping[str, Callable]
+    run: Callable = _plain_call
+    parts: Sequence[str] = ()
 
     def __call__(self, attempt: Callable) -> None:
         print(self.verdict(attempt))
@@ -40,7 +49,7 @@ class Check:
         for example in self.examples:
             own = deepcopy(example)
             try:
-                got.append(attempt(*own))
+                got.append(self.run(attempt, *own))
             except Exception as error:
                 said = quoted(str(error))
                 return f"{self.name} stopped with {type(error).__name__}: {said} {_call(example)}"
@@ -48,31 +57,38 @@ class Check:
                 return f"{self.name} changed one of its arguments. Work on a copy."
         if all(_is_blank(result) for result in got):
             return f"{self.name} is still blank. Write it and run this cell again."
-        want = [self.answer(*deepcopy(example)) for example in self.examples]
+        want = [*self._results(self.answer)]
         if all(map(_same, got, want)):
             return f"✓ {self.name} is right: {len(want)} examples agree."
         for hint, mistake in self.usual_mistakes.items():
-            if all(map(_same, got, (mistake(*deepcopy(example)) for example in self.examples))):
+            if all(map(_same, got, self._results(mistake))):
                 return f"✗ {self.name}: {hint}"
-        return f"✗ {self.name}: {self._first_difference(got, want)}"
-
-    def _first_difference(self, got: list, want: list) -> str:
         number = next(i for i in range(len(want)) if not _same(got[i], want[i]))
-        ours = _tensors(want[number])
-        theirs = _tensors(got[number])
+        said = self._first_difference(_tensors(got[number]), _tensors(want[number]), number)
+        return f"✗ {self.name}: {said}"
+
+    def _results(self, function: Callable) -> Iterator[Any]:
+        return (self.run(function, *deepcopy(example)) for example in self.examples)
+
+    def _first_difference(self, theirs: list, ours: list, number: int) -> str:
         where = _call(self.examples[number])
         if len(theirs) != len(ours):
             return f"it should return {_parts(len(ours))}, not {_parts(len(theirs))}. {where}"
-        for mine, right in zip(theirs, ours):
-            if mine.shape != right.shape:
-                return f"the shape is {list(mine.shape)}, not {list(right.shape)}. {where}"
-            far = ~mine.isclose(right, TOLERANCE, TOLERANCE)
-            if far.any():
-                index = far.nonzero()[0].tolist()
-                place = f"at {index} " if index else ""
-                values = f"{mine[far][0]:.4g}, not {right[far][0]:.4g}"
-                return f"{place}the result is {values}. {where}"
-        raise AssertionError("results that differ have no difference")
+        i = next(i for i in range(len(ours)) if not _close(theirs[i], ours[i]))
+        mine = theirs[i]
+        right = ours[i]
+        for hint, mistake in self.usual_mistakes.items() if self.parts else ():
+            result = _tensors(self.run(mistake, *deepcopy(self.examples[number])))
+            if _close(mine, result[i]):
+                return hint
+        what = self.parts[i] if self.parts else "the result"
+        if mine.shape != right.shape:
+            shape = "the shape" if what == "the result" else f"the shape of {what}"
+            return f"{shape} is {list(mine.shape)}, not {list(right.shape)}. {where}"
+        far = ~mine.isclose(right, TOLERANCE, TOLERANCE, equal_nan=True)
+        index = far.nonzero()[0].tolist()
+        place = f"at {index} " if index else ""
+        return f"{place}{what} is {mine[far][0]:.4g}, not {right[far][0]:.4g}. {where}"
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -93,10 +109,11 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _same(got: Any, want: Any) -> bool:
     ours = _tensors(want)
     theirs = _tensors(got)
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True)
-        for a, b in zip(theirs, ours)
-    )
+    return len(ours) == len(theirs) and all(map(_close, theirs, ours))
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True)
 
 
 def _is_blank(value: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Notebooks 12 and 13: what a trained model can do."""

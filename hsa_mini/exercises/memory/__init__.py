@@ -1,0 +1,1 @@
+"""Notebooks 09 and 10: the memory and the model."""
