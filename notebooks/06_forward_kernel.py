@@ -928,19 +928,24 @@ for row in stored["rows"]:
 # full attention are the best-tuned ones that exist. They use every byte so often that multiplying is their limit. And
 # for a short text T² is small. So there must be a length from which HSA is faster. The picture compares HSA with two
 # full-attention kernels of PyTorch: cuDNN's and FlashAttention-2. Both are causal and have 16 heads.
+#
+# HSA also has to *choose* its chunks: every query is compared with every landmark before it (notebook 08 has that
+# kernel). So a whole HSA layer is not linear. Its square is small, since there is one landmark for $S$ tokens and one
+# retrieval head for all heads. The picture shows it where it was measured.
 
 # %%
 figure = make_figure(9.5, 3.8)
 panels = {"forward": "forward", "forward_backward": "forward and backward"}
 for axes, (op, title) in zip(figure.subplots(1, 2), panels.items()):
     shown = [row for row in stored["rows"] if (row["op"], row["J"], row["choices"]) == (op, 1, "random")]
-    crossover(axes, shown, title=title)
+    choosing = {row["T"]: row["ms"] for row in stored["rows"] if row["op"] == "retrieve"} if op == "forward" else None
+    crossover(axes, shown, title=title, retrieval=choosing)
 figure.suptitle(STORED, fontsize=11)
 show(
     figure,
     "Milliseconds against tokens for HSA, cuDNN and FlashAttention-2. Left: only the forward pass. Right: with backward. "
-    "HSA grows in proportion to the tokens, full attention with their square. Dotted lines mark the length from "
-    "which HSA is faster.",
+    "Attention to chosen chunks grows in proportion to the tokens, full attention with their square. Left, a second curve "
+    "of HSA has the choice of the chunks too. Dotted lines mark the length from which HSA is faster.",
 )
 
 # %%

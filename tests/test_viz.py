@@ -508,9 +508,10 @@ def test_crossover_draws_what_was_measured_and_says_from_where_on_hsa_is_faster(
         )
     ]
     ax = axes()
-    plots.crossover(ax, rows, title="forward")
+    plots.crossover(ax, rows, title="forward", retrieval={8192: 0.5, 65536: 9.0, 1: 7.0})
     lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
     assert lines["HSA"] == [[4096, 1], [8192, 2], [16384, 4], [65536, 16]]
+    assert lines["HSA and its retrieval"] == [[8192, 2.5], [65536, 25]]
     assert lines["cuDNN (full)"] == [[4096, 0.1], [8192, 1], [16384, 3]]
     assert texts(ax) == [" 8K"]  # of FlashAttention-2; cuDNN is faster at every length
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4K", "16K"]

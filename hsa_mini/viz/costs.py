@@ -131,13 +131,22 @@ def _roof_labels(
     )
 
 
-def crossover(ax: Axes, rows: list[dict], *, title: str = "") -> None:
-    """Milliseconds against tokens: HSA beside full attention.
+def crossover(
+    ax: Axes, rows: list[dict], *, title: str = "", retrieval: dict[int, float] | None = None
+) -> None:
+    """Milliseconds against tokens: attention to chosen chunks beside full attention.
 
     rows: measurements of one operation, with the keys T, ms, cudnn_ms and fa2_ms (or None). HSA is
-    faster at the length with a dotted line and at all longer ones.
+    faster at the length with a dotted line and at all longer ones. retrieval: milliseconds that
+    choosing the chunks takes, by T; a curve shows both together.
     """
     rows = sorted(rows, key=lambda row: row["T"])
+    if retrieval:
+        whole = [
+            (row["T"], row["ms"] + retrieval[row["T"]]) for row in rows if row["T"] in retrieval
+        ]
+        look = dict(color=INK, linestyle=":", marker="D", markersize=4, linewidth=1.5, zorder=3)
+        ax.plot(*zip(*whole), label="HSA and its retrieval", **look)
     for key, name, color, line, mark in (
         ("fa2_ms", "FlashAttention-2 (full)", ORANGE, "--", "s"),
         ("cudnn_ms", "cuDNN (full)", RED, "-.", "^"),

@@ -198,8 +198,11 @@ def draw(result: dict, folder: Path) -> list[Path]:
         if row["op"].startswith("forward") and (row["choices"], row["J"]) == ("random", 1)
     ]
     both = Figure(figsize=(10, 3.8), layout="constrained")
+    retrieval = {row["T"]: row["ms"] for row in result["rows"] if row["op"] == "retrieve"}
     for ax, op in zip(both.subplots(1, 2), ("forward", "forward_backward")):
-        crossover(ax, [row for row in shown if row["op"] == op], title=op.replace("_", " + "))
+        some = [row for row in shown if row["op"] == op]
+        chosen = retrieval if op == "forward" else None  # its backward is not timed by itself
+        crossover(ax, some, title=op.replace("_", " + "), retrieval=chosen)
     one = Figure(figsize=(8, 4.2), layout="constrained")
     some = [row for row in shown if row["T"] in (16384, 131072)]
     points = {
