@@ -8,16 +8,21 @@ written, any other number reads.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from hsa_mini.checks import quoted
 
@@ -35,8 +40,8 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor], group: dist.Pro
     A tensor that is no `DTensor` is the same on every process, and one of them writes it. Each
     process needs host memory for its part, twice. Raises OSError on every process if one fails.
     """
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    _together(lambda: dcp.save(tensors, storage_writer=writer, process_group=group), folder)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _together(lambda: save(tensors, storage_writer=writer, process_group=group), folder)
 
 
 class Shards:
@@ -49,13 +54,13 @@ class Shards:
         tensors.
         """
         self.folder = files[0].parent
-        self.reader = dcp.HuggingFaceStorageReader(str(self.folder))
+        self.reader = HuggingFaceStorageReader(str(self.folder))
         self.reader.fs = _Files(files)
         try:
-            metadata = self.reader.read_metadata()
-            found: Mapping[str, Any] = metadata.state_dict_metadata
+            metadata = self.reader.read_metadata().state_dict_metadata
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"path: {self.folder} cannot be read ({quoted(error)})") from None
+        found = {n: x for n, x in metadata.items() if isinstance(x, TensorStorageMetadata)}
         self.tensors = {
             name: torch.empty(x.size, dtype=x.properties.dtype, device="meta")
             for name, x in found.items()
@@ -75,9 +80,7 @@ class Shards:
         options = {"process_group": group, "no_dist": group is None}
         try:
             with warnings.catch_warnings(action="ignore"):  # one process alone is no mistake
-                _together(
-                    lambda: dcp.load(tensors, storage_reader=self.reader, **options), self.folder
-                )
+                _together(lambda: load(tensors, storage_reader=self.reader, **options), self.folder)
         except OSError as error:
             raise ValueError(f"path: {error}") from None
 

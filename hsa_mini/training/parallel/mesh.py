@@ -128,7 +128,7 @@ class Mesh(OneProcess):
         self.data_rank = self.dp * sizes.ep + self.ep
         self.context = whole.get_group("cp")
         self.experts = whole.get_group("ep")
-        self.host: dist.ProcessGroup = dist.new_group(backend="gloo")
+        self.host: dist.ProcessGroup = dist.new_group(backend="gloo")  # pyright: ignore
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
