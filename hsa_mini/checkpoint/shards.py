@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -34,14 +33,14 @@ def shard_files(processes: int) -> list[str]:
     return [f"shard-{i:05}-model-00001-of-00001{SUFFIX}" for i in range(1, processes + 1)]
 
 
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Write tensors to `folder`, each process of `group` its part; all of them must see the folder.
+def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors to `folder`, which all processes must see, each process its part.
 
     A tensor that is no `DTensor` is the same on every process, and one of them writes it. Each
     process needs host memory for its part, twice. Raises OSError on every process if one fails.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    _together(lambda: save(tensors, storage_writer=writer, process_group=group), folder)
+    _together(lambda: save(tensors, storage_writer=writer), folder)
 
 
 class Shards:
@@ -71,16 +70,15 @@ class Shards:
                     f"path: {self.folder} holds parts of {quoted(name)}, accepted are all of them"
                 )
 
-    def read(
-        self, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None
-    ) -> None:
-        """Fill tensors, by name. Of a `DTensor` each process of `group` fills its own part. Raises
-        ValueError on every process if one of them cannot read.
+    def read(self, tensors: dict[str, torch.Tensor], *, alone: bool = False) -> None:
+        """Fill tensors, by name; of a `DTensor` each process fills its own part. alone: no other
+        process reads. Raises ValueError on every process if one of them cannot read.
         """
-        options = {"process_group": group, "no_dist": group is None}
         try:
             with warnings.catch_warnings(action="ignore"):  # one process alone is no mistake
-                _together(lambda: load(tensors, storage_reader=self.reader, **options), self.folder)
+                _together(
+                    lambda: load(tensors, storage_reader=self.reader, no_dist=alone), self.folder
+                )
         except OSError as error:
             raise ValueError(f"path: {error}") from None
 
@@ -91,7 +89,7 @@ class Shards:
             for name, x in self.tensors.items()
             if name.startswith(prefix)
         }
-        self.read(tensors)
+        self.read(tensors, alone=True)
         return tensors
 
 

@@ -96,7 +96,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All state in one flat dictionary: model, optimizer, chunk queue, torch's generator."""
-        tensors = {f"model.{name}": value for name, value in _model_state(self.model).items()}
+        tensors = {f"model.{name}": value for name, value in model_state(self.model).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
@@ -120,12 +120,12 @@ class Trainer:
         trainer after `step` steps. They may be on the meta device.
         """
         parts = {"optimizer": self.optimizer, "queue": self.queue, "config": self.model.config}
-        check_layout(tensors, step=step, weights=_model_state(self.model), **parts)
+        check_layout(tensors, step=step, weights=model_state(self.model), **parts)
 
     @torch.no_grad()
     def take_over(self, tensors: dict[str, torch.Tensor], step: int) -> None:
         """Go on from a checked state, of which this process has its part."""
-        for name, value in _model_state(self.model).items():
+        for name, value in model_state(self.model).items():
             value.copy_(tensors[f"model.{name}"])
         if self.master is not None:
             self.master.write_back()
@@ -177,7 +177,7 @@ def checkpoint_blocks(model: HSAModel) -> None:
         )
 
 
-def _model_state(model: HSAModel) -> dict[str, torch.Tensor]:
+def model_state(model: HSAModel) -> dict[str, torch.Tensor]:
     """The tensors of the model's `state_dict`, where a tied head appears only once."""
     kept = model.state_dict()
     return {

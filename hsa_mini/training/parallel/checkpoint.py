@@ -30,26 +30,25 @@ def save_sharded(
     have written. Raises the same ValueError or OSError on every process if one fails; the earlier
     states then stay.
     """
-    group = trainer.mesh.host
     tensors = trainer.own_state()
     if dist.get_rank():
-        if (folder := _from_first(None, group)) is not None:
+        if (folder := _from_first(None)) is not None:
             with contextlib.suppress(OSError):  # the first process says what has failed
-                write_shards(folder, tensors, group)
-        error = _from_first(None, group)
+                write_shards(folder, tensors)
+        error = _from_first(None)
     else:
         begun = []
 
         def write(path: Path) -> None:
-            begun.append(_from_first(path.parent, group))
-            write_shards(path.parent, tensors, group)
+            begun.append(_from_first(path.parent))
+            write_shards(path.parent, tensors)
 
         first, *others = shard_files(dist.get_world_size())
         files = {first: write, **dict.fromkeys(others, lambda path: None)}
         error = _error_of(lambda: save_files(run, trainer.step, files, progress, texts))
         if not begun:
-            _from_first(None, group)
-        _from_first(error, group)
+            _from_first(None)
+        _from_first(error)
     if error is not None:
         raise error
 
@@ -64,13 +63,12 @@ def load_sharded(
     not one to go on from. The errors and warnings are those of `load_progress` and
     `Trainer.load_state_dict`, the same on every process.
     """
-    group = trainer.mesh.host
 
     def find() -> tuple[list[Path], dict] | None:
         return newest_state(run, lambda files: (tensor_files(files), read_json(files[PROGRESS])))
 
-    found = _together(lambda: None if dist.get_rank() else find(), group)
-    found = _from_first(found, group)
+    found = _together(lambda: None if dist.get_rank() else find())
+    found = _from_first(found)
     if found is None:
         return None
     files, progress = found
@@ -82,27 +80,27 @@ def load_sharded(
         trainer.check_layout(shards.tensors, progress["step"])
         return shards
 
-    shards = _together(open_files, group)
+    shards = _together(open_files)
     tensors = trainer.empty_state(shards.tensors)
-    shards.read(tensors, group)
+    shards.read(tensors)
     own = {n: x.to_local() if isinstance(x, DTensor) else x for n, x in tensors.items()}
-    _together(lambda: check_numbers(own, progress["step"]), group)
+    _together(lambda: check_numbers(own, progress["step"]))
     trainer.take_over(tensors, progress["step"])
     return progress
 
 
-def _from_first(value: Any, group: dist.ProcessGroup) -> Any:
+def _from_first(value: Any) -> Any:
     """The value that the first process gives."""
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=group)
+    dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _together(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
+def _together(work: Callable[[], Result]) -> Result:
     """What `work` returns. If it raises ValueError or OSError on one process, all raise it."""
     results: list[Result] = []
     errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, _error_of(lambda: results.append(work())), group)
+    dist.all_gather_object(errors, _error_of(lambda: results.append(work())))
     for error in errors:
         if error is not None:
             raise error

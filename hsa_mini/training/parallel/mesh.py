@@ -100,8 +100,7 @@ class Mesh(OneProcess):
 
     dp, cp, ep: the place of this process. context and experts: the groups of this process that
     share a sequence and the experts. device_mesh: one dimension, all processes. expert_mesh:
-    ("replicas", "experts"), where the processes of a column hold the same experts. host: all
-    processes, for what lies in host memory.
+    ("replicas", "experts"), where the processes of a column hold the same experts.
     """
 
     def __init__(self, sizes: MeshSizes, device: torch.device) -> None:
@@ -128,7 +127,6 @@ class Mesh(OneProcess):
         self.data_rank = self.dp * sizes.ep + self.ep
         self.context = whole.get_group("cp")
         self.experts = whole.get_group("ep")
-        self.host: dist.ProcessGroup = dist.new_group(backend="gloo")  # pyright: ignore
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
