@@ -22,14 +22,14 @@ class Processes:
         self.stores = 0
         self.pipes: list[Connection] = []
         self.workers = []
+        # A server imports once, and every process is a fork of it.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["hsa_mini.training.parallel.checkpoint"])
 
     def start(self) -> None:
-        # A server imports once, and every process is a fork of it.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "hsa_mini.hsa_model"])
         for rank in range(self.count):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            ours, theirs = self.context.Pipe()
+            worker = self.context.Process(target=_serve, args=(rank, theirs), daemon=True)
             worker.start()
             theirs.close()
             self.pipes.append(ours)

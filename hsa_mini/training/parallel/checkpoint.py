@@ -64,11 +64,11 @@ def load_sharded(
     `Trainer.load_state_dict`, the same on every process.
     """
 
-    def find() -> tuple[list[Path], dict] | None:
-        return newest_state(run, lambda files: (tensor_files(files), read_json(files[PROGRESS])))
+    def read(files: dict[str, Path]) -> tuple[list[Path], dict]:
+        Shards(tensor_files(files))  # raises ValueError if they do not make whole tensors
+        return tensor_files(files), read_json(files[PROGRESS])
 
-    found = _together(lambda: None if dist.get_rank() else find())
-    found = _from_first(found)
+    found = _from_first(_together(lambda: None if dist.get_rank() else newest_state(run, read)))
     if found is None:
         return None
     files, progress = found
