@@ -14,13 +14,14 @@ from hsa_mini.model.swa import SlidingWindowAttention
 from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizers.factory import make_optimizer
-from hsa_mini.training.parallel.context import part_bounds, split_sequences
+from hsa_mini.training.parallel.context import split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh
-from hsa_mini.training.parallel.shard import shard_weights
+from hsa_mini.training.parallel.shard import shard_weights, weight_bytes
+from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, train_step
-from hsa_mini.training.trainer import Trainer, checkpoint_blocks
+from hsa_mini.training.trainer import Trainer, checkpoint_blocks, model_state
 
 
 class MeshTrainer(Trainer):
@@ -56,6 +57,9 @@ class MeshTrainer(Trainer):
         self.optimizer = make_optimizer(model, recipe)
         self.queue = ChunkQueue(0)
         self.master = None
+        sent = recipe.accumulate * weight_bytes(model, mesh, recipe.dtype)
+        self.speed = Speed(recipe, model.config, mesh, weight_bytes=sent)
+        self.config = model.config
         self.configs = {stage: stage.config(model.config) for stage in recipe.stages}
         self.models = dict.fromkeys(recipe.stages, model)
         arguments = (model, self.optimizer, recipe)
@@ -78,6 +82,23 @@ class MeshTrainer(Trainer):
         for layer in moe_layers(self.model):
             layer.count_tokens()
         return loads
+
+    def own_batches(self, batches: StagedBatches) -> Dataset:
+        return MeshBatches(batches, self.config.chunk_size, self.mesh)
+
+    def whole_model(self) -> HSAModel:
+        """The model with whole weights, in host memory. Only that of rank 0 has them."""
+        whole = HSAModel(self.config, device="meta")
+        # One after the other: a device may not have room for all of them.
+        tensors = {}
+        for name, x in model_state(self.model).items():
+            x = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
+            if not self.mesh.rank:
+                tensors[name] = x.cpu()
+        whole.load_state_dict(tensors, strict=False, assign=True)
+        if self.config.tied:
+            whole.head.weight = whole.embedding.weight
+        return whole
 
     def _begin(self, stage: Stage) -> None:
         """Give the model the window, K and length of a stage."""
@@ -134,13 +155,8 @@ class MeshBatches(Dataset):
         return len(self.batches)
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
-        recipe = self.batches.recipe
-        mesh = self.mesh
-        bounds = part_bounds(recipe.stage(step).tokens, self.chunk_size, mesh.sizes.cp)
-        first, last = bounds[mesh.cp : mesh.cp + 2]
-        shares = (recipe.accumulate, mesh.data_ranks, -1)
-        return tuple(
-            # One token more than the part has: the last input's target.
-            x.unflatten(0, shares)[:, mesh.data_rank].flatten(0, 1)[:, first : last + 1]
-            for x in self.batches[step]
+        return self.mesh.own_part(
+            self.batches[step],
+            chunk_size=self.chunk_size,
+            accumulate=self.batches.recipe.accumulate,
         )
