@@ -7,7 +7,7 @@ imports no torch; a command imports what it needs when it runs.
 from hsa_mini.cli import demo, evaluate, fetch, generate, lab, perplexity, plan, train
 from hsa_mini.cli.arguments import Parser, Version
 from hsa_mini.cli.own_text import ask, index
-from hsa_mini.cli.reuse import convert, lm_eval
+from hsa_mini.cli.reuse import consolidate, convert, lm_eval
 
 COMMANDS = (
     demo,
@@ -15,6 +15,7 @@ COMMANDS = (
     index,
     ask,
     train,
+    consolidate,
     convert,
     evaluate,
     perplexity,
@@ -38,7 +39,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="name",
         required=True,
-        metavar="demo|generate|index|ask|train|convert|eval|perplexity|lm-eval|lab|plan|fetch",
+        metavar="demo|generate|index|ask|train|consolidate|convert|eval|perplexity|lm-eval|lab|plan|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)

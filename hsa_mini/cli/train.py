@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import threading
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -170,6 +171,9 @@ def run(arguments: argparse.Namespace) -> int:
         first = mesh is None or process_rank() == 0
         if not first:  # the first process says what concerns all
             logging.getLogger("hsa_mini").setLevel(logging.ERROR)
+        # FSDP warns of in-place changes to views that modules return. Nothing here makes any.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         if arguments.tensorboard and first:
             options["on_log"] = stack.enter_context(tensorboard(folder / "tensorboard"))
         train(

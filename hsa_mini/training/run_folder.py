@@ -26,7 +26,6 @@ from hsa_mini.checkpoint.training_state import (
     clear_up,
     discard_progress,
     load_progress,
-    not_finite,
     save_progress,
     state_folders,
 )
@@ -34,6 +33,7 @@ from hsa_mini.files.lock import locked
 from hsa_mini.files.whole_file import write_file
 from hsa_mini.training.batches import prefetch
 from hsa_mini.training.log import LOG, Log, restored_log
+from hsa_mini.training.parallel.mesh import Mesh
 from hsa_mini.training.parallel.ranks import OneProcess
 from hsa_mini.training.recipes import recipe_settings
 from hsa_mini.training.state_check import check_progress, check_settings
@@ -78,21 +78,17 @@ class RunFolder:
         self.first = not trainer.ranks.rank
         if restart and self.first:
             discard_progress(path)
-        trainer.ranks.largest(0)  # wait until they are removed
-        state = load_progress(path)
-        self.seconds = 0.0
-        if state is not None:
-            self._take_over(*state)
-        elif (path / FINAL).exists() and not restart:
+        progress = self._load()
+        self.seconds = 0.0 if progress is None else progress["seconds"]
+        if progress is None and (path / FINAL).exists() and not restart:
             raise ValueError(
                 f"run: {path} holds a finished model and no state; "
                 "accepted is another folder, or --restart, which trains the model anew"
             )
-        self._check_same_step()  # all have read what is now cleared up
         self._rows = None
         if self.first:
-            text = header if state is None else restored_log(path, trainer.step, header)
-            if state is None and (path / LOG).exists():
+            text = header if progress is None else restored_log(path, trainer.step, header)
+            if progress is None and (path / LOG).exists():
                 log.warning(
                     "run: %s holds no state: training begins at step 0, with a new log", path
                 )
@@ -106,27 +102,32 @@ class RunFolder:
         if self._rows is not None:
             self._rows.__exit__()
 
-    def _take_over(self, tensors: dict[str, torch.Tensor], progress: dict) -> None:
-        check_settings(self.path, progress.get("settings"), self.settings)
+    def _load(self) -> dict | None:
+        """Go on from the newest whole state; returns its progress, or None if there is no state."""
+
+        def check(progress: dict) -> None:
+            check_settings(self.path, progress.get("settings"), self.settings)
+
+        trainer = self.trainer
+        if isinstance(trainer.ranks, Mesh):
+            # It loads FSDP, which takes half a second.
+            from hsa_mini.training.parallel.checkpoint import load_sharded
+
+            return load_sharded(trainer, self.path, check)  # pyright: ignore
+        state = load_progress(self.path)
+        if state is None:
+            return None
+        tensors, progress = state
+        check(progress)
         try:
-            check_progress(progress, steps=self.trainer.recipe.steps)
-            self.trainer.load_state_dict(tensors, step=progress["step"])
+            check_progress(progress, steps=trainer.recipe.steps)
+            trainer.load_state_dict(tensors, step=progress["step"])
         except ValueError as error:
             raise ValueError(
                 f"run: the newest state in {self.path} does not fit ({error}); "
                 "accepted is --restart"
             ) from None
-        self.seconds = progress["seconds"]
-
-    def _check_same_step(self) -> None:
-        """Raise ValueError, on all processes, unless all have found the same state."""
-        step = self.trainer.step
-        newest, oldest = self.trainer.ranks.largest(step, -step)
-        if newest != -oldest:
-            raise ValueError(
-                f"run: {self.path} holds the state after {step} steps for this process and another "
-                "one for others; accepted is a folder that all processes share"
-            )
+        return progress
 
     def write_row(self, row: dict[str, float]) -> None:
         """Append a row to the log."""
@@ -137,14 +138,20 @@ class RunFolder:
         """Save the state of the trainer, after `seconds` of training. Raises FloatingPointError if
         a number in it is not finite; see `stop_at`.
         """
-        step = self.trainer.step
-        tensors = self.trainer.state_dict()
-        if bad := not_finite(tensors):
-            self.stop_at(step, bad, batches)
+        trainer = self.trainer
+        if bad := trainer.not_finite():
+            self.stop_at(trainer.step, bad, batches)
+        progress = {"step": trainer.step, "seconds": seconds, "settings": self.settings}
+        texts = {}
         if self._rows is not None:
             self._rows.sync()
-            progress = {"step": step, "seconds": seconds, "settings": self.settings}
-            save_progress(self.path, step, tensors, progress, {LOG: self._rows.text})
+            texts[LOG] = self._rows.text
+        if isinstance(trainer.ranks, Mesh):
+            from hsa_mini.training.parallel.checkpoint import save_sharded
+
+            save_sharded(trainer, self.path, progress, texts)  # pyright: ignore
+        else:
+            save_progress(self.path, trainer.step, trainer.state_dict(), progress, texts)
 
     def stop_at(self, step: int, what: str, batches: Dataset) -> NoReturn:
         """Save the batch of a step, counted from 1 as in the log, and raise FloatingPointError."""
@@ -174,6 +181,8 @@ class RunFolder:
             "corpus": self.settings["corpus"],
             "recipe": recipe_settings(recipe),
         }
+        if isinstance(trainer.ranks, Mesh):
+            how["mesh"] = str(trainer.ranks.sizes)
         if trainer.model.config.experts:
             count = min(LOAD_BATCHES, recipe.stages[-1].steps)
             steps = range(recipe.steps - count, recipe.steps)

@@ -5,13 +5,14 @@ optimizer's state, the chunk queue and the step number are all that a run has to
 equals an uninterrupted one to the last bit (on the same hardware).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from hsa_mini.checkpoint.training_state import not_finite
 from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
@@ -23,7 +24,7 @@ from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
 from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.recipes import Recipe
-from hsa_mini.training.state_check import check_state
+from hsa_mini.training.state_check import check_layout, check_numbers
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
 
 
@@ -116,18 +117,31 @@ class Trainer:
         tensors["rng"] = torch.get_rng_state()
         return tensors
 
-    @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """The name of a tensor of the state that holds NaN or infinity, or None."""
+        return not_finite(self.state_dict())
+
     def load_state_dict(self, tensors: dict[str, torch.Tensor], *, step: int) -> None:
         """Restore what `state_dict` returned after `step` steps.
 
         Raises ValueError, before anything is changed, for the state of another trainer and for
-        numbers that are not finite; see `check_state`.
+        numbers that are not finite; see `check_layout` and `check_numbers`.
         """
-        weights = model_state(self.model)
+        self.check_layout(tensors, step)
+        check_numbers(tensors, step)
+        self.take_over(self._placed(tensors), step)
+
+    def check_layout(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Raise ValueError unless tensors with these names, shapes and dtypes are a state of this
+        trainer after `step` steps. They may be on the meta device.
+        """
         parts = {"optimizer": self.optimizer, "queue": self.queue, "config": self.model.config}
-        check_state(tensors, step=step, weights=weights, **parts)
-        tensors = self._placed(tensors)
-        for name, value in weights.items():
+        check_layout(tensors, step=step, weights=model_state(self.model), **parts)
+
+    @torch.no_grad()
+    def take_over(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Go on from a checked state, of which this process has its part."""
+        for name, value in model_state(self.model).items():
             value.copy_(tensors[f"model.{name}"])
         if self.master is not None:
             self.master.write_back()

@@ -13,12 +13,12 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from hsa_mini import provenance
@@ -26,7 +26,7 @@ from hsa_mini.training.parallel.mesh import Mesh, MeshSizes, check_same
 
 TIMEOUT = 600.0  # seconds that a process waits for the others, to meet and in each exchange
 BEAT = 1.0  # seconds between two signs of life
-MAX_SILENCE = 15.0  # seconds without one; torchrun kills the others 30 s after one has died
+MAX_SILENCE = 20.0  # seconds without one; torchrun kills the others 30 s after one has died
 GRACE = 5.0  # seconds in which a process may report the failure of another one by itself
 FAILURE = "failure"
 
@@ -64,7 +64,7 @@ def joined(sizes: MeshSizes, device: torch.device) -> Iterator[Mesh]:
     timeout = timedelta(seconds=TIMEOUT)
     try:
         # A store of a process alone needs no address.
-        store = dist.HashStore() if world == 1 else next(rendezvous("env://", timeout=timeout))[0]
+        store = HashStore() if world == 1 else next(rendezvous("env://", timeout=timeout))[0]
     except dist.DistError as error:
         raise ConnectionError(f"mesh: {world} processes did not meet ({error})") from None
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -117,8 +117,9 @@ class _Watch:
         return ""
 
     def _tell(self, failure: str) -> None:
-        """Write the first failure into the store; those that follow from it are not."""
-        self.store.compare_set(FAILURE, "", failure)
+        """Write a failure into the store, if it is the first. The others follow from that one."""
+        with suppress(dist.DistError):  # the process that holds the store may be the failed one
+            self.store.compare_set(FAILURE, "", failure)
 
     def _watch(self) -> None:
         beat = 0

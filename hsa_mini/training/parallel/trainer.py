@@ -1,12 +1,13 @@
 """The trainer of one process of a mesh, and the batches that it reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 
+from hsa_mini.checkpoint.training_state import not_finite
 from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.model.hsa import HSA
@@ -112,23 +113,49 @@ class MeshTrainer(Trainer):
         """
         return {
             name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
-            for name, x in super().state_dict().items()
+            for name, x in self.own_state().items()
         }
 
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """`Trainer.state_dict` where this process has its part of each `DTensor`."""
+        return super().state_dict()
+
+    def not_finite(self) -> str | None:
+        own = self.own_state().items()
+        shares = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in own}
+        bad = not_finite(shares)
+        names = [None, *shares]
+        (place,) = self.mesh.largest(names.index(bad))
+        return names[int(place)]
+
+    def empty_state(self, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Zeros for what this process keeps of a state with these names, shapes and dtypes."""
+        owners = self._owners(like)
+        whole = {n: torch.zeros_like(x, device="cpu") for n, x in like.items() if n not in owners}
+        return whole | {name: torch.zeros_like(owner) for name, owner in owners.items()}
+
     def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def part(x: torch.Tensor, owner: DTensor) -> DTensor:
+            here = x.to(self.device)
+            return distribute_tensor(here, owner.device_mesh, owner.placements, src_data_rank=None)
+
+        owners = self._owners(tensors)
+        return {n: part(x, owners[n]) if n in owners else x for n, x in tensors.items()}
+
+    def _owners(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, DTensor]:
+        """The tensors of a state of which each process keeps a part, by name: the parameter that
+        has the same parts.
+        """
         weights = {f"model.{name}": p for name, p in self.model.named_parameters()}
         numbered = enumerate(p for group in self.optimizer.param_groups for p in group["params"])
         weights |= {f"optimizer.{i}": p for i, p in numbered}
-
-        def placed(name: str, x: torch.Tensor) -> torch.Tensor:
+        found = {}
+        for name, x in tensors.items():
             of_optimizer = name.startswith("optimizer.")
-            like = weights.get(name.rpartition(".")[0] if of_optimizer else name)
-            if not isinstance(like, DTensor) or not x.dim():
-                return x
-            here = x.to(self.device)
-            return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
-
-        return {name: placed(name, x) for name, x in tensors.items()}
+            owner = weights.get(name.rpartition(".")[0] if of_optimizer else name)
+            if isinstance(owner, DTensor) and x.dim():
+                found[name] = owner
+        return found
 
 
 def set_config(model: HSAModel, config: HSAConfig) -> None:
