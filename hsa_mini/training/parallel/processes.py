@@ -26,7 +26,7 @@ from hsa_mini.training.parallel.mesh import Mesh, MeshSizes, check_same
 
 TIMEOUT = 600.0  # seconds that a process waits for the others, to meet and in each exchange
 BEAT = 1.0  # seconds between two signs of life
-MAX_SILENCE = 20.0  # seconds without one; torchrun kills the others 30 s after one has died
+MAX_SILENCE = 15.0  # seconds without one; torchrun kills the others 30 s after one has died
 GRACE = 5.0  # seconds in which a process may report the failure of another one by itself
 FAILURE = "failure"
 
@@ -82,7 +82,7 @@ def joined(sizes: MeshSizes, device: torch.device) -> Iterator[Mesh]:
         dist.destroy_process_group()
     except BaseException as error:
         if failure := watch.failure_behind(error):
-            raise ConnectionError(failure) from error
+            raise ConnectionError(f"mesh: {failure}") from error
         raise
     finally:
         watch.end()
