@@ -16,8 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from material import DEBUG, OPTIONS, build, document_starts, text
-from processes import Processes
+from processes import Processes, forks
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import Dataset
 
@@ -25,11 +29,15 @@ from hsa_mini import HSAModel, cli
 from hsa_mini.checkpoint.shards import shard_files
 from hsa_mini.checkpoint.training_state import load_progress, save_progress
 from hsa_mini.files.whole_folder import read_manifest, write_manifest
+from hsa_mini.model.cost_estimate import training_flops
 from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.parallel.checkpoint import load_sharded, save_sharded
+from hsa_mini.training.parallel.collectives import TRAFFIC, all_to_all, gather
 from hsa_mini.training.parallel.context import part_bounds, split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
+from hsa_mini.training.parallel.ranks import OneProcess
+from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.parallel.trainer import MeshBatches, MeshTrainer
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.trainer import Trainer
@@ -377,6 +385,83 @@ def test_weights_stay_float32_and_bfloat16_computes(processes, sizes):
     assert not torch.equal(matrix, matrix.bfloat16().float())
 
 
+# ---- what is measured
+
+
+def sent(sizes: str, option: str, recipe: Recipe) -> tuple[int, int]:
+    """Bytes that a step of this process sends for weights and gradients: as FSDP exchanges them,
+    and as they are computed for the log.
+    """
+    mesh = Mesh(MeshSizes.parse(sizes), CPU)
+    trainer = MeshTrainer(build(option, torch.float32).train(), recipe, mesh, seed=3)
+    exchanged = [0]
+
+    def counting(function, shared: str):
+        def call(self, output_tensor, input_tensor, group, *rest, **options):
+            share = input_tensor if shared == "input" else output_tensor
+            exchanged[0] += share.nbytes * (dist.get_world_size(group) - 1)
+            return function(self, output_tensor, input_tensor, group, *rest, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, shared in ((DefaultAllGather, "input"), (DefaultReduceScatter, "output")):
+            patch.setattr(kind, "__call__", counting(kind.__call__, shared))
+        trainer.train_step(trainer.own_batches(Batches(recipe))[0])
+    assert trainer.speed is not None
+    return exchanged[0], trainer.speed.weight_bytes
+
+
+@pytest.mark.parametrize("sizes", ["dp=2", "dp=2,ep=2"])
+@pytest.mark.parametrize("recipe", [RECIPE, BFLOAT16, SHORT_MOE])
+def test_the_bytes_of_weights_in_the_log_are_those_that_are_exchanged(processes, sizes, recipe):
+    world = MeshSizes.parse(sizes).processes
+    for exchanged, computed in processes.run(world, sent, sizes, "experts", recipe):
+        assert exchanged == computed > 0
+
+
+def sent_rows() -> tuple[int, int, int]:
+    """Bytes counted for an exchange of rows, its backward pass, and a gather of parts."""
+    rank = dist.get_rank()
+    sizes = [[3, 2], [1, 4]]  # rows of 8 bytes, from each process to each
+    before = TRAFFIC.sent_bytes
+    group = dist.group.WORLD
+    rows = torch.ones(5, 2, requires_grad=True)
+    received = [row[rank] for row in sizes]
+    out = all_to_all(rows, sizes[rank], received, group)
+    forward = TRAFFIC.sent_bytes - before
+    out.sum().backward()
+    both = TRAFFIC.sent_bytes - before
+    gather((torch.ones(1, rank + 1, 2),), [1, 2], group)
+    return forward, both - forward, TRAFFIC.sent_bytes - before - both
+
+
+def test_what_is_exchanged_is_counted(processes):
+    # Both parts of the gather are padded to two rows of 8 bytes.
+    assert processes.run(2, sent_rows) == [(16, 8, 16), (8, 16, 16)]
+
+
+def test_the_log_tells_throughput_and_the_share_of_the_possible_flop(monkeypatch):
+    class TwoProcesses(OneProcess):
+        device = CPU
+        sizes = MeshSizes(dp=2)
+
+    recipe = dataclasses.replace(SHORT, accumulate=3)
+    speed = Speed(recipe, DEBUG, TwoProcesses(), weight_bytes=1000)
+    speed.product_rate = 1e12
+    speed.began = time.monotonic() - 10
+    TRAFFIC.sent_bytes += 300
+    found = speed.figures(3)
+    rows = 3 * 4
+    assert found["tokens_per_second"] == pytest.approx(rows * (19 + 2 * 32) / 10, rel=0.01)
+    flops = [
+        training_flops(HSAModel(stage.config(DEBUG), device="meta"), stage.tokens)
+        for stage in recipe.stages
+    ]
+    assert found["mfu"] == pytest.approx(rows * (flops[0] + 2 * flops[1]) / 2e13, rel=0.01)
+    assert found["sent_bytes"] == 1100 and found["peak_memory_bytes"] > 50e6
+
+
 # ---- the state of a run
 
 
@@ -653,8 +738,8 @@ def save_until_killed(rank: int, store: Path, run: Path, saved) -> None:
         dist.barrier()
 
 
-def test_a_process_may_be_killed_at_any_moment_of_saving(processes, tmp_path, caplog):
-    context = processes.context
+def test_a_process_may_be_killed_at_any_moment_of_saving(tmp_path, caplog):
+    context = forks()
     saved = context.Value("i", 0, lock=False)
     chance = random.Random(0)
     for kill in range(10):

@@ -10,7 +10,9 @@ from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
 
+from hsa_mini.checkpoint.training_state import not_finite
 from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
@@ -20,6 +22,7 @@ from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
+from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.recipes import Recipe
 from hsa_mini.training.state_check import check_layout, check_numbers
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
@@ -30,10 +33,11 @@ class Trainer:
 
     model: trained in place. models: stage -> a model with the window and K of that stage; all of
     them share the parameters of `model`. step: how many steps have been taken. ranks: the
-    processes that train together.
+    processes that train together. speed: what measures throughput for the log, if anything does.
     """
 
     ranks: OneProcess = ONE_PROCESS
+    speed: Speed | None = None
 
     def __init__(self, model: HSAModel, recipe: Recipe, *, seed: int = 0) -> None:
         """model: in training mode, on its final device. seed: that of the Gumbel noise."""
@@ -94,6 +98,14 @@ class Trainer:
         there = (tuple(part.to(self.device) for part in batch) for batch in batches)
         return max_over_mean_loads(counting, stage, self.queue, there)
 
+    def own_batches(self, batches: Dataset) -> Dataset:
+        """What this process reads of the batches of a recipe."""
+        return batches
+
+    def whole_model(self) -> HSAModel:
+        """The model with whole weights."""
+        return self.model
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All state in one flat dictionary: model, optimizer, chunk queue, torch's generator."""
         tensors = {f"model.{name}": value for name, value in model_state(self.model).items()}
@@ -104,6 +116,10 @@ class Trainer:
             tensors[f"past.{i}"] = store
         tensors["rng"] = torch.get_rng_state()
         return tensors
+
+    def not_finite(self) -> str | None:
+        """The name of a tensor of the state that holds NaN or infinity, or None."""
+        return not_finite(self.state_dict())
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], *, step: int) -> None:
         """Restore what `state_dict` returned after `step` steps.
