@@ -36,7 +36,6 @@ from hsa_mini.training.parallel.collectives import TRAFFIC, all_to_all, gather
 from hsa_mini.training.parallel.context import part_bounds, split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
-from hsa_mini.training.parallel.ranks import OneProcess
 from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.parallel.trainer import MeshBatches, MeshTrainer
 from hsa_mini.training.recipes import Recipe, Stage
@@ -426,6 +425,7 @@ def sent_rows() -> tuple[int, int, int]:
     sizes = [[3, 2], [1, 4]]  # rows of 8 bytes, from each process to each
     before = TRAFFIC.sent_bytes
     group = dist.group.WORLD
+    assert group is not None
     rows = torch.ones(5, 2, requires_grad=True)
     received = [row[rank] for row in sizes]
     out = all_to_all(rows, sizes[rank], received, group)
@@ -441,10 +441,14 @@ def test_what_is_exchanged_is_counted(processes):
     assert processes.run(2, sent_rows) == [(16, 8, 16), (8, 16, 16)]
 
 
-def test_the_log_tells_throughput_and_the_share_of_the_possible_flop(monkeypatch):
-    class TwoProcesses(OneProcess):
-        device = CPU
-        sizes = MeshSizes(dp=2)
+def test_the_log_tells_throughput_and_the_share_of_the_possible_flop():
+    class TwoProcesses(Mesh):
+        def __init__(self) -> None:
+            self.device = CPU
+            self.sizes = MeshSizes(dp=2)
+
+        def largest(self, *numbers: float) -> tuple[float, ...]:
+            return numbers
 
     recipe = dataclasses.replace(SHORT, accumulate=3)
     speed = Speed(recipe, DEBUG, TwoProcesses(), weight_bytes=1000)

@@ -70,6 +70,7 @@ def joined(sizes: MeshSizes, device: torch.device) -> Iterator[Mesh]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    over = False
     watch = _Watch(store, rank, world)
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -78,14 +79,16 @@ def joined(sizes: MeshSizes, device: torch.device) -> Iterator[Mesh]:
         mesh = Mesh(sizes, device)
         yield mesh
         mesh.largest(0)  # a process that leaves early looks like one that has failed
-        watch.end()
-        dist.destroy_process_group()
+        over = True
     except BaseException as error:
         if failure := watch.failure_behind(error):
             raise ConnectionError(f"mesh: {failure}") from error
         raise
     finally:
         watch.end()
+        # With NCCL, this could wait for a process that has failed.
+        if dist.is_initialized() and (over or world == 1):
+            dist.destroy_process_group()
 
 
 class _Watch:
@@ -109,10 +112,11 @@ class _Watch:
     def failure_behind(self, error: BaseException) -> str:
         """Which process failed first, if that is why this one did. Otherwise, tell the others."""
         alone = self.next == self.rank
-        exchange = isinstance(error, dist.DistError) or "gloo" in str(error)
+        text = " ".join(str(error).split())
+        exchange = isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
         if alone or (exchange and self._failed.wait(MAX_SILENCE + 2 * BEAT)):
             return self.failure
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = text if isinstance(error, Exception) and text else type(error).__name__
         self._tell(f"rank {self.rank} stopped: {reason}")
         return ""
 
