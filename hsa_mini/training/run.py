@@ -83,10 +83,12 @@ def train(
         with held(run, ranks):
             trainer = _trainer(settings, device, seed, ranks)
             columns = log_header(held_out=measure is not None, speed=trainer.speed is not None)
-            with RunFolder(run, trainer, identity, header=columns, restart=restart) as folder:
+            with RunFolder(
+                run, trainer, identity, tokenizer, header=columns, restart=restart
+            ) as folder:
                 work = _Run(folder, trainer, batches, measure)
                 if work.take_steps(log_every, checkpoint_seconds, stop, on_stop, on_log):
-                    folder.save_final(work.own_batches, work.seconds(), tokenizer)
+                    folder.save_final(work.own_batches, work.seconds())
         return trainer.model
 
 

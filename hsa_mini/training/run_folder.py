@@ -62,19 +62,28 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, trainer: Trainer, settings: dict, *, header: str, restart: bool
+        self,
+        path: Path,
+        trainer: Trainer,
+        settings: dict,
+        tokenizer: dict[str, str],
+        *,
+        header: str,
+        restart: bool,
     ) -> None:
         """Let the trainer go on from the newest whole state, if there is one, and clear up after
         runs that were killed.
 
-        settings: what a state must have in common with the run. header: that of a new log. restart:
-        remove all states first.
+        settings: what a state must have in common with the run. tokenizer: the files of the user's
+        tokenizer, name -> content, if there is one. header: that of a new log. restart: remove all
+        states first.
 
         Raises ValueError for states that the trainer cannot go on from.
         """
         self.path = path
         self.trainer = trainer
         self.settings = settings
+        self.tokenizer = tokenizer
         self.first = not trainer.ranks.rank
         if restart and self.first:
             discard_progress(path)
@@ -142,7 +151,7 @@ class RunFolder:
         if bad := trainer.not_finite():
             self.stop_at(trainer.step, bad, batches)
         progress = {"step": trainer.step, "seconds": seconds, "settings": self.settings}
-        texts = {}
+        texts = dict(self.tokenizer)
         if self._rows is not None:
             self._rows.sync()
             texts[LOG] = self._rows.text
@@ -166,11 +175,10 @@ class RunFolder:
             f"and the last finite state is {states[-1] if states else 'the beginning'}"
         )
 
-    def save_final(self, batches: Dataset, seconds: float, tokenizer: dict[str, str]) -> None:
+    def save_final(self, batches: Dataset, seconds: float) -> None:
         """Write the finished model: weights, the log, and training.json (how they were made).
 
-        batches: those that this process trains on. tokenizer: the files of the user's tokenizer,
-        name -> content, if there is one.
+        batches: those that this process trains on.
         """
         trainer = self.trainer
         recipe = trainer.recipe
@@ -188,15 +196,15 @@ class RunFolder:
             steps = range(recipe.steps - count, recipe.steps)
             counted = prefetch(batches, steps, device=trainer.device)
             how["imbalance"] = trainer.max_over_mean_loads(counted)
-        if tokenizer:
-            how["tokenizer"] = next(iter(tokenizer))
+        if self.tokenizer:
+            how["tokenizer"] = next(iter(self.tokenizer))
         model = trainer.whole_model()
         if self._rows is not None:
             texts = {LOG: self._rows.text, "training.json": json.dumps(how, indent=1) + "\n"}
             model.save_pretrained(
                 self.path / FINAL,
                 dtype=torch.bfloat16,
-                texts=texts | tokenizer,
+                texts=texts | self.tokenizer,
                 shard_bytes=MAX_FILE_BYTES,
             )
         trainer.ranks.largest(0)  # wait until it is written
