@@ -1,15 +1,31 @@
-"""Processes that compute together: started once for a test module, and used by all its tests."""
+"""Processes that compute together: started once for a test module, and used by all its tests; and
+processes that each run a command, as torchrun starts them.
+"""
 
 import multiprocessing
+import os
+import socket
+import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 SECONDS = 60  # that one call may take
+
+
+def forks():
+    """Processes of this context are forks of a server that imports once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch._dynamo", "hsa_mini.training.run", "hsa_mini.training.parallel.checkpoint"]
+    )
+    return context
 
 
 class Processes:
@@ -24,9 +40,7 @@ class Processes:
         self.workers = []
 
     def start(self) -> None:
-        # A server imports once, and every process is a fork of it.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "hsa_mini.hsa_model"])
+        context = forks()
         for rank in range(self.count):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, theirs), daemon=True)
@@ -95,3 +109,50 @@ def _serve(rank: int, pipe: Connection) -> None:
             pipe.send((None, function(*arguments)))
         except Exception:
             pipe.send((traceback.format_exc(), None))
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit status, and what it printed."""
+
+    status: int | None
+    out: str
+    err: str
+
+
+def run_together(
+    commands: list[list[str]], folder: Path, prepare: Callable[[], object] = int
+) -> list[Ended]:
+    """Run `python -m hsa_mini` with the words of each command in a process of its own, all at once.
+    They see each other as the processes of torchrun do.
+
+    folder: for what they print. prepare: called in each process before its command.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": len(commands)}
+    context = forks()
+    started = []
+    for rank, words in enumerate(commands):
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        out = folder / f"rank-{rank}"
+        process = context.Process(target=_command, args=(words, environment, out, prepare))
+        process.start()
+        started.append((process, out))
+    ended = []
+    for process, out in started:
+        process.join(SECONDS)
+        process.kill()
+        texts = (out.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        ended.append(Ended(process.exitcode, *texts))
+    return ended
+
+
+def _command(words: list[str], environment: dict, out: Path, prepare: Callable) -> None:
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    torch.set_num_threads(1)
+    from hsa_mini.cli import main
+
+    prepare()
+    sys.exit(main(words))

@@ -19,7 +19,7 @@ from faults.processes import in_child
 from faults.report import Report
 from faults.writers import BY_NAME, WRITERS, Writer
 
-ATTACKS = ("power_loss", "crash_points", "kills", "corruption", "fuzz")
+ATTACKS = ("power_loss", "crash_points", "kills", "mesh_kills", "corruption", "fuzz")
 FAULTS = Path(__file__).parent / "faults"
 SECONDS = 300
 

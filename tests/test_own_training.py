@@ -155,7 +155,9 @@ def test_a_model_of_another_tokenizer_continues_a_text_with_it(capfd):
     words = [*WORDS, "--tokenizer", "ranks", "--set", "model.vocab_size=262"]
     assert call(capfd, *words)[0] == 0
     final = Path("runs/my/final")
-    assert (final / "tokenizer.tiktoken").read_bytes() == Path("ranks").read_bytes()
+    assert call(capfd, "consolidate", "runs/my", "out")[0] == 0
+    for folder in (final, Path("out")):
+        assert (folder / "tokenizer.tiktoken").read_bytes() == Path("ranks").read_bytes()
     Path("prompt.txt").write_text("ababababc")
     words = ["generate", str(final), "--prompt-file", "prompt.txt", "--device", "cpu"]
     status, out, _ = call(capfd, *words, "--max-new-tokens", "9")

@@ -2,22 +2,41 @@
 
 import dataclasses
 import functools
+import logging
+import random
 import re
+import shutil
+import time
+from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from material import DEBUG, OPTIONS, build, document_starts, text
-from processes import Processes
-from torch.distributed.tensor import DTensor
+from processes import Processes, forks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import Dataset
 
-from hsa_mini import HSAModel
+from hsa_mini import HSAModel, cli
+from hsa_mini.checkpoint.shards import shard_files
+from hsa_mini.checkpoint.training_state import load_progress, save_progress
+from hsa_mini.files.whole_folder import read_manifest, write_manifest
+from hsa_mini.model.cost_estimate import training_flops
 from hsa_mini.training.batches import StagedBatches
+from hsa_mini.training.parallel.checkpoint import load_sharded, save_sharded
+from hsa_mini.training.parallel.collectives import TRAFFIC, all_to_all, gather
 from hsa_mini.training.parallel.context import part_bounds, split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
+from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.parallel.trainer import MeshBatches, MeshTrainer
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.trainer import Trainer
@@ -365,6 +384,88 @@ def test_weights_stay_float32_and_bfloat16_computes(processes, sizes):
     assert not torch.equal(matrix, matrix.bfloat16().float())
 
 
+# ---- what is measured
+
+
+def sent(sizes: str, option: str, recipe: Recipe) -> tuple[int, int]:
+    """Bytes that a step of this process sends for weights and gradients: as FSDP exchanges them,
+    and as they are computed for the log.
+    """
+    mesh = Mesh(MeshSizes.parse(sizes), CPU)
+    trainer = MeshTrainer(build(option, torch.float32).train(), recipe, mesh, seed=3)
+    exchanged = [0]
+
+    def counting(function, shared: str):
+        def call(self, output_tensor, input_tensor, group, *rest, **options):
+            share = input_tensor if shared == "input" else output_tensor
+            exchanged[0] += share.nbytes * (dist.get_world_size(group) - 1)
+            return function(self, output_tensor, input_tensor, group, *rest, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, shared in ((DefaultAllGather, "input"), (DefaultReduceScatter, "output")):
+            patch.setattr(kind, "__call__", counting(kind.__call__, shared))
+        trainer.train_step(trainer.own_batches(Batches(recipe))[0])
+    assert trainer.speed is not None
+    return exchanged[0], trainer.speed.weight_bytes
+
+
+@pytest.mark.parametrize("sizes", ["dp=2", "dp=2,ep=2"])
+@pytest.mark.parametrize("recipe", [RECIPE, BFLOAT16, SHORT_MOE])
+def test_the_bytes_of_weights_in_the_log_are_those_that_are_exchanged(processes, sizes, recipe):
+    world = MeshSizes.parse(sizes).processes
+    for exchanged, computed in processes.run(world, sent, sizes, "experts", recipe):
+        assert exchanged == computed > 0
+
+
+def sent_rows() -> tuple[int, int, int]:
+    """Bytes counted for an exchange of rows, its backward pass, and a gather of parts."""
+    rank = dist.get_rank()
+    sizes = [[3, 2], [1, 4]]  # rows of 8 bytes, from each process to each
+    before = TRAFFIC.sent_bytes
+    group = dist.group.WORLD
+    assert group is not None
+    rows = torch.ones(5, 2, requires_grad=True)
+    received = [row[rank] for row in sizes]
+    out = all_to_all(rows, sizes[rank], received, group)
+    forward = TRAFFIC.sent_bytes - before
+    out.sum().backward()
+    both = TRAFFIC.sent_bytes - before
+    gather((torch.ones(1, rank + 1, 2),), [1, 2], group)
+    return forward, both - forward, TRAFFIC.sent_bytes - before - both
+
+
+def test_what_is_exchanged_is_counted(processes):
+    # Both parts of the gather are padded to two rows of 8 bytes.
+    assert processes.run(2, sent_rows) == [(16, 8, 16), (8, 16, 16)]
+
+
+def test_the_log_tells_throughput_and_the_share_of_the_possible_flop():
+    class TwoProcesses(Mesh):
+        def __init__(self) -> None:
+            self.device = CPU
+            self.sizes = MeshSizes(dp=2)
+
+        def largest(self, *numbers: float) -> tuple[float, ...]:
+            return numbers
+
+    recipe = dataclasses.replace(SHORT, accumulate=3)
+    speed = Speed(recipe, DEBUG, TwoProcesses(), weight_bytes=1000)
+    speed.product_rate = 1e12
+    speed.began = time.monotonic() - 10
+    TRAFFIC.sent_bytes += 300
+    found = speed.figures(3)
+    rows = 3 * 4
+    assert found["tokens_per_second"] == pytest.approx(rows * (19 + 2 * 32) / 10, rel=0.01)
+    flops = [
+        training_flops(HSAModel(stage.config(DEBUG), device="meta"), stage.tokens)
+        for stage in recipe.stages
+    ]
+    assert found["mfu"] == pytest.approx(rows * (flops[0] + 2 * flops[1]) / 2e13, rel=0.01)
+    assert found["sent_bytes"] == 1100 and found["peak_memory_bytes"] > 50e6
+
+
 # ---- the state of a run
 
 
@@ -406,3 +507,263 @@ def test_a_state_goes_on_on_any_mesh(processes):
         assert max(differ.values()) < 1e-12, differ
         assert found_loads == loads
         state = again  # as the run on this mesh would save it
+
+
+# ---- states in files
+
+SAVED = Recipe((dataclasses.replace(STAGE, steps=4),), warmup=1)
+FIRST, SECOND = shard_files(2)
+State = dict[str, torch.Tensor]
+
+
+def mesh_trainer(sizes: str, option: str = "experts") -> tuple[MeshTrainer, MeshBatches]:
+    mesh = Mesh(MeshSizes.parse(sizes), CPU)
+    trainer = MeshTrainer(build(option, torch.float64).train(), SAVED, mesh, seed=3)
+    return trainer, MeshBatches(Batches(SAVED), DEBUG.chunk_size, mesh)
+
+
+def whole_state(trainer: Trainer) -> State:
+    return {name: x.detach().clone() for name, x in trainer.state_dict().items()}
+
+
+def progress_of(trainer: Trainer) -> dict:
+    settings = {"config": dataclasses.asdict(trainer.model.config)}
+    return {"step": trainer.step, "seconds": 1.0, "settings": settings}
+
+
+def save_twice(run: Path) -> tuple[State, State]:
+    """Train for four steps on dp=2 and save after each of the first two; returns the whole states
+    after two and after four.
+    """
+    trainer, batches = mesh_trainer("dp=2")
+    states = []
+    for step in range(4):
+        trainer.train_step(batches[step])
+        states.append(whole_state(trainer))
+        if step < 2:
+            save_sharded(trainer, run, progress_of(trainer), {"log.csv": f"{step}"})
+    return states[1], states[3]
+
+
+def load_and_train(sizes: str, run: Path) -> tuple[dict, State]:
+    """The progress of the newest state, and the state after the rest of the recipe."""
+    trainer, batches = mesh_trainer(sizes)
+    progress = load_sharded(trainer, run)
+    assert progress is not None
+    for step in range(trainer.step, 4):
+        trainer.train_step(batches[step])
+    return progress, whole_state(trainer)
+
+
+def why_not_loaded(run: Path, option: str, refusal: str = "") -> tuple[str, bool]:
+    """Why a trainer does not go on from a run, and whether that left it as it was."""
+
+    def check(progress: dict) -> None:
+        if refusal:
+            raise ValueError(refusal)
+
+    trainer, _ = mesh_trainer("dp=2", option)
+    before = whole_state(trainer)
+    with pytest.raises(ValueError) as caught:
+        load_sharded(trainer, run, check)
+    after = whole_state(trainer)
+    return str(caught.value), all(torch.equal(after[name], x) for name, x in before.items())
+
+
+def why_not_saved(run: Path, full: int) -> str:
+    """Why a state is not saved if the disk is full for one process."""
+    trainer, batches = mesh_trainer("dp=2")
+    trainer.train_step(batches[0])
+    trainer.step = 3
+    error = OSError(28, "No space left on device")
+    failing = mock.patch("os.fsync", side_effect=error)
+    with failing if dist.get_rank() == full else nullcontext(), pytest.raises(OSError) as caught:
+        save_sharded(trainer, run, progress_of(trainer))
+    return str(caught.value)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def newest(run: Path) -> tuple[State, dict]:
+    state = load_progress(run)
+    assert state is not None
+    return state
+
+
+def largest_difference(found: State, wanted: State) -> float:
+    assert found.keys() == wanted.keys()
+    return max(float((found[n].double() - x.double()).abs().max()) for n, x in wanted.items())
+
+
+@pytest.fixture(scope="module")
+def saved(processes, tmp_path_factory) -> tuple[Path, State, State]:
+    run = tmp_path_factory.mktemp("saved") / "run"
+    return run, *processes.run(2, save_twice, run)[0]
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    """A copy of the saved run."""
+    return Path(shutil.copytree(saved[0], tmp_path / "run"))
+
+
+def test_every_process_writes_its_part_and_nothing_else_is_left(saved):
+    run, state, _ = saved
+    files = ("log.csv", "manifest.json", "progress.json", FIRST, SECOND)
+    steps = ("step-1", "step-2")
+    assert names_in(run) == sorted([*steps, *(f"{s}/{name}" for s in steps for name in files)])
+    sizes = [(run / "step-2" / name).stat().st_size for name in (FIRST, SECOND)]
+    assert max(sizes) < 0.6 * sum(x.nbytes for x in state.values())
+    tensors, progress = newest(run)
+    assert largest_difference(tensors, state) == 0 and progress["step"] == 2
+
+
+@pytest.mark.parametrize("sizes", ["dp=2", "cp=2", "ep=2"])
+def test_a_saved_state_goes_on_on_any_mesh(processes, saved, sizes):
+    run, _, wanted = saved
+    (progress, found), (_, other) = processes.run(2, load_and_train, sizes, run)
+    assert progress["step"] == 2 and largest_difference(found, other) == 0
+    difference = largest_difference(found, wanted)
+    assert difference == 0 if sizes == "dp=2" else difference < 1e-12
+
+
+def test_a_state_of_several_processes_goes_on_in_one(saved):
+    run, _, wanted = saved
+    tensors, progress = newest(run)
+    alone = Trainer(build("experts", torch.float64).train(), SAVED, seed=3)
+    alone.load_state_dict(tensors, step=progress["step"])
+    for step in range(2, 4):
+        alone.train_step(Batches(SAVED)[step])
+    assert largest_difference(whole_state(alone), wanted) < 1e-12
+
+
+def test_the_state_of_one_process_goes_on_on_a_mesh(processes, tmp_path):
+    alone = Trainer(build("experts", torch.float64).train(), SAVED, seed=3)
+    for step in range(4):
+        alone.train_step(Batches(SAVED)[step])
+        if step == 1:
+            save_progress(tmp_path, 2, alone.state_dict(), progress_of(alone))
+    progress, found = processes.run(2, load_and_train, "dp=2", tmp_path)[0]
+    assert progress["step"] == 2 and largest_difference(found, whole_state(alone)) < 1e-12
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink])
+def test_a_damaged_part_is_found_and_the_run_goes_on_from_the_state_before(processes, run, damage):
+    damage(run / "step-2" / SECOND)
+    for progress, _ in processes.run(2, load_and_train, "dp=2", run):
+        assert progress["step"] == 1
+    damage(run / "step-1" / FIRST)
+    answers = processes.run(2, why_not_loaded, run, "experts")
+    assert answers[0] == answers[1]
+    message, unchanged = answers[0]
+    assert re.match(rf"run: no state in .*step-2 .*{SECOND}.*step-1 .*{FIRST}", message)
+    assert unchanged and "\n" not in message
+
+
+def test_parts_that_make_no_whole_tensors_are_refused(processes, run):
+    """As after a part, and its entry in the manifest, were lost."""
+    for step in ("step-1", "step-2"):
+        manifest = read_manifest(run / step)
+        write_manifest(run / step, manifest.keys() - {FIRST})
+    for message, unchanged in processes.run(2, why_not_loaded, run, "experts"):
+        assert re.match("run: no state in .* is whole: .*holds parts of", message) and unchanged
+    with pytest.raises(ValueError, match="holds parts of"):
+        load_progress(run)
+
+
+def test_a_state_of_another_configuration_is_refused(processes, saved):
+    for message, unchanged in processes.run(2, why_not_loaded, saved[0], "default"):
+        assert re.match("state: got a tensor .*, accepted are those of the trainer", message)
+        assert unchanged
+    for answer in processes.run(2, why_not_loaded, saved[0], "experts", "run: other settings"):
+        assert answer == ("run: other settings", True)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_of_one_process_leaves_the_earlier_states(processes, run, full):
+    before = names_in(run)
+    messages = processes.run(2, why_not_saved, run, full)
+    assert messages[0] == messages[1]
+    assert re.search(f"process {full} failed .*No space left", messages[0])
+    assert names_in(run) == before and newest(run)[1]["step"] == 2
+
+
+def test_the_state_of_a_run_becomes_a_model(saved, tmp_path, capsys):
+    run, state, _ = saved
+    out = tmp_path / "out"
+    assert cli.main(["consolidate", str(run), str(out)]) == 0
+    assert capsys.readouterr().out == f"the model after 2 steps is in {out}\n"
+    model = build("experts", torch.float64)
+    weights = {n.removeprefix("model."): x for n, x in state.items() if n.startswith("model.")}
+    model.load_state_dict(weights, strict=False)
+    found = HSAModel.from_pretrained(out, dtype=torch.float64)
+    assert torch.equal(found(text(40)).logits, model(text(40)).logits)
+    assert (out / "log.csv").read_text() == "1"
+    assert cli.main(["consolidate", str(run / "step-1"), str(out)]) == 0
+    assert (out / "log.csv").read_text() == "0"
+    flip_a_bit(run / "step-1" / FIRST)
+    assert cli.main(["consolidate", str(run / "step-1"), str(out)]) == 2
+    refusal = r"hsa-mini consolidate: error: .*does not match.*\n"
+    assert re.fullmatch(refusal, capsys.readouterr().err)
+    assert cli.main(["consolidate", str(tmp_path), str(out)]) == 2
+    assert "which holds no state" in capsys.readouterr().err
+    assert (out / "log.csv").read_text() == "0"
+
+
+class Numbers:
+    """Stands in for a trainer: all numbers of its state are its step."""
+
+    step = 0
+
+    def own_state(self) -> State:
+        mesh = init_device_mesh("cpu", (2,))
+        numbers = torch.full((200, 300), float(self.step))
+        return {"model.x": distribute_tensor(numbers, mesh, [Shard(0)], src_data_rank=None)}
+
+
+def save_until_killed(rank: int, store: Path, run: Path, saved) -> None:
+    """Save one state after the other. saved: the step of the last one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    numbers = Numbers()
+    while True:
+        numbers.step = saved.value + 1
+        save_sharded(numbers, run, {"step": numbers.step})  # pyright: ignore
+        dist.barrier()
+        saved.value = numbers.step
+        dist.barrier()
+
+
+def test_a_process_may_be_killed_at_any_moment_of_saving(tmp_path, caplog):
+    context = forks()
+    saved = context.Value("i", 0, lock=False)
+    chance = random.Random(0)
+    for kill in range(10):
+        arguments = (tmp_path / f"store-{kill}", tmp_path / "run", saved)
+        writers = [
+            context.Process(target=save_until_killed, args=(rank, *arguments)) for rank in range(2)
+        ]
+        for writer in writers:
+            writer.start()
+        before = saved.value
+        while saved.value == before:
+            assert all(writer.is_alive() for writer in writers)
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        for victim in chance.choice([writers[:1], writers[1:], writers]):
+            victim.kill()
+        for writer in writers:
+            writer.join(20)
+            assert not writer.is_alive(), "one that was spared waits for the other"
+        tensors, progress = newest(tmp_path / "run")
+        assert saved.value <= progress["step"] <= saved.value + 1
+        assert torch.equal(tensors["model.x"], torch.full((200, 300), float(progress["step"])))
+    assert not [x for x in caplog.records if x.levelno >= logging.WARNING]  # none was passed over

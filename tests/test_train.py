@@ -37,7 +37,7 @@ from hsa_mini.training import step as module
 from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.finite import FiniteSteps
-from hsa_mini.training.log import COLUMNS, FIGURES, HEADER_WITH_HELD_OUT
+from hsa_mini.training.log import COLUMNS, FIGURES, log_header
 from hsa_mini.training.loss import mixture_loss
 from hsa_mini.training.mixture import ANSWER, COPY, NONE, TEXT, Mixture, TrainingBatches
 from hsa_mini.training.optimizers.factory import make_optimizer
@@ -244,7 +244,7 @@ def test_the_log_has_reached_the_disk_before_a_state_does(tmp_path, monkeypatch)
         save_progress(run, step, *arguments)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("hsa_mini.training.run.save_progress", save)
+    monkeypatch.setattr("hsa_mini.training.run_folder.save_progress", save)
     run_tiny(tmp_path, checkpoint_seconds=0.0)
 
 
@@ -879,14 +879,14 @@ def test_a_run_with_every_option_is_resumed_and_tells_its_rows(tmp_path, monkeyp
     monkeypatch.setitem(RECIPES, "tiny", dataclasses.replace(RECIPE, **options))
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, **EXPERTS))
     monkeypatch.setattr("hsa_mini.training.own.held_out.MAX_BATCHES", 1)
-    monkeypatch.setattr("hsa_mini.training.run.LOAD_BATCHES", 2)
+    monkeypatch.setattr("hsa_mini.training.run_folder.LOAD_BATCHES", 2)
     rows = []
     want = run_tiny(tmp_path / "whole", steps=6, on_log=rows.append)
     for stop in (1, 4):
         run_tiny(tmp_path / "cut", steps=6, stop_after=stop)
     assert_same(run_tiny(tmp_path / "cut", steps=6), want)
     text = (tmp_path / "whole" / "log.csv").read_text()
-    assert text.startswith(HEADER_WITH_HELD_OUT)
+    assert text.startswith(log_header(held_out=True, speed=False))
     got = list(csv.DictReader(text.splitlines()))
     assert [(row["step"], row["held_out"] != "nan") for row in got] == [
         ("2", False), ("3", True), ("4", False), ("6", True)

@@ -1,14 +1,16 @@
 """The state of a training run: the folders `step-N` in the folder of the run.
 
 A run that was cut off continues from its newest whole state. A state is whole if its files match
-its manifest and all its numbers are finite.
+its manifest and all its numbers are finite. A run of one process writes its tensors as one file, a
+run of several processes as one file each (see `hsa_mini.checkpoint.shards`).
 """
 
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +19,15 @@ from safetensors.torch import load_file
 from hsa_mini.checkpoint.tensors import is_finite, tensor_file
 from hsa_mini.files.disk import TEMPORARY, remove
 from hsa_mini.files.reading import read_json
-from hsa_mini.files.whole_folder import read_folder, write_folder
+from hsa_mini.files.whole_folder import Content, read_folder, write_folder
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
 MAX_STATES = 2  # one alone could be damaged
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def save_progress(
@@ -38,9 +42,20 @@ def save_progress(
     progress: values that JSON can hold. texts: further files of the state, by name. The newest
     states stay, down to the second one that is whole.
     """
-    files = {STATE: tensor_file(tensors), PROGRESS: json.dumps(progress).encode()}
+    save_files(run, step, {STATE: tensor_file(tensors)}, progress, texts)
+
+
+def save_files(
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Content],
+    progress: dict,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """`save_progress` with the files that hold the tensors, by name."""
+    files = {**tensors, PROGRESS: json.dumps(progress).encode()}
     files |= {name: text.encode() for name, text in (texts or {}).items()}
-    write_folder(state_folder(run, step), files, kind={STATE})
+    write_folder(state_folder(run, step), files, kind={PROGRESS})
     _remove_old(run, step)
 
 
@@ -49,10 +64,17 @@ def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
 
     If newer states are damaged, a warning names them. Raises ValueError if no state is whole.
     """
+    return newest_state(run, _read)
+
+
+def newest_state(run: Path, read: Callable[[dict[str, Path]], Result]) -> Result | None:
+    """What `read` returns for the verified files, by name, of the newest whole state of a run; see
+    `load_progress`. A state for which `read` raises ValueError is damaged.
+    """
     damaged = []
     for folder in reversed(state_folders(run)):
         try:
-            state = read_folder(folder, (STATE, PROGRESS), _read)
+            state = read_state(folder, read)
         except (OSError, ValueError) as error:
             damaged.append(f"{folder.name} is damaged ({error})")
             continue
@@ -65,6 +87,25 @@ def load_progress(run: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
             "accepted is --restart, which removes them and begins at step 0"
         )
     return None
+
+
+def read_state(folder: Path, read: Callable[[dict[str, Path]], Result]) -> Result:
+    """What `read` returns for the verified files of one state, by name.
+
+    Raises ValueError unless the state is whole, and what `read` raises.
+    """
+
+    def checked(files: dict[str, Path]) -> Result:
+        if not tensor_files(files):
+            raise ValueError(f"path: {folder} holds no tensors; accepted is a whole checkpoint")
+        return read(files)
+
+    return read_folder(folder, (PROGRESS,), checked)
+
+
+def tensor_files(files: Mapping[str, Path]) -> list[Path]:
+    """Those of a state's files that hold tensors."""
+    return [path for name, path in files.items() if name.endswith(".safetensors")]
 
 
 def discard_progress(run: Path) -> None:
@@ -106,13 +147,24 @@ def _step(folder: Path) -> int:
 
 def _read(files: dict[str, Path]) -> tuple[dict[str, torch.Tensor], dict]:
     """The content of a state. Raises ValueError for values that training cannot go on from."""
+    tensors = whole_tensors(files)
+    if name := not_finite(tensors):
+        folder = files[PROGRESS].parent
+        raise ValueError(f"path: {files.get(STATE, folder)} holds {name}, which is not finite")
+    return tensors, read_json(files[PROGRESS])
+
+
+def whole_tensors(files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
+    """The tensors of a state, by name. Raises ValueError if they cannot be read."""
+    if STATE not in files:
+        # A late import, because it takes half a second.
+        from hsa_mini.checkpoint.shards import Shards
+
+        return Shards(tensor_files(files)).read_whole()
     try:
-        tensors = load_file(files[STATE])
+        return load_file(files[STATE])
     except SafetensorError as error:
         raise ValueError(f"path: {files[STATE]} cannot be read ({error})") from None
-    if name := not_finite(tensors):
-        raise ValueError(f"path: {files[STATE]} holds {name}, which is not finite")
-    return tensors, read_json(files[PROGRESS])
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -135,7 +187,7 @@ def _remove_old(run: Path, step: int) -> None:
 
 def _matches_manifest(folder: Path) -> bool:
     try:
-        read_folder(folder, (STATE, PROGRESS), lambda files: None)
+        read_state(folder, lambda files: None)
     except (OSError, ValueError):
         return False
     return True

@@ -8,7 +8,7 @@ from hsa_mini.cli import demo, evaluate, fetch, generate, lab, perplexity, plan,
 from hsa_mini.cli.arguments import Parser, Version
 from hsa_mini.cli.measure import tasks
 from hsa_mini.cli.own_text import ask, index
-from hsa_mini.cli.reuse import convert, lm_eval
+from hsa_mini.cli.reuse import consolidate, convert, lm_eval
 
 COMMANDS = (
     demo,
@@ -16,6 +16,7 @@ COMMANDS = (
     index,
     ask,
     train,
+    consolidate,
     convert,
     evaluate,
     perplexity,
@@ -40,7 +41,8 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         dest="name",
         required=True,
-        metavar="demo|generate|index|ask|train|convert|eval|perplexity|tasks|lm-eval|lab|plan|fetch",
+        metavar="demo|generate|index|ask|train|consolidate|convert|eval|perplexity|tasks|lm-eval|lab|"
+        "plan|fetch",
     )
     for module in COMMANDS:
         command = module.add_parser(commands)

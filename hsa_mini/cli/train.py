@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import logging
 import signal
 import threading
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hsa_mini.cli.arguments import (
     MAX_SEED,
@@ -20,6 +22,9 @@ from hsa_mini.cli.arguments import (
     number,
 )
 from hsa_mini.files.whole_file import check_writable
+
+if TYPE_CHECKING:
+    from hsa_mini.training.parallel.mesh import MeshSizes
 
 MAX_BATCH = 1 << 16  # sequences; more is a typing error
 
@@ -47,6 +52,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     add_text(command)
     add_recipe(command)
+    command.add_argument(
+        "--mesh",
+        metavar="dp=A,cp=B,ep=C",
+        help="train on the A x B x C processes that torchrun has started: the rows of a batch are "
+        "divided by A and C, each row by B, the experts by C (a size left out is 1)",
+    )
     command.add_argument(
         "--tensorboard", action="store_true", help="write curves for TensorBoard to DIR/tensorboard"
     )
@@ -124,6 +135,22 @@ def changes(arguments: argparse.Namespace) -> list[tuple[str, Any]]:
     return [*((name, x) for name, x in given.items() if x is not None), *arguments.set]
 
 
+def chosen_mesh(arguments: argparse.Namespace) -> "MeshSizes | None":
+    """The mesh that was asked for. Raises ValueError, also if torchrun started several processes
+    and there is none.
+    """
+    from hsa_mini.training.parallel.mesh import MeshSizes
+    from hsa_mini.training.parallel.processes import started_processes
+
+    started = started_processes()
+    if arguments.mesh is None and started > 1:
+        raise ValueError(
+            f"--mesh: got none for the {started} processes started, accepted are sizes of dp, cp "
+            f"and ep whose product is {started}, such as dp={started}"
+        )
+    return None if arguments.mesh is None else MeshSizes.parse(arguments.mesh)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit status.
 
@@ -132,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     with StopSignals() as stop, ExitStack() as stack:
         from hsa_mini.training.own.settings import load_settings
         from hsa_mini.training.own.tensorboard import tensorboard
+        from hsa_mini.training.parallel.processes import own_device, process_rank
         from hsa_mini.training.run import train
 
         device = choose_device(arguments.device)
@@ -139,24 +167,34 @@ def run(arguments: argparse.Namespace) -> int:
         folder = arguments.run or Path("runs") / settings.name
         check_writable("--run", folder, folder=True)
         options = {}
-        if arguments.tensorboard:
+        mesh = chosen_mesh(arguments)
+        first = mesh is None or process_rank() == 0
+        if not first:  # the first process says what concerns all
+            logging.getLogger("hsa_mini").setLevel(logging.ERROR)
+        # FSDP warns of in-place changes to views that modules return. Nothing here makes any.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        if arguments.tensorboard and first:
             options["on_log"] = stack.enter_context(tensorboard(folder / "tensorboard"))
         train(
             settings,
             run=folder,
-            device=device,
+            device=device if mesh is None else own_device(device),
+            mesh=mesh,
             steps=arguments.steps,
             seed=arguments.seed,
             restart=arguments.restart,
             stop=stop,
+            on_stop=stop.stopped,
             **options,
         )
     if stop.stopped_after is not None:
-        print(f"stopped after step {stop.stopped_after}; the same command goes on from there")
+        if first:
+            print(f"stopped after step {stop.stopped_after}; the same command goes on from there")
         if stop.received == signal.SIGINT:
             raise KeyboardInterrupt
-        return 0
-    print(f"the model is in {folder / 'final'}, the log in {folder / 'log.csv'}")
+    elif first:
+        print(f"the model is in {folder / 'final'}, the log in {folder / 'log.csv'}")
     return 0
 
 
@@ -164,10 +202,11 @@ class StopSignals:
     """SIGTERM and Ctrl-C as an answer to the question whether training should stop.
 
     Before the first question nothing has to be saved: SIGTERM raises SystemExit(0), and Ctrl-C
-    raises KeyboardInterrupt. Later the first signal makes the answer True. A second SIGTERM changes
+    raises KeyboardInterrupt. Later the first signal is the answer. A second SIGTERM changes
     nothing; a second Ctrl-C raises KeyboardInterrupt, also while the state is being saved.
 
-    received: the first signal. stopped_after: the step at which the answer was True.
+    received: the first signal, of this process or of another one of its mesh. stopped_after: the
+    step after which the run stopped.
     """
 
     def __init__(self) -> None:
@@ -175,11 +214,14 @@ class StopSignals:
         self.stopped_after: int | None = None
         self._asked = False
 
-    def __call__(self, step: int) -> bool:
+    def __call__(self, step: int) -> int:
         self._asked = True
-        if self.received is not None:
-            self.stopped_after = step
-        return self.received is not None
+        return self.received or 0
+
+    def stopped(self, step: int, received: int) -> None:
+        """Note that a run has stopped after `step` because of a signal."""
+        self.stopped_after = step
+        self.received = received
 
     def __enter__(self) -> Self:
         self._before = {}

@@ -1,7 +1,5 @@
 """One needle in a text of any length: the question, the answer, and where the model looked."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from hsa_mini.evaluation.retrievals import chunks_retrieved, retrieval_scores
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import continue_from
 from hsa_mini.inference.prefill import prefill
+from hsa_mini.memory.memory_budget import peak_memory_bytes
 from hsa_mini.tasks.forms import s_niah
 from hsa_mini.tasks.placement import Sample, place, tile
 from hsa_mini.tasks.sentences import DEMO
@@ -214,11 +213,3 @@ def _read(
         decode_seconds=round(decoded - prefilled, 3),
         peak_memory_bytes=peak_memory_bytes(device),
     )
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: on a GPU by tensors, otherwise by this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

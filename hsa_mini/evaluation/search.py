@@ -17,7 +17,6 @@ from hsa_mini.evaluation.demo import (
     NeedleFinding,
     Reading,
     draw_sample,
-    peak_memory_bytes,
     report_finding,
 )
 from hsa_mini.evaluation.haystack import Haystack
@@ -27,6 +26,7 @@ from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import continue_from
 from hsa_mini.inference.prefill import prefill
 from hsa_mini.memory.chunk_memory import ChunkMemory
+from hsa_mini.memory.memory_budget import peak_memory_bytes
 from hsa_mini.memory.origin import check_origin
 from hsa_mini.memory.saved_memory import FILES
 

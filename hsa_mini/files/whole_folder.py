@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -156,7 +158,8 @@ def _fill(fresh: Path, files: Mapping[str, Content], old: Path) -> None:
         else:
             content(fresh / name)
             (fresh / name).chmod(usual_mode)  # safetensors does not ask the umask
-    digests = {name: _entry(fresh / name) for name in files}
+    with ThreadPoolExecutor() as pool:  # hashing large files takes minutes
+        digests = dict(zip(files, pool.map(_entry, (fresh / name for name in files))))
     (fresh / MANIFEST).write_bytes(_manifest(digests))
     for name in (*files, MANIFEST):
         copy_access(old / name, fresh / name)
@@ -247,7 +250,9 @@ def _verified_files(path: Path, names: Collection[str]) -> dict[str, Path]:
             raise ValueError(
                 f"path: {path / MANIFEST} does not name {name}; accepted is a whole checkpoint"
             )
-    return {name: _verified_file(path, name, entry) for name, entry in manifest.items()}
+    with ThreadPoolExecutor() as pool:
+        files = pool.map(partial(_verified_file, path), *zip(*manifest.items()))
+        return dict(zip(manifest, files))
 
 
 def _verified_file(path: Path, name: str, expected: dict) -> Path:

@@ -1,6 +1,8 @@
-"""How much memory is free; checked before large allocations."""
+"""How much memory is free, which is checked before large allocations, and how much was used."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -50,3 +52,11 @@ def check_fits(
             f"for which {needed / 1e9:,.3f} GB more are needed on {device} and "
             f"{free / 1e9:,.3f} GB are free, accepted are up to {fit * chunk_size:,} tokens"
         )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far: on a GPU by tensors, otherwise by this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

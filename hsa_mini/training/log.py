@@ -17,9 +17,17 @@ LOG = "log.csv"
 FIGURES = ("loss", "text", "copy", "answer", "answer_accuracy", "gradient_norm", "imbalance")
 COLUMNS = ("step", *FIGURES, "learning_rate", "seconds")
 HEADER = ",".join(COLUMNS) + "\n"
-# With held-out text there is one more column; it is nan in rows without a measurement.
+# On a mesh there are further columns (see `parallel/speed.py`). With held-out text there is one
+# more; it is nan in rows without a measurement.
+SPEED = ("tokens_per_second", "mfu", "peak_memory_bytes", "sent_bytes")
 HELD_OUT = "held_out"
-HEADER_WITH_HELD_OUT = ",".join((*COLUMNS, HELD_OUT)) + "\n"
+
+
+def log_header(*, held_out: bool, speed: bool) -> str:
+    """The first line of a log, with the columns of the held-out loss and of speed if asked for."""
+    return (
+        ",".join((*COLUMNS, *(SPEED if speed else ()), *((HELD_OUT,) if held_out else ()))) + "\n"
+    )
 
 
 class Log:

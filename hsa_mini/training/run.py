@@ -1,65 +1,36 @@
-"""A whole run of training in a folder: it resumes, saves, stops at once when asked, and ends.
+"""A whole run of training: it resumes, logs, saves, stops at once when asked, and ends.
 
-    step-N/              the two newest states, each with the log up to it
-    step-N.damaged/      a state that the run passed over; for the user to look at
-    log.csv              one row every few steps
-    final/               the finished model
-    batch-N.safetensors  the batch of step N, which made the loss or a weight not finite
-
-One process at a time holds the folder. A process that is killed leaves whole states, from which the
-next one continues and equals an uninterrupted run to the last bit.
+What it reads and writes stands in a `RunFolder`. Processes that train together all run this loop,
+each with its part of the batches.
 """
 
-import json
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from safetensors.torch import save
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from hsa_mini import provenance
-from hsa_mini.checkpoint.training_state import (
-    clear_up,
-    discard_progress,
-    load_progress,
-    not_finite,
-    save_progress,
-    state_folders,
-)
 from hsa_mini.data.corpus import Corpus, load_corpus
 from hsa_mini.data.own_corpus import load_own_corpus, split_off, tokenizer_files
-from hsa_mini.files.lock import locked
-from hsa_mini.files.whole_file import write_file
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.training.batches import StagedBatches, prefetch
 from hsa_mini.training.finite import FiniteSteps
-from hsa_mini.training.log import (
-    FIGURES,
-    HEADER,
-    HEADER_WITH_HELD_OUT,
-    HELD_OUT,
-    LOG,
-    Log,
-    restored_log,
-)
+from hsa_mini.training.log import FIGURES, HELD_OUT, log_header
 from hsa_mini.training.own.held_out import HeldOut
 from hsa_mini.training.own.settings import Settings, load_settings
+from hsa_mini.training.parallel.mesh import Mesh, MeshSizes
+from hsa_mini.training.parallel.processes import joined
+from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
 from hsa_mini.training.recipes import recipe_settings
-from hsa_mini.training.state_check import check_progress, check_settings
+from hsa_mini.training.run_folder import RunFolder, held
 from hsa_mini.training.step import StepFigures
 from hsa_mini.training.trainer import Trainer
 
-FINAL = "final"
-LOAD_BATCHES = 16  # to measure expert loads: those of a single batch vary too much
 SHOWN = ("loss", "answer_accuracy", HELD_OUT)  # figures beside the progress bar
-MAX_FILE_BYTES = 15 << 20  # of weights in one file; the repository allows 16 MiB
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -72,45 +43,65 @@ def train(
     restart: bool = False,
     checkpoint_seconds: float = 120.0,
     log_every: int = 50,
-    stop: Callable[[int], bool] = lambda step: False,
+    stop: Callable[[int], int] = lambda step: 0,
+    on_stop: Callable[[int, int], object] = lambda step, reason: None,
     on_log: Callable[[dict[str, float]], object] = lambda row: None,
+    mesh: MeshSizes | None = None,
 ) -> HSAModel:
     """Train a preset, or the model of any settings, in folder `run`, from its newest whole state
     on; returns the model.
 
     steps: replaces the recipe's number of steps. restart: remove the states in the folder and begin
-    at step 0. stop: asked after every step whether to save the state and return. on_log: called
-    with every row of the log, by column. The log is `run/log.csv`; the finished model is
-    `run/final`, in bfloat16.
+    at step 0. stop: asked after every step whether to save the state and return; any answer but 0
+    is a reason, which `on_stop` is told with the step. on_log: called with every row of the log, by
+    column. mesh: train with other processes, which have the environment variables of torchrun and
+    make the same call; each returns its shares of the model. The log is `run/log.csv`; the finished
+    model is `run/final`, in bfloat16.
 
     Warnings say what was damaged or missing, in one line each. Raises ValueError for an unknown
-    preset, for text that is not accepted (see `load_own_corpus`), and for a folder that another
-    process holds, that holds a run with other settings, or where training would begin anew over
-    what is there. Raises FloatingPointError, and saves no state, if the loss or a weight is not
-    finite.
+    preset, for text that is not accepted (see `load_own_corpus`), for a mesh that does not fit, and
+    for a folder that another run holds, that holds a run with other settings, or where training
+    would begin anew over what is there. Raises FloatingPointError, and saves no state, if the loss
+    or a weight is not finite. Raises ConnectionError if another process of the mesh has failed.
     """
     if isinstance(settings, str):
         settings = load_settings(settings)
     if steps is not None:
         settings = replace(settings, recipe=settings.recipe.scaled(steps))
-    recipe = settings.recipe
-    corpus, held_out = _texts(settings)
-    tokenizer = tokenizer_files(settings.data)
-    chunk_size = settings.config.chunk_size
-    batches = StagedBatches(recipe, seed, corpus.tokens, documents=corpus, chunk_size=chunk_size)
-    measure = None if held_out is None else HeldOut(held_out, recipe, settings.config)
-    with locked(run, "run"):
-        torch.manual_seed(seed)
-        trainer = Trainer(HSAModel(settings.config).to(device).train(), recipe, seed=seed)
-        identity = {**settings.identity(), "seed": seed, "corpus": corpus.identity}
-        if restart:
-            discard_progress(run)
-        text, seconds = _resume(trainer, run, identity, restart=restart)
-        with Log(run / LOG, text) as rows:
-            work = _Run(run, trainer, batches, measure, identity, rows, seconds)
-            if work.take_steps(log_every, checkpoint_seconds, stop, on_log):
-                work.save_final(tokenizer)
-    return trainer.model
+    if mesh is not None:
+        mesh.check(settings.config, settings.recipe)
+    with nullcontext(ONE_PROCESS) if mesh is None else joined(mesh, device) as ranks:
+        corpus, held_out = _texts(settings)
+        tokenizer = tokenizer_files(settings.data)
+        own = {"seed": seed, "corpus": corpus.identity}
+        identity = {**settings.identity(), **own}
+        model = asdict(settings.config)
+        ranks.check_same({"model": model, "recipe": recipe_settings(settings.recipe), **own})
+        options = {"documents": corpus, "chunk_size": settings.config.chunk_size}
+        batches = StagedBatches(settings.recipe, seed, corpus.tokens, **options)
+        measure = None if held_out is None else HeldOut(held_out, settings.recipe, settings.config)
+        with held(run, ranks):
+            trainer = _trainer(settings, device, seed, ranks)
+            columns = log_header(held_out=measure is not None, speed=trainer.speed is not None)
+            with RunFolder(
+                run, trainer, identity, tokenizer, header=columns, restart=restart
+            ) as folder:
+                work = _Run(folder, trainer, batches, measure)
+                if work.take_steps(log_every, checkpoint_seconds, stop, on_stop, on_log):
+                    folder.save_final(work.own_batches, work.seconds())
+        return trainer.model
+
+
+def _trainer(settings: Settings, device: torch.device, seed: int, ranks: OneProcess) -> Trainer:
+    """The trainer at step 0."""
+    torch.manual_seed(seed)
+    model = HSAModel(settings.config).to(device).train()
+    if not isinstance(ranks, Mesh):
+        return Trainer(model, settings.recipe, seed=seed)
+    # It loads FSDP, which takes half a second.
+    from hsa_mini.training.parallel.trainer import MeshTrainer
+
+    return MeshTrainer(model, settings.recipe, ranks, seed=seed)
 
 
 def _texts(settings: Settings) -> tuple[Corpus, Corpus | None]:
@@ -123,32 +114,24 @@ def _texts(settings: Settings) -> tuple[Corpus, Corpus | None]:
 
 
 class _Run:
-    """What `train` does in a folder that this process holds."""
+    """The steps of a run, and what is measured on the way."""
 
     def __init__(
-        self,
-        folder: Path,
-        trainer: Trainer,
-        batches: StagedBatches,
-        held_out: HeldOut | None,
-        settings: dict,
-        rows: Log,
-        seconds: float,
+        self, folder: RunFolder, trainer: Trainer, batches: Dataset, held_out: HeldOut | None
     ) -> None:
-        """seconds: how long this run was trained before."""
         self.folder = folder
         self.trainer = trainer
         self.batches = batches
+        self.own_batches = trainer.own_batches(batches)
         self.held_out = held_out
-        self.settings = settings
-        self.rows = rows
-        self.began = time.monotonic() - seconds
+        self.began = time.monotonic() - folder.seconds
 
     def take_steps(
         self,
         log_every: int,
         checkpoint_seconds: float,
-        stop: Callable[[int], bool],
+        stop: Callable[[int], int],
+        on_stop: Callable[[int, int], object],
         on_log: Callable[[dict[str, float]], object],
     ) -> bool:
         """Take the steps that are left, or stop when asked to; returns whether all were taken."""
@@ -156,15 +139,18 @@ class _Run:
         recipe = trainer.recipe
         finite = FiniteSteps(log_every, trainer.device)
         saved = time.monotonic()
+        if trainer.speed is not None:
+            trainer.speed.restart(trainer.step)
         with tqdm(
             total=recipe.steps,
             initial=trainer.step,
-            desc=f"training {self.settings['preset']}",
+            desc=f"training {self.folder.settings['preset']}",
             unit="step",
             mininterval=0.5,
+            disable=trainer.ranks.rank > 0,
         ) as bar:
             todo = range(trainer.step, recipe.steps)
-            for batch in prefetch(self.batches, todo, device=trainer.device):
+            for batch in prefetch(self.own_batches, todo, device=trainer.device):
                 figures = trainer.train_step(batch)
                 step = trainer.step
                 finite.note(step, figures)
@@ -174,15 +160,17 @@ class _Run:
                 if step % log_every == 0 or last or measured:
                     self.check(finite)
                     row = self.row(figures, measure=bool(measured))
-                    self.rows.write(row)
+                    self.folder.write_row(row)
                     on_log(row)
                     bar.set_postfix({name: f"{row[name]:.3f}" for name in SHOWN if row.get(name)})
-                stopped = stop(step)
-                if stopped or last or time.monotonic() - saved > checkpoint_seconds:
+                late = time.monotonic() - saved > checkpoint_seconds
+                reason, save = trainer.ranks.largest(stop(step), late or last)
+                if reason or save:
                     self.check(finite)
-                    self.save()
+                    self.folder.save(self.batches, self.seconds())
                     saved = time.monotonic()
-                if stopped:
+                if reason:
+                    on_stop(step, int(reason))
                     return False
         return True
 
@@ -190,9 +178,13 @@ class _Run:
         """The row of the log for the step just taken; measure: with the held-out loss."""
         trainer = self.trainer
         row = {"step": trainer.step, **dict(zip(FIGURES, figures.numbers().values()))}
+        if trainer.speed is not None:
+            row |= trainer.speed.figures(trainer.step)
         if measure and self.held_out is not None:
             stage = trainer.recipe.stage(trainer.step - 1)
-            row[HELD_OUT] = self.held_out.loss(trainer.models[stage], stage)
+            row[HELD_OUT] = self.held_out.loss(trainer.models[stage], stage, trainer.ranks)
+        if trainer.speed is not None:
+            trainer.speed.restart(trainer.step)
         row["learning_rate"] = trainer.recipe.rate(trainer.step - 1)
         return {**row, "seconds": self.seconds()}
 
@@ -203,83 +195,4 @@ class _Run:
     def check(self, finite: FiniteSteps) -> None:
         """Raise FloatingPointError if one of the last steps was not finite."""
         if (bad := finite.first_bad(self.trainer.step)) is not None:
-            self.stop_at(bad, "the loss or the gradient")
-
-    def save(self) -> None:
-        """Save the state. Raises FloatingPointError if a number in it is not finite."""
-        step = self.trainer.step
-        tensors = self.trainer.state_dict()
-        if bad := not_finite(tensors):
-            self.stop_at(step, bad)
-        self.rows.sync()
-        progress = {"step": step, "seconds": self.seconds(), "settings": self.settings}
-        save_progress(self.folder, step, tensors, progress, {LOG: self.rows.text})
-
-    def stop_at(self, step: int, what: str) -> NoReturn:
-        """Save the batch of a step, counted from 1 as in the log, and raise FloatingPointError."""
-        ids, parts, *_ = self.batches[step - 1]
-        path = self.folder / f"batch-{step}.safetensors"
-        write_file(path, save({"ids": ids, "parts": parts, "step": torch.tensor(step)}))
-        states = state_folders(self.folder)
-        raise FloatingPointError(
-            f"step {step} made {what} not finite: the run is stopped, its batch is in {path}, "
-            f"and the last finite state is {states[-1] if states else 'the beginning'}"
-        )
-
-    def save_final(self, tokenizer: dict[str, str]) -> None:
-        """Write the finished model: weights, the log, and training.json (how they were made).
-
-        tokenizer: the files of the user's tokenizer, name -> content, if there is one.
-        """
-        trainer = self.trainer
-        recipe = trainer.recipe
-        how = {
-            **provenance.record(trainer.device),
-            "seed": trainer.seed,
-            "seconds": round(self.seconds(), 1),
-            "corpus": self.settings["corpus"],
-            "recipe": recipe_settings(recipe),
-        }
-        if trainer.model.config.experts:
-            count = min(LOAD_BATCHES, recipe.stages[-1].steps)
-            steps = range(recipe.steps - count, recipe.steps)
-            counted = prefetch(self.batches, steps, device=trainer.device)
-            how["imbalance"] = trainer.max_over_mean_loads(counted)
-        if tokenizer:
-            how["tokenizer"] = next(iter(tokenizer))
-        texts = {LOG: self.rows.text, "training.json": json.dumps(how, indent=1) + "\n"}
-        texts |= tokenizer
-        trainer.model.save_pretrained(
-            self.folder / FINAL, dtype=torch.bfloat16, texts=texts, shard_bytes=MAX_FILE_BYTES
-        )
-
-
-def _resume(trainer: Trainer, run: Path, settings: dict, *, restart: bool) -> tuple[str, float]:
-    """Load the newest whole state of the run, if any, and clear up after runs that were killed.
-
-    Returns the text of the log up to that state, and the seconds trained until then.
-    """
-    header = HEADER_WITH_HELD_OUT if trainer.recipe.eval_every else HEADER
-    state = load_progress(run)
-    if state is None:
-        if (run / FINAL).exists() and not restart:
-            raise ValueError(
-                f"run: {run} holds a finished model and no state; "
-                "accepted is another folder, or --restart, which trains the model anew"
-            )
-        if (run / LOG).exists():
-            log.warning("run: %s holds no state: training begins at step 0, with a new log", run)
-        clear_up(run, 0)
-        return header, 0.0
-    tensors, progress = state
-    check_settings(run, progress.get("settings"), settings)
-    try:
-        check_progress(progress, steps=trainer.recipe.steps)
-        trainer.load_state_dict(tensors, step=progress["step"])
-    except ValueError as error:
-        raise ValueError(
-            f"run: the newest state in {run} does not fit ({error}); accepted is --restart"
-        ) from None
-    text = restored_log(run, trainer.step, header)
-    clear_up(run, trainer.step)
-    return text, progress["seconds"]
+            self.folder.stop_at(bad, "the loss or the gradient", self.batches)

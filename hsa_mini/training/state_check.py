@@ -44,7 +44,7 @@ def check_settings(run: Path, found: object, settings: dict) -> None:
             )
 
 
-def check_state(
+def check_layout(
     tensors: Mapping[str, torch.Tensor],
     *,
     step: int,
@@ -53,10 +53,10 @@ def check_state(
     queue: ChunkQueue,
     config: HSAConfig,
 ) -> None:
-    """Raise ValueError unless `tensors` is the state of a trainer after `step` steps.
+    """Raise ValueError unless names, shapes and dtypes of `tensors` are those of the state of a
+    trainer after `step` steps.
 
-    weights, optimizer, queue, config: those of the trainer. Names, shapes and dtypes must be the
-    trainer's and every number finite. The optimizer must not have taken more steps than the run.
+    weights, optimizer, queue, config: those of the trainer.
     """
     accepted = _accepted(step, weights, optimizer, queue, config)
     for name in sorted(tensors.keys() ^ accepted.keys()):
@@ -69,6 +69,14 @@ def check_state(
                 f"state: got {name} {list(value.shape)} {value.dtype}, "
                 f"accepted is {list(shape)} {dtypes[0]}"
             )
+
+
+def check_numbers(tensors: Mapping[str, torch.Tensor], step: int) -> None:
+    """Raise ValueError unless the numbers of a state after `step` steps are possible.
+
+    Every number must be finite, and the optimizer must not have taken more steps than the run.
+    """
+    for name, value in tensors.items():
         if value.is_floating_point() and not is_finite(value):
             raise ValueError(f"state: got {name} with NaN or infinity, accepted are finite numbers")
         if name.endswith(".exp_avg_sq") and (value < 0).any():

@@ -5,12 +5,14 @@ optimizer's state, the chunk queue and the step number are all that a run has to
 equals an uninterrupted one to the last bit (on the same hardware).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
 
+from hsa_mini.checkpoint.training_state import not_finite
 from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.cuda_graph import CUDAGraphRunner
@@ -20,8 +22,9 @@ from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizers.factory import make_optimizer
 from hsa_mini.training.optimizers.master_weights import MasterWeights
 from hsa_mini.training.parallel.ranks import ONE_PROCESS, OneProcess
+from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.recipes import Recipe
-from hsa_mini.training.state_check import check_state
+from hsa_mini.training.state_check import check_layout, check_numbers
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, noise_seed, train_step
 
 
@@ -30,10 +33,11 @@ class Trainer:
 
     model: trained in place. models: stage -> a model with the window and K of that stage; all of
     them share the parameters of `model`. step: how many steps have been taken. ranks: the
-    processes that train together.
+    processes that train together. speed: what measures throughput for the log, if anything does.
     """
 
     ranks: OneProcess = ONE_PROCESS
+    speed: Speed | None = None
 
     def __init__(self, model: HSAModel, recipe: Recipe, *, seed: int = 0) -> None:
         """model: in training mode, on its final device. seed: that of the Gumbel noise."""
@@ -94,9 +98,17 @@ class Trainer:
         there = (tuple(part.to(self.device) for part in batch) for batch in batches)
         return max_over_mean_loads(counting, stage, self.queue, there)
 
+    def own_batches(self, batches: Dataset) -> Dataset:
+        """What this process reads of the batches of a recipe."""
+        return batches
+
+    def whole_model(self) -> HSAModel:
+        """The model with whole weights."""
+        return self.model
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All state in one flat dictionary: model, optimizer, chunk queue, torch's generator."""
-        tensors = {f"model.{name}": value for name, value in _model_state(self.model).items()}
+        tensors = {f"model.{name}": value for name, value in model_state(self.model).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
@@ -105,18 +117,31 @@ class Trainer:
         tensors["rng"] = torch.get_rng_state()
         return tensors
 
-    @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """The name of a tensor of the state that holds NaN or infinity, or None."""
+        return not_finite(self.state_dict())
+
     def load_state_dict(self, tensors: dict[str, torch.Tensor], *, step: int) -> None:
         """Restore what `state_dict` returned after `step` steps.
 
         Raises ValueError, before anything is changed, for the state of another trainer and for
-        numbers that are not finite; see `check_state`.
+        numbers that are not finite; see `check_layout` and `check_numbers`.
         """
-        weights = _model_state(self.model)
+        self.check_layout(tensors, step)
+        check_numbers(tensors, step)
+        self.take_over(self._placed(tensors), step)
+
+    def check_layout(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Raise ValueError unless tensors with these names, shapes and dtypes are a state of this
+        trainer after `step` steps. They may be on the meta device.
+        """
         parts = {"optimizer": self.optimizer, "queue": self.queue, "config": self.model.config}
-        check_state(tensors, step=step, weights=weights, **parts)
-        tensors = self._placed(tensors)
-        for name, value in weights.items():
+        check_layout(tensors, step=step, weights=model_state(self.model), **parts)
+
+    @torch.no_grad()
+    def take_over(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Go on from a checked state, of which this process has its part."""
+        for name, value in model_state(self.model).items():
             value.copy_(tensors[f"model.{name}"])
         if self.master is not None:
             self.master.write_back()
@@ -168,7 +193,7 @@ def checkpoint_blocks(model: HSAModel) -> None:
         )
 
 
-def _model_state(model: HSAModel) -> dict[str, torch.Tensor]:
+def model_state(model: HSAModel) -> dict[str, torch.Tensor]:
     """The tensors of the model's `state_dict`, where a tied head appears only once."""
     kept = model.state_dict()
     return {

@@ -27,6 +27,7 @@ COUNTS = {
     "power_loss": (2000, 20),
     "crash_points": (1000, 2),
     "kills": (1000, 12),
+    "mesh_kills": (50, 2),
     "corruption": (2000, 60),
     "fuzz": (10_000, 60),
 }

@@ -100,6 +100,10 @@ GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
         "--json": ("new.json", "out.json", "-"),
         "--device": ("cpu", "auto"),
     },
+    "consolidate": {
+        "RUN": ("trained", "trained/step-3"),
+        "OUT": ("new", "empty", "mounted", "model"),
+    },
     "convert": {
         "FOLDER": ("pretrained",),
         "OUT": ("new", "empty", "mounted", "model"),

@@ -38,7 +38,7 @@ from hsa_mini.checkpoint.training_state import load_progress
 from hsa_mini.data.corpus import SPLITS
 from hsa_mini.evaluation import runner
 from hsa_mini.index import build, stored
-from hsa_mini.training import run, trainer
+from hsa_mini.training import run, run_folder, trainer
 
 SECONDS = 120  # for a run that nobody disturbs
 MAX_KILLS = 4  # of one run, before it may finish
@@ -163,7 +163,7 @@ class Training:
 
     def run(self, folder: Path) -> int:
         step = trainer.Trainer.train_step
-        save = run.save_progress
+        save = run_folder.save_progress
         own = run.train
         first = [True]
 
@@ -181,7 +181,7 @@ class Training:
         options = {"checkpoint_seconds": 0.0, "log_every": 1}
         with (
             mock.patch.object(trainer.Trainer, "train_step", counted_step),
-            mock.patch.object(run, "save_progress", counted_save),
+            mock.patch.object(run_folder, "save_progress", counted_save),
             mock.patch.object(run, "train", functools.partial(own, **options)),
         ):
             words = ["train", "tiny", "--run", str(folder / "run"), "--steps", str(STEPS)]

@@ -1,5 +1,6 @@
 """The small world of the fuzzed calls: models, texts, and paths of every awkward kind."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 
 from faults import sandbox
 from hsa_mini import ChunkMemory
+from hsa_mini.checkpoint.training_state import save_progress
 from hsa_mini.data.tokenizer import RANKS_FILE
 from hsa_mini.index.build import build_index
 from hsa_mini.paths import data_dir
+from hsa_mini.training.trainer import model_state
 
 Seen = dict[str, tuple]  # path -> kind, and size and time of a file or the target of a link
 
@@ -66,6 +69,10 @@ class World:
         model = tiny()
         model.save_pretrained(self.template / "model")
         tiny(vocab_size=512).save_pretrained(self.template / "few")
+        weights = {f"model.{name}": x for name, x in model_state(model).items()}
+        settings = {"config": dataclasses.asdict(model.config)}
+        progress = {"step": 3, "seconds": 1.0, "settings": settings}
+        save_progress(self.template / "trained", 3, weights, progress)
         memory = ChunkMemory(model.config)
         with torch.no_grad():
             model(torch.arange(30)[None], memory)

@@ -12,12 +12,26 @@ import torch
 import torch.distributed as dist
 
 
+class Traffic:
+    """sent_bytes: what this process has sent by the functions of this module."""
+
+    sent_bytes = 0
+
+    def count(self, tensor: torch.Tensor, copies: int = 1) -> None:
+        self.sent_bytes += copies * tensor.nbytes
+
+
+TRAFFIC = Traffic()  # a process is in one run
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, sent: list[int], received: list[int], group: Any
     ) -> torch.Tensor:
         ctx.others = (received, sent, group)
+        own = dist.get_rank(group)
+        TRAFFIC.count(rows[: sum(sent) - sent[own]])
         out = rows.new_empty(sum(received), *rows.shape[1:])
         dist.all_to_all_single(out, rows.contiguous(), received, sent, group)
         return out
@@ -65,6 +79,7 @@ def _gathered(part: torch.Tensor, sizes: list[int], group: Any) -> torch.Tensor:
     padded = part.new_zeros(B, max(sizes), *part.shape[2:])
     padded[:, :n] = part
     every = [torch.empty_like(padded) for _ in sizes]
+    TRAFFIC.count(padded, len(sizes) - 1)
     dist.all_gather(every, padded, group=group)
     return torch.cat([own[:, :size] for own, size in zip(every, sizes)], dim=1)
 
@@ -80,5 +95,6 @@ def _summed(gradient: torch.Tensor, sizes: list[int], group: Any) -> torch.Tenso
     for place, part, size in zip(padded, gradient.split(sizes, dim=1), sizes):
         place[:, :size] = part
     out = torch.empty_like(padded[0])
+    TRAFFIC.count(out, len(sizes) - 1)
     dist.reduce_scatter(out, padded, group=group)
     return out[:, : sizes[dist.get_rank(group)]].to(gradient.dtype)

@@ -9,8 +9,12 @@ experts.
 Process `rank` stands at (dp, cp, ep), and ep varies fastest: its messages are the most frequent.
 """
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +22,34 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hsa_mini.checks import check_integer, quoted
 from hsa_mini.config import HSAConfig
+from hsa_mini.training.parallel.context import part_bounds
 from hsa_mini.training.parallel.ranks import OneProcess
 from hsa_mini.training.recipes import Recipe
 
 MAX_PROCESSES = 1 << 16
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Raise ValueError, on every process, unless each value is the same on all.
+
+    values: of types that JSON can hold. The error names a process that differs from most others.
+    """
+    digests = [
+        hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        for value in values.values()
+    ]
+    own = torch.tensor(list(map(list, digests)), dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own)
+    for place, name in enumerate(values):
+        found = [bytes(row.tolist()) for row in torch.stack(every)[:, place]]
+        usual = Counter(found).most_common(1)[0][0]
+        for rank, digest in enumerate(found):
+            if digest != usual:
+                raise ValueError(
+                    f"mesh: got another {name} on rank {rank} than on rank {found.index(usual)}, "
+                    "accepted is the same on all"
+                )
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,14 @@ class MeshSizes:
     def data_ranks(self) -> int:
         """In how many shares the rows of a batch are read."""
         return self.dp * self.ep
+
+    def check_number(self, started: int) -> None:
+        """Raise ValueError for a mesh of another number of processes than were started."""
+        if self.processes != started:
+            raise ValueError(
+                f"mesh: got {self}, which is {self.processes} processes, accepted are sizes "
+                f"whose product is the {started} started"
+            )
 
     def check(self, config: HSAConfig, recipe: Recipe) -> None:
         """Raise ValueError if this model or recipe cannot be trained on the mesh."""
@@ -108,13 +144,10 @@ class Mesh(OneProcess):
         number of processes.
         """
         started = dist.get_world_size()
-        if sizes.processes != started:
-            raise ValueError(
-                f"mesh: got {sizes}, which is {sizes.processes} processes, accepted are sizes "
-                f"whose product is the {started} started"
-            )
+        sizes.check_number(started)
         self.sizes = sizes
         self.device = device
+        self.rank = dist.get_rank()
         kind = device.type
         replicas = sizes.dp * sizes.cp
         whole = init_device_mesh(kind, astuple(sizes), mesh_dim_names=("dp", "cp", "ep"))
@@ -131,6 +164,27 @@ class Mesh(OneProcess):
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
         return tensor
+
+    def largest(self, *numbers: float) -> tuple[float, ...]:
+        # On the host: the device need not wait.
+        every = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(every, dist.ReduceOp.MAX)
+        return tuple(every.tolist())
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        check_same(values)
+
+    def own_part(
+        self, batch: tuple[torch.Tensor, ...], *, chunk_size: int, accumulate: int = 1
+    ) -> tuple[torch.Tensor, ...]:
+        bounds = part_bounds(batch[0].shape[1] - 1, chunk_size, self.sizes.cp)
+        first, last = bounds[self.cp : self.cp + 2]
+        shares = (accumulate, self.data_ranks, -1)
+        return tuple(
+            # One token more than the part has: the last input's target.
+            x.unflatten(0, shares)[:, self.data_rank].flatten(0, 1)[:, first : last + 1]
+            for x in batch
+        )
 
     def clip_gradients(self, parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
         """No number of a gradient lies on two processes, so the norm is that of all shares."""

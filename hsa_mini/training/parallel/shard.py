@@ -50,3 +50,20 @@ def shard_weights(model: HSAModel, mesh: Mesh, dtype: str) -> None:
     for part, following in pairwise(parts):
         # Experts make the host wait, so it does not run ahead far enough by itself.
         part.set_modules_to_forward_prefetch([following])
+
+
+def weight_bytes(model: HSAModel, mesh: Mesh, dtype: str) -> int:
+    """Bytes that a process sends for weights and gradients in one forward and backward pass.
+
+    It sends its share of a block's weights to all others, once before each pass, and for the sum of
+    the gradients as much as its share to each. What lies outside of blocks is gathered once.
+    """
+    sent = 0
+    for name, parameter in model.named_parameters():
+        shared_experts = parameter.device_mesh.ndim > 1  # pyright: ignore
+        processes = mesh.sizes.processes // (mesh.sizes.ep if shared_experts else 1)
+        share = parameter.to_local()  # pyright: ignore
+        width = 2 if dtype == "bfloat16" else share.element_size()
+        gathers = 2 if name.startswith(("lower.", "encoder.", "upper.")) else 1
+        sent += share.numel() * (processes - 1) * (gathers * width + share.element_size())
+    return sent

@@ -1,12 +1,13 @@
 """The trainer of one process of a mesh, and the batches that it reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 
+from hsa_mini.checkpoint.training_state import not_finite
 from hsa_mini.config import HSAConfig
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.model.hsa import HSA
@@ -14,13 +15,14 @@ from hsa_mini.model.swa import SlidingWindowAttention
 from hsa_mini.training.batches import StagedBatches
 from hsa_mini.training.cross_batch import ChunkQueue
 from hsa_mini.training.optimizers.factory import make_optimizer
-from hsa_mini.training.parallel.context import part_bounds, split_sequences
+from hsa_mini.training.parallel.context import split_sequences
 from hsa_mini.training.parallel.experts import moe_layers, share_experts
 from hsa_mini.training.parallel.mesh import Mesh
-from hsa_mini.training.parallel.shard import shard_weights
+from hsa_mini.training.parallel.shard import shard_weights, weight_bytes
+from hsa_mini.training.parallel.speed import Speed
 from hsa_mini.training.recipes import Recipe, Stage
 from hsa_mini.training.step import StepFigures, max_over_mean_loads, train_step
-from hsa_mini.training.trainer import Trainer, checkpoint_blocks
+from hsa_mini.training.trainer import Trainer, checkpoint_blocks, model_state
 
 
 class MeshTrainer(Trainer):
@@ -56,6 +58,9 @@ class MeshTrainer(Trainer):
         self.optimizer = make_optimizer(model, recipe)
         self.queue = ChunkQueue(0)
         self.master = None
+        sent = recipe.accumulate * weight_bytes(model, mesh, recipe.dtype)
+        self.speed = Speed(recipe, model.config, mesh, weight_bytes=sent)
+        self.config = model.config
         self.configs = {stage: stage.config(model.config) for stage in recipe.stages}
         self.models = dict.fromkeys(recipe.stages, model)
         arguments = (model, self.optimizer, recipe)
@@ -79,6 +84,23 @@ class MeshTrainer(Trainer):
             layer.count_tokens()
         return loads
 
+    def own_batches(self, batches: StagedBatches) -> Dataset:
+        return MeshBatches(batches, self.config.chunk_size, self.mesh)
+
+    def whole_model(self) -> HSAModel:
+        """The model with whole weights, in host memory. Only that of rank 0 has them."""
+        whole = HSAModel(self.config, device="meta")
+        # One after the other: a device may not have room for all of them.
+        tensors = {}
+        for name, x in model_state(self.model).items():
+            x = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
+            if not self.mesh.rank:
+                tensors[name] = x.cpu()
+        whole.load_state_dict(tensors, strict=False, assign=True)
+        if self.config.tied:
+            whole.head.weight = whole.embedding.weight
+        return whole
+
     def _begin(self, stage: Stage) -> None:
         """Give the model the window, K and length of a stage."""
         set_config(self.model, self.configs[stage])
@@ -91,23 +113,49 @@ class MeshTrainer(Trainer):
         """
         return {
             name: (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
-            for name, x in super().state_dict().items()
+            for name, x in self.own_state().items()
         }
 
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """`Trainer.state_dict` where this process has its part of each `DTensor`."""
+        return super().state_dict()
+
+    def not_finite(self) -> str | None:
+        own = self.own_state().items()
+        shares = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in own}
+        bad = not_finite(shares)
+        names = [None, *shares]
+        (place,) = self.mesh.largest(names.index(bad))
+        return names[int(place)]
+
+    def empty_state(self, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Zeros for what this process keeps of a state with these names, shapes and dtypes."""
+        owners = self._owners(like)
+        whole = {n: torch.zeros_like(x, device="cpu") for n, x in like.items() if n not in owners}
+        return whole | {name: torch.zeros_like(owner) for name, owner in owners.items()}
+
     def _placed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def part(x: torch.Tensor, owner: DTensor) -> DTensor:
+            here = x.to(self.device)
+            return distribute_tensor(here, owner.device_mesh, owner.placements, src_data_rank=None)
+
+        owners = self._owners(tensors)
+        return {n: part(x, owners[n]) if n in owners else x for n, x in tensors.items()}
+
+    def _owners(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, DTensor]:
+        """The tensors of a state of which each process keeps a part, by name: the parameter that
+        has the same parts.
+        """
         weights = {f"model.{name}": p for name, p in self.model.named_parameters()}
         numbered = enumerate(p for group in self.optimizer.param_groups for p in group["params"])
         weights |= {f"optimizer.{i}": p for i, p in numbered}
-
-        def placed(name: str, x: torch.Tensor) -> torch.Tensor:
+        found = {}
+        for name, x in tensors.items():
             of_optimizer = name.startswith("optimizer.")
-            like = weights.get(name.rpartition(".")[0] if of_optimizer else name)
-            if not isinstance(like, DTensor) or not x.dim():
-                return x
-            here = x.to(self.device)
-            return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
-
-        return {name: placed(name, x) for name, x in tensors.items()}
+            owner = weights.get(name.rpartition(".")[0] if of_optimizer else name)
+            if isinstance(owner, DTensor) and x.dim():
+                found[name] = owner
+        return found
 
 
 def set_config(model: HSAModel, config: HSAConfig) -> None:
@@ -134,13 +182,8 @@ class MeshBatches(Dataset):
         return len(self.batches)
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
-        recipe = self.batches.recipe
-        mesh = self.mesh
-        bounds = part_bounds(recipe.stage(step).tokens, self.chunk_size, mesh.sizes.cp)
-        first, last = bounds[mesh.cp : mesh.cp + 2]
-        shares = (recipe.accumulate, mesh.data_ranks, -1)
-        return tuple(
-            # One token more than the part has: the last input's target.
-            x.unflatten(0, shares)[:, mesh.data_rank].flatten(0, 1)[:, first : last + 1]
-            for x in self.batches[step]
+        return self.mesh.own_part(
+            self.batches[step],
+            chunk_size=self.chunk_size,
+            accumulate=self.batches.recipe.accumulate,
         )
