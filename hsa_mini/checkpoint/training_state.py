@@ -84,7 +84,7 @@ def newest_state(run: Path, read: Callable[[dict[str, Path]], Result]) -> Result
     if damaged:
         raise ValueError(
             f"run: no state in {run} is whole: {'; '.join(damaged)}; "
-            "accepted is --restart, which removes them and begins at step 0"
+            "accepted is a whole one, or `train --restart`, which removes them and begins at step 0"
         )
     return None
 
