@@ -319,7 +319,8 @@ def test_training_begins_anew_over_damaged_states_only_if_told_to(tmp_path, whol
     before = listing(tmp_path)
     with pytest.raises(
         ValueError,
-        match="^run: no state in .* is whole: step-8 .*; step-4 .*; accepted is a whole one, or `train --restart`",
+        match="^run: no state in .* is whole: step-8 .*; step-4 .*; "
+        "accepted is a whole one, or `train --restart`",
     ) as caught:
         run_tiny(tmp_path)
     assert "\n" not in str(caught.value) and listing(tmp_path) == before
