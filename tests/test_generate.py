@@ -404,6 +404,13 @@ def test_progress_counts_every_token_once():
     assert seen == [16, 16, 16, 2]
 
 
+@pytest.mark.parametrize("batch, segments", [(1, [1024, 76]), (2, [512, 512, 76])])
+def test_on_a_cpu_all_sequences_together_are_read_1024_tokens_at_a_time(batch, segments):
+    model, seen = build(), []
+    prefill(model, text(1100)[:1].expand(batch, -1), progress=seen.append)
+    assert seen == segments
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

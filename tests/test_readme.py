@@ -285,6 +285,26 @@ def floors() -> str:
     return "\n".join([*lines, "", f"{source(result)} Ceilings: {ceilings}."])
 
 
+def peers() -> str:
+    """Our kernel and those of other people, if they have been measured."""
+    path = ROOT / "data/results/peers.json"
+    if not path.exists():
+        return "They have not been measured with this command yet."
+    result = json.loads(path.read_text())
+    lines = [
+        "| tokens | kernel | computes | pairs | forward | forward + backward |",
+        "|" + "---|" * 6,
+    ]
+    for row in result["rows"]:
+        times = (row["forward_ms"], row["forward_backward_ms"])
+        shown = ["failed" if ms is None else f"{ms:,.2f}" for ms in times]
+        lines.append(
+            f"| {length_name(row['T'])} | {row['peer']} | {row['kind']} "
+            f"| {row['pairs'] / 1e9:,.1f} G | {' | '.join(shown)} |"
+        )
+    return "\n".join([*lines, "", source(result)])
+
+
 def ratios() -> str:
     """Times with other ratios of heads, and with the chunks that the trained model chooses."""
     result = bench()
@@ -324,7 +344,7 @@ def rewritten(path: Path) -> str:
     ("path", "parts"),
     [
         (README, {"demo", "course", "measured", "harder", "predicted", "kernels", "large"}),
-        (KERNELS, {"floors", "ratios"}),
+        (KERNELS, {"floors", "ratios", "peers"}),
     ],
 )
 def test_readme_says_what_the_files_say(path, parts):

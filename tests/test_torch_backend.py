@@ -10,7 +10,7 @@ import contextlib
 import pytest
 import torch
 from helpers import assert_close, random, random_choice, results
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from material import document_starts
 
@@ -77,6 +77,7 @@ def test_chunk_attention(T, J, G, S, N, K, scale, budget, attend):
     J=st.sampled_from([1, 2]),
     G=st.sampled_from([1, 4, 16]), documents=st.booleans(),
 )  # fmt: skip
+@example(T=300, P=9, W=1100, J=2, G=2, documents=True)  # the longest blocks
 def test_sliding_window_attention(T, P, W, J, G, documents):
     shape = (2, P + T, J, 8)
     inputs = dict(q=random(2, T, J * G, 8), k=random(*shape, seed=1), v=random(*shape, seed=2))

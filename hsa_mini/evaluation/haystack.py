@@ -14,7 +14,7 @@ import torch
 
 from hsa_mini.hsa_model import HSAModel
 from hsa_mini.inference.generate import Generation, continue_from
-from hsa_mini.inference.prefill import SEGMENT
+from hsa_mini.inference.prefill import SEGMENT, segment_tokens
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.core import Aux, Output
 
@@ -52,7 +52,7 @@ class Haystack:
             return
         self.memory = ChunkMemory(model.config, reserve_tokens=len(text) + SEGMENT)
         with torch.no_grad():
-            for part in text[None].split(SEGMENT, dim=1):
+            for part in text[None].split(segment_tokens(text[None]), dim=1):
                 model.append_chunks(model.lower_decoder(part, self.memory), self.memory)
                 if progress:
                     progress(part.shape[1])

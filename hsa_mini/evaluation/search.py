@@ -32,7 +32,6 @@ from hsa_mini.memory.saved_memory import FILES
 
 TEXT = "text.bin"  # the token ids, uint16, little-endian
 MIN_STORED_TOKENS = 1 << 18  # a shorter text is read again faster than its memory is worth
-SEGMENT = 1024  # tokens read at once: on a CPU, what they need stays in its caches
 
 
 class NeedleSearch:
@@ -55,7 +54,7 @@ class NeedleSearch:
         content = text.astype("<u2").tobytes()
         memory = _stored(model, content, folder)
         if memory is None:
-            memory = prefill(model, ids[None], segment=SEGMENT, progress=progress).memory
+            memory = prefill(model, ids[None], progress=progress).memory
             if len(text) >= MIN_STORED_TOKENS:
                 memory.save(folder, files={TEXT: content})
         self.haystack = Haystack(model, ids, memory=memory)

@@ -17,6 +17,8 @@ from hsa_mini.model.hsa import Retrieval
 SEGMENT = 8192  # tokens that the lower decoder reads at once: this bounds the memory of a prefill
 # On a GPU: tokens of all sequences together. With fewer, the GPU would wait for the CPU.
 GPU_TOKENS = 1 << 15
+CPU_TOKENS = 1 << 10  # on a CPU, of all sequences together: their numbers stay in its caches
+MIN_CPU_SEGMENT = 256  # tokens of a sequence; with fewer, products and windows are less efficient
 
 Progress = Callable[[int], object]
 
@@ -35,9 +37,9 @@ def prefill(
     """Read ids [B, T] on top of `memory`; returns logits [B, last, vocabulary] of the last tokens,
     and the memory.
 
-    The lower decoder reads everything, in segments (of 8,192 tokens, on a GPU up to 32,768). The
-    upper decoder reads only the last `upper_tail + last - 1` tokens: these logits and every cache
-    depend on no others, so the result is exact. `progress(n)` is called as n tokens are read.
+    The lower decoder reads everything, in segments (see `segment_tokens`). The upper decoder reads
+    only the last `upper_tail + last - 1` tokens: these logits and every cache depend on no others,
+    so the result is exact. `progress(n)` is called as n tokens are read.
 
     lengths int64 [B]: texts of different lengths stand in one batch, padded in front with any ids,
     and row b has lengths[b] tokens of text. Chunks are counted from a text's own first token, so
@@ -85,10 +87,19 @@ def check_last(last: int, tokens: int) -> None:
         raise ValueError(f"last: got {quoted(last)}, accepted is an integer of 1 to {tokens}")
 
 
+def segment_tokens(ids: torch.Tensor) -> int:
+    """Tokens of each sequence of ids [B, T] to read at once: 256 to 1,024 on a CPU, 8,192 to 32,768
+    on a GPU.
+    """
+    if ids.is_cuda:
+        return max(SEGMENT, GPU_TOKENS // len(ids))
+    return max(MIN_CPU_SEGMENT, CPU_TOKENS // len(ids)) if ids.device.type == "cpu" else SEGMENT
+
+
 def checked_segment(segment: int | None, ids: torch.Tensor) -> int:
     """Tokens of each row of ids [B, T] to read at once. Raises ValueError for a wrong segment."""
     if segment is None:
-        return max(SEGMENT, GPU_TOKENS // len(ids)) if ids.is_cuda else SEGMENT
+        return segment_tokens(ids)
     check_integer("segment", segment, 1)
     return segment
 

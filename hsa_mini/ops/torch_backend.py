@@ -23,6 +23,10 @@ from hsa_mini.reference.checks import (
 
 # numbers that a block of tokens may hold at once
 BLOCK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
+# Queries of a block of the sliding window. In smaller blocks, too few queries share the keys; in
+# larger ones, too many of the keys are masked.
+MIN_WINDOW_BLOCK = 32
+MAX_WINDOW_BLOCK = 256
 
 
 def retrieve(
@@ -154,23 +158,27 @@ def sliding_window_attention(q, k, v, *, window, document_starts=None):
     cached = min(k.shape[1] - T, window)
     dropped = k.shape[1] - T - cached  # keys that no query sees
     k, v = (x[:, dropped:] for x in (k, v))
-    L = min(window, T)
+    L = min(max(window // 4, MIN_WINDOW_BLOCK), MAX_WINDOW_BLOCK, window, T)
     blocks = -(-T // L)
     late = blocks * L - T  # queries that fill the last block
-    queries = pad(q, (0, 0, 0, 0, 0, late)).unflatten(1, (blocks, L))  # [B, blocks, L, H, D]
+    # The G query heads of a key/value head act as G queries, so that no key is repeated.
+    # [B, blocks*L, H, D] -> [B, blocks, L, J, G, D] -> [B*blocks, J, L*G, D]
+    rows = pad(q, (0, 0, 0, 0, 0, late)).view(B, blocks, L, J, H // J, D)
+    rows = rows.transpose(2, 3).reshape(B * blocks, J, -1, D)
     # W keys in front of the first block (zeros where the cache holds fewer), then every block takes
     # W + L keys in a row.
-    # [B, P+T, J, D] -> [B, blocks, J, W+L, D]
+    # [B, P+T, J, D] -> [B, blocks, J, D, W+L] -> [B*blocks, J, W+L, D]
     keys, values = (
-        pad(x, (0, 0, 0, 0, window - cached, late)).unfold(1, window + L, L).permute(0, 1, 2, 4, 3)
+        pad(x, (0, 0, 0, 0, window - cached, late))
+        .unfold(1, window + L, L)
+        .transpose(3, 4)
+        .flatten(0, 1)
         for x in (k, v)
     )
     i = torch.arange(L, device=q.device)[:, None]
     j = torch.arange(window + L, device=q.device)
     band = (j > i) & (j <= i + window)  # the `window` keys that end at the query's own
     bands = band if cached == window else _without_padding(band, j, window - cached, blocks, L)
-    keys, values = (x.repeat_interleave(H // J, dim=2).flatten(0, 1) for x in (keys, values))
-    rows = queries.transpose(2, 3).flatten(0, 1)  # [B*blocks, H, L, D]
     if document_starts is not None:
         # Counted in the padded keys, as j + start of the block: [B, T] -> [B, blocks, L, 1]
         firsts = pad(document_starts, (0, late)) - dropped + window - cached
@@ -179,8 +187,10 @@ def sliding_window_attention(q, k, v, *, window, document_starts=None):
         bands = bands.flatten(0, 1)[:, None]  # [B, blocks, L, W+L] -> [B*blocks, 1, L, W+L]
     elif bands.dim() == 3:
         bands = bands[:, None].repeat(B, 1, 1, 1)
-    out = scaled_dot_product_attention(rows, keys, values, attn_mask=bands)
-    return out.transpose(1, 2).reshape(B, blocks * L, H, D)[:, :T]
+    mask = bands.repeat_interleave(H // J, dim=-2)
+    out = scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    # [B*blocks, J, L*G, D] -> [B*blocks, L, J, G, D] -> [B, blocks*L, H, D]
+    return out.unflatten(2, (L, -1)).transpose(1, 2).reshape(B, blocks * L, H, D)[:, :T]
 
 
 def _without_padding(band, j, padding, blocks, length):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from ceilings import bytes_per_second, flops_per_second
+from of_peers import chosen_peers, run_peers
 from table import COLUMNS, COLUMNS_OF_WINDOWS, COLUMNS_ON_GPU, table
 from timing import measure
 from tqdm import tqdm
@@ -217,7 +218,8 @@ def draw(result: dict, folder: Path) -> list[Path]:
     return paths
 
 
-def main(words: list[str] | None = None) -> int:
+def bench_parser() -> Parser:
+    """The arguments of the command."""
     parser = Parser(
         prog="kernels/bench", description="Time the operations of hierarchical sparse attention."
     )
@@ -235,20 +237,46 @@ def main(words: list[str] | None = None) -> int:
         metavar="FILE",
         help="default out/bench.json, on a GPU data/results/NAME.json",
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="chunk attention beside the kernels of other people instead (needs a GPU)",
+    )
+    parser.add_argument(
+        "--published-hsa",
+        type=Path,
+        metavar="FILE",
+        help="with --peers: your copy of the Triton kernel of the paper's authors; it is executed",
+    )
+    parser.add_argument(
+        "--fsa",
+        type=Path,
+        metavar="FOLDER",
+        help="with --peers: your copy of FSA's repository; its reference of NSA is executed",
+    )
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = bench_parser()
     arguments = parser.parse_args(words)
     try:
         device = choose_device(arguments.device)
         if arguments.model not in (None, *PRESETS):
             raise ValueError(f"--model: got {arguments.model!r}, accepted are {', '.join(PRESETS)}")
-        name = arguments.model or "kernels"
+        name = arguments.model or ("peers" if arguments.peers else "kernels")
         out = arguments.out or Path(
             "out/bench.json" if device.type == "cpu" else f"data/results/{name}.json"
         )
         check_writable("--out", out)
+        peers = chosen_peers(arguments, device)
     except ValueError as error:
         parser.error(str(error))
     try:
-        if arguments.model:
+        if peers:
+            torch.manual_seed(SEED)
+            result, text = run_peers(*peers)
+        elif arguments.model:
             result, text = run_model(arguments.model, device)
         else:
             result, text = (run_on_cpu if device.type == "cpu" else run_on_gpu)(device)
@@ -257,7 +285,7 @@ def main(words: list[str] | None = None) -> int:
         return 130
     print(text)
     write_results(out, device, seed=SEED, **result)
-    pictures = draw(result, out.parent) if device.type == "cuda" and not arguments.model else []
+    pictures = draw(result, out.parent) if device.type == "cuda" and name == "kernels" else []
     print(f"written to {', '.join(map(str, [out, *pictures]))}")
     return 0
 

@@ -13,6 +13,10 @@ COLUMNS_ON_GPU = {
     "fa2_ms": ",.3f",
     "portable_ms": ",.3f", "floor_ms": ",.3f", "peak_bytes": ",.1f",
 }  # fmt: skip
+COLUMNS_OF_PEERS = {
+    "T": ",", "peer": "", "kind": "", "pairs": ",", "error": ".4f", "forward_ms": ",.3f",
+    "forward_backward_ms": ",.3f", "failed": "",
+}  # fmt: skip
 COLUMNS_OF_WINDOWS = {"op": "", **dict.fromkeys("TWHJD", ",")} | {
     f"{which}{passes}_ms": ",.3f"
     for which in ("", "portable_")
