@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes per program
+# bytes per program
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # without chunks of 128 tokens of 256 numbers, and without float32
 USUAL = ("8B", "mini", "H/J of 1", "float16, odd sizes")
 
@@ -48,9 +49,9 @@ def test_every_kernel_compiles_for_hopper_and_fits(compiled):
     check(compiled, 90)
 
 
-@pytest.mark.parametrize("capability", [80, 89, 100])
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
 def test_every_kernel_compiles_for_other_gpus_and_fits(capability):
-    """A100, RTX 4090 and B200. What is larger is refused there (`checks.tile_fits`)."""
+    """A100, RTX 4090, B200 and RTX 5090. What is larger is refused there (`checks.tile_fits`)."""
     check(compile_all(capability), capability)
 
 

@@ -407,7 +407,7 @@ def test_progress_counts_every_token_once():
 @pytest.mark.parametrize("batch, segments", [(1, [1024, 76]), (2, [512, 512, 76])])
 def test_on_a_cpu_all_sequences_together_are_read_1024_tokens_at_a_time(batch, segments):
     model, seen = build(), []
-    prefill(model, text(1100)[:1].expand(batch, -1), progress=seen.append)
+    prefill(model, text(1100)[:batch], progress=seen.append)
     assert seen == segments
 
 
