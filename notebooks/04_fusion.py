@@ -530,8 +530,7 @@ def learn(blend, steps=300, seed=0):
     generator = torch.Generator().manual_seed(seed)
     weight, embedding = initial_weights(generator)
     optimizer = torch.optim.Adam(weight.parameters(), lr=0.01)
-    hits = []
-    seen = []
+    hits, seen = [], []
     for _ in range(steps):
         words, question, follows, chunk = new_pages(generator)
         output, chosen = answer(blend, weight, embedding, words, question)

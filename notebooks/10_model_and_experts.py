@@ -427,7 +427,8 @@ def encoder_parameters(c):
 
 def hsa_parameters(c):
     queries = 2 * c.hsa_heads * c.hsa_head_dim + c.retrieval_heads * c.retrieval_dim  # with the output; for retrieval
-    return c.width * (queries + 1) + head_norms(c)  # the 1 is a norm
+    recency = c.recency * (c.width + 1) * c.hsa_kv_heads  # an option: how much a token prefers newer chunks
+    return c.width * (queries + 1) + head_norms(c) + recency  # the 1 is a norm
 
 
 def parameters(c, experts):

@@ -877,8 +877,9 @@ for b in range(3):
 # landmarks too, the model could cheat. It could make *new* landmarks different from the old ones, for instance longer.
 # Then every new chunk would stand out. The loss would fall, and the model would have learned nothing about needles.
 #
-# The queue stores only sequences **without a question**. Otherwise it would hold needles, perhaps even with the same
-# key and another value.
+# Which sequences should the queue store? Here it stores only those **without a question**. Otherwise it would hold
+# needles, perhaps even with the same key and another value. The package stores a third of every batch, whatever it
+# holds: a queue of plain text never teaches the model to tell its needle from thousands of others.
 #
 # And a few sequences of a batch may be **isolated**: they choose only among their own chunks. Every text has a
 # beginning, where the model has read nothing before. Without isolated sequences the model would forget how to predict
@@ -973,7 +974,7 @@ check_queue_after(queue_after)
 #     assert torch.equal(ours, package.stores[2])
 # ```
 #
-# The package's run takes in a third of each batch, and prefers sequences without a question.
+# The package's run takes in a third of each batch, with or without a question.
 #
 # </details>
 

@@ -241,11 +241,10 @@ def test_full_attention_is_a_model_whose_window_is_everything():
     step = multiplied(lambda: model(text(1), memory))
     head = 2 * 512 * 64
     all_keys = 4 * SMALL.heads * SMALL.head_dim * 4
-    # prefill multiplies every query with tokens + (tokens + 1) keys of a block, and predicts the
-    # token after each token
-    want = (
-        counted / tokens - all_keys * (2 * tokens + 1 - (tokens + 1) / 2) - head * (1 - 1 / tokens)
-    )
+    # prefill multiplies every query with the tokens + 1 keys of its window and the 128 of its
+    # block, and predicts the token after each token
+    keys = tokens + 1 + 128
+    want = counted / tokens - all_keys * (keys - (tokens + 1) / 2) - head * (1 - 1 / tokens)
     assert got.full_attention_prefill_flops_per_token == pytest.approx(want, abs=1)
     # decoding multiplies the query with one more key, which is masked
     assert got.full_attention_decode_flops_per_token == step - all_keys

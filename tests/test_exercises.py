@@ -146,7 +146,7 @@ def _training_step(model, optimizer, queue, ids, parts, text_weight, clip):
 def _evaluate_needles(haystack, depths, questions):
     rng = np.random.default_rng(7)
     counts = [
-        sum(ask_one(haystack, rng, "s_niah", depth)[0] for _ in range(questions))
+        sum(ask_one(haystack, rng, "s_niah", depth).correct for _ in range(questions))
         for depth in depths
     ]
     return [(right, *wilson_interval(right, questions)) for right in counts]

@@ -35,7 +35,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter's bfloat16 is wrong, so it is tested on a GPU alone
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == "cuda" else ()))
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-grid = settings(max_examples=12)
+grid = settings(max_examples=8)
 
 
 def there(

@@ -164,8 +164,8 @@ def test_every_parameter_gets_a_gradient_once_two_chunks_can_be_chosen(option):
     model = build(option, torch.float32)
     for T, idle in (
         (S, ("encoder.", ".hsa.", ".hsa_norm.")),  # no chunk is visible to any token
-        # One chunk is visible: softmax gives it weight 1, whatever its score.
-        (S + 2, (".retrieval_", "encoder.landmark")),
+        # One chunk is visible: softmax gives it weight 1, whatever its score and its place.
+        (S + 2, (".retrieval_", "encoder.landmark", ".recency.")),
         (30, ()),
     ):
         model.zero_grad()

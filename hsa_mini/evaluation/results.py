@@ -2,6 +2,7 @@
 published numbers.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,10 @@ def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]
         paths.append(far)
     results = [read_json(p) for p in paths]
     try:
-        rows = [RetrievalRow(**row) for result in results for row in result["rows"]]
-        controls = [ControlRow(**row) for result in results for row in result["control_rows"]]
+        rows = rows_of(RetrievalRow, (row for result in results for row in result["rows"]))
+        controls = rows_of(
+            ControlRow, (row for result in results for row in result["control_rows"])
+        )
         hardware = " and ".join(sorted({result["hardware"] for result in results}))
     except (KeyError, TypeError):
         names = " or ".join(map(str, paths))
@@ -80,6 +83,14 @@ def read_results(path: Path) -> tuple[list[RetrievalRow], list[ControlRow], str]
             f"path: {names} holds other rows, accepted is a file that `eval` wrote"
         ) from None
     return rows, controls, hardware
+
+
+def rows_of(kind: type, rows: Iterable[dict]) -> list:
+    """The rows of a JSON file as objects of class `kind`."""
+    return [
+        kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()})
+        for row in rows
+    ]
 
 
 def check_replaceable(name: str, path: Path, checkpoint: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from hsa_mini.evaluation.results import rows_of
 from hsa_mini.files.reading import read_json
 from hsa_mini.files.whole_file import check_writable, write_file
 from hsa_mini.provenance import record
@@ -62,11 +63,7 @@ class Unfinished:
     def rows(self, name: str, kind: type) -> list:
         """The rows called `name` of all finished lengths of the run, as objects of class `kind`."""
         lengths = [self.lengths[tokens] for tokens in self.run["lengths"] if tokens in self.lengths]
-        return [
-            kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in row.items()})
-            for length in lengths
-            for row in length[name]
-        ]
+        return rows_of(kind, (row for length in lengths for row in length[name]))
 
     def remove(self) -> None:
         """Remove the file: the results file is complete."""

@@ -24,9 +24,9 @@ from hsa_mini.cli.arguments import MAX_SEED, Parser, check_choices, integer  # n
 # Cases of the long and of the quick form: states of every writer, calls of every writer, and the
 # number of kills, corruptions and fuzzed calls.
 COUNTS = {
-    "power_loss": (2000, 20),
+    "power_loss": (2000, 12),
     "crash_points": (1000, 2),
-    "kills": (1000, 12),
+    "kills": (1000, 8),
     "mesh_kills": (50, 2),
     "corruption": (2000, 60),
     "fuzz": (10_000, 60),

@@ -31,12 +31,12 @@ CONFIG = HSAConfig(
 
 
 def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and parts [3, T+1]; one of the sequences has no question."""
+    """ids and parts [3, T+1]; the first of the sequences has no question."""
     random = torch.Generator().manual_seed(number)
     ids = torch.randint(CONFIG.vocab_size, (3, TOKENS + 1), generator=random)
     question = [TEXT] * 7 + [NONE] * 3 + [ANSWER] * 3
     other = [TEXT] * 13 if number else [TEXT] * 7 + [COPY] * 6
-    return ids, torch.tensor([question, other, [*question[1:], TEXT]]).roll(number, dims=0)
+    return ids, torch.tensor([other, question, [*question[1:], TEXT]])
 
 
 def take_steps(step: Callable, text_weight: float, clip: float) -> tuple | None:

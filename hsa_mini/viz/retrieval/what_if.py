@@ -21,6 +21,7 @@ from hsa_mini.index.prompts import make_prompt
 from hsa_mini.lab.reading import concatenated
 from hsa_mini.memory.chunk_memory import ChunkMemory
 from hsa_mini.model.hsa import HSA, Retrieval
+from hsa_mini.model.recency import prefer_newer
 from hsa_mini.reference.retrieval import newest_top_k, weigh
 from hsa_mini.viz.retrieval.asking import Asked, judge
 from hsa_mini.viz.retrieval.picture import shown
@@ -135,12 +136,16 @@ def changed(model: HSAModel, change: Change) -> Iterator[None]:
 
 
 def rechosen(
-    scores: torch.Tensor, indices: torch.Tensor, change: Change, weighting: str
+    scores: torch.Tensor,
+    indices: torch.Tensor,
+    change: Change,
+    weighting: str,
+    recency: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunks that a layer keeps after a change, and their weights: int64 and float32 [T, J, K].
 
     scores [T, J, N]: of all chunks, -inf where a token cannot see them. indices [T, J, K]: the
-    chunks that the layer has kept.
+    chunks that the layer has kept. recency [T, J]: see `prefer_newer`.
     """
     N = scores.shape[-1]
     indices = indices.long()
@@ -156,6 +161,8 @@ def rechosen(
     indices = indices.masked_fill(_among(indices, change.drop), -1)
     kept = scores.gather(-1, indices.clamp(min=0)) if N else indices.float()
     weights = weigh(kept, indices < 0, weighting)
+    if recency is not None:
+        weights = prefer_newer(indices, weights, recency)
     if change.shares:
         all_of_it = weights.sum(dim=-1, keepdim=True)
         given = torch.zeros_like(weights)
@@ -202,7 +209,8 @@ def _changed_hsa(change: Change, hsa: HSA, args: tuple, kwargs: dict, output: tu
     scores = landmark_scores(
         hsa.config, retrieval.queries, kwargs["block_query"], source.landmarks, position
     )
-    indices, weights = rechosen(scores, retrieval.indices[0], change, hsa.config.weighting)
+    recency = None if hsa.recency is None else hsa.recency(args[0])[0]
+    indices, weights = rechosen(scores, retrieval.indices[0], change, hsa.config.weighting, recency)
     indices = indices[None].int()
     weights = weights[None].to(retrieval.weights.dtype)
     q = source.queries.pop()  # what was read is read anew
