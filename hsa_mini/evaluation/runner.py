@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +82,11 @@ def evaluate(
     for tokens in dict.fromkeys(lengths):
         rng = np.random.default_rng((EVALUATION, seed, tokens))
         answers = _ask_all(model, corpus, rng, tokens, texts, samples, ask)
-        common = {"tokens": tokens, "distinct_tokens": min(tokens, len(corpus)), "seed": seed}
+        common: dict[str, Any] = {
+            "tokens": tokens,
+            "distinct_tokens": min(tokens, len(corpus)),
+            "seed": seed,
+        }
         asked = [
             RetrievalRow(depth=(band + 0.5) / BANDS, **_counts(by_text), **common)
             for (band, control), by_text in answers.items()
@@ -133,7 +137,7 @@ def _ask_all(
     return answers
 
 
-def _counts(by_text: list[list[Asked]]) -> dict:
+def _counts(by_text: list[list[Asked]]) -> dict[str, Any]:
     """The counts of a row."""
     answers = [answer for some in by_text for answer in some]
     return {
