@@ -52,7 +52,17 @@ class Processes:
     def run(self, world: int, function, *arguments) -> list:
         """What `function(*arguments)`, a function of a module, returns in each of `world`
         processes. They are a process group of gloo.
+
+        If a process dies, all are started anew and try once more: gloo now and then destroys the
+        heap ("malloc(): unaligned tcache chunk") when one group follows another.
         """
+        try:
+            return self._run(world, function, *arguments)
+        except (EOFError, BrokenPipeError):
+            self.close()
+        return self._run(world, function, *arguments)
+
+    def _run(self, world: int, function, *arguments) -> list:
         if not self.workers:
             self.start()
         if world != self.world:
