@@ -67,13 +67,16 @@ class HSAModel(HSACore):
 
         def read(files: dict[str, Path]) -> Self:
             model = cls(HSAConfig.from_dict(read_json(files[CONFIG])), device="meta", dtype=dtype)
-            weights = load_weights(files, model._stored_weights(), device=device)
-            model.load_state_dict(weights, strict=False, assign=True)
-            if model.config.tied:
-                model.head.weight = model.embedding.weight
+            model.adopt_weights(load_weights(files, model._stored_weights(), device=device))
             return model.eval().requires_grad_(False)
 
         return read_folder(checkpoint_folder(path), (CONFIG,), read)
+
+    def adopt_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take tensors by name as the weights, without a copy. A tied head is the embedding."""
+        self.load_state_dict(weights, strict=False, assign=True)
+        if self.config.tied:
+            self.head.weight = self.embedding.weight
 
     def _stored_weights(self) -> dict[str, torch.Tensor]:
         """The weights to store, by name. A tied head is left out because it is the embedding."""

@@ -772,59 +772,13 @@ def test_two_exercises_with_folded_solutions_and_a_way_on(source):
     )
 
 
-def what_is_needed(text: str, wanted: set[str]) -> ast.Module:
-    """The imports of a notebook's code, its checks, and all that the names `wanted` depend on."""
-    tree = ast.parse(text)
-    kept = {
-        node: set()
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom) or ast.unparse(node).startswith("check_")
-    }
-    wanted = wanted.union(*map(loaded, kept))
-    while True:
-        more = [node for node in tree.body if node not in kept and changed(node) & wanted]
-        if not more:
-            tree.body = [node for node in tree.body if node in kept]
-            return tree
-        kept |= dict.fromkeys(more)
-        wanted = wanted.union(*map(loaded, more))
-
-
-def loaded(tree: ast.AST) -> set[str]:
-    """The names that are read."""
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-
-
-def changed(statement: ast.stmt) -> set[str]:
-    """The names that a statement defines, or whose object it changes: by an item, by an attribute,
-    or by a method that is called for its effect.
-    """
-    names = set()
-    for node in ast.walk(statement):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-            continue
-        effect = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-        target = node.value.func if effect else node
-        if not effect and not isinstance(getattr(target, "ctx", None), ast.Store):
-            continue
-        while isinstance(target, ast.Attribute | ast.Subscript):
-            effect = False
-            target = target.value
-        if isinstance(target, ast.Name) and not effect:
-            names.add(target.id)
-    return names
-
-
 @each_notebook
 def test_solutions_run_and_pass_their_checks(source, capsys, monkeypatch):
     """As long as a function is blank, its check prints one line that says so."""
     monkeypatch.setenv("HSA_MINI_TOKENS", "16384")  # of 00, which otherwise reads a million
     monkeypatch.chdir(FOLDER)
     names: dict = {"__name__": source.stem}
-    text = code(source)
-    needed = what_is_needed(text, loaded(ast.parse("\n".join(solutions(source)))))
-    exec(compile(needed, traceable(text, source.stem), "exec"), names)
+    exec(compile(code(source), traceable(code(source), source.stem), "exec"), names)
     checks = [check.name for check in names.values() if isinstance(check, Check)]
     assert [line for line in capsys.readouterr().out.splitlines() if "still blank" in line] == [
         f"{name} is still blank. Write it and run this cell again." for name in checked(source)

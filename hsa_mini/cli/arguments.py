@@ -113,6 +113,18 @@ def add_device(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_texts(command: argparse.ArgumentParser) -> None:
+    """Add --texts and --longer: how many texts are read, and of which corpus."""
+    command.add_argument(
+        "--texts", type=integer(1, 10**4), default=20, help="texts of each length (default 20)"
+    )
+    command.add_argument(
+        "--longer",
+        action="store_true",
+        help="take real text from the longer corpus (see fetch --longer)",
+    )
+
+
 def add_json(command: argparse.ArgumentParser) -> None:
     """Add --json; `check_json` checks it and `report.write_json` writes to it."""
     command.add_argument(

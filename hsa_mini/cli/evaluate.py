@@ -10,6 +10,7 @@ from hsa_mini.cli.arguments import (
     MAX_SEED,
     TASKS,
     add_device,
+    add_texts,
     choose_device,
     integer,
     results_path,
@@ -31,19 +32,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="lengths of the text (default: those of the paper's Figure 4)",
     )
-    command.add_argument(
-        "--texts", type=integer(1, 10**4), default=20, help="texts of each length (default 20)"
-    )
+    add_texts(command)
     command.add_argument(
         "--samples",
         type=integer(1, 10**6),
         default=1,
         help="questions in each tenth of every text (default 1)",
-    )
-    command.add_argument(
-        "--longer",
-        action="store_true",
-        help="take the texts from the longer corpus (see fetch --longer)",
     )
     command.add_argument(
         "--distractors",

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from hsa_mini.evaluation.results import RetrievalRow
 
 
-def wilson_interval(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: float, samples: float, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of the share correct/samples (Wilson 1927); z = 1.96 makes it the
     95% interval.
 
     Without samples it is 0 to 1.
     """
-    return _wilson(correct, samples, z)
-
-
-def _wilson(correct: float, samples: float, z: float) -> tuple[float, float]:
     if samples == 0:
         return 0.0, 1.0
     share = correct / samples
@@ -72,4 +68,4 @@ def cluster_interval(clusters: Sequence[tuple[int, int]], z: float = 1.96) -> tu
         between = sum((right - share * size) ** 2 for right, size in clusters)
         between *= len(clusters) / (len(clusters) - 1) / samples**2
         effect = max(between / (share * (1 - share) / samples), 1.0)
-    return _wilson(correct / effect, samples / effect, z)
+    return wilson_interval(correct / effect, samples / effect, z)

@@ -6,6 +6,7 @@ from pathlib import Path
 from hsa_mini.cli.arguments import (
     MAX_SEED,
     add_device,
+    add_texts,
     check_choices,
     choose_device,
     integer,
@@ -38,19 +39,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="lengths of the texts (default 4096)",
     )
-    command.add_argument(
-        "--texts", type=integer(1, 10**4), default=20, help="texts of each length (default 20)"
-    )
+    add_texts(command)
     command.add_argument(
         "--questions",
         type=integer(1, 10**4),
         default=5,
         help="questions of a task about each text, where a text answers so many (default 5)",
-    )
-    command.add_argument(
-        "--longer",
-        action="store_true",
-        help="take real text from the longer corpus (see fetch --longer)",
     )
     command.add_argument(
         "--seed",

@@ -66,10 +66,7 @@ def _read(files: dict[str, Path]) -> TrainedModel:
     tensors = shards.read_whole(prefix)
     if name := not_finite(tensors):
         raise ValueError(f"path: {folder} holds {name}, which is not finite")
-    weights = {name.removeprefix(prefix): x for name, x in tensors.items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    if model.config.tied:
-        model.head.weight = model.embedding.weight
+    model.adopt_weights({name.removeprefix(prefix): x for name, x in tensors.items()})
     texts = {name: files[name].read_text() for name in COMPANIONS if name in files}
     texts["training.json"] = json.dumps(progress, indent=1) + "\n"
     return TrainedModel(model.eval().requires_grad_(False), progress["step"], texts)

@@ -96,9 +96,7 @@ class MeshTrainer(Trainer):
             x = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
             if not self.mesh.rank:
                 tensors[name] = x.cpu()
-        whole.load_state_dict(tensors, strict=False, assign=True)
-        if self.config.tied:
-            whole.head.weight = whole.embedding.weight
+        whole.adopt_weights(tensors)
         return whole
 
     def _begin(self, stage: Stage) -> None:
